@@ -1,0 +1,49 @@
+"""The exceptions of calibfuse: one small tree, so that `except CalibfuseError` catches all of them.
+
+Each child also inherits the builtin that fits, so code that catches `ValueError` or `OSError` keeps working.
+This module imports nothing.
+"""
+
+
+class CalibfuseError(Exception):
+    """Base class of every error that calibfuse raises on purpose."""
+
+
+class InputError(CalibfuseError, ValueError):
+    """An argument or option is outside what is accepted (unknown mode, alpha out of range, nan in scores)."""
+
+
+class DataError(CalibfuseError, ValueError):
+    """A text file, prompt file or data set cannot be used (missing, empty, binary, no usable line)."""
+
+
+class VocabularyError(CalibfuseError, ValueError):
+    """A tokenizer cannot be turned into a vocabulary of byte strings, or is no tokenizer at all."""
+
+
+class VocabularyMismatchError(VocabularyError):
+    """Ids, scores or alignment belong to another vocabulary than the one that was bound."""
+
+
+class MissingHeadError(CalibfuseError, ValueError):
+    """The chosen mode needs a head (reference, value, alignment) that the calibrator does not have."""
+
+
+class CheckpointError(CalibfuseError, OSError):
+    """A checkpoint is missing, damaged, truncated, or not one of ours; or could not be written."""
+
+
+class CheckpointFormatError(CheckpointError):
+    """A checkpoint was written in a newer format than this version reads."""
+
+
+class FusionNotAppliedError(CalibfuseError, RuntimeError):
+    """A generation inside `fusion.required()` finished without calling the processor."""
+
+
+class ScorerError(CalibfuseError, RuntimeError):
+    """A toxicity scorer failed or returned something that is no score; never replaced by a number."""
+
+
+class MissingDependencyError(CalibfuseError, ImportError):
+    """A feature needs a package of an extra that is not installed."""
