@@ -1,0 +1,390 @@
+"""BoundCalibrator: a universal calibrator compiled for one target vocabulary.
+
+Binding composes the vector of every token of the vocabulary once. From then on the calibrator reads the target's own
+token ids in lock-step and scores the target's own ids: no text, no re-tokenisation.
+
+Special tokens (begin, end, padding, chat marks) have no bytes. As input each is the document boundary; the leading run
+of them is masked but for the last, so left padding and repeated begin marks change nothing. As output they are not
+covered: fusion never moves them, and `log_probs` gives all of them together the probability `SPECIAL_MASS`.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from calibfuse import hub
+from calibfuse.calibrator.body import KeyValueBuffer
+from calibfuse.calibrator.composer import token_features
+from calibfuse.calibrator.model import CALIBRATOR_HEAD, FORMAT_VERSION, REFERENCE_HEAD
+from calibfuse.errors import CheckpointError, InputError, MissingHeadError, VocabularyMismatchError
+from calibfuse.prefix_cache import match_prefixes
+from calibfuse.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from calibfuse.calibrator.model import Calibrator
+    from calibfuse.vocabulary import TokenizerLike
+
+logger = logging.getLogger(__name__)
+
+SPECIAL_MASS = 1e-4
+_COMPOSE_CHUNK = 8192
+_SEQUENCE_CHUNK = 4_000_000  # elements of a [positions, vocabulary] block in log_probs
+
+
+def cache_folder() -> Path:
+    """Where bound vectors are kept: CALIBFUSE_CACHE, else $XDG_CACHE_HOME/calibfuse, else ~/.cache/calibfuse."""
+    explicit = os.environ.get("CALIBFUSE_CACHE")
+    if explicit:
+        return Path(explicit)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "calibfuse"
+
+
+def bind(
+    calibrator: Calibrator,
+    tokenizer: TokenizerLike,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    use_disk_cache: bool = True,
+) -> BoundCalibrator:
+    """Compile `calibrator` for one vocabulary; see `Calibrator.bind`."""
+    dtype = dtype or torch.float32
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise InputError(f"Bound vectors can be float32, bfloat16 or float16, got dtype={dtype}.")
+    vocabulary = Vocabulary.from_tokenizer(tokenizer)
+    path: Path | None = None
+    if use_disk_cache:
+        name = str(dtype).removeprefix("torch.")
+        key = f"{calibrator.fingerprint[:24]}-{vocabulary.fingerprint[:24]}-{name}-v{FORMAT_VERSION}"
+        path = cache_folder() / "bound" / f"{key}.safetensors"
+    tensors = _load_bound(path, calibrator, len(vocabulary))
+    if tensors is None:
+        vectors, biases = compose_vocabulary(calibrator, vocabulary, dtype)
+        _save_bound(path, vectors, biases)
+    else:
+        vectors, biases = tensors
+    return BoundCalibrator(calibrator, vocabulary, vectors, biases).to(
+        torch.device(device) if device is not None else calibrator.boundary.device
+    )
+
+
+@torch.no_grad()
+def compose_vocabulary(calibrator: Calibrator, vocabulary: Vocabulary, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Vectors [target_vocab_size, token_width] in `dtype` and biases [target_vocab_size, heads] in float32, on the CPU."""
+    size = len(vocabulary)
+    config = calibrator.config
+    vectors = torch.empty(size, config.token_width, dtype=dtype)
+    biases = torch.empty(size, len(config.heads))
+    for start in range(0, size, _COMPOSE_CHUNK):  # in chunks: the features of 200,000 tokens would take 60 MB
+        end = min(start + _COMPOSE_CHUNK, size)
+        offsets = vocabulary.offsets[start : end + 1]
+        features = token_features(
+            vocabulary.data[offsets[0] : offsets[-1]], offsets - offsets[0], config.bucket_count
+        )
+        chunk_vectors, chunk_biases = calibrator.compose(features)
+        vectors[start:end] = chunk_vectors.to("cpu", dtype)
+        biases[start:end] = chunk_biases.to("cpu", torch.float32)
+    return vectors, biases
+
+
+def _load_bound(path: Path | None, calibrator: Calibrator, size: int) -> tuple[Tensor, Tensor] | None:
+    if path is None or not path.is_file():
+        return None
+    expected = {"vectors": (size, calibrator.config.token_width), "biases": (size, len(calibrator.config.heads))}
+    try:
+        tensors = hub.read_tensors(path, expected=expected)
+    except CheckpointError as error:
+        logger.warning("Ignoring the damaged cache file %s and composing the vocabulary again: %s", path, error)
+        return None
+    return tensors["vectors"], tensors["biases"]
+
+
+def _save_bound(path: Path | None, vectors: Tensor, biases: Tensor) -> None:
+    if path is None:
+        return
+    try:
+        hub.write_tensors(path, {"vectors": vectors, "biases": biases})
+    except CheckpointError as error:
+        logger.warning("The bound vocabulary could not be cached; it will be composed again next time: %s", error)
+
+
+class BoundCalibrator:
+    """A guide: the calibrator over one target vocabulary. Made by `Calibrator.bind`.
+
+    Args:
+        calibrator: the model; its body and heads are shared, not copied.
+        vocabulary: of the target.
+        vectors: [target_vocab_size, token_width].
+        biases: float32 [target_vocab_size, heads].
+    """
+
+    def __init__(self, calibrator: Calibrator, vocabulary: Vocabulary, vectors: Tensor, biases: Tensor) -> None:
+        self.calibrator = calibrator
+        self.vocabulary = vocabulary
+        self._vectors = vectors
+        self._biases = biases
+        # One entry more than ids: whatever lies beyond the vocabulary (a padded head) counts as special.
+        self._is_special = torch.ones(len(vocabulary) + 1, dtype=torch.bool)
+        self._is_special[:-1] = torch.from_numpy(vocabulary.is_special.copy())
+
+    def to(self, device: torch.device | str) -> BoundCalibrator:
+        """Move to a device: the same object where it is there already, else a moved one (the model moves along)."""
+        device = torch.device(device)
+        if device == self.device and device == self.calibrator.boundary.device:
+            return self
+        moved = BoundCalibrator(
+            self.calibrator.to(device), self.vocabulary, self._vectors.to(device), self._biases.to(device)
+        )
+        moved._is_special = self._is_special.to(device)
+        return moved
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Names of the heads."""
+        return self.calibrator.config.heads
+
+    @property
+    def target_vocab_size(self) -> int:
+        """Number of ids of the bound vocabulary."""
+        return len(self.vocabulary)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the bound vectors are."""
+        return self._vectors.device
+
+    @property
+    def coverage(self) -> float:
+        """Share of the vocabulary's ids that have bytes, in [0, 1]; the rest are special tokens and holes."""
+        return 1.0 - float(self.vocabulary.is_special.mean())
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the bound vectors and biases."""
+        return self._vectors.nbytes + self._biases.nbytes
+
+    def covers(self, token_ids: Tensor) -> Tensor:
+        """Bool, same shape: True where the token has bytes."""
+        return ~self._is_special[token_ids.clamp(max=self.target_vocab_size)]
+
+    def session(self) -> LockStepSession:
+        """A new session."""
+        return LockStepSession(self)
+
+    @torch.no_grad()
+    def sequence(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> GuideStates:
+        """All positions of whole sequences.
+
+        Args:
+            input_ids: int64 [batch, length].
+            attention_mask: [batch, length], 0 for left padding; only needed where padding is not a special token.
+
+        Returns:
+            What is said after each token: leading axes [batch, length].
+
+        Raises:
+            VocabularyMismatchError: negative ids, or a mask of another shape.
+        """
+        input_ids = input_ids.to(self.device)
+        if input_ids.ndim != 2:
+            raise VocabularyMismatchError(f"input_ids must be [batch, length], got shape {tuple(input_ids.shape)}.")
+        self.check_ids(input_ids, None)
+        masked = None
+        if attention_mask is not None:
+            if attention_mask.shape != input_ids.shape:
+                raise VocabularyMismatchError(
+                    f"attention_mask has shape {tuple(attention_mask.shape)} but input_ids {tuple(input_ids.shape)}."
+                )
+            masked = attention_mask.to(self.device) == 0
+        states, _ = self._advance(input_ids, None, None, masked)
+        return GuideStates(self, states[:, 1:])
+
+    def log_probs(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Next-token log-probabilities under the non-toxic head.
+
+        Args:
+            input_ids: int64 [batch, length], the target's ids.
+            attention_mask: [batch, length], 0 for left padding; only needed where padding is not a special token.
+
+        Returns:
+            float32 [batch, length, target_vocab_size], nats; row i scores token i + 1. Normalised; special tokens share
+            the probability 1e-4.
+        """
+        return self._all_log_probs(CALIBRATOR_HEAD, input_ids, attention_mask)
+
+    def reference_log_probs(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The same under the reference head (unfiltered text).
+
+        Raises:
+            MissingHeadError: the calibrator has no reference head.
+        """
+        return self._all_log_probs(REFERENCE_HEAD, input_ids, attention_mask)
+
+    def first_log_probs(self, head: str = CALIBRATOR_HEAD) -> Tensor:
+        """Log-probabilities of a text's first token: float32 [target_vocab_size], nats."""
+        empty = torch.zeros(1, 0, dtype=torch.int64, device=self.device)
+        states, _ = self._advance(empty, None, None, None)
+        return self.normalise(GuideStates(self, states[:, -1:]).log_scores(head))[0, 0]
+
+    @torch.no_grad()
+    def _all_log_probs(self, head: str, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        states = self.sequence(input_ids, attention_mask)
+        batch, length = states.hidden.shape[:2]
+        result = torch.empty(batch, length, self.target_vocab_size, device=self.device)
+        step = max(1, _SEQUENCE_CHUNK // (batch * self.target_vocab_size))
+        for start in range(0, length, step):
+            part = GuideStates(self, states.hidden[:, start : start + step])
+            result[:, start : start + step] = self.normalise(part.log_scores(head))
+        return result
+
+    def normalise(self, scores: Tensor) -> Tensor:
+        """Scores [..., target_vocab_size] -> log-probabilities in which special tokens share SPECIAL_MASS."""
+        special = self._is_special[:-1]
+        count = int(special.sum())
+        scores = scores.masked_fill(special, -torch.inf).log_softmax(dim=-1)
+        if count == 0:
+            return scores
+        scores = scores + math.log1p(-SPECIAL_MASS)
+        return scores.masked_fill(special, math.log(SPECIAL_MASS / count))
+
+    def check_ids(self, input_ids: Tensor, limit: int | None) -> None:
+        """Refuse ids that no target with `limit` scores (None: the bound vocabulary's size) can have produced."""
+        size = self.target_vocab_size if limit is None else limit
+        if not input_ids.numel():
+            return
+        low, high = (int(value) for value in torch.aminmax(input_ids))
+        if low < 0 or high >= size:
+            wrong = low if low < 0 else high
+            raise VocabularyMismatchError(
+                f"Token id {wrong} is outside the vocabulary of {size} ids (tokenizer {self.vocabulary.name!r}). Is the "
+                "calibrator bound to another tokenizer than the model's?"
+            )
+
+    def _advance(
+        self,
+        new_ids: Tensor,
+        starts: Tensor | None,
+        buffer: KeyValueBuffer | None,
+        masked: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Feed ids. Without `starts` the row begins here, with its boundary in slot 0.
+
+        Args:
+            new_ids: int64 [rows, new].
+            starts: int64 [rows], boundary slots, when earlier slots are in `buffer`.
+            buffer: extended in place; None: not kept.
+            masked: bool [rows, new], True for left padding; only with starts None.
+
+        Returns:
+            States of the new slots, [rows, new (+ 1), width], and the boundary slots.
+        """
+        known = new_ids.clamp(max=self.target_vocab_size)
+        is_boundary = self._is_special[known]
+        if masked is not None:
+            is_boundary = is_boundary | masked
+        vectors = self._vectors[known.clamp(max=self.target_vocab_size - 1)].to(self.calibrator.boundary.dtype)
+        if starts is None:
+            rows = new_ids.shape[0]
+            vectors = torch.cat([vectors.new_zeros(rows, 1, vectors.shape[-1]), vectors], dim=1)
+            leading = is_boundary.long().cumprod(dim=1)
+            starts = leading.sum(dim=1)
+            is_boundary = torch.cat([is_boundary.new_ones(rows, 1), is_boundary], dim=1)
+        states = self.calibrator.embed(vectors, is_boundary)
+        return self.calibrator(states, starts, buffer), starts
+
+
+class GuideStates:
+    """`NextTokens` of a bound calibrator.
+
+    Args:
+        bound: the calibrator.
+        hidden: [..., width], body states.
+    """
+
+    def __init__(self, bound: BoundCalibrator, hidden: Tensor) -> None:
+        self.bound = bound
+        self.hidden = hidden
+        self._queries: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def log_scores(self, head: str, token_ids: Tensor | None = None) -> Tensor:
+        """See `NextTokens.log_scores`.
+
+        Raises:
+            MissingHeadError: the calibrator has no such head.
+        """
+        bound = self.bound
+        if head not in bound.heads:
+            raise MissingHeadError(
+                f"This needs the head {head!r}, but the calibrator has only {', '.join(map(repr, bound.heads))}."
+            )
+        if head not in self._queries:
+            self._queries[head] = bound.calibrator.heads[head](self.hidden)
+        query = self._queries[head]
+        column = bound.heads.index(head)
+        vectors, biases = bound._vectors, bound._biases[:, column]
+        if token_ids is None:
+            scores = query.to(vectors.dtype) @ vectors.T
+            return scores.float() + biases
+        known = token_ids.clamp(max=bound.target_vocab_size - 1)
+        picked = vectors[known].to(query.dtype)  # (..., k, token_width)
+        return (picked @ query[..., None])[..., 0].float() + biases[known]
+
+
+class LockStepSession:
+    """`GuideSession` of a bound calibrator: it reads the target's ids with its own key/value cache."""
+
+    def __init__(self, bound: BoundCalibrator) -> None:
+        self._bound = bound
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._ids: Tensor | None = None
+        self._buffer = KeyValueBuffer(self._bound.calibrator.config.layer_count, self._bound.calibrator.config.window)
+        self._starts: Tensor | None = None
+        self._last: GuideStates | None = None
+
+    @torch.no_grad()
+    def step(self, input_ids: Tensor, flags: Tensor) -> tuple[GuideStates, list[bool]]:
+        """See `GuideSession.step`."""
+        bound = self._bound
+        if self._ids is None or self._starts is None or self._last is None:
+            return self._rebuild(input_ids), flags.tolist()
+        reuse, values = match_prefixes(self._ids, input_ids, flags)
+        if reuse.unchanged:
+            return self._last, values
+        kept_slots = reuse.keep + 1
+        if input_ids.shape[1] == 0 or not self._buffer.can_cut_to(kept_slots):
+            return self._rebuild(input_ids), values
+        self._buffer.cut(kept_slots, reuse.parents)
+        if reuse.parents is None:
+            # One more token for the same rows. A row that is still all special has its boundary in the newest slot.
+            starts = self._starts
+            if reuse.keep == self._ids.shape[1]:
+                still_leading = (starts == reuse.keep) & ~bound.covers(input_ids[:, -1])
+                starts = torch.where(still_leading, reuse.keep + 1, starts)
+            new_ids = input_ids[:, reuse.keep :]
+        else:
+            leading = (~bound.covers(input_ids)).long().cumprod(dim=1)
+            starts = leading.sum(dim=1)
+            new_ids = input_ids[:, reuse.keep :]
+        hidden, _ = bound._advance(new_ids, starts, self._buffer, None)
+        return self._remember(input_ids, starts, hidden), values
+
+    def _rebuild(self, input_ids: Tensor) -> GuideStates:
+        self.reset()
+        hidden, starts = self._bound._advance(input_ids, None, self._buffer, None)
+        return self._remember(input_ids, starts, hidden)
+
+    def _remember(self, input_ids: Tensor, starts: Tensor, hidden: Tensor) -> GuideStates:
+        self._ids, self._starts = input_ids.clone(), starts  # the caller may write into its ids later
+        self._last = GuideStates(self._bound, hidden[:, -1])
+        return self._last

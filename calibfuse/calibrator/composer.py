@@ -1,0 +1,300 @@
+"""Token vectors composed from bytes: what lets one calibrator serve every vocabulary.
+
+There is no embedding table with one row per token. A token's vector is a weighted sum of rows of one hashed table,
+picked by features of the token's bytes, followed by a small residual MLP. Tokens of a tokenizer that did not exist at
+training time get vectors the same way. The same rows carry one scalar per head, which sum to the output bias.
+
+Features of a token with bytes b (marks ^ and $ stand for its begin and end):
+  * the whole string, under two independent hashes (so that two tokens hardly ever share both), weight 1 each;
+  * the string without leading space, in lower case: " The", "the" and "THE" share it, weight 1;
+  * its shape: leading space, kinds of characters, capitalisation, length, weight 1;
+  * every 3-gram and 4-gram of ^b$ and every lead-byte pair of UTF-8 (the script), weight 1/sqrt(their number).
+
+Related: fastText subwords (Bojanowski et al. 2017), hash embeddings (Svenstrup et al. 2017). Everything before the
+table is numpy over the concatenated bytes of all tokens at once; `slow_token_features` is the readable oracle.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+BEGIN_MARK, END_MARK = 256, 257
+_WHOLE_A, _WHOLE_B, _FOLDED, _SHAPE, _TRIGRAM, _TETRAGRAM, _SCRIPT = range(1, 8)
+# Odd multipliers of the polynomial string hashes; any fixed odd 64-bit numbers do, but they are part of the format.
+_MULTIPLIER = {_WHOLE_A: 0x9E3779B97F4A7C15, _WHOLE_B: 0xC2B2AE3D27D4EB4F, _FOLDED: 0x165667B19E3779F9}
+_MASK = (1 << 64) - 1
+_MAX_SHAPE_LENGTH = 15
+
+
+@dataclass(frozen=True)
+class TokenFeatures:
+    """Hashed features of many tokens in compressed-row form.
+
+    Attributes:
+        buckets: int32 [total], rows of the table, token after token.
+        weights: float32 [total].
+        offsets: int64 [tokens + 1]; the features of token i are buckets[offsets[i]:offsets[i + 1]].
+    """
+
+    buckets: NDArray[np.int32]
+    weights: NDArray[np.float32]
+    offsets: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        """Number of tokens."""
+        return len(self.offsets) - 1
+
+    def take(self, token_ids: NDArray[np.int64]) -> TokenFeatures:
+        """The features of the given tokens, in the given order."""
+        starts = self.offsets[token_ids]
+        counts = self.offsets[token_ids + 1] - starts
+        offsets = np.zeros(len(token_ids) + 1, dtype=np.int64)
+        np.cumsum(counts, out=offsets[1:])
+        index = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], counts)
+        return TokenFeatures(self.buckets[index], self.weights[index], offsets)
+
+
+def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """The finaliser of splitmix64: spreads every input bit over all output bits (wraps modulo 2**64)."""
+    values = values ^ (values >> np.uint64(30))
+    values = values * np.uint64(0xBF58476D1CE4E5B9)
+    values = values ^ (values >> np.uint64(27))
+    values = values * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def _string_hashes(
+    data: NDArray[np.uint8], offsets: NDArray[np.int64], starts: NDArray[np.int64], kind: int
+) -> NDArray[np.uint64]:
+    """Hash of data[starts[i]:offsets[i + 1]] for every token: the sum of (byte + 1) * multiplier ** position."""
+    ends = offsets[1:]
+    lengths = ends - starts
+    longest = int(lengths.max(initial=0))
+    powers = np.empty(longest + 1, dtype=np.uint64)
+    power = 1
+    for position in range(longest + 1):
+        powers[position] = power
+        power = (power * _MULTIPLIER[kind]) & _MASK
+    # Positions are counted from `starts`; bytes before it (a leading space) get factor zero.
+    position_of_byte = np.arange(len(data)) - np.repeat(starts, np.diff(offsets))
+    factors = powers[np.maximum(position_of_byte, 0)]
+    factors[position_of_byte < 0] = 0
+    running = np.zeros(len(data) + 1, dtype=np.uint64)
+    np.cumsum((data.astype(np.uint64) + np.uint64(1)) * factors, out=running[1:])
+    sums = running[ends] - running[offsets[:-1]]
+    return _mix(sums * np.uint64(8) + np.uint64(kind))
+
+
+def _shape_codes(data: NDArray[np.uint8], offsets: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """One code per token of: leading space, kinds of bytes it holds, capital first letter, length up to 15."""
+    lengths = np.diff(offsets)
+    lower = (data >= 97) & (data <= 122)
+    upper = (data >= 65) & (data <= 90)
+    digit = (data >= 48) & (data <= 57)
+    high = data >= 128
+    blank = (data == 32) | ((data >= 9) & (data <= 13))
+    other = ~(lower | upper | digit | high | blank)
+    code = np.zeros(len(lengths), dtype=np.uint64)
+    for bit, flag in enumerate((lower, upper, digit, high, blank, other)):
+        running = np.zeros(len(data) + 1, dtype=np.int64)
+        np.cumsum(flag, out=running[1:])
+        present = running[offsets[1:]] > running[offsets[:-1]]
+        code |= present.astype(np.uint64) << np.uint64(bit)
+    first = _first_bytes(data, offsets)
+    starts_blank = (lengths > 0) & (first == 32)
+    second = data[np.minimum(offsets[:-1] + starts_blank, max(len(data) - 1, 0))] if len(data) else first
+    capital = (lengths > starts_blank) & (second >= 65) & (second <= 90)
+    code |= starts_blank.astype(np.uint64) << np.uint64(6)
+    code |= capital.astype(np.uint64) << np.uint64(7)
+    return code | (np.minimum(lengths, _MAX_SHAPE_LENGTH).astype(np.uint64) << np.uint64(8))
+
+
+def _first_bytes(data: NDArray[np.uint8], offsets: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """The first byte of every token; 0 for empty ones."""
+    if not len(data):
+        return np.zeros(len(offsets) - 1, dtype=np.uint8)
+    first = data[np.minimum(offsets[:-1], len(data) - 1)]
+    return np.where(np.diff(offsets) > 0, first, 0).astype(np.uint8)
+
+
+def token_features(data: NDArray[np.uint8], offsets: NDArray[np.int64], bucket_count: int) -> TokenFeatures:
+    """Hash the features of all tokens of a vocabulary at once.
+
+    Args:
+        data: uint8 [total_bytes], the bytes of all tokens one after the other.
+        offsets: int64 [tokens + 1].
+        bucket_count: rows of the table.
+
+    Returns:
+        The features; tokens without bytes have none.
+    """
+    with np.errstate(over="ignore"):
+        return _token_features(data, offsets, bucket_count)
+
+
+def _token_features(data: NDArray[np.uint8], offsets: NDArray[np.int64], bucket_count: int) -> TokenFeatures:
+    lengths = np.diff(offsets)
+    count = len(lengths)
+    token_of_byte = np.repeat(np.arange(count), lengths)
+
+    # The text of all tokens with marks: token i occupies marked[offsets[i] + 2 i : offsets[i + 1] + 2 (i + 1)].
+    marked = np.full(len(data) + 2 * count, BEGIN_MARK, dtype=np.uint64)
+    marked[np.arange(len(data)) + 2 * token_of_byte + 1] = data
+    marked[offsets[1:] + 2 * np.arange(count) + 1] = END_MARK
+    token_of_mark = np.repeat(np.arange(count), lengths + 2)
+
+    pieces: list[NDArray[np.uint64]] = []
+    owners: list[NDArray[np.int64]] = []
+    for width, kind in ((3, _TRIGRAM), (4, _TETRAGRAM)):
+        if len(marked) < width:
+            continue
+        gram = np.full(len(marked) - width + 1, kind, dtype=np.uint64)
+        for i in range(width):
+            gram = gram * np.uint64(259) + marked[i : len(marked) - width + 1 + i]
+        inside = token_of_mark[: len(gram)] == token_of_mark[width - 1 :]
+        inside &= lengths[token_of_mark[: len(gram)]] > 0
+        pieces.append(_mix(gram[inside]))
+        owners.append(token_of_mark[: len(gram)][inside])
+    if len(data) > 1:
+        script = (data[:-1] >= 0xC0) & (token_of_byte[:-1] == token_of_byte[1:])
+        pair = data[:-1].astype(np.uint64) * np.uint64(256) + data[1:].astype(np.uint64)
+        pieces.append(_mix(pair[script] * np.uint64(8) + np.uint64(_SCRIPT)))
+        owners.append(token_of_byte[:-1][script])
+
+    filled = np.flatnonzero(lengths > 0)
+    gram_owner = np.concatenate(owners) if owners else np.zeros(0, dtype=np.int64)
+    gram_count = np.bincount(gram_owner, minlength=count)
+    gram_weight = 1.0 / np.sqrt(np.maximum(gram_count, 1))
+
+    starts = offsets[:-1]
+    bare_starts = starts + ((lengths > 1) & (_first_bytes(data, offsets) == 32))
+    folded = np.where((data >= 65) & (data <= 90), data + 32, data).astype(np.uint8)
+    whole = [
+        _string_hashes(data, offsets, starts, _WHOLE_A),
+        _string_hashes(data, offsets, starts, _WHOLE_B),
+        _string_hashes(folded, offsets, bare_starts, _FOLDED),
+        _mix(_shape_codes(data, offsets) * np.uint64(8) + np.uint64(_SHAPE)),
+    ]
+    hashes = np.concatenate([values[filled] for values in whole] + pieces)
+    owner = np.concatenate([filled] * len(whole) + [gram_owner])
+    weights = np.concatenate([np.ones(len(filled) * len(whole)), gram_weight[gram_owner]])
+    order = np.argsort(owner, kind="stable")
+    result_offsets = np.zeros(count + 1, dtype=np.int64)
+    np.cumsum(np.bincount(owner, minlength=count), out=result_offsets[1:])
+    buckets = (hashes % np.uint64(bucket_count)).astype(np.int32)
+    return TokenFeatures(buckets[order], weights[order].astype(np.float32), result_offsets)
+
+
+def slow_token_features(token: bytes, bucket_count: int) -> dict[int, float]:
+    """The features of one token, written to be read: the oracle of `token_features`.
+
+    Returns:
+        Bucket -> summed weight.
+
+    Example:
+        >>> slow_token_features(b"", 1024)
+        {}
+        >>> len(slow_token_features(b" the", 1 << 20))  # 4 whole-string features, 4 3-grams and 3 4-grams of ^ the$
+        11
+    """
+    if not token:
+        return {}
+
+    def mix(value: int) -> int:
+        value &= _MASK
+        value ^= value >> 30
+        value = value * 0xBF58476D1CE4E5B9 & _MASK
+        value ^= value >> 27
+        value = value * 0x94D049BB133111EB & _MASK
+        return value ^ (value >> 31)
+
+    def string_hash(text: bytes, kind: int) -> int:
+        total = sum((byte + 1) * pow(_MULTIPLIER[kind], position, 1 << 64) for position, byte in enumerate(text))
+        return mix(total * 8 + kind)
+
+    bare = token[1:] if token[:1] == b" " and len(token) > 1 else token
+    blanks = b" \t\n\v\f\r"
+    kinds = [
+        any(97 <= b <= 122 for b in token),
+        any(65 <= b <= 90 for b in token),
+        any(48 <= b <= 57 for b in token),
+        any(b >= 128 for b in token),
+        any(b in blanks for b in token),
+        any(b < 128 and not chr(b).isalnum() and b not in blanks for b in token),
+    ]
+    after_space = token[1:] if token[:1] == b" " else token
+    shape = sum(flag << bit for bit, flag in enumerate(kinds))
+    shape |= (token[:1] == b" ") << 6 | (len(after_space) > 0 and 65 <= after_space[0] <= 90) << 7
+    shape |= min(len(token), _MAX_SHAPE_LENGTH) << 8
+    hashes = [
+        string_hash(token, _WHOLE_A),
+        string_hash(token, _WHOLE_B),
+        string_hash(bytes(b + 32 if 65 <= b <= 90 else b for b in bare), _FOLDED),
+        mix(shape * 8 + _SHAPE),
+    ]
+    marked = [BEGIN_MARK, *token, END_MARK]
+    grams = []
+    for width, kind in ((3, _TRIGRAM), (4, _TETRAGRAM)):
+        for start in range(len(marked) - width + 1):
+            gram = kind
+            for value in marked[start : start + width]:
+                gram = gram * 259 + value
+            grams.append(mix(gram))
+    grams += [mix((a * 256 + b) * 8 + _SCRIPT) for a, b in zip(token, token[1:], strict=False) if a >= 0xC0]
+    features: dict[int, float] = {}
+    for value in hashes:
+        features[value % bucket_count] = features.get(value % bucket_count, 0.0) + 1.0
+    for value in grams:
+        features[value % bucket_count] = features.get(value % bucket_count, 0.0) + len(grams) ** -0.5
+    return features
+
+
+class Composer(nn.Module):
+    """Token features -> one vector per token and one output bias per head.
+
+    Args:
+        bucket_count: rows of the hashed table.
+        token_width: width of a token's vector.
+        hidden_width: width of the residual MLP's hidden layer.
+        head_count: number of heads; each has its own bias column.
+    """
+
+    def __init__(self, *, bucket_count: int, token_width: int, hidden_width: int, head_count: int) -> None:
+        super().__init__()
+        self.token_width = token_width
+        self.bucket_count = bucket_count
+        # One table: the first `token_width` columns are vectors, the others the heads' biases.
+        self.table = nn.Parameter(torch.zeros(bucket_count, token_width + head_count))
+        nn.init.normal_(self.table[:, :token_width], std=0.02)
+        self.norm = nn.RMSNorm(token_width, eps=1e-6)
+        self.up = nn.Linear(token_width, hidden_width)
+        self.down = nn.Linear(hidden_width, token_width)
+        nn.init.zeros_(self.down.weight)
+        nn.init.zeros_(self.down.bias)
+
+    def forward(self, features: TokenFeatures) -> tuple[Tensor, Tensor]:
+        """Compose tokens.
+
+        Args:
+            features: of the wanted tokens.
+
+        Returns:
+            Vectors [tokens, token_width] and biases [tokens, heads], on the table's device. Tokens without
+            features get whatever the MLP makes of zero; the caller knows that they have no bytes.
+        """
+        device = self.table.device
+        sums = nn.functional.embedding_bag(
+            torch.from_numpy(features.buckets).to(device),
+            self.table,
+            torch.from_numpy(features.offsets[:-1]).to(device=device, dtype=torch.int32),
+            mode="sum",
+            per_sample_weights=torch.from_numpy(features.weights).to(device=device, dtype=self.table.dtype),
+        )
+        vectors, biases = sums[:, : self.token_width], sums[:, self.token_width :]
+        vectors = vectors + self.down(nn.functional.gelu(self.up(self.norm(vectors))))
+        return vectors, biases
