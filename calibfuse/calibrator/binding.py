@@ -10,6 +10,7 @@ covered: fusion never moves them, and `log_probs` gives all of them together the
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import os
@@ -36,6 +37,8 @@ logger = logging.getLogger(__name__)
 SPECIAL_MASS = 1e-4
 _COMPOSE_CHUNK = 8192
 _SEQUENCE_CHUNK = 4_000_000  # elements of a [positions, vocabulary] block in log_probs
+_SCORE_CHUNK = 16_384  # vectors of lower precision that are widened at once
+_WINDOWS_AT_ONCE = 4  # slots fed at once, in windows: the attention mask of a long text as a whole would not fit
 
 
 def cache_folder() -> Path:
@@ -135,12 +138,12 @@ class BoundCalibrator:
         self._is_special[:-1] = torch.from_numpy(vocabulary.is_special.copy())
 
     def to(self, device: torch.device | str) -> BoundCalibrator:
-        """Move to a device: the same object where it is there already, else a moved one (the model moves along)."""
+        """The same object where it is there already, else a copy on the device, with its own copy of the model."""
         device = torch.device(device)
         if device == self.device and device == self.calibrator.boundary.device:
             return self
         moved = BoundCalibrator(
-            self.calibrator.to(device), self.vocabulary, self._vectors.to(device), self._biases.to(device)
+            copy.deepcopy(self.calibrator).to(device), self.vocabulary, self._vectors.to(device), self._biases.to(device)
         )
         moved._is_special = self._is_special.to(device)
         return moved
@@ -172,7 +175,7 @@ class BoundCalibrator:
 
     def covers(self, token_ids: Tensor) -> Tensor:
         """Bool, same shape: True where the token has bytes."""
-        return ~self._is_special[token_ids.clamp(max=self.target_vocab_size)]
+        return ~self._is_special[token_ids.clamp(0, self.target_vocab_size)]
 
     def session(self) -> LockStepSession:
         """A new session."""
@@ -190,12 +193,11 @@ class BoundCalibrator:
             What is said after each token: leading axes [batch, length].
 
         Raises:
-            VocabularyMismatchError: negative ids, or a mask of another shape.
+            VocabularyMismatchError: a mask of another shape.
         """
         input_ids = input_ids.to(self.device)
         if input_ids.ndim != 2:
             raise VocabularyMismatchError(f"input_ids must be [batch, length], got shape {tuple(input_ids.shape)}.")
-        self.check_ids(input_ids, None)
         masked = None
         if attention_mask is not None:
             if attention_mask.shape != input_ids.shape:
@@ -216,6 +218,9 @@ class BoundCalibrator:
         Returns:
             float32 [batch, length, target_vocab_size], nats; row i scores token i + 1. Normalised; special tokens share
             the probability 1e-4.
+
+        Raises:
+            VocabularyMismatchError: ids outside the vocabulary, or shapes that do not fit.
         """
         return self._all_log_probs(CALIBRATOR_HEAD, input_ids, attention_mask)
 
@@ -224,9 +229,11 @@ class BoundCalibrator:
 
         Raises:
             MissingHeadError: the calibrator has no reference head.
+            VocabularyMismatchError: ids outside the vocabulary, or shapes that do not fit.
         """
         return self._all_log_probs(REFERENCE_HEAD, input_ids, attention_mask)
 
+    @torch.no_grad()
     def first_log_probs(self, head: str = CALIBRATOR_HEAD) -> Tensor:
         """Log-probabilities of a text's first token: float32 [target_vocab_size], nats."""
         empty = torch.zeros(1, 0, dtype=torch.int64, device=self.device)
@@ -235,12 +242,13 @@ class BoundCalibrator:
 
     @torch.no_grad()
     def _all_log_probs(self, head: str, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        self._check_ids(input_ids)
         states = self.sequence(input_ids, attention_mask)
         batch, length = states.hidden.shape[:2]
         result = torch.empty(batch, length, self.target_vocab_size, device=self.device)
         step = max(1, _SEQUENCE_CHUNK // (batch * self.target_vocab_size))
         for start in range(0, length, step):
-            part = GuideStates(self, states.hidden[:, start : start + step])
+            part = states.positions(start, start + step)
             result[:, start : start + step] = self.normalise(part.log_scores(head))
         return result
 
@@ -254,9 +262,8 @@ class BoundCalibrator:
         scores = scores + math.log1p(-SPECIAL_MASS)
         return scores.masked_fill(special, math.log(SPECIAL_MASS / count))
 
-    def check_ids(self, input_ids: Tensor, limit: int | None) -> None:
-        """Refuse ids that no target with `limit` scores (None: the bound vocabulary's size) can have produced."""
-        size = self.target_vocab_size if limit is None else limit
+    def _check_ids(self, input_ids: Tensor) -> None:
+        size = self.target_vocab_size
         if not input_ids.numel():
             return
         low, high = (int(value) for value in torch.aminmax(input_ids))
@@ -267,6 +274,7 @@ class BoundCalibrator:
                 "calibrator bound to another tokenizer than the model's?"
             )
 
+    @torch.no_grad()
     def _advance(
         self,
         new_ids: Tensor,
@@ -285,7 +293,7 @@ class BoundCalibrator:
         Returns:
             States of the new slots, [rows, new (+ 1), width], and the boundary slots.
         """
-        known = new_ids.clamp(max=self.target_vocab_size)
+        known = new_ids.clamp(0, self.target_vocab_size)
         is_boundary = self._is_special[known]
         if masked is not None:
             is_boundary = is_boundary | masked
@@ -296,8 +304,14 @@ class BoundCalibrator:
             leading = is_boundary.long().cumprod(dim=1)
             starts = leading.sum(dim=1)
             is_boundary = torch.cat([is_boundary.new_ones(rows, 1), is_boundary], dim=1)
-        states = self.calibrator.embed(vectors, is_boundary)
-        return self.calibrator(states, starts, buffer), starts
+        inputs = self.calibrator.embed(vectors, is_boundary)
+        config = self.calibrator.config
+        at_once = _WINDOWS_AT_ONCE * config.window
+        if inputs.shape[1] <= at_once:
+            return self.calibrator(inputs, starts, buffer), starts
+        if buffer is None:
+            buffer = KeyValueBuffer(config.layer_count, config.window)
+        return torch.cat([self.calibrator(part, starts, buffer) for part in inputs.split(at_once, dim=1)], dim=1), starts
 
 
 class GuideStates:
@@ -312,6 +326,10 @@ class GuideStates:
         self.bound = bound
         self.hidden = hidden
         self._queries: dict[str, Tensor] = {}
+
+    def positions(self, start: int, stop: int) -> GuideStates:
+        """See `NextTokens.positions`."""
+        return GuideStates(self.bound, self.hidden[:, start:stop])
 
     @torch.no_grad()
     def log_scores(self, head: str, token_ids: Tensor | None = None) -> Tensor:
@@ -331,11 +349,16 @@ class GuideStates:
         column = bound.heads.index(head)
         vectors, biases = bound._vectors, bound._biases[:, column]
         if token_ids is None:
-            scores = query.to(vectors.dtype) @ vectors.T
-            return scores.float() + biases
-        known = token_ids.clamp(max=bound.target_vocab_size - 1)
+            # Products in the query's precision: rounded to bfloat16, a score of 10 would be off by 0.03 nats.
+            blocks = [query @ block.to(query.dtype).T for block in vectors.split(_blocks(vectors, query))]
+            return torch.cat(blocks, dim=-1).float() + biases
+        known = token_ids.clamp(0, bound.target_vocab_size - 1)
         picked = vectors[known].to(query.dtype)  # (..., k, token_width)
         return (picked @ query[..., None])[..., 0].float() + biases[known]
+
+
+def _blocks(vectors: Tensor, query: Tensor) -> int:
+    return len(vectors) if vectors.dtype == query.dtype else _SCORE_CHUNK
 
 
 class LockStepSession:

@@ -28,6 +28,10 @@ class NextTokens(Protocol):
         """
         ...
 
+    def positions(self, start: int, stop: int) -> NextTokens:
+        """What it says at some of the positions of whole sequences (leading axes rows and positions)."""
+        ...
+
 
 class GuideSession(Protocol):
     """Follows generations. Its state derives from the ids alone, so calls may repeat, shrink, reorder or start anew."""

@@ -1,0 +1,130 @@
+"""Entry point of `calibfuse`: choose the command, run it, turn expected failures into one sentence and an exit code.
+
+Only the module of the chosen command is imported, so `calibfuse --help` loads none of them.
+
+Exit codes: 0 success, 2 bad input or an error that calibfuse foresaw, 130 interrupted, 141 the reader of a pipe went
+away. Anything else that fails is a defect and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from calibfuse._version import __version__
+from calibfuse.errors import CalibfuseError
+
+# Command and its line in `calibfuse --help`; the module is the name with underscores.
+COMMANDS: tuple[tuple[str, str], ...] = (
+    ("demo", "continue a few prompts with and without the calibrator, side by side"),
+    ("generate", "continue your own prompts with any local or Hub model, fused with a calibrator"),
+    ("train-calibrator", "train a calibrator on non-toxic text and, for the reference head, unfiltered text"),
+    ("train-scorer", "train the small linear toxicity scorer that demo and tests use"),
+    ("evaluate", "measure toxicity, fluency and speed with and without the calibrator"),
+    ("align", "bind a calibrator to a tokenizer ahead of time, and report how much of it is covered"),
+    ("inspect", "show what a calibrator holds, or what it did to a text, token by token"),
+    ("push", "publish a trained calibrator on the Hugging Face Hub"),
+)
+
+_EXAMPLES = """\
+examples:
+  calibfuse demo
+  calibfuse generate --model org/any-llm --prompt "The new neighbour is" --compare
+  calibfuse train-calibrator --non-toxic clean.jsonl --reference web.jsonl.xz --output my-calibrator
+
+`calibfuse COMMAND --help` tells more about each command.
+"""
+
+EXIT_OK = 0
+EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose complaint is one sentence, without the usage lines before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_ERROR, f"{self.prog}: error: {message}; see `{self.prog} --help`\n")
+
+
+def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """Build the parser of `calibfuse`.
+
+    Args:
+        command: the command that will run; only its arguments are added. None or an unknown word: no command's are.
+
+    Returns:
+        The parser. Parsed arguments of a known command carry `run`, its function.
+    """
+    parser = _Parser(
+        prog="calibfuse",
+        description="Make a language model say fewer harmful things, at decoding time, with one small calibrator.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"calibfuse {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands", parser_class=_Parser)
+    for name, summary in COMMANDS:
+        subparser = subparsers.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        if name == command:
+            module = importlib.import_module(f"calibfuse.cli.{name.replace('-', '_')}")
+            subparser.epilog = getattr(module, "EXAMPLES", None)
+            module.add_arguments(subparser)
+            subparser.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: the arguments without the program's name; None takes them from `sys.argv`.
+
+    Returns:
+        The exit code (see the module's header).
+
+    Raises:
+        SystemExit: after `--help` and `--version` (code 0) and on arguments that cannot be parsed (code 2).
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = build_parser(arguments[0] if arguments else None)
+    if not arguments:
+        parser.print_help()
+        return EXIT_OK
+    args = parser.parse_args(arguments)
+    if args.command is None:
+        parser.error("no command was given")
+    try:
+        code = int(args.run(args))
+        sys.stdout.flush()  # here, so that a closed pipe is noticed inside this try
+    except BrokenPipeError:
+        # The interpreter flushes stdout once more at exit; give it somewhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+    except KeyboardInterrupt:
+        return _fail("interrupted", EXIT_INTERRUPTED)
+    except (CalibfuseError, OSError) as error:
+        return _fail(f"error: {_one_line(error)}", EXIT_ERROR)
+    return code
+
+
+def _one_line(error: BaseException) -> str:
+    """The message of an error on one line; the class name where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"calibfuse: {message}", file=sys.stderr)
+    return code

@@ -1,0 +1,125 @@
+"""`calibfuse train-calibrator`: text files in, a calibrator out."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+
+EXAMPLES = """\
+examples:
+  # text that you have sorted yourself
+  calibfuse train-calibrator --non-toxic clean.jsonl --reference web.jsonl.xz --output my-calibrator
+
+  # unfiltered text, sorted by the bundled toxicity scorer
+  calibfuse train-calibrator --from-unfiltered web/ comments.csv.gz --output my-calibrator
+
+  # go on after a kill or Ctrl-C, with the same arguments
+  calibfuse train-calibrator --from-unfiltered web/ comments.csv.gz --output my-calibrator --resume
+
+  # a few minutes on your own domain, from the bundled calibrator's weights
+  calibfuse train-calibrator --non-toxic ok.txt --reference all.txt --init-from bundled --steps 500 --output mine
+
+  # several processes or machines (extra: train)
+  accelerate launch --num_processes 2 -m calibfuse train-calibrator --from-unfiltered web/ --output my-calibrator
+
+Files may be .txt, .jsonl or .csv, each also as .gz or .xz, folders of these, or hf:NAME for a data set of the Hub.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments; imports nothing heavy."""
+    text = parser.add_argument_group("text")
+    text.add_argument("--non-toxic", nargs="+", default=[], metavar="FILE", help="non-toxic text: both heads learn it")
+    text.add_argument("--reference", nargs="+", default=[], metavar="FILE", help="unfiltered text: the reference head's")
+    text.add_argument("--from-unfiltered", nargs="+", default=[], metavar="FILE", help="text that the scorer sorts")
+    text.add_argument("--scorer", default="bundled", help="toxicity scorer for sorting (default: %(default)s)")
+    text.add_argument("--threshold", type=float, default=0.5, help="toxic from this score (default: %(default)s)")
+    text.add_argument("--text-field", help="key or column of the text (default: found by name)")
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder of the calibrator; made when missing")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output")
+    model = parser.add_argument_group("model")
+    model.add_argument("--init-from", metavar="CALIBRATOR", help="start from these weights ('bundled', folder or Hub id)")
+    model.add_argument("--layers", type=int, help="blocks of the body (default: 3)")
+    model.add_argument("--width", type=int, help="width of the body (default: 192)")
+    model.add_argument("--token-width", type=int, help="width of a token's vector (default: 128)")
+    model.add_argument("--buckets", type=int, help="rows of the hashed feature table (default: 32768)")
+    model.add_argument("--pool", metavar="DIR", help="tokenizer pool of an earlier run (default: trained on the text)")
+    run = parser.add_argument_group("training")
+    run.add_argument("--steps", type=int, default=4000, help="optimiser steps (default: %(default)s)")
+    run.add_argument("--rows", type=int, default=12, help="rows of a batch (default: %(default)s)")
+    run.add_argument("--slots", type=int, default=192, help="tokens of a row (default: %(default)s)")
+    run.add_argument("--learning-rate", type=float, default=3e-3, help="peak (default: %(default)s)")
+    run.add_argument(
+        "--flagged-share", type=float, help="share of passages drawn from the toxic or unfiltered ones (default: as they come)"
+    )
+    run.add_argument("--candidates", type=int, default=2560, help="tokens of the softmax subset (default: %(default)s)")
+    run.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    run.add_argument("--save-every", type=int, default=500, help="steps between checkpoints (default: %(default)s)")
+    run.add_argument("--validate-every", type=int, default=1000, help="steps between validations (default: %(default)s)")
+    run.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="(default: %(default)s)")
+    run.add_argument("--device", choices=("cpu", "cuda", "mps"), help="default: the best there is")
+    run.add_argument("--name", help="name of the calibrator on its model card")
+    run.add_argument("--license", help="licence of the weights on the model card, e.g. apache-2.0")
+    run.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    from calibfuse.calibrator.model import CalibratorConfig
+    from calibfuse.scorers import load_scorer
+    from calibfuse.training.run import TrainingText, run_training
+    from calibfuse.training.trainer import TrainingConfig
+
+    logging.basicConfig(level=logging.WARNING if args.quiet else logging.INFO, format="%(message)s")
+    text = TrainingText(
+        non_toxic=args.non_toxic,
+        reference=args.reference,
+        from_unfiltered=args.from_unfiltered,
+        scorer=load_scorer(args.scorer) if args.from_unfiltered else None,
+        threshold=args.threshold,
+        text_field=args.text_field,
+    )
+    training = TrainingConfig(
+        steps=args.steps,
+        rows=args.rows,
+        slots=args.slots,
+        learning_rate=args.learning_rate,
+        flagged_share=args.flagged_share,
+        candidate_count=args.candidates,
+        seed=args.seed,
+        save_every=args.save_every,
+        validate_every=args.validate_every,
+        precision=args.precision,
+    )
+    sizes = {
+        "layer_count": args.layers,
+        "width": args.width,
+        "token_width": args.token_width,
+        "bucket_count": args.buckets,
+    }
+    chosen = {key: value for key, value in sizes.items() if value is not None}
+    if "width" in chosen:
+        chosen["hidden_width"] = 4 * chosen["width"]
+    output = run_training(
+        text,
+        args.output,
+        training=training,
+        shape=CalibratorConfig(**chosen) if chosen else None,
+        pool_folder=args.pool,
+        init_from=args.init_from if args.init_from != "bundled" else _bundled(),
+        resume=args.resume,
+        device=args.device,
+        facts={key: value for key, value in (("name", args.name), ("license", args.license)) if value},
+        show_progress=not args.quiet,
+    )
+    if output is None:
+        print(f"Stopped and saved. Go on with the same command and --resume (checkpoint in {args.output}/work).")
+        return 130
+    print(f"Calibrator written to {output}. Try: calibfuse generate --calibrator {output} --prompt ... --compare")
+    return 0
+
+
+def _bundled() -> str:
+    from calibfuse.hub import resolve_checkpoint
+
+    return str(resolve_checkpoint(None))

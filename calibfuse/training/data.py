@@ -1,0 +1,350 @@
+"""The store of passages that training draws from.
+
+Documents of the readers are cut into passages once and kept in memory-mapped files, so that training can shuffle,
+resume and read any passage without holding the text as Python strings.
+
+Left out: reading files (`readers.py`) and deciding what is toxic (`sorting.py`).
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from calibfuse.errors import DataError
+from calibfuse.training.readers import HUB_PREFIX, expand_source, iter_documents, split_passages
+
+__all__ = ["PassageStore", "TextSource", "choose_validation", "iter_documents", "split_passages"]
+
+logger = logging.getLogger(__name__)
+
+STORE_FORMAT = 1
+LABEL_REFERENCE_ONLY = 0
+LABEL_NON_TOXIC = 1
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """One entry of the training text: where it is, and what is known of it.
+
+    Attributes:
+        path: a file, a folder or `hf:NAME`.
+        is_non_toxic: True if the text was chosen as non-toxic; False for unfiltered (or toxic) text.
+    """
+
+    path: str
+    is_non_toxic: bool
+
+
+class PassageStore:
+    """Passages of the training text in memory-mapped files, with random access.
+
+    A passage carries a label: 1 for non-toxic text (both heads learn from it), 0 for text that only the reference
+    head sees. A small share, chosen by a hash of the passage, is kept for validation; equal passages always fall on
+    the same side.
+
+    Files of the folder: `data.bin` (UTF-8 bytes of all passages), `offsets.npy` (int64, passages + 1), `labels.npy`
+    (uint8), `is_validation.npy` (bool), `meta.json`.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        """Open a store that `build` has written.
+
+        Args:
+            folder: the folder of the store.
+
+        Raises:
+            DataError: a file is missing, damaged, of a newer format, or does not fit the others.
+        """
+        self.folder = Path(folder)
+        try:
+            self.meta: dict[str, Any] = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
+            self._offsets: np.ndarray = np.load(self.folder / "offsets.npy", mmap_mode="r", allow_pickle=False)
+            self.labels: np.ndarray = np.load(self.folder / "labels.npy", allow_pickle=False)
+            is_validation: np.ndarray = np.load(self.folder / "is_validation.npy", allow_pickle=False)
+            self._data = np.memmap(self.folder / "data.bin", dtype=np.uint8, mode="r")
+        except (OSError, ValueError, EOFError) as error:
+            raise DataError(
+                f"The passage store {self.folder} is missing or damaged ({error}). Delete the folder to build it again."
+            ) from error
+        if self.meta.get("format") != STORE_FORMAT:
+            raise DataError(
+                f"The passage store {self.folder} has format {self.meta.get('format')}, expected {STORE_FORMAT}. "
+                "Delete the folder to build it again."
+            )
+        count = len(self._offsets) - 1
+        if not len(self.labels) == len(is_validation) == count or self._offsets[-1] != len(self._data):
+            raise DataError(f"The files of the passage store {self.folder} do not fit together. Delete the folder.")
+        self.train_indices: np.ndarray = np.flatnonzero(~is_validation)
+        self.validation_indices: np.ndarray = np.flatnonzero(is_validation)
+
+    @classmethod
+    def build(
+        cls,
+        sources: Sequence[TextSource],
+        cache_folder: str | os.PathLike[str],
+        *,
+        text_field: str | None = None,
+        passage_bytes: int = 600,
+        min_bytes: int = 16,
+        sorter: "Callable[[Sequence[str]], np.ndarray] | None" = None,
+        sorter_name: str = "",
+        validation_share: float = 0.005,
+        max_validation_bytes: int = 2_000_000,
+        show_progress: bool = True,
+    ) -> "PassageStore":
+        """Read the sources once and write the store, or reuse the one of the same sources and options.
+
+        Args:
+            sources: the text, each with its label.
+            cache_folder: the store becomes a folder inside, named by its fingerprint.
+            text_field: see `iter_documents`.
+            passage_bytes: the longest passage, in UTF-8 bytes.
+            min_bytes: shorter passages are left out.
+            sorter: gives bool labels (True = non-toxic) for passages in place of the sources' own, see
+                `calibfuse.training.sorting.PassageSorter`.
+            sorter_name: what the sorter is (scorer and threshold); part of the fingerprint.
+            validation_share: share of the passages kept for validation, in (0, 0.5].
+            max_validation_bytes: the most bytes kept for validation.
+            show_progress: show a progress bar.
+
+        Returns:
+            The open store.
+
+        Raises:
+            DataError: see `iter_documents`; or there are fewer than two passages; or the disk refuses to take it.
+        """
+        if not sources:
+            raise DataError("No training text was given: expected at least one file, folder or hf:NAME.")
+        if (sorter is None) != (not sorter_name):
+            raise DataError("A sorter needs a sorter_name, and only then: the name tells cached labels apart.")
+        options = {
+            "text_field": text_field,
+            "passage_bytes": passage_bytes,
+            "min_bytes": min_bytes,
+            "sorter": sorter_name,
+            "validation_share": validation_share,
+            "max_validation_bytes": max_validation_bytes,
+        }
+        files = [(file, source.is_non_toxic) for source in sources for file in expand_source(source.path)]
+        fingerprint = _fingerprint(files, options)
+        folder = Path(cache_folder) / f"passages-{fingerprint[:16]}"
+        if (folder / "meta.json").is_file():
+            logger.info("Reusing the passages in %s", folder)
+            return cls(folder)
+        meta = {"format": STORE_FORMAT, "fingerprint": fingerprint, "options": options}
+        writer = _StoreWriter(folder, meta, sorter)
+        try:
+            bar = tqdm(files, desc="reading text", unit="file", disable=not show_progress)
+            for file, is_non_toxic in bar:
+                bar.set_postfix_str(Path(file).name)
+                for document in iter_documents([file], text_field=text_field):
+                    for passage in split_passages(document, passage_bytes):
+                        text = passage.strip()
+                        if len(text.encode()) >= min_bytes:
+                            writer.add(text, is_non_toxic)
+            writer.finish(validation_share, max_validation_bytes)
+        except OSError as error:
+            raise DataError(f"The passages cannot be written to {folder}: {error.strerror or error}.") from error
+        finally:
+            writer.discard()
+        return cls(folder)
+
+    def __len__(self) -> int:
+        """Number of passages, validation included."""
+        return len(self.labels)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all passages, validation included."""
+        return len(self._data)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of the sources (names, sizes, times of change) and options."""
+        return str(self.meta["fingerprint"])
+
+    def text(self, index: int) -> str:
+        """The passage number `index`, 0 <= index < len(self)."""
+        start, end = self._offsets[index], self._offsets[index + 1]
+        return bytes(self._data[start:end]).decode()
+
+    def texts(self, indices: Iterable[int]) -> list[str]:
+        """Several passages at once."""
+        return [self.text(int(index)) for index in indices]
+
+    def label(self, index: int) -> int:
+        """1 if the passage is non-toxic, 0 if only the reference head learns from it."""
+        return int(self.labels[index])
+
+    def byte_lengths(self, indices: np.ndarray) -> np.ndarray:
+        """Bytes of the passages `indices`; int64, same shape."""
+        return np.asarray(self._offsets[np.asarray(indices) + 1] - self._offsets[np.asarray(indices)])
+
+    def permutation(self, epoch: int, seed: int, label: int | None = None) -> np.ndarray:
+        """The order of the training passages in one epoch.
+
+        Args:
+            epoch: number of the epoch, from 0.
+            seed: seed of the run.
+            label: only the passages with this label; None for all.
+
+        Returns:
+            int64 indices, each training passage once; the same for the same arguments.
+        """
+        indices = self.train_indices
+        if label is not None:
+            indices = indices[self.labels[indices] == label]
+        return np.random.default_rng([seed, epoch]).permutation(indices)
+
+    def sample_texts(self, byte_budget: int, seed: int) -> Iterator[str]:
+        """Random training passages up to a number of bytes, each at most once; for training tokenizers.
+
+        Args:
+            byte_budget: stop after so many UTF-8 bytes.
+            seed: seed of the order.
+
+        Yields:
+            Passages.
+        """
+        total = 0
+        for index in self.permutation(0, seed):
+            if total >= byte_budget:
+                return
+            text = self.text(int(index))
+            total += len(text.encode())
+            yield text
+
+
+class _StoreWriter:
+    """Writes a store into a temporary folder beside its place, and moves it there when it is whole."""
+
+    _BATCH = 512
+
+    def __init__(
+        self, folder: Path, meta: dict[str, Any], sorter: Callable[[Sequence[str]], np.ndarray] | None
+    ) -> None:
+        self._folder = folder
+        self._meta = meta
+        self._sorter = sorter
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            self._temporary = Path(tempfile.mkdtemp(prefix=".passages-", dir=folder.parent))
+            self._data = (self._temporary / "data.bin").open("wb")
+        except OSError as error:
+            raise DataError(f"The passages cannot be written to {folder.parent}: {error.strerror or error}.") from error
+        # array: 8 bytes a passage, against some 36 in a list of ints
+        self._offsets = array("q", [0])
+        self._hashes = array("Q")
+        self._labels = bytearray()
+        self._pending: list[str] = []
+
+    @property
+    def count(self) -> int:
+        return len(self._offsets) - 1
+
+    def add(self, text: str, is_non_toxic: bool) -> None:
+        data = text.encode()
+        self._data.write(data)
+        self._offsets.append(self._offsets[-1] + len(data))
+        self._hashes.append(int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little"))
+        if self._sorter is None:
+            self._labels.append(LABEL_NON_TOXIC if is_non_toxic else LABEL_REFERENCE_ONLY)
+            return
+        self._pending.append(text)
+        if len(self._pending) == self._BATCH:
+            self._sort_pending()
+
+    def _sort_pending(self) -> None:
+        if self._sorter is not None and self._pending:
+            self._labels.extend(np.asarray(self._sorter(self._pending), dtype=np.uint8).tobytes())
+            self._pending = []
+
+    def finish(self, validation_share: float, max_validation_bytes: int) -> None:
+        self._sort_pending()
+        self._data.close()
+        if self.count < 2:
+            raise DataError(
+                f"The training text gives {self.count} passage(s); at least 2 are needed, one of them for validation. "
+                "Give more text."
+            )
+        offsets = np.frombuffer(self._offsets, dtype=np.int64)
+        hashes = np.frombuffer(self._hashes, dtype=np.uint64)
+        is_validation = choose_validation(hashes, np.diff(offsets), validation_share, max_validation_bytes)
+        labels = np.frombuffer(bytes(self._labels), dtype=np.uint8)
+        np.save(self._temporary / "offsets.npy", offsets)
+        np.save(self._temporary / "labels.npy", labels)
+        np.save(self._temporary / "is_validation.npy", is_validation)
+        meta = {
+            **self._meta,
+            "passages": self.count,
+            "bytes": int(offsets[-1]),
+            "non_toxic_passages": int(labels.sum()),
+            "validation_passages": int(is_validation.sum()),
+        }
+        (self._temporary / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        if self._folder.exists() and not (self._folder / "meta.json").is_file():
+            shutil.rmtree(self._folder)  # left by something else: without meta.json it is no store
+        try:
+            os.replace(self._temporary, self._folder)
+        except OSError:
+            # Another process finished the same store first; its files are equal to ours.
+            if not (self._folder / "meta.json").is_file():
+                raise
+
+    def discard(self) -> None:
+        """Remove the temporary folder if it is still there; harmless after `finish`."""
+        self._data.close()
+        shutil.rmtree(self._temporary, ignore_errors=True)
+
+
+def choose_validation(
+    hashes: np.ndarray, byte_lengths: np.ndarray, share: float, max_bytes: int, min_bytes: int = 65_536
+) -> np.ndarray:
+    """Choose the passages of the validation set: those with the lowest hashes.
+
+    The share is raised, up to a twentieth of the text, where it gives less than `min_bytes`.
+
+    Args:
+        hashes: uint64 [passages]; equal passages have equal hashes and fall on the same side.
+        byte_lengths: int64 [passages], bytes.
+        share: share of the bytes, in (0, 0.5].
+        max_bytes: the most bytes chosen (one passage may exceed it).
+        min_bytes: the fewest bytes aimed at.
+
+    Returns:
+        bool [passages]; at least one True, and at least one False where there are two different passages.
+    """
+    if not 0.0 < share <= 0.5:
+        raise DataError(f"validation_share must be above 0 and at most 0.5, got {share}.")
+    total = int(byte_lengths.sum())
+    budget = min(max(share * total, min(min_bytes, total // 20)), max_bytes)
+    order = np.argsort(hashes, kind="stable")
+    taken = max(1, int(np.searchsorted(np.cumsum(byte_lengths[order]), budget, side="right")))
+    chosen = hashes <= hashes[order[taken - 1]]
+    if chosen.all():
+        raise DataError("All passages of the training text are equal; at least two different ones are needed.")
+    return np.asarray(chosen)
+
+
+def _fingerprint(files: Sequence[tuple[str, bool]], options: dict[str, Any]) -> str:
+    """Hex sha256 over names, sizes and times of change of the files, and the options."""
+    entries: list[list[Any]] = []
+    for file, is_non_toxic in files:
+        if file.startswith(HUB_PREFIX):
+            entries.append([file, is_non_toxic])
+        else:
+            status = os.stat(file)
+            entries.append([os.path.abspath(file), status.st_size, status.st_mtime_ns, is_non_toxic])
+    text = json.dumps([STORE_FORMAT, entries, options], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()

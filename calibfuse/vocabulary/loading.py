@@ -1,0 +1,167 @@
+"""Finds the token table of whatever a user calls a tokenizer: an object in memory, a path, or a name on the Hub.
+
+From the Hub only the tokenizer's own files are downloaded, never weights. Left out: custom code of a repository.
+"""
+
+import hashlib
+import os
+import re
+from pathlib import Path
+
+from calibfuse.errors import VocabularyError
+from calibfuse.vocabulary.token_table import TokenTable
+from calibfuse.vocabulary.tokenizer_files import TOKENIZER_KINDS, read_file
+from calibfuse.vocabulary.tokenizer_objects import read_object
+
+# The files of a folder that can be read without knowing the model, best first.
+_SELF_CONTAINED = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tekken.json",
+    "tiktoken.model",
+    "*.tiktoken",
+    "vocab.txt",
+    "tok*.bin",
+)
+# Files beside a vocabulary that name added and special tokens.
+_SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_FILE_ENDINGS = (".json", ".model", ".txt", ".tiktoken", ".bin", ".gz")
+
+
+def load_table(tokenizer: object, *, revision: str | None = None, local_files_only: bool = False) -> TokenTable:
+    """The token table of a tokenizer.
+
+    Args:
+        tokenizer: see `Vocabulary.from_tokenizer`.
+        revision: branch, tag or commit, where `tokenizer` is a Hub id.
+        local_files_only: do not go to the network.
+
+    Returns:
+        Its tokens by id.
+
+    Raises:
+        VocabularyError: it is no tokenizer, or cannot be found or read.
+    """
+    if not isinstance(tokenizer, (str, os.PathLike)):
+        return read_object(tokenizer)
+    name = os.fspath(tokenizer)
+    if not isinstance(name, str) or "\0" in name or not name.strip():
+        raise VocabularyError(f"Expected the path or Hub id of a tokenizer, got {name!r:.200}.")
+    path = Path(name).expanduser()
+    try:
+        if path.is_dir():
+            return _from_folder(path)
+        if path.exists():
+            return read_file(path)
+    except OSError as error:
+        raise VocabularyError(f"Cannot read the tokenizer at {name!r:.200}: {_one_line(error)}") from error
+    if isinstance(tokenizer, str) and _HUB_ID.fullmatch(name) and not name.endswith(_FILE_ENDINGS):
+        return _from_hub(name, revision=revision, local_files_only=local_files_only)
+    raise VocabularyError(f"No tokenizer at {name!r:.200}: there is no such file or folder, and it is no Hub id.")
+
+
+def _from_folder(folder: Path) -> TokenTable:
+    beside = [folder / name for name in _SIDE_FILES if (folder / name).is_file()]
+    for pattern in _SELF_CONTAINED:
+        for path in sorted(folder.glob(pattern))[:1]:
+            # Other families keep lists of the same name that mean nothing without the model's code.
+            if pattern != "vocab.txt" or b"[UNK]" in path.read_bytes():
+                return read_file(path, beside=beside)
+    if any((folder / name).is_file() for name in ("tokenizer_config.json", "config.json")):
+        # What is left needs the model's code: some models shift the ids of their SentencePiece file.
+        return _from_auto_tokenizer(str(folder), revision=None, local_files_only=True)
+    for pattern in ("*.model", "vocab.json"):
+        found = sorted(folder.glob(pattern))
+        if len(found) == 1:
+            return read_file(found[0], beside=beside)
+    raise VocabularyError(f"The folder {folder} holds no tokenizer; expected {TOKENIZER_KINDS} in it.")
+
+
+def _from_hub(name: str, *, revision: str | None, local_files_only: bool) -> TokenTable:
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    unreachable: Exception | None = None
+
+    def download(file: str) -> Path | None:
+        nonlocal unreachable
+        cached_only = local_files_only or unreachable is not None  # one failed attempt to connect is enough
+        try:
+            path = huggingface_hub.hf_hub_download(name, file, revision=revision, local_files_only=cached_only)
+        except LocalEntryNotFoundError as error:
+            unreachable = unreachable or error
+            return None
+        except EntryNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise VocabularyError(
+                f"No tokenizer {name!r}: neither a file or folder nor readable on the Hub ({_one_line(error)})."
+            ) from error
+        return Path(path)
+
+    for file in _SELF_CONTAINED:
+        path = None if "*" in file else download(file)  # only whole names can be asked for
+        if path is not None:
+            for side_file in _SIDE_FILES:
+                download(side_file)
+            return _from_folder(path.parent)
+    try:
+        return _from_auto_tokenizer(name, revision=revision, local_files_only=unreachable is not None)
+    except VocabularyError:
+        if unreachable is None:
+            raise
+        raise VocabularyError(
+            f"No tokenizer {name!r}: there is no such file or folder, the Hub was not reached, and its cache has none."
+        ) from unreachable
+
+
+def _from_auto_tokenizer(name: str, *, revision: str | None, local_files_only: bool) -> TokenTable:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=revision or "main", local_files_only=local_files_only, trust_remote_code=False
+        )
+    except Exception as error:  # transformers raises many kinds for a folder that is no tokenizer
+        raise VocabularyError(f"No tokenizer can be loaded from {name!r} ({_one_line(error)}).") from error
+    return read_object(tokenizer)
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+def quick_fingerprint(tokenizer: object) -> str | None:
+    """A cheap key of a tokenizer for a disk cache, without extracting its bytes.
+
+    Args:
+        tokenizer: see `Vocabulary.from_tokenizer`.
+
+    Returns:
+        For a path, a hex hash over the files that `Vocabulary.from_tokenizer` reads. None for what has no key that is
+        both cheap and safe: objects in memory can have changed since they were loaded, and asking them for their
+        tokens is most of the cost of extracting the bytes. Use `Vocabulary.fingerprint` for those.
+    """
+    if not isinstance(tokenizer, (str, os.PathLike)):
+        return None
+    path = Path(os.fspath(tokenizer)).expanduser()
+    files = [path]
+    if path.is_dir():
+        files = [path / name for name in ("tokenizer.json", *_SIDE_FILES)]
+        if not files[0].is_file():
+            return None
+    digest = hashlib.blake2b(b"calibfuse tokenizer files 1", digest_size=32)
+    try:
+        for file in files:
+            content = file.read_bytes() if file.is_file() else None
+            if content is None and path.is_dir():
+                continue
+            if content is None:
+                return None
+            digest.update(file.name.encode() if path.is_dir() else b"")
+            digest.update(len(content).to_bytes(8, "little") + content)
+    except (OSError, ValueError):
+        return None
+    return digest.hexdigest()

@@ -1,0 +1,174 @@
+"""What every tokenizer is reduced to before its tokens become bytes: token strings by id, and facts about them.
+
+Readers of files and of tokenizer objects (`loading.py`, `sentencepiece.py`) produce a `TokenTable`; `byte_strings.py`
+turns it into bytes. This module holds data only and knows no tokenizer library.
+"""
+
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from calibfuse.errors import VocabularyError
+
+# Above every vocabulary in use (about 260,000) by an order of magnitude; a stray id of 4e9 must not allocate gigabytes.
+MAX_VOCABULARY_SIZE = 4_194_304
+# `<|endoftext|>`: control syntax by convention; some tokenizer files hold it as an ordinary entry.
+CONTROL_TOKEN = re.compile(r"<\|[^|<>\s]+\|>")
+_WHITE_SPACE_SPLITTERS = frozenset({"Whitespace", "WhitespaceSplit", "BertPreTokenizer"})
+
+
+@dataclass(frozen=True)
+class Hints:
+    """What a tokenizer says about how its tokens are spelled; all optional, consulted where the tokens leave doubt.
+
+    Attributes:
+        byte_level: its decoder undoes the byte-level alphabet; None where it has no decoder.
+        metaspace: its decoder turns U+2581 into a space; None where it has no decoder.
+        continuation_prefix: what marks a piece inside a word ("##").
+        word_suffix: what marks the last piece of a word ("</w>").
+        whole_words: tokens are whole words split at white space (a word-level model).
+    """
+
+    byte_level: bool | None = None
+    metaspace: bool | None = None
+    continuation_prefix: str | None = None
+    word_suffix: str | None = None
+    whole_words: bool = False
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """The tokens of one tokenizer by id, before they are turned into bytes.
+
+    Attributes:
+        tokens: token string or raw bytes of each id; None for a hole in the id range.
+        special: ids of control tokens.
+        literal: ids of tokens that were added by hand and stand for their own text, outside the model's spelling.
+        name: where the tokenizer came from, for messages.
+        hints: what the tokenizer says about its spelling.
+    """
+
+    tokens: list[str | bytes | None]
+    special: frozenset[int]
+    literal: frozenset[int]
+    name: str
+    hints: Hints = field(default_factory=Hints)
+
+
+def table_from_ids(
+    items: Iterable[tuple[str | bytes, int]],
+    added: Mapping[int, tuple[str, bool]],
+    special: Iterable[int] = (),
+    *,
+    name: str,
+    hints: Hints | None = None,
+) -> TokenTable:
+    """Lay tokens out by id.
+
+    Args:
+        items: (token, id) pairs in any order. Where two strings claim one id, the one that sorts last wins, so that the
+            result does not depend on the order of a hash table.
+        added: id -> (content, is special) of tokens added outside the model; wins over `items`.
+        special: further ids of control tokens.
+        name: where the tokenizer came from, for messages.
+        hints: what the tokenizer says about its spelling.
+
+    Returns:
+        The table; ids that nobody claims are holes (None).
+
+    Raises:
+        VocabularyError: an id is negative, no integer, or too large to be a token id; or a token is no string.
+    """
+    pairs, control = list(items), list(special)
+    highest = -1
+    for token, token_id in itertools.chain(pairs, ((content, i) for i, (content, _) in added.items())):
+        if type(token_id) is not int or not 0 <= token_id < MAX_VOCABULARY_SIZE:
+            raise VocabularyError(
+                f"Token ids must be integers from 0 to {MAX_VOCABULARY_SIZE - 1}, but {name} gives {token_id!r:.60} to "
+                f"{token!r:.60}."
+            )
+        if not isinstance(token, (str, bytes)):
+            raise VocabularyError(f"Tokens must be strings or bytes, but {name} has {token!r:.60} at id {token_id}.")
+        highest = max(highest, token_id)
+    for token_id in control:
+        if type(token_id) is not int or token_id < 0:
+            raise VocabularyError(f"Ids of control tokens must be integers from 0, but {name} gives {token_id!r:.60}.")
+    tokens: list[str | bytes | None] = [None] * (highest + 1)
+    for token, token_id in pairs:
+        other = tokens[token_id]
+        if other is None or _sort_key(token) > _sort_key(other):
+            tokens[token_id] = token
+    literal = literal_ids(added, tokens.__getitem__)
+    for token_id, (content, _) in added.items():
+        tokens[token_id] = content
+    return TokenTable(
+        tokens=tokens,
+        special=frozenset(control) | {i for i, (_, is_special) in added.items() if is_special},
+        literal=literal,
+        name=name,
+        hints=hints or Hints(),
+    )
+
+
+def literal_ids(
+    added: Mapping[int, tuple[str, bool]], model_token: Callable[[int], str | bytes | None]
+) -> frozenset[int]:
+    """Ids of added tokens that stand for their own text.
+
+    An added token that the model has under the same id is spelled as the model spells it, since the model produces it.
+
+    Args:
+        added: id -> (content, is special).
+        model_token: the model's own token of an id; None where it has none.
+    """
+    return frozenset(
+        token_id
+        for token_id, (content, is_special) in added.items()
+        if not is_special and (model_token(token_id) != content or CONTROL_TOKEN.fullmatch(content))
+    )
+
+
+def _sort_key(token: str | bytes) -> tuple[bool, str | bytes]:
+    return isinstance(token, bytes), token
+
+
+def decoder_hints(model: Mapping[str, Any], decoder: object, pre_tokenizer: object) -> Hints:
+    """What the parts of a tokenizer.json say about the spelling of its tokens.
+
+    Args:
+        model: "type", "continuing_subword_prefix" and "end_of_word_suffix" of its model, where it has them.
+        decoder: its decoder as parsed JSON, or None.
+        pre_tokenizer: its pre-tokenizer as parsed JSON, or None.
+
+    Returns:
+        The hints.
+    """
+    steps, splitters = _steps(decoder), _steps(pre_tokenizer)
+    kinds = {step.get("type") for step in steps}
+    metaspace = bool(kinds & {"Metaspace", "ByteFallback"}) or "\\u2581" in json.dumps(steps)
+    prefixes = [step.get("prefix") for step in steps if step.get("type") == "WordPiece"]
+    suffixes = [step.get("suffix") for step in steps if step.get("type") == "BPEDecoder"]
+    byte_level = True if "ByteLevel" in kinds else False if metaspace or prefixes or suffixes else None
+    return Hints(
+        byte_level=byte_level,
+        metaspace=metaspace if steps else None,
+        continuation_prefix=_first_text(model.get("continuing_subword_prefix"), *prefixes),
+        word_suffix=_first_text(model.get("end_of_word_suffix"), *suffixes),
+        whole_words=model.get("type") == "WordLevel"
+        and any(step.get("type") in _WHITE_SPACE_SPLITTERS for step in splitters),
+    )
+
+
+def _first_text(*values: object) -> str | None:
+    return next((value for value in values if isinstance(value, str) and value), None)
+
+
+def _steps(part: object) -> list[dict[str, Any]]:
+    """A decoder or pre-tokenizer as a flat list of steps."""
+    if not isinstance(part, dict):
+        return []
+    nested = [step for key in ("decoders", "pretokenizers") for child in part.get(key) or [] for step in _steps(child)]
+    return nested or [part]

@@ -1,0 +1,210 @@
+"""Training end to end on a few kilobytes: same result after a kill, on two processes, and clear refusals."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from calibfuse import Calibrator
+from calibfuse.calibrator.model import CalibratorConfig
+from calibfuse.errors import CheckpointError, InputError
+from calibfuse.training.run import TrainingText, run_training
+from calibfuse.training.tokenizer_pool import PoolSpec
+from calibfuse.training.trainer import TrainingConfig
+
+SHAPE = CalibratorConfig(
+    bucket_count=1024, token_width=16, composer_hidden_width=16, width=16, layer_count=1, head_count=2, hidden_width=32,
+    window=16, adapter_width=8,
+)  # fmt: skip
+POOL = (PoolSpec(style="byte-level", vocab_size=400), PoolSpec(style="metaspace-bytes", vocab_size=500))
+QUICK = {"rows": 4, "slots": 32, "candidate_count": 256, "vocabulary_size": 800, "save_every": 5, "validate_every": 0}
+
+
+@pytest.fixture
+def text(tmp_path: Path, sample_lines: list[str]) -> TrainingText:
+    half = len(sample_lines) // 2
+    (tmp_path / "clean.txt").write_text("\n\n".join(sample_lines[:half]), encoding="utf-8")
+    (tmp_path / "web.txt").write_text("\n\n".join(sample_lines[half:]), encoding="utf-8")
+    return TrainingText(non_toxic=[str(tmp_path / "clean.txt")], reference=[str(tmp_path / "web.txt")])
+
+
+def train(text: TrainingText, output: Path, **options) -> Path | None:
+    training = TrainingConfig(**{**QUICK, "steps": 20, "precision": "fp32", **options.pop("training", {})})
+    return run_training(
+        text, output, training=training, shape=SHAPE, pool_specs=POOL, device="cpu", show_progress=False, **options
+    )
+
+
+def history(output: Path) -> list[dict[str, float]]:
+    return json.loads((output / "work" / "checkpoint" / "state.json").read_text())["history"]
+
+
+def test_training_lowers_the_loss_and_writes_a_loadable_calibrator_with_its_facts(text, tmp_path):
+    output = train(text, tmp_path / "out", training={"steps": 60})
+    rows = history(output)
+    assert rows[-1]["reference_nats"] < rows[0]["reference_nats"] - 0.5
+    assert rows[-1]["bits_per_byte"] < rows[0]["bits_per_byte"]
+    calibrator = Calibrator.from_pretrained(output)
+    facts = calibrator.config.training
+    assert set(facts["data"]["files"]) == {"clean.txt", "web.txt"}
+    assert facts["settings"]["steps"] == 60
+    for row in facts["bits_per_byte"].values():
+        assert 1.0 < row["reference"] < 8.0
+    card = (output / "README.md").read_text()
+    assert "clean.txt" in card
+    assert "bits per byte" in card.lower()
+
+
+def test_a_resumed_run_ends_with_the_same_weights(text, tmp_path):
+    whole = train(text, tmp_path / "whole")
+    # 10 of 20 steps, then on: the schedule is that of 20 steps in both, so the first half is cut by a signal
+    code = (
+        "import sys, signal, os\n"
+        "from calibfuse.training import trainer\n"
+        "original = trainer.Trainer._train_step\n"
+        "def step(self):\n"
+        "    if self.step == 11: os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return original(self)\n"
+        "trainer.Trainer._train_step = step\n"
+        "sys.path.insert(0, sys.argv[1])\n"
+        "from test_training_run import train, TrainingText\n"
+        "from pathlib import Path\n"
+        "text = TrainingText(non_toxic=[sys.argv[2]], reference=[sys.argv[3]])\n"
+        "assert train(text, Path(sys.argv[4])) is None\n"
+    )
+    halves = tmp_path / "halves"
+    arguments = [str(Path(__file__).parent), text.non_toxic[0], text.reference[0], str(halves)]
+    result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert len(history(halves)) == 12
+    assert not (halves / "model.safetensors").exists()
+    with pytest.raises(CheckpointError, match="--resume"):
+        train(text, halves)
+    assert train(text, halves, resume=True) == halves
+    assert history(halves) == history(whole)
+    first, second = (load_file(folder / "model.safetensors") for folder in (whole, halves))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_run_can_start_from_an_earlier_calibrator(text, tmp_path):
+    first = train(text, tmp_path / "first", training={"steps": 60})
+    pool = next((first / "work").glob("pool-*"))
+    training = TrainingConfig(**{**QUICK, "steps": 5, "precision": "fp32"})
+    second = run_training(
+        text, tmp_path / "second", training=training, init_from=first, pool_folder=pool, device="cpu", show_progress=False
+    )
+    assert history(second)[0]["reference_nats"] < history(first)[0]["reference_nats"] - 0.3
+
+
+def test_resuming_with_other_text_is_refused(text, tmp_path):
+    train(text, tmp_path / "out", training={"steps": 5})
+    (tmp_path / "web.txt").write_text("Something else entirely, and quite a bit of it.\n\n" * 200, encoding="utf-8")
+    with pytest.raises(CheckpointError, match="another text"):
+        train(text, tmp_path / "out", resume=True, training={"steps": 6})
+
+
+def test_resuming_without_a_checkpoint_is_refused(text, tmp_path):
+    with pytest.raises(CheckpointError, match="no such file"):
+        train(text, tmp_path / "out", resume=True)
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        ({"non_toxic": ["a"]}, "--reference"),
+        ({"from_unfiltered": ["a"], "reference": ["b"]}, "not both"),
+        ({"from_unfiltered": ["a"]}, "scorer"),
+    ],
+)
+def test_sources_that_make_no_sense_are_refused(sources, message):
+    with pytest.raises(InputError, match=message):
+        TrainingText(**sources)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("steps", 0), ("learning_rate", float("nan")), ("decay", 1.5), ("precision", "int3"), ("flagged_share", 1.0)],
+)
+def test_settings_out_of_range_are_refused(setting, value):
+    with pytest.raises(InputError, match=setting):
+        TrainingConfig(**{setting: value})
+
+
+def test_the_rate_rises_stays_and_falls():
+    config = TrainingConfig(steps=100, warmup=0.1, decay=0.5, learning_rate=1.0)
+    assert config.rate_at(0) == pytest.approx(0.1)
+    assert config.rate_at(30) == config.rate_at(49) == 1.0
+    assert config.rate_at(99) == pytest.approx(0.02)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(text, tmp_path):
+    with pytest.raises(InputError, match="diverged"):
+        train(text, tmp_path / "out", training={"learning_rate": 1e30, "steps": 30})
+
+
+@pytest.mark.slow
+def test_the_command_stops_cleanly_on_ctrl_c_and_resumes(text, tmp_path):
+    command = [
+        sys.executable, "-m", "calibfuse", "train-calibrator", "--non-toxic", text.non_toxic[0], "--reference",
+        text.reference[0], "--output", str(tmp_path / "out"), "--steps", "100000", "--rows", "4", "--slots", "32",
+        "--layers", "1", "--width", "16", "--token-width", "16", "--buckets", "512", "--validate-every", "0",
+        "--save-every", "20", "--device", "cpu",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 180
+    while not (tmp_path / "out" / "work" / "checkpoint").exists():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline, "no checkpoint within three minutes"
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "--resume" in output
+    steps = len(history(tmp_path / "out"))
+    command[command.index("--steps") + 1] = str(steps + 2)
+    result = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=180)
+    assert result.returncode == 0, result.stderr
+    assert len(history(tmp_path / "out")) == steps + 2
+
+
+@pytest.mark.slow
+def test_two_processes_follow_the_loss_curve_of_one(text, tmp_path):
+    """Every process packs the same batch and trains on half of its rows; the mean of the means differs by rounding and by
+    unequal token counts of the halves: a few thousandths of a nat."""
+    pytest.importorskip("accelerate")
+    single = train(text, tmp_path / "single", training={"steps": 15})
+    script = tmp_path / "two.py"
+    script.write_text(
+        "import sys\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from test_training_run import train, TrainingText\n"
+        "from pathlib import Path\n"
+        f"text = TrainingText(non_toxic=[{text.non_toxic[0]!r}], reference=[{text.reference[0]!r}])\n"
+        f"train(text, Path({str(tmp_path / 'double')!r}), training={{'steps': 15}})\n"
+    )
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(launch, capture_output=True, text=True, timeout=240, env=environment)
+    assert result.returncode == 0, result.stderr[-2000:]
+    one, two = history(single), history(tmp_path / "double")
+    assert len(one) == len(two) == 15
+    for first, second in zip(one, two, strict=True):
+        assert second["loss"] == pytest.approx(first["loss"], abs=0.05)
+
+
+def test_the_command_explains_itself_quickly():
+    result = subprocess.run(
+        [sys.executable, "-m", "calibfuse", "train-calibrator", "--help"], capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 0
+    assert re.search(r"--from-unfiltered", result.stdout)
+    assert "accelerate launch" in result.stdout
