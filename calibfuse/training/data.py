@@ -207,6 +207,23 @@ class PassageStore:
             indices = indices[self.labels[indices] == label]
         return np.random.default_rng([seed, epoch]).permutation(indices)
 
+    def blocks(self, max_bytes: int) -> "Iterator[tuple[int, np.ndarray, bytes]]":
+        """All passages in order, in blocks of about `max_bytes`, for scans of the raw bytes.
+
+        Args:
+            max_bytes: bytes of a block; a longer passage makes a longer block.
+
+        Yields:
+            Index of the block's first passage, int64 offsets of its passages within the block, and the block's bytes.
+        """
+        first = 0
+        while first < len(self):
+            limit = self._offsets[first] + max_bytes
+            last = max(first + 1, int(np.searchsorted(self._offsets, limit, side="right")) - 1)
+            start, end = int(self._offsets[first]), int(self._offsets[last])
+            yield first, np.asarray(self._offsets[first:last]) - start, self._data[start:end].tobytes()
+            first = last
+
     def sample_texts(self, byte_budget: int, seed: int) -> Iterator[str]:
         """Random training passages up to a number of bytes, each at most once; for training tokenizers.
 

@@ -29,6 +29,7 @@ from calibfuse import hub
 from calibfuse.calibrator.fidelity import measure_fidelity
 from calibfuse.calibrator.model import CALIBRATOR_HEAD, REFERENCE_HEAD, Calibrator, CalibratorConfig
 from calibfuse.errors import CheckpointError, DataError, InputError, MissingDependencyError
+from calibfuse.training.balance import balance_terms
 from calibfuse.training.batches import BatchVocabulary, TrainingBatch, make_batch, pack_rows
 from calibfuse.training.data import PassageStore
 from calibfuse.training.objective import Losses, TrainingObjective
@@ -56,6 +57,8 @@ class TrainingConfig:
         weight_decay: of the body's matrices; the hashed table has none.
         reference_weight: weight of the reference head's loss.
         flagged_share: share of the passages drawn from those that only the reference sees; None: as they come.
+        balance_identity_terms: leave out flagged passages until the names of groups of people are flagged no more often
+            than other words; see balance.py.
         candidate_count: tokens of the softmax subset.
         vocabulary_size: size to which the vocabularies of the pool are filled up with negatives.
         split_rate: share of tokens cut in two, on every second batch, in place of BPE dropout.
@@ -75,6 +78,7 @@ class TrainingConfig:
     weight_decay: float = 0.05
     reference_weight: float = 1.0
     flagged_share: float | None = None
+    balance_identity_terms: bool = True
     candidate_count: int = 2560
     vocabulary_size: int = 100_000
     split_rate: float = 0.05
@@ -123,7 +127,10 @@ class BatchSource:
 
     def __init__(self, store: PassageStore, pool: TokenizerPool, config: TrainingConfig, bucket_count: int) -> None:
         self.store, self.pool, self.config = store, pool, config
+        self.balance = balance_terms(store, config.seed) if config.balance_identity_terms else None
         labels = store.labels[store.train_indices]
+        if self.balance is not None:
+            labels = labels[~self.balance.excluded[store.train_indices]]
         self._shares = {1: int((labels == 1).sum()), 0: int((labels == 0).sum())}
         if not self._shares[1]:
             raise DataError(
@@ -182,7 +189,10 @@ class BatchSource:
     def _index_at(self, label: int, cursor: int) -> int:
         epoch, position = divmod(cursor, self._shares[label])
         if self._orders.get(label, (-1, None))[0] != epoch:
-            self._orders[label] = (epoch, self.store.permutation(epoch, self.config.seed, label))
+            order = self.store.permutation(epoch, self.config.seed, label)
+            if self.balance is not None:
+                order = order[~self.balance.excluded[order]]
+            self._orders[label] = (epoch, order)
         return int(self._orders[label][1][position])
 
 

@@ -1,0 +1,90 @@
+"""`calibfuse push` as a user runs it: a folder goes to a Hub on the loopback interface and comes back the same."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from loopback_hub import LoopbackHub
+
+from calibfuse import Calibrator
+from calibfuse.calibrator import CalibratorConfig
+from calibfuse.cli.main import main
+
+SMALL = {"bucket_count": 64, "token_width": 8, "composer_hidden_width": 8, "width": 16, "layer_count": 1}
+SMALL |= {"head_count": 2, "hidden_width": 16, "adapter_width": 8}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    place = tmp_path_factory.mktemp("calibrator")
+    torch.manual_seed(0)
+    Calibrator(CalibratorConfig(**SMALL)).save_pretrained(place)
+    return place
+
+
+@pytest.fixture(scope="module")
+def server():
+    with LoopbackHub() as server:
+        yield server
+
+
+@pytest.fixture
+def push(server, tmp_path):
+    server.clear()
+
+    def run(*arguments, **environment):
+        variables = {**os.environ, **server.environment(tmp_path / "home"), **environment}
+        command = [sys.executable, "-m", "calibfuse", "push", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, env=variables, timeout=120)
+
+    return run
+
+
+def test_a_folder_is_published_whole(push, server, folder, tmp_path):
+    result = push(folder, "org/quiet", "--private", "--message", "first try")
+    assert result.returncode == 0, result.stderr
+    assert f"{server.address}/org/quiet" in result.stdout
+    repository = server.repositories["org/quiet"]
+    assert repository.private
+    assert repository.messages[-1] == "first try"
+    for name, data in repository.files().items():
+        (tmp_path / name).write_bytes(data)
+    published, original = Calibrator.from_pretrained(tmp_path), Calibrator.from_pretrained(folder)
+    assert published.config == original.config
+    for name, tensor in original.state_dict().items():
+        assert torch.equal(published.state_dict()[name], tensor), name
+
+
+def test_a_branch_can_be_chosen(push, server, folder):
+    result = push(folder, "org/quiet", "--revision", "dev")
+    assert result.returncode == 0, result.stderr
+    assert "model.safetensors" in server.repositories["org/quiet"].files("dev")
+    assert "model.safetensors" not in server.repositories["org/quiet"].files("main")
+
+
+@pytest.mark.parametrize("problem", ["empty", "foreign", "newer", "truncated"])
+def test_a_folder_that_is_no_calibrator_is_not_published(folder, tmp_path, problem, capsys):
+    """In this process, which is offline: another error than the one of the folder would show that it tried."""
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    config = json.loads((folder / "config.json").read_text())
+    weights = (folder / "model.safetensors").read_bytes()
+    if problem != "empty":
+        changes = {"foreign": {"format": "llama"}, "newer": {"format_version": 99}}
+        (bad / "config.json").write_text(json.dumps(config | changes.get(problem, {})))
+        (bad / "model.safetensors").write_bytes(weights[: -100 if problem == "truncated" else None])
+    assert main(["push", str(bad), "org/quiet"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("calibfuse: error: ")
+    assert str(bad) in error
+    assert error.count("\n") == 1
+
+
+def test_a_hub_that_refuses_is_one_sentence(push, server, folder):
+    result = push(folder, "org/quiet", HF_TOKEN="hf_of_somebody_else")
+    assert result.returncode == 2
+    assert result.stderr.startswith("calibfuse: error: Cannot push to 'org/quiet': the Hub refused access")
+    assert result.stderr.count("\n") == 1
