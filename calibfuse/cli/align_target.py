@@ -1,0 +1,115 @@
+"""The part of `calibfuse align` that fits the alignment of a calibrator with a target model, for mode "embedding"."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calibfuse.cli.target import load_target
+from calibfuse.cli.terminal import Terminal, printable
+
+if TYPE_CHECKING:
+    from calibfuse.calibrator import Calibrator
+    from calibfuse.calibrator.alignment import Alignment
+
+_CURVE_LINES = 10
+
+
+def add_target_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add `--target` and the options of the fit; imports nothing heavy."""
+    group = parser.add_argument_group("alignment with a model, for mode embedding")
+    group.add_argument("--target", metavar="PATH_OR_HUB", help="fit the alignment with this causal language model")
+    group.add_argument(
+        "--embeddings",
+        choices=("input", "output"),
+        default="input",
+        help="embeddings to align: input as published, or output, the space that states live in (default: %(default)s)",
+    )
+    group.add_argument("--epochs", type=int, default=5, help="passes over the common tokens (default: %(default)s)")
+    group.add_argument("--negatives", type=int, default=10, help="random tokens per token (default: %(default)s)")
+    group.add_argument("--batch-size", type=int, default=32, help="tokens per step (default: %(default)s)")
+    group.add_argument("--learning-rate", type=float, default=1e-3, help="of Adam (default: %(default)s)")
+    group.add_argument("--held-out", type=float, default=0.05, help="share of tokens to test on (default: %(default)s)")
+    group.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    group.add_argument(
+        "--output", metavar="DIR", help="folder for the alignment (default: the calibrator's, else the cache folder)"
+    )
+    group.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def align_target(args: argparse.Namespace) -> dict[str, Any]:
+    """Fit and save the alignment of the arguments; print what came out unless `--json` is set.
+
+    Returns:
+        Its facts, with "folder" and "seconds".
+
+    Raises:
+        CalibfuseError: calibrator or target cannot be loaded, an option is out of range, or the folder not written to.
+    """
+    from calibfuse.calibrator import Calibrator
+    from calibfuse.calibrator.alignment_training import train_alignment
+
+    calibrator = Calibrator.from_pretrained(args.calibrator, local_files_only=args.local_files_only)
+    target = load_target(args.target, device=args.device, local_files_only=args.local_files_only)
+    start = time.perf_counter()
+    alignment = train_alignment(
+        calibrator.to(target.model.device),
+        target.model,
+        args.tokenizer or target.tokenizer,
+        negatives=args.negatives,
+        epochs=args.epochs,
+        batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        seed=args.seed,
+        held_out=args.held_out,
+        embeddings=args.embeddings,
+        progress=not args.quiet and sys.stderr.isatty(),
+    )
+    seconds = time.perf_counter() - start
+    folder = alignment.save(_place(args, calibrator))
+    if not args.json:
+        _show(alignment, folder, seconds)
+    return {**alignment.facts.to_dict(), "folder": str(folder), "seconds": round(seconds, 2)}
+
+
+def _place(args: argparse.Namespace, calibrator: Calibrator) -> Path:
+    """Where the alignment goes: where `CalibFusion.from_pretrained` looks, unless the user says otherwise."""
+    from calibfuse.calibrator.alignment import alignment_folders
+
+    if args.output:
+        return Path(args.output)
+    beside = Path(args.calibrator).expanduser() if args.calibrator else None
+    if beside is None or not beside.is_dir() or not os.access(beside, os.W_OK):
+        beside = None  # the bundled one, the Hub's cache, or a folder of somebody else
+    return alignment_folders(beside, calibrator.fingerprint)[0]
+
+
+def _show(alignment: Alignment, folder: Path, seconds: float) -> None:
+    facts = alignment.facts
+    terminal = Terminal()
+    terminal.write(
+        f"aligned {facts.embeddings} embeddings with {printable(facts.target)}: {facts.common_tokens:,} common tokens, "
+        f"{facts.width} x {facts.hidden_size} channels, {seconds:.1f} s"
+    )
+    every = max(1, len(facts.loss_curve) // _CURVE_LINES)
+    points = [*facts.loss_curve[: every * (_CURVE_LINES - 1) : every], facts.loss_curve[-1]]
+    terminal.table(("step", "loss (nats)"), [(f"{step:,}", f"{loss:.3f}") for step, loss in dict(points).items()])
+    if facts.held_out_loss is not None:
+        terminal.write()
+        rows = [("loss (nats)", f"{facts.held_out_loss:.3f}", f"{_chance_loss():.3f}")]
+        for choices, share in facts.retrieval.items():
+            rows.append((f"first of {int(choices):,}", f"{100 * share:.1f} %", f"{100 / int(choices):.1f} %"))
+        terminal.table((f"{facts.held_out_tokens:,} held-out tokens", "value", "chance"), rows)
+    terminal.write()
+    terminal.write(f"written to {folder}")
+
+
+def _chance_loss() -> float:
+    """Loss of guessing among the own token and ten others, in nats."""
+    import math
+
+    return math.log(11)

@@ -1,0 +1,220 @@
+"""`calibfuse inspect`: what a calibrator is, or what it did to a text, token by token."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calibfuse.cli.decoding import add_decoding_arguments, check_lengths, decoding_of, encode_prompt
+from calibfuse.cli.masking import Mask, masking
+from calibfuse.cli.target import (
+    Target,
+    add_fusion_arguments,
+    add_target_arguments,
+    check_fusion_arguments,
+    load_fusion,
+    load_target_of,
+)
+from calibfuse.cli.terminal import Terminal, printable
+from calibfuse.errors import InputError
+
+if TYPE_CHECKING:
+    from calibfuse.inspection import CalibratorFacts, CandidateTrace, StepTrace
+    from calibfuse.processor import CalibFusion
+
+EXAMPLES = """\
+examples:
+  calibfuse inspect                                    # what the bundled calibrator is
+  calibfuse inspect ./my-calibrator --json
+  calibfuse inspect --prompt "My neighbour is such a"  # what it does to the bundled demo target
+  calibfuse inspect ./my-calibrator --model org/any-llm --prompt "My neighbour is such a" --html trace.html
+  calibfuse inspect --prompt "My neighbour is such a" --continuation " nice person"
+"""
+
+_MOVED = 0.1  # nats: smaller shifts get no colour
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments; imports nothing heavy."""
+    parser.add_argument("name", nargs="?", metavar="CALIBRATOR", help="folder or Hub id (default: the bundled one)")
+    parser.add_argument("--prompt", metavar="TEXT", help="trace what the calibrator does after this text")
+    parser.add_argument("--continuation", metavar="TEXT", help="trace this text after the prompt; nothing is generated")
+    parser.add_argument("--chat", action="store_true", help="put the prompt into the tokenizer's chat template")
+    add_target_arguments(parser)
+    add_fusion_arguments(parser)
+    add_decoding_arguments(parser, max_new_tokens=20, several=False)
+    output = parser.add_argument_group("output")
+    output.add_argument("--top", type=int, default=5, metavar="N", help="candidates per step (default: %(default)s)")
+    output.add_argument("--html", metavar="FILE", help="write a page that needs no other file")
+    output.add_argument("--json", action="store_true", help="print JSON")
+    output.add_argument("--unmasked", action="store_true", help="show offensive words as they are")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Describe a calibrator, or trace it."""
+    if args.name is not None and args.calibrator is not None:
+        raise InputError("The calibrator was given twice; leave out --calibrator.")
+    args.calibrator = args.calibrator if args.name is None else args.name
+    if args.prompt is None:
+        for name in ("continuation", "html", "chat", "model"):
+            if getattr(args, name):
+                raise InputError(f"--{name} is for tracing a text, which needs --prompt TEXT.")
+        return _describe(args)
+    return _trace(args)
+
+
+def _describe(args: argparse.Namespace) -> int:
+    from calibfuse.calibrator import Calibrator
+    from calibfuse.inspection import describe_calibrator
+
+    calibrator = Calibrator.from_pretrained(args.calibrator, local_files_only=args.local_files_only)
+    facts = describe_calibrator(calibrator)
+    terminal = Terminal()
+    if args.json:
+        terminal.write(json.dumps(facts.to_dict(), indent=2, ensure_ascii=False))
+    else:
+        _show_facts(terminal, args.calibrator or "the calibrator bundled with calibfuse", facts)
+    return 0
+
+
+def _show_facts(terminal: Terminal, name: str, facts: CalibratorFacts) -> None:
+    terminal.heading(name)
+    terminal.write(f"fingerprint  {facts.fingerprint}")
+    terminal.write(f"heads        {', '.join(facts.heads)}")
+    terminal.write(f"parameters   {facts.parameter_count:,} ({facts.bytes_in_memory / 1e6:.1f} MB as loaded)")
+    terminal.write()
+    terminal.table(("part", "parameters"), [(part, f"{count:,}") for part, count in facts.parameters.items()])
+    terminal.write()
+    terminal.table(("shape", "size"), [(key, f"{size:,}") for key, size in facts.shape.items()])
+    for title, values in (("recommended fusion", facts.fusion), ("training", facts.training)):
+        terminal.write()
+        terminal.heading(title)
+        if not values:
+            terminal.note("nothing recorded" if title == "training" else "the defaults of FusionConfig")
+        for line in _flat(values):
+            terminal.write(printable(line))
+
+
+def _flat(values: Mapping[str, Any], indent: str = "  ") -> list[str]:
+    """Nested facts as indented lines."""
+    lines = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            lines += [f"{indent}{key}", *_flat(value, indent + "  ")]
+        else:
+            lines.append(f"{indent}{key}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}")
+    return lines
+
+
+def _trace(args: argparse.Namespace) -> int:
+    decoding = decoding_of(args)
+    check_fusion_arguments(args)
+    if args.top < 1:
+        raise InputError(f"--top must be at least 1, got {args.top}.")
+    if args.chat and args.continuation is not None:
+        raise InputError("--chat and --continuation exclude each other.")
+    if not args.prompt.strip():
+        raise InputError("The prompt is blank; give the model at least one word to continue.")
+    mask = masking(not args.unmasked)
+    page = Path(args.html).expanduser() if args.html else None
+    if page is not None and page.is_dir():
+        raise InputError(f"--html expects a file, but {args.html!r} is a folder.")
+    target = load_target_of(args)
+    ids = encode_prompt(target, args.prompt, chat=args.chat)
+    if args.continuation is None:
+        check_lengths(target, [ids], decoding.max_new_tokens)
+    else:
+        check_lengths(target, [encode_prompt(target, args.prompt + args.continuation)], 0)
+    fusion = load_fusion(args, target)
+    from calibfuse.inspection import trace_generation, trace_page
+
+    if args.continuation is None:
+        options = decoding.options() | {"pad_token_id": target.tokenizer.pad_token_id}
+        steps = trace_generation(target.model, target.tokenizer, fusion, ids, top=args.top, seed=args.seed, **options)
+    else:
+        steps = trace_generation(
+            target.model, target.tokenizer, fusion, args.prompt, continuation=args.continuation, top=args.top
+        )
+    settings = _settings(args, target, fusion)
+    if page is not None:
+        from calibfuse.hub import write_files
+
+        text = trace_page(steps, prompt=args.prompt, facts=settings, mask=mask)
+        write_files(page.parent, {page.name: text.encode("utf-8")})
+    terminal = Terminal()
+    if args.json:
+        record = {"prompt": args.prompt, "fusion": fusion.config.to_dict(), "steps": [step.to_dict() for step in steps]}
+        terminal.write(json.dumps(record, ensure_ascii=False))
+    else:
+        _show_steps(terminal, args.prompt, steps, settings, mask)
+        if page is not None:
+            terminal.write(f"written to {page}")
+    return 0
+
+
+def _settings(args: argparse.Namespace, target: Target, fusion: CalibFusion) -> dict[str, str]:
+    config = fusion.config
+    settings = {
+        "target": target.name,
+        "calibrator": args.calibrator or "bundled",
+        "fusion": f"{config.mode}, alpha {config.alpha:g}, {config.candidates or 'all'} candidates",
+    }
+    if args.continuation is None:
+        settings["decoding"] = "greedy" if args.greedy else f"sampling, seed {args.seed}"
+    else:
+        settings["continuation"] = "given"
+    return settings
+
+
+def _show_steps(
+    terminal: Terminal, prompt: str, steps: Sequence[StepTrace], settings: Mapping[str, str], mask: Mask
+) -> None:
+    from calibfuse.inspection import mask_pieces
+
+    terminal.note(", ".join(f"{name}: {value}" for name, value in settings.items()))
+    terminal.note("log-probabilities in nats; the heads' are among the movable candidates; > marks the chosen token")
+    text = prompt
+    for number, step in enumerate(steps, start=1):
+        terminal.write()
+        terminal.heading(f"step {number}: changed by {step.divergence:.3f} nats, {100 * step.moved_mass:.1f} % moved")
+        _show_candidates(terminal, step, text, mask)
+        text += step.text
+    pieces = mask_pieces([prompt, *(step.text for step in steps)], mask)
+    shown = [terminal.style(printable(pieces[0], keep_lines=True), "dim")]
+    for step, piece in zip(steps, pieces[1:], strict=True):
+        colour = ["red"] if step.divergence >= _MOVED else []
+        shown.append(terminal.style(printable(piece, keep_lines=True), *colour))
+    terminal.write()
+    terminal.write("".join(shown))
+
+
+def _show_candidates(terminal: Terminal, step: StepTrace, before: str, mask: Mask) -> None:
+    from calibfuse.inspection import mask_in_context
+
+    heads = list(next((each.heads for each in step.candidates if each.heads), {}))
+    rows, styles = [], []
+    for each in step.candidates:
+        label = printable(mask_in_context(before, each.text, mask).replace("\n", "⏎"))
+        mark = "> " if each == step.chosen else "  "
+        said = [_nats(each.heads.get(head)) for head in heads]
+        rank = f"{each.plain_rank} -> {each.fused_rank}"
+        rows.append((mark + repr(label), _nats(each.plain), *said, f"{each.shift:+.2f}", _nats(each.fused), rank))
+        styles.append(_styles(each, len(heads), is_chosen=each == step.chosen))
+    terminal.table(("  candidate", "plain", *heads, "shift", "fused", "rank"), rows, styles=styles)
+
+
+def _styles(candidate: CandidateTrace, head_count: int, *, is_chosen: bool) -> list[str | None]:
+    """Styles of a row: the chosen token bold, what fusion cannot move dim, the shift in the colour of its direction."""
+    row: list[str | None] = [None if candidate.is_movable else "dim"] * (head_count + 5)
+    if is_chosen:
+        row[0] = "bold"
+    if abs(candidate.shift) >= _MOVED:
+        row[head_count + 2] = "red" if candidate.shift < 0 else "green"
+    return row
+
+
+def _nats(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"

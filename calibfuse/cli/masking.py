@@ -1,0 +1,40 @@
+"""The `--unmasked` and `--mask` of the commands: a function that masks offensive words, or one that does nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from calibfuse.scorers import ToxicityScorer
+
+Mask = Callable[[str], str]
+
+
+def masking(wanted: bool, scorer: ToxicityScorer | None = None) -> Mask:
+    """What turns a text into its form for the screen.
+
+    Args:
+        wanted: mask; else texts stay as they are.
+        scorer: the one in use; if it is the linear one it also judges the words, else the bundled one is loaded.
+
+    Returns:
+        A function from a text to a text with as many characters.
+
+    Raises:
+        CheckpointError: the bundled scorer is missing from this installation.
+    """
+    if not wanted:
+        return lambda text: text
+    from calibfuse.scorers import LinearScorer, load_scorer, mask_offensive
+
+    judge = scorer if isinstance(scorer, LinearScorer) else load_scorer("bundled")
+    assert isinstance(judge, LinearScorer)
+    linear = judge
+
+    @lru_cache(maxsize=10_000)
+    def mask(text: str) -> str:
+        return mask_offensive(text, linear)
+
+    return mask

@@ -1,0 +1,192 @@
+"""Text for terminals: colour where it is wanted, tables, two columns, and nothing that a model's text could abuse.
+
+Colour is used on a terminal only, never when NO_COLOR is set (https://no-color.org) or TERM is "dumb"; FORCE_COLOR
+turns it on elsewhere. A model can emit escape sequences like any other text, so `printable` takes control characters
+out.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import sys
+import textwrap
+import unicodedata
+from collections.abc import Sequence
+from typing import TextIO
+
+_CODES = {
+    "bold": "1",
+    "dim": "2",
+    "italic": "3",
+    "underline": "4",
+    "red": "31",
+    "green": "32",
+    "yellow": "33",
+    "blue": "34",
+    "magenta": "35",
+    "cyan": "36",
+}
+_MAX_WIDTH = 140  # longer lines are hard to read
+_GAP = "  "
+
+
+class Terminal:
+    """A text stream whose colours and width are known.
+
+    Args:
+        stream: where `write` goes; None: standard output.
+        width: columns; None asks the terminal (80 where there is none, at most 140).
+        colour: None decides by the stream and the environment.
+    """
+
+    def __init__(self, stream: TextIO | None = None, *, width: int | None = None, colour: bool | None = None) -> None:
+        self.stream = sys.stdout if stream is None else stream
+        self.width = width or min(_MAX_WIDTH, shutil.get_terminal_size((80, 24)).columns)
+        self.colour = wants_colour(self.stream) if colour is None else colour
+        if isinstance(self.stream, io.TextIOWrapper):
+            # A model's text may hold characters that the console cannot show; "?" is better than a traceback.
+            self.stream.reconfigure(errors="replace")
+
+    @property
+    def is_interactive(self) -> bool:
+        """Whether a person sees the text as it is written."""
+        return self.stream.isatty()
+
+    def style(self, text: str, *names: str) -> str:
+        """The text in the given styles (keys of the table above); unchanged without colour."""
+        if not self.colour or not names or not text:
+            return text
+        return f"\x1b[{';'.join(_CODES[name] for name in names)}m{text}\x1b[0m"
+
+    def write(self, text: str = "", *, end: str = "\n") -> None:
+        """Print."""
+        print(text, end=end, file=self.stream, flush=end != "\n")
+
+    def heading(self, text: str) -> None:
+        """Print a line that opens a part."""
+        self.write(self.style(text, "bold"))
+
+    def note(self, text: str) -> None:
+        """Print a remark, wrapped and dim."""
+        for line in textwrap.wrap(text, self.width):
+            self.write(self.style(line, "dim"))
+
+    def table(
+        self,
+        headers: Sequence[str],
+        rows: Sequence[Sequence[str]],
+        *,
+        align: str | None = None,
+        styles: Sequence[Sequence[str | None]] | None = None,
+    ) -> None:
+        """Print a table.
+
+        Args:
+            headers: one per column.
+            rows: of plain text without colour codes; cells are printed as they are.
+            align: one of "l" and "r" per column; None: the first to the left, the others to the right.
+            styles: a style per cell, None for none; same shape as `rows`.
+        """
+        align = align or "l" + "r" * (len(headers) - 1)
+        widths = [max(display_width(cell) for cell in column) for column in zip(headers, *rows, strict=True)]
+        self.write(self.style(_row(headers, widths, align).rstrip(), "underline"))
+        for number, row in enumerate(rows):
+            cells = [_pad(cell, width, side) for cell, width, side in zip(row, widths, align, strict=True)]
+            if styles is not None:
+                cells = [
+                    self.style(cell, *([name] if name else []))
+                    for cell, name in zip(cells, styles[number], strict=True)
+                ]
+            self.write(_GAP.join(cells).rstrip())
+
+    def side_by_side(self, left: Sequence[str], right: Sequence[str], *, rule: str = "|") -> None:
+        """Print two columns of wrapped text.
+
+        Args:
+            left: title and paragraphs of the left column; the first is printed bold.
+            right: of the right column; same length. Paragraphs start at the same line.
+            rule: what stands between the columns.
+        """
+        width = (self.width - len(rule) - 2) // 2
+        for number, (one, other) in enumerate(zip(left, right, strict=True)):
+            lines = [wrap(one, width), wrap(other, width)]
+            height = max(len(lines[0]), len(lines[1]))
+            for first, second in zip(*(column + [""] * (height - len(column)) for column in lines), strict=True):
+                styled = (self.style(first, "bold"), self.style(second, "bold")) if number == 0 else (first, second)
+                padding = " " * (width - display_width(first))
+                self.write(f"{styled[0]}{padding} {self.style(rule, 'dim')} {styled[1]}".rstrip())
+
+
+def wants_colour(stream: TextIO) -> bool:
+    """Whether text written to `stream` should be coloured."""
+    if os.environ.get("NO_COLOR"):
+        return False
+    if os.environ.get("FORCE_COLOR"):
+        return True
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def printable(text: str, *, keep_lines: bool = False) -> str:
+    r"""Take out of a text what a terminal would obey instead of show.
+
+    Args:
+        text: any text.
+        keep_lines: leave line ends as they are; else they become a visible mark.
+
+    Returns:
+        The text without control and direction-changing characters; tabs become spaces.
+
+    Example:
+        >>> printable("a\x1b[2Jb\nc")
+        'a[2Jb ¶ c'
+    """
+    text = text.replace("\r\n", "\n").replace("\t", " ")
+    if not keep_lines:
+        text = text.replace("\n", " ¶ ")
+    return "".join(char for char in text if char == "\n" or unicodedata.category(char) not in ("Cc", "Cf", "Cs"))
+
+
+def display_width(text: str) -> int:
+    """Columns that a text without control characters takes: wide characters two, combining ones none."""
+    return sum(
+        0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text
+    )
+
+
+def wrap(text: str, width: int) -> list[str]:
+    """Cut a text into lines of at most `width` columns, at spaces where there are any; at least one line."""
+    lines: list[str] = []
+    for paragraph in text.split("\n"):
+        line = ""
+        for word in paragraph.split():
+            for piece in _pieces(word, width):
+                candidate = f"{line} {piece}" if line else piece
+                if display_width(candidate) <= width:
+                    line = candidate
+                else:
+                    lines.append(line)
+                    line = piece
+        lines.append(line)
+    return lines
+
+
+def _pieces(word: str, width: int) -> list[str]:
+    """A word cut into parts that fit into a line; nearly always the word itself."""
+    pieces, piece = [], ""
+    for char in word:
+        if piece and display_width(piece + char) > width:
+            pieces.append(piece)
+            piece = ""
+        piece += char
+    return [*pieces, piece]
+
+
+def _row(cells: Sequence[str], widths: Sequence[int], align: str) -> str:
+    return _GAP.join(_pad(cell, width, side) for cell, width, side in zip(cells, widths, align, strict=True))
+
+
+def _pad(cell: str, width: int, side: str) -> str:
+    padding = " " * (width - display_width(cell))
+    return padding + cell if side == "r" else cell + padding

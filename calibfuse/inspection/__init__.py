@@ -1,0 +1,29 @@
+"""Shows what a calibrator is, what of a vocabulary it covers, and what it did to a text, token by token.
+
+Everything here returns frozen dataclasses; printing is the command line's, pages are `trace_page` and `coverage_page`.
+"""
+
+from calibfuse.inspection.coverage import TextReport, TokenFit, VocabularyReport, report_text, report_vocabulary
+from calibfuse.inspection.facts import CalibratorFacts, describe_calibrator
+from calibfuse.inspection.pages import coverage_page, text_rows, trace_page, vocabulary_rows
+from calibfuse.inspection.spelling import mask_in_context, mask_pieces
+from calibfuse.inspection.trace import CandidateTrace, StepTrace, trace_generation
+
+__all__ = [
+    "CalibratorFacts",
+    "CandidateTrace",
+    "StepTrace",
+    "TextReport",
+    "TokenFit",
+    "VocabularyReport",
+    "coverage_page",
+    "describe_calibrator",
+    "mask_in_context",
+    "mask_pieces",
+    "report_text",
+    "report_vocabulary",
+    "text_rows",
+    "trace_generation",
+    "trace_page",
+    "vocabulary_rows",
+]

@@ -1,0 +1,300 @@
+"""What the fusion did at each step of a generation, or at each token of a given text.
+
+The trace is taken where fusion happens: a logits processor stands in for CalibFusion, calls it, and keeps what came in,
+what went out, and what the calibrator's heads said about the same candidates. Temperature and top-p, which come later
+in `generate()`, are not part of it. One row at a time: no batches, no beams, no assisted decoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+
+from calibfuse.calibrator.model import CALIBRATOR_HEAD, REFERENCE_HEAD, VALUE_HEAD
+from calibfuse.errors import InputError
+from calibfuse.inspection.spelling import TokenSpeller
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from calibfuse.processor import CalibFusion
+
+
+@dataclass(frozen=True)
+class CandidateTrace:
+    """One candidate for the next token.
+
+    Attributes:
+        token_id: its id.
+        text: as people read it.
+        is_movable: among the target's candidates and covered by the calibrator; other tokens keep their probability.
+        plain: log-probability under the target, nats.
+        fused: after fusion, nats.
+        plain_rank: 1 is the target's best token.
+        fused_rank: 1 is the best token after fusion.
+        heads: what each head of the calibrator said, by name: log-probability among the movable candidates, nats (the
+            head "value": log R). Empty for tokens that are not movable.
+    """
+
+    token_id: int
+    text: str
+    is_movable: bool
+    plain: float
+    fused: float
+    plain_rank: int
+    fused_rank: int
+    heads: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def shift(self) -> float:
+        """How far fusion moved it: fused - plain, nats; 0 for a token that both exclude."""
+        return 0.0 if self.fused == self.plain else self.fused - self.plain
+
+    @property
+    def calibrator(self) -> float | None:
+        """Log-probability under the non-toxic head, nats."""
+        return self.heads.get(CALIBRATOR_HEAD)
+
+    @property
+    def reference(self) -> float | None:
+        """Log-probability under the unfiltered head, nats."""
+        return self.heads.get(REFERENCE_HEAD)
+
+    @property
+    def disagreement(self) -> float | None:
+        """Why it moved, in contrast mode: calibrator - reference, nats; below 0, toxic text likes the token more."""
+        if self.calibrator is None or self.reference is None:
+            return None
+        return self.calibrator - self.reference
+
+
+@dataclass(frozen=True)
+class StepTrace:
+    """One step.
+
+    Attributes:
+        position: index of the chosen token in the whole sequence, prompt included.
+        token_id: the chosen token.
+        text: what it adds to the text; empty for special tokens and unfinished characters.
+        chosen: it as a candidate.
+        candidates: the best tokens before and after fusion and the chosen one, by plain probability.
+        divergence: KL(fused || plain), nats: how much this step was changed.
+        moved_mass: probability that fusion moved from some tokens to others, in [0, 1].
+    """
+
+    position: int
+    token_id: int
+    text: str
+    chosen: CandidateTrace
+    candidates: tuple[CandidateTrace, ...]
+    divergence: float
+    moved_mass: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready dictionary; the log-probability of an excluded token is null."""
+        values = asdict(self)
+        for candidate, row in zip(
+            (*self.candidates, self.chosen), (*values["candidates"], values["chosen"]), strict=True
+        ):
+            row["shift"] = candidate.shift
+            for key in ("plain", "fused", "shift"):
+                row[key] = row[key] if abs(row[key]) != float("inf") else None
+        return values
+
+
+@torch.no_grad()
+def trace_generation(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    fusion: CalibFusion,
+    prompt: str | Sequence[int],
+    *,
+    continuation: str | None = None,
+    top: int = 8,
+    seed: int | None = None,
+    **generate_options: object,
+) -> list[StepTrace]:
+    """Follow the fusion through a generation, or through a given continuation.
+
+    Args:
+        model: the target.
+        tokenizer: of the target.
+        fusion: bound to that tokenizer; its generation state is used, its settings are not changed.
+        prompt: text, or token ids.
+        continuation: a text that follows a text prompt; nothing is generated, its tokens count as chosen. A token that
+            spans the end of the prompt counts to the continuation.
+        top: candidates kept per step, before and after fusion; at least 1.
+        seed: of torch's generators, set before sampling; None leaves them alone.
+        **generate_options: for `model.generate`: max_new_tokens, do_sample, temperature, ...
+
+    Returns:
+        One trace per token that was chosen.
+
+    Raises:
+        InputError: a prompt without tokens, a continuation of a prompt given as ids or one that adds no token, `top`
+            below 1, options that make several rows, or options together with a continuation.
+    """
+    if top < 1:
+        raise InputError(f"A trace keeps at least 1 candidate per step, got top={top}.")
+    ids = list(tokenizer(prompt)["input_ids"]) if isinstance(prompt, str) else list(prompt)
+    if not ids:
+        raise InputError(f"The tokenizer finds no token in the prompt {prompt!r}.")
+    recorder = _Recorder(fusion, TokenSpeller(tokenizer), top)
+    if continuation is None:
+        sequence = _generate(model, ids, recorder, seed, generate_options)
+    else:
+        if generate_options or not isinstance(prompt, str):
+            raise InputError("A given continuation needs a prompt in text and no options of generate().")
+        ids, sequence = _join(tokenizer, ids, prompt, continuation)
+        input_ids = torch.tensor([sequence], device=model.device)
+        logits = model(input_ids=input_ids).logits[0]
+        for place in range(len(ids), len(sequence)):
+            recorder(input_ids[:, :place], logits[place - 1 : place])
+    return recorder.finish(sequence, len(ids))
+
+
+def _generate(
+    model: PreTrainedModel, ids: list[int], recorder: _Recorder, seed: int | None, options: Mapping[str, object]
+) -> list[int]:
+    if options.get("num_beams", 1) != 1 or options.get("num_return_sequences", 1) != 1:
+        raise InputError("A trace follows one row: leave num_beams and num_return_sequences at 1.")
+    input_ids = torch.tensor([ids], device=model.device)
+    if seed is not None:
+        torch.manual_seed(seed)
+    with recorder.fusion.required():
+        generate: Any = model.generate
+        output = generate(
+            input_ids=input_ids, attention_mask=torch.ones_like(input_ids), logits_processor=[recorder], **options
+        )
+    return [int(each) for each in output[0].tolist()]
+
+
+def _join(
+    tokenizer: PreTrainedTokenizerBase, ids: list[int], prompt: str, continuation: str
+) -> tuple[list[int], list[int]]:
+    """The ids before the first traced token, and all ids: where words are cut depends on what follows the prompt."""
+    sequence = list(tokenizer(prompt + continuation)["input_ids"])
+    shared = 0
+    while shared < min(len(ids), len(sequence)) and ids[shared] == sequence[shared]:
+        shared += 1
+    if not shared:
+        # Without a begin mark, a continuation may merge with a prompt of one token.
+        raise InputError(f"The continuation changes the first token of the prompt {prompt!r}; give a longer prompt.")
+    if shared == len(sequence):
+        raise InputError(f"The continuation {continuation!r} adds no token to the prompt.")
+    return sequence[:shared], sequence
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A step whose choice is not known yet: everything [target_vocab_size] on the model's device."""
+
+    plain: Tensor
+    fused: Tensor
+    movable: Tensor
+    heads: Mapping[str, Tensor]
+
+
+class _Recorder(LogitsProcessor):
+    """Stands in for a CalibFusion and keeps what it did."""
+
+    def __init__(self, fusion: CalibFusion, speller: TokenSpeller, top: int) -> None:
+        self.fusion = fusion
+        self._speller = speller
+        self._top = top
+        self._guide = fusion.guide
+        self._session = self._guide.session()
+        self._pending: _Pending | None = None
+        self._steps: list[dict[str, Any]] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """One step; see CalibFusion."""
+        if scores.shape[0] != 1:
+            raise InputError(f"A trace follows one row, got {scores.shape[0]}.")
+        if self._pending is not None:
+            self._settle(int(input_ids[0, -1]))
+        fused = self.fusion(input_ids, scores)
+        plain = scores[0].float().log_softmax(dim=-1)
+        movable = self._movable(plain)
+        self._pending = _Pending(plain, fused[0], movable, self._ask_heads(input_ids, movable))
+        return fused
+
+    def _movable(self, plain: Tensor) -> Tensor:
+        """Bool [target_vocab_size]: the tokens that fusion re-ranks."""
+        covered = self.fusion.guide.covers(torch.arange(len(plain), device=plain.device))
+        count = self.fusion.config.candidates
+        if 0 < count < len(plain):
+            among = torch.zeros_like(covered)
+            among[plain.topk(count, sorted=False).indices] = True
+            covered = covered & among
+        return covered & (plain > -torch.inf)
+
+    def _ask_heads(self, input_ids: Tensor, movable: Tensor) -> dict[str, Tensor]:
+        if self._guide is not self.fusion.guide:  # the fusion moved it to the scores' device at its first call
+            self._guide = self.fusion.guide
+            self._session = self._guide.session()
+        said, _ = self._session.step(input_ids, torch.zeros(1, dtype=torch.bool, device=input_ids.device))
+        token_ids = movable.nonzero()[:, 0]
+        heads = {}
+        for head in self._guide.heads:
+            values = said.log_scores(head, token_ids[None])[0]
+            if head != VALUE_HEAD:
+                values = values.log_softmax(dim=-1)
+            full = torch.full_like(movable, torch.nan, dtype=torch.float32)
+            full[token_ids] = values
+            heads[head] = full
+        return heads
+
+    def _settle(self, token_id: int) -> None:
+        """Keep of the pending step what is shown, now that its choice is known."""
+        assert self._pending is not None
+        plain, fused = self._pending.plain, self._pending.fused
+        count = min(self._top, len(plain))
+        shown = {*plain.topk(count).indices.tolist(), *fused.topk(count).indices.tolist(), token_id}
+        shown = {each for each in shown if plain[each] > -torch.inf or each == token_id}
+        ordered = sorted(shown, key=lambda each: (-float(plain[each]), each))
+        change = fused.exp() * (fused - plain)
+        self._steps.append(
+            {
+                "token_id": token_id,
+                "chosen": self._candidate(token_id),
+                "candidates": tuple(self._candidate(each) for each in ordered),
+                "divergence": max(0.0, float(change.nan_to_num(nan=0.0).sum())),
+                "moved_mass": float((fused.exp() - plain.exp()).abs().sum()) / 2,
+            }
+        )
+        self._pending = None
+
+    def _candidate(self, token_id: int) -> CandidateTrace:
+        assert self._pending is not None
+        plain, fused, is_movable = (
+            self._pending.plain[token_id],
+            self._pending.fused[token_id],
+            bool(self._pending.movable[token_id]),
+        )
+        return CandidateTrace(
+            token_id=token_id,
+            text=self._speller.label(token_id),
+            is_movable=is_movable,
+            plain=float(plain),
+            fused=float(fused),
+            plain_rank=int((self._pending.plain > plain).sum()) + 1,
+            fused_rank=int((self._pending.fused > fused).sum()) + 1,
+            heads={head: float(values[token_id]) for head, values in self._pending.heads.items()} if is_movable else {},
+        )
+
+    def finish(self, sequence: Sequence[int], prompt_length: int) -> list[StepTrace]:
+        """The steps, now that the whole sequence is known."""
+        last = prompt_length + len(self._steps)
+        if self._pending is not None and last < len(sequence):  # on MPS, generate() runs one step too many
+            self._settle(sequence[last])
+        pieces = self._speller.pieces(sequence)
+        return [
+            StepTrace(position=prompt_length + number, text=pieces[prompt_length + number], **step)
+            for number, step in enumerate(self._steps)
+        ]

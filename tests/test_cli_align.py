@@ -1,0 +1,202 @@
+"""`calibfuse align`: binding fills the cache, and the report counts what is there."""
+
+import json
+import re
+
+import pytest
+import torch
+from tiny_calibrators import make_calibrator
+from tiny_checkpoints import save_bundle
+
+from calibfuse.calibrator.fidelity import measure_fidelity
+from calibfuse.cli import main as cli
+from calibfuse.errors import DataError
+from calibfuse.inspection import coverage_page, report_text, report_vocabulary
+from calibfuse.vocabulary import Vocabulary
+
+
+@pytest.fixture(scope="module")
+def tokenizer(wordpiece_tokenizer, wrap_tokenizer):
+    return wrap_tokenizer(wordpiece_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory, byte_level_tokenizer, wrap_tokenizer, tiny_llama):
+    tokenizer = wrap_tokenizer(byte_level_tokenizer)
+    return save_bundle(tmp_path_factory.mktemp("bundle"), tiny_llama(len(tokenizer)), tokenizer)
+
+
+@pytest.fixture
+def run(bundle, monkeypatch, capsys, tmp_path):
+    """A function: arguments -> (exit code, standard output, standard error)."""
+    monkeypatch.setattr("calibfuse.hub.locating._BUNDLED", bundle)
+    monkeypatch.setenv("CALIBFUSE_CACHE", str(tmp_path / "cache"))
+
+    def call(*arguments):
+        try:
+            code = cli.main(["align", *arguments])
+        except SystemExit as exit_:
+            code = exit_.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory, sample_lines):
+    path = tmp_path_factory.mktemp("text") / "held-out.txt"
+    path.write_text("\n\n".join(sample_lines), encoding="utf-8")
+    return path
+
+
+# ---- the counts
+
+
+def test_the_vocabulary_is_counted_as_by_hand():
+    """Ids: two special, " a" twice, a lone continuation byte, "bc"."""
+    vocabulary = Vocabulary.from_byte_strings([None, b" a", b" a", b"\x80", b"bc", None], name="six")
+    report = report_vocabulary(vocabulary)
+    assert (report.size, report.covered, report.special, report.duplicates, report.partial) == (6, 4, 2, 1, 1)
+    assert report.longest == 2
+    assert report.coverage == pytest.approx(4 / 6)
+    assert report.to_dict()["coverage"] == report.coverage
+
+
+@pytest.mark.parametrize("heads", [("calibrator", "reference"), ("calibrator",)])
+def test_bits_per_byte_are_those_of_the_fidelity_measure(heads, tokenizer, sample_lines):
+    bound = make_calibrator(heads=heads).bind(tokenizer, use_disk_cache=False)
+    sequences = [tokenizer(line, add_special_tokens=False)["input_ids"] for line in sample_lines[:20]]
+    report = report_text(bound, [*sequences, []])
+    assert set(report.bits_per_byte) == set(heads)
+    for head in heads:
+        expected = measure_fidelity(bound, sequences, head=head)
+        assert report.bits_per_byte[head] == pytest.approx(expected.bits_per_byte, rel=1e-4)
+        assert (report.tokens, report.bytes, report.skipped) == (expected.tokens, expected.bytes, expected.skipped)
+    assert report.passages == 20
+
+
+def test_the_worst_tokens_are_found_by_a_slow_loop(tokenizer, sample_lines):
+    bound = make_calibrator().bind(tokenizer, use_disk_cache=False)
+    sequences = [tokenizer(line, add_special_tokens=False)["input_ids"] for line in sample_lines[:12]]
+    nats, special = {}, 0
+    for ids in sequences:
+        following = bound.log_probs(torch.tensor([ids]))[0]
+        for place, token_id in enumerate(ids):
+            if bound.vocabulary.is_special[token_id]:
+                special += 1
+                continue
+            log_probs = bound.first_log_probs() if place == 0 else following[place - 1]
+            nats.setdefault(token_id, []).append(-float(log_probs[token_id]))
+    report = report_text(bound, sequences, worst=5, min_count=2)
+    means = {
+        token_id: sum(values) / len(values) / len(bound.vocabulary.token_bytes(token_id))
+        for token_id, values in nats.items()
+        if len(values) >= 2
+    }
+    expected = sorted(means, key=lambda token_id: -means[token_id])[:5]
+    assert [fit.token_id for fit in report.worst] == expected
+    assert report.skipped == special
+    assert report.distinct == len(nats)
+    for fit in report.worst:
+        assert fit.count == len(nats[fit.token_id])
+        assert fit.nats == pytest.approx(sum(nats[fit.token_id]) / fit.count, rel=1e-4)
+
+
+def test_unknown_marks_are_counted_and_left_out(tokenizer):
+    bound = make_calibrator().bind(tokenizer, use_disk_cache=False)
+    known = tokenizer("the river", add_special_tokens=False)["input_ids"]
+    report = report_text(bound, [[*known, tokenizer.unk_token_id]])
+    assert report.skipped == 1
+    assert report.covered_mass == pytest.approx(len(known) / (len(known) + 1))
+
+
+def test_a_text_without_a_covered_token_is_refused(tokenizer):
+    bound = make_calibrator().bind(tokenizer, use_disk_cache=False)
+    for sequences in ([], [[]], [[tokenizer.unk_token_id]]):
+        with pytest.raises(DataError, match="no text to measure"):
+            report_text(bound, sequences)
+
+
+def test_the_page_escapes_tokens():
+    vocabulary = Vocabulary.from_byte_strings([None, b"<b>", b"&amp;", b" c"], name="<i>")
+    bound = make_calibrator().bind(vocabulary, use_disk_cache=False)
+    page = coverage_page(report_vocabulary(vocabulary), report_text(bound, [[1, 2, 3]]), facts={"tokenizer": "<i>"})
+    assert "&lt;b&gt;" in page
+    assert "<b>" not in page
+    assert "<i>" not in page
+
+
+# ---- the command
+
+
+def test_binding_fills_the_cache(run, bundle, tmp_path):
+    folder = tmp_path / "cache" / "bound"
+    code, out, err = run("--tokenizer", str(bundle / "demo-target"))
+    assert (code, err) == (0, "")
+    assert "600 ids" in out
+    (cached,) = folder.iterdir()
+    written = cached.stat().st_mtime_ns
+    assert run("--tokenizer", str(bundle / "demo-target"), "--calibrator", str(bundle / "default-calibrator"))[0] == 0
+    assert [path.stat().st_mtime_ns for path in folder.iterdir()] == [written]
+    run("--tokenizer", str(bundle / "demo-target"), "--dtype", "bfloat16")
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_a_folder_and_its_tokenizer_file_give_the_same_report(run, bundle, text_file):
+    folder = bundle / "demo-target"
+    records = []
+    for tokenizer in (folder, folder / "tokenizer.json"):
+        code, out, err = run("--tokenizer", str(tokenizer), "--text", str(text_file), "--json", "--max-bytes", "3000")
+        assert (code, err) == (0, "")
+        records.append(json.loads(out))
+    assert records[0]["text"] == records[1]["text"]
+    assert records[0]["vocabulary"]["fingerprint"] == records[1]["vocabulary"]["fingerprint"]
+    assert 3000 <= records[0]["text"]["bytes"] < 4000
+    assert records[0]["vocabulary"]["special"] == 3
+
+
+def test_the_report_is_printed_and_written(run, bundle, text_file, tmp_path):
+    page = tmp_path / "coverage.html"
+    code, out, _ = run(
+        *("--tokenizer", str(bundle / "demo-target"), "--text", str(text_file), "--max-bytes", "2000"),
+        *("--html", str(page), "--worst", "3"),
+    )
+    assert code == 0
+    assert re.search(r"covered \(have text\) +597 +99.50 %", out)
+    assert "bits per byte, head 'reference'" in out
+    assert "Worst predicted tokens" in page.read_text(encoding="utf-8")
+    short = run("--tokenizer", str(bundle / "demo-target"), "--report")[1]
+    assert "--text FILE" in short
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--tokenizer"),
+        (["--tokenizer", "./no/such/thing"], "./no/such/thing"),
+        (["--tokenizer", "TARGET", "--text", "./no-such-file.txt"], "No such file"),
+        (["--tokenizer", "TARGET", "--text", __file__], "Unknown file extension"),
+        (["--tokenizer", "TARGET", "--max-bytes", "0"], "--max-bytes"),
+        (["--tokenizer", "TARGET", "--html", "."], "is a folder"),
+        (["--tokenizer", "TARGET", "--device", "toaster"], "Unknown device"),
+        (["--tokenizer", "TARGET", "--calibrator", "TARGET"], "calibfuse-calibrator"),
+        (["--tokenizer", __file__], "no tokenizer"),
+    ],
+    ids=lambda value: " ".join(value[-2:]) if isinstance(value, list) else "",
+)
+def test_bad_input_gives_one_sentence_and_exit_code_2(run, bundle, arguments, message):
+    code, out, err = run(*(str(bundle / "demo-target") if each == "TARGET" else each for each in arguments))
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1
+    assert out == ""
+
+
+def test_a_tokenizer_that_cannot_cut_text_is_told_so(run, tmp_path, text_file):
+    path = tmp_path / "vocab.txt"
+    path.write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nthe\n##s\nriver\n", encoding="utf-8")
+    assert run("--tokenizer", str(path))[0] == 0
+    code, _, err = run("--tokenizer", str(path), "--text", str(text_file))
+    assert code == 2
+    assert "not be used to cut a text" in err

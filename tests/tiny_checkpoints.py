@@ -1,0 +1,27 @@
+"""Tiny random checkpoints on disk, laid out as calibfuse/pretrained is, for tests of the command line."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from tiny_calibrators import make_calibrator
+
+from calibfuse.scorers import LinearScorer
+from calibfuse.scorers.features import FeatureConfig
+
+BUNDLED = Path(__file__).resolve().parent.parent / "calibfuse" / "pretrained"
+BUNDLED_CHECKPOINTS = ("demo-target", "default-calibrator", "default-scorer")
+
+
+def save_bundle(folder, model, tokenizer):
+    """A stand-in for calibfuse/pretrained: the given target, a random calibrator and scorer, and the real prompts."""
+    folder = Path(folder)
+    model.save_pretrained(folder / "demo-target")
+    tokenizer.save_pretrained(folder / "demo-target")
+    calibrator = make_calibrator(training={"name": "tiny", "settings": {"steps": 0}})
+    calibrator.save_pretrained(folder / "default-calibrator", dtype=torch.float32)
+    weights = np.random.default_rng(0).normal(size=256)
+    LinearScorer(weights, FeatureConfig(bucket_bits=8), name="tiny").save(folder / "default-scorer")
+    shutil.copy(BUNDLED / "demo-prompts.json", folder)
+    return folder
