@@ -4,8 +4,8 @@ Composer (bytes -> token vectors), body (transformer), heads. Every head scores 
 
     score(token | prefix) = <W_head norm(x + adapter_head(x)), h(token)> + bias_head(token)
 
-with x the body's last state. The heads "calibrator" (non-toxic text) and "reference" (unfiltered text) share the body, so
-one forward gives both (design: contrast of a model with its own twin). `bind` compiles the model for one vocabulary.
+with x the body's last state. The heads "calibrator" (non-toxic text) and "reference" (unfiltered text) share the body,
+so one forward gives both (design: contrast of a model with its own twin). `bind` compiles the model for one vocabulary.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from calibfuse import hub
 from calibfuse.calibrator.body import Body, KeyValueBuffer
+from calibfuse.calibrator.causal_lm import CausalLMCalibrator, is_transformers_checkpoint
 from calibfuse.calibrator.composer import Composer, TokenFeatures
 from calibfuse.errors import CheckpointError, InputError
 from calibfuse.model_card import calibrator_card
@@ -98,7 +99,9 @@ class CalibratorConfig:
         known = {item.name for item in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
-            raise InputError(f"Unknown keys in the calibrator's config: {', '.join(unknown)}; known are {sorted(known)}.")
+            raise InputError(
+                f"Unknown keys in the calibrator's config: {', '.join(unknown)}; known are {sorted(known)}."
+            )
         return cls(**values)
 
 
@@ -117,12 +120,17 @@ class Head(nn.Module):
         nn.init.normal_(self.query.weight, std=0.05)
         nn.init.zeros_(self.query.bias)
 
-    def forward(self, states: Tensor) -> Tensor:
-        """[..., width] -> [..., token_width]."""
+    def state(self, states: Tensor) -> Tensor:
+        """The head's own last hidden state, [..., width]: adapted and normalised, before the query."""
         adapted = states + self.adapter_down(
             functional.gelu(self.adapter_up(self.adapter_norm(states)), approximate="tanh")
         )
-        query: Tensor = self.query(self.norm(adapted))
+        normed: Tensor = self.norm(adapted)
+        return normed
+
+    def forward(self, states: Tensor) -> Tensor:
+        """[..., width] -> [..., token_width]."""
+        query: Tensor = self.query(self.state(states))
         return query
 
 
@@ -174,7 +182,7 @@ class Calibrator(nn.Module):
         inputs = self.token_in(token_vectors)
         return torch.where(is_boundary[..., None], self.boundary.to(inputs.dtype), inputs)
 
-    def forward(self, states: Tensor, starts: Tensor, buffer: KeyValueBuffer | None = None) -> Tensor:
+    def forward(self, states: Tensor, starts: Tensor | None, buffer: KeyValueBuffer | None = None) -> Tensor:
         """The body; see `Body.forward`."""
         result: Tensor = self.body(states, starts, buffer)
         return result
@@ -241,6 +249,7 @@ class Calibrator(nn.Module):
         cls,
         name_or_path: str | os.PathLike[str] | None = None,
         *,
+        reference: str | os.PathLike[str] | None = None,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
@@ -251,7 +260,8 @@ class Calibrator(nn.Module):
         """Load a calibrator.
 
         Args:
-            name_or_path: a local folder, a Hub id, or None for the bundled one.
+            name_or_path: a local folder, a Hub id, or None for the bundled one. A causal LM of transformers will do too.
+            reference: of a causal LM, a twin of it that becomes the head "reference".
             revision: branch, tag or commit on the Hub.
             cache_dir: of the Hub's files.
             local_files_only: never touch the network.
@@ -260,15 +270,35 @@ class Calibrator(nn.Module):
             dtype: of the weights in memory.
 
         Returns:
-            The calibrator, in evaluation mode.
+            The calibrator, in evaluation mode. For a checkpoint of transformers a CausalLMCalibrator: it binds in the
+            same way, but has nothing to train or to align.
 
         Raises:
             CheckpointError: nothing there, damaged, or not a calibrator.
+            InputError: a reference for a universal calibrator, or a causal LM that cannot be one.
             CheckpointFormatError: written by a newer calibfuse.
         """
         folder = hub.resolve_checkpoint(
             name_or_path, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
         )
+        if is_transformers_checkpoint(folder):
+            language_model = CausalLMCalibrator.from_pretrained(
+                folder if name_or_path is None else name_or_path,
+                reference=reference,
+                revision=revision,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                token=token,
+                device=device,
+                dtype=dtype,
+            )
+            # Declared as what nearly all callers get; what they use of it, both have.
+            return cast("Calibrator", language_model)
+        if reference is not None:
+            raise InputError(
+                f"reference= is for causal language models of transformers; the universal calibrator in {str(folder)!r} has "
+                "its reference as a head of its own."
+            )
         values = hub.read_config(folder, format_name=FORMAT_NAME, supported_version=FORMAT_VERSION)
         values = {key: value for key, value in values.items() if key not in ("format", "format_version")}
         try:
@@ -294,7 +324,7 @@ class Calibrator(nn.Module):
         """Save into a temporary folder and upload it.
 
         Returns:
-            The URL of the commit.
+            The repository's address.
 
         Raises:
             CheckpointError: the upload failed; the sentence says why.

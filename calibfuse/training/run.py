@@ -108,7 +108,8 @@ def run_training(
     training = training or TrainingConfig()
     if not resume and (work / "checkpoint").exists():
         raise CheckpointError(
-            f"{output} holds the checkpoint of an unfinished run: go on with --resume, or choose another --output."
+            f"{output} holds the checkpoint of an earlier run: go on with --resume (more --steps if it was finished), or "
+            "choose another --output."
         )
     _wait_for_first_process()
     main = int(os.environ.get("RANK", "0")) == 0

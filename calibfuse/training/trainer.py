@@ -108,7 +108,7 @@ class TrainingConfig:
             raise InputError(f"precision must be 'bf16' or 'fp32', got {self.precision!r}.")
 
     def rate_at(self, step: int) -> float:
-        """Learning rate of a step: rises, stays, falls to 0 (along the square root) over the last `decay` share."""
+        """Learning rate of a step: rises, stays, falls to 0 over the last `decay` share."""
         warmup_steps = max(1.0, self.warmup * self.steps)
         decay_steps = max(1.0, self.decay * self.steps)
         left = max(0.0, min(1.0, (self.steps - step) / decay_steps))
@@ -123,9 +123,18 @@ class BatchSource:
         pool: the tokenizers.
         config: of the training.
         bucket_count: rows of the composer's table.
+        show_progress: show a progress bar while vocabularies are prepared.
     """
 
-    def __init__(self, store: PassageStore, pool: TokenizerPool, config: TrainingConfig, bucket_count: int) -> None:
+    def __init__(
+        self,
+        store: PassageStore,
+        pool: TokenizerPool,
+        config: TrainingConfig,
+        bucket_count: int,
+        *,
+        show_progress: bool = True,
+    ) -> None:
         self.store, self.pool, self.config = store, pool, config
         self.balance = balance_terms(store, config.seed) if config.balance_identity_terms else None
         labels = store.labels[store.train_indices]
@@ -150,7 +159,7 @@ class BatchSource:
                 bucket_count=bucket_count,
                 candidate_count=config.candidate_count,
             )
-            for entry in tqdm(pool, desc="preparing vocabularies", unit="tokenizer", leave=False)
+            for entry in tqdm(pool, desc="preparing vocabularies", unit="tokenizer", leave=False, disable=not show_progress)
         ]
 
     def batch(self, step: int) -> TrainingBatch:
@@ -225,7 +234,10 @@ class Trainer:
         self._accelerator = _accelerator(config)
         self.device = self._accelerator.device if self._accelerator else torch.device(device or best_device())
         self.calibrator = calibrator.to(self.device)
-        self.source = BatchSource(store, pool, config, calibrator.config.bucket_count)
+        self._show_progress = show_progress and self.is_main
+        self.source = BatchSource(
+            store, pool, config, calibrator.config.bucket_count, show_progress=self._show_progress
+        )
         self.objective: torch.nn.Module = TrainingObjective(
             self.calibrator, reference_weight=config.reference_weight
         )
@@ -236,7 +248,6 @@ class Trainer:
         self.tokens = 0
         self.seconds = 0.0
         self.history: list[dict[str, float]] = []
-        self._show_progress = show_progress and self.is_main
         self._interrupted = False
         self._bytes_scored = 0
 
