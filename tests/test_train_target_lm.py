@@ -248,6 +248,23 @@ def test_a_budget_in_minutes_also_ends_with_a_learning_rate_near_zero(script, te
     assert factors[-1] < 0.2
 
 
+def test_a_stop_signal_saves_and_the_run_can_be_resumed(script, text_files, tmp_path, monkeypatch):
+    train_step = script.train_step
+
+    def interrupted_in_step_three(run):
+        if run.progress.step == 2:
+            signal.raise_signal(signal.SIGINT)
+        return train_step(run)
+
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(script, "train_step", interrupted_in_step_three)
+    assert script.main(options(text_files, tmp_path / "model", "--tokens", str(TOKENS))) == 130
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert (tmp_path / "model" / "model.safetensors").exists()
+    monkeypatch.undo()
+    assert script.main(options(text_files, tmp_path / "model", "--tokens", str(TOKENS), "--resume")) == 0
+
+
 @pytest.mark.slow
 def test_a_killed_process_can_be_resumed(repository, text_files, tmp_path):
     command = [sys.executable, str(repository / "examples" / "train_target_lm.py")]
