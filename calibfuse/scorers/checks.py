@@ -1,0 +1,85 @@
+"""What counts as a score, and the refusal of everything else: a failed score is an error, never a zero."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calibfuse.errors import ScorerError
+
+__all__ = ["ToxicityScorer", "check_scores", "check_texts"]
+
+
+@runtime_checkable
+class ToxicityScorer(Protocol):
+    """Anything that gives texts a probability of being toxic."""
+
+    @property
+    def name(self) -> str:
+        """What reports call this scorer."""
+        ...
+
+    def score(self, texts: Sequence[str]) -> NDArray[np.float64]:
+        """Score texts.
+
+        Args:
+            texts: any texts; an empty one gets a score too.
+
+        Returns:
+            (len(texts),), float64, probability in [0, 1]; 1 is toxic.
+
+        Raises:
+            ScorerError: a text could not be scored.
+        """
+        ...
+
+
+def check_texts(texts: Sequence[str], name: str) -> None:
+    """Refuse what is not a sequence of strings.
+
+    Args:
+        texts: what was handed to `score`.
+        name: the scorer, for the message.
+
+    Raises:
+        ScorerError: one string instead of a sequence, or an element that is no string.
+    """
+    if isinstance(texts, str):
+        raise ScorerError(f"Scorer {name!r} expects a list of texts, got one string; pass [text]")
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ScorerError(f"Scorer {name!r} expects strings, but text {i} is {type(text).__name__}")
+
+
+def check_scores(values: object, n_texts: int, name: str) -> NDArray[np.float64]:
+    """Return scores as float64, or refuse them.
+
+    Args:
+        values: what a scorer returned: a sequence, array or CPU tensor of numbers.
+        n_texts: how many texts it was given.
+        name: the scorer, for the message.
+
+    Returns:
+        (n_texts,), float64, in [0, 1].
+
+    Raises:
+        ScorerError: not numbers, wrong count, or a value that is not finite or outside [0, 1]; the message names
+            the first text concerned by its index.
+    """
+    try:
+        scores = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ScorerError(f"Scorer {name!r} returned something that is no list of numbers ({error})") from error
+    if scores.shape != (n_texts,):
+        raise ScorerError(f"Scorer {name!r} was given {n_texts} texts and returned an array of shape {scores.shape}")
+    wrong = np.flatnonzero(~((scores >= 0.0) & (scores <= 1.0)))  # nan fails both comparisons
+    if len(wrong):
+        first = int(wrong[0])
+        raise ScorerError(
+            f"Scorer {name!r} returned {scores[first]} for text {first} ({len(wrong)} of {n_texts} texts concerned); "
+            "a score is a probability in [0, 1]"
+        )
+    return scores

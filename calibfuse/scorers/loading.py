@@ -1,0 +1,114 @@
+"""From what a user writes (`--scorer ...`) to a scorer."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calibfuse.errors import InputError, ScorerError
+from calibfuse.hub import CONFIG_NAME, read_json, resolve_checkpoint
+from calibfuse.scorers.adapters import FunctionScorer, TransformersScorer, detoxify_scorer
+from calibfuse.scorers.checks import ToxicityScorer
+from calibfuse.scorers.linear import FORMAT, LinearScorer
+
+__all__ = ["load_scorer"]
+
+_BUNDLED = "default-scorer"
+_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+ScorerSpec = str | os.PathLike[str] | Callable[[list[str]], Any] | ToxicityScorer | None
+
+
+def load_scorer(
+    spec: ScorerSpec = None,
+    *,
+    label: str | None = None,
+    batch_size: int = 32,
+    device: str | torch.device | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
+) -> ToxicityScorer:
+    """Load a toxicity scorer.
+
+    Args:
+        spec: None or "bundled" for the one that comes with calibfuse; the folder or Hub id of a linear scorer or of
+            a transformers text-classification model; "detoxify" or "detoxify:VARIANT"; "module:function", a function
+            that takes a list of texts and returns their probabilities; such a function; or a scorer.
+        label: name of the toxic class of a transformers model; None finds it by name.
+        batch_size: texts per forward pass of a transformers model.
+        device: where a transformers model or detoxify runs; None is the CPU.
+        revision: branch, tag or commit on the Hub.
+        local_files_only: True for no network access.
+
+    Returns:
+        A scorer whose results are checked: finite, in [0, 1], one per text.
+
+    Raises:
+        CheckpointError: a folder or Hub id that holds no scorer, or a damaged one.
+        InputError: a function that does not exist, or a model without a toxic class.
+        MissingDependencyError: detoxify is not installed.
+        ScorerError: `spec` is none of the above.
+
+    Example:
+        >>> scorer = load_scorer(lambda texts: [0.5 for _ in texts])
+        >>> scorer.score(["hello", "world"]).tolist()
+        [0.5, 0.5]
+    """
+    if spec is None or spec == "bundled":
+        return LinearScorer.load(resolve_checkpoint(None, default=_BUNDLED))
+    if not isinstance(spec, str | os.PathLike):
+        return _from_object(spec)
+    text = os.fspath(spec)
+    if text == "detoxify" or text.startswith("detoxify:"):
+        return detoxify_scorer(text.partition(":")[2] or "original", device=device)
+    if not Path(text).expanduser().exists() and _FUNCTION.fullmatch(text):
+        return _from_object(_named_object(text), text)
+    options: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
+    config_folder = resolve_checkpoint(text, allow_patterns=[CONFIG_NAME], **options)
+    if read_json(config_folder / CONFIG_NAME, "configuration of a toxicity scorer").get("format") == FORMAT:
+        return LinearScorer.load(resolve_checkpoint(text, **options))
+    return TransformersScorer.from_pretrained(text, label=label, batch_size=batch_size, device=device, **options)
+
+
+def _from_object(value: object, name: str | None = None) -> ToxicityScorer:
+    """Make a scorer of a scorer or a function; both are checked."""
+    if isinstance(value, LinearScorer | TransformersScorer | FunctionScorer):
+        return value
+    method = getattr(value, "score", None)
+    if callable(method):
+        return FunctionScorer(method, str(getattr(value, "name", name or type(value).__name__)))
+    if callable(value):
+        return FunctionScorer(value, name or str(getattr(value, "__name__", type(value).__name__)))
+    raise ScorerError(
+        f"Expected a toxicity scorer, its name or a function from texts to probabilities, got {type(value).__name__}"
+    )
+
+
+def _named_object(spec: str) -> object:
+    """Import `module:name`; the working directory counts as a place of modules, as it does for `python`."""
+    module_name, _, attribute = spec.partition(":")
+    working_directory = os.getcwd()
+    added = working_directory not in sys.path and "" not in sys.path
+    if added:
+        sys.path.insert(0, working_directory)
+    try:
+        found: object = importlib.import_module(module_name)
+    except ImportError as error:
+        raise InputError(
+            f"The scorer {spec!r} needs a module {module_name!r}, which cannot be imported: {error}"
+        ) from error
+    finally:
+        if added:
+            sys.path.remove(working_directory)
+    for part in attribute.split("."):
+        try:
+            found = getattr(found, part)
+        except AttributeError as error:
+            raise InputError(f"Module {module_name!r} has no {attribute!r} to score with") from error
+    return found
