@@ -12,6 +12,9 @@ With t, c, r the renormalised log-probabilities of target, calibrator and refere
     blend       log((1 - a) exp t + a exp c)                      (linear mixture of probabilities)
     value       t + a log R                                       (Meng et al. 2022, NADO)
 
+One mode is none of these: `embedding`, the source paper's own (Tian et al. 2025), fuses hidden states before the
+target's output head, over the whole vocabulary. Its arithmetic is in fusion_embedding.py; here it has its options.
+
 A new mode is one pure function and one line in MODES.
 """
 
@@ -20,14 +23,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from calibfuse.errors import InputError
 
 MAX_ALPHA = 100.0
+_BLOCK = 16  # entries of a row that are searched as one
 GuideScores = Callable[[str, Tensor | None], Tensor]
 
 
@@ -36,20 +41,24 @@ class FusionConfig:
     """How to fuse.
 
     Attributes:
-        mode: a key of MODES: "contrast" (default), "geometric", "blend", "value".
+        mode: a key of MODES: "contrast" (default), "geometric", "blend", "value", "embedding".
         alpha: strength; 0 leaves the target as it is. At most 1 for geometric and blend, where 1 means that the guide
-            alone ranks the candidates; at most 100 for the others.
-        candidates: how many of the target's best tokens are re-ranked; 0 means the whole vocabulary.
+            alone ranks the candidates; below 1 for embedding; at most 100 for the others. Default: the mode's.
+        candidates: how many of the target's best tokens are re-ranked; 0 means the whole vocabulary, which mode
+            embedding always takes.
         one_sided: contrast only lowers tokens, never raises one (raising happens only through renormalisation).
         max_shift: largest change of a candidate's log-probability in contrast and value mode, before renormalisation,
             in nats.
+        hidden_temperature: of mode embedding. True: as published, the target's hidden state gets the weight 1 - alpha,
+            which also acts as a temperature of 1 / (1 - alpha). False: it keeps weight 1.
     """
 
     mode: str = "contrast"
-    alpha: float = 1.0
+    alpha: float = None  # type: ignore[assignment]  # a float from __post_init__ on: the default hangs on the mode
     candidates: int = 200
     one_sided: bool = True
     max_shift: float = 10.0
+    hidden_temperature: bool = True
 
     def __post_init__(self) -> None:
         """Validate.
@@ -57,15 +66,21 @@ class FusionConfig:
         Raises:
             InputError: a value is out of range, with the range.
         """
-        if self.mode not in MODES:
+        if not isinstance(self.mode, str) or self.mode not in MODES:
             raise InputError(f"Unknown fusion mode {self.mode!r}; choose one of {', '.join(MODES)}.")
-        limit = MODES[self.mode].max_alpha
-        if not _is_number(self.alpha) or not 0.0 <= self.alpha <= limit:
-            raise InputError(f"alpha must be a number from 0 (off) to {limit:g} in mode {self.mode!r}, got {self.alpha!r}.")
+        mode = MODES[self.mode]
+        if cast("float | None", self.alpha) is None:
+            object.__setattr__(self, "alpha", mode.default_alpha)
+        if not _is_number(self.alpha) or not mode.allows(self.alpha):
+            limit = f"{'below ' if mode.below_max else ''}{mode.max_alpha:g}"
+            raise InputError(
+                f"alpha must be a number from 0 (off) to {limit} in mode {self.mode!r}, got {self.alpha!r}."
+            )
         if not isinstance(self.candidates, int) or isinstance(self.candidates, bool) or self.candidates < 0:
             raise InputError(f"candidates must be 0 (whole vocabulary) or a positive integer, got {self.candidates!r}.")
-        if not isinstance(self.one_sided, bool):
-            raise InputError(f"one_sided must be True or False, got {self.one_sided!r}.")
+        for name in ("one_sided", "hidden_temperature"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         if not _is_number(self.max_shift, allow_infinity=True) or not self.max_shift > 0:
             raise InputError(f"max_shift must be a positive number of nats, got {self.max_shift!r}.")
 
@@ -98,14 +113,23 @@ class Mode:
     """One way of fusing.
 
     Attributes:
-        fuse: (target log-probabilities, guide log-probabilities by head, config) -> new scores, all [..., k].
+        fuse: (target log-probabilities, guide log-probabilities by head, config) -> new scores, all [..., k]. None: the
+            mode fuses hidden states, and needs the target's output head (fusion_embedding.py).
         heads: heads of the guide that it needs.
         max_alpha: upper end of alpha.
+        default_alpha: alpha where none is given.
+        below_max: alpha must be less than `max_alpha`.
     """
 
-    fuse: Callable[[Tensor, Mapping[str, Tensor], FusionConfig], Tensor]
+    fuse: Callable[[Tensor, Mapping[str, Tensor], FusionConfig], Tensor] | None
     heads: tuple[str, ...]
     max_alpha: float
+    default_alpha: float = 1.0
+    below_max: bool = False
+
+    def allows(self, alpha: float) -> bool:
+        """Whether a number is a strength of this mode."""
+        return 0.0 <= alpha <= self.max_alpha and not (self.below_max and alpha == self.max_alpha)
 
 
 def _contrast(target: Tensor, guide: Mapping[str, Tensor], config: FusionConfig) -> Tensor:
@@ -136,9 +160,10 @@ def _value(target: Tensor, guide: Mapping[str, Tensor], config: FusionConfig) ->
 
 MODES: dict[str, Mode] = {
     "contrast": Mode(_contrast, ("calibrator", "reference"), MAX_ALPHA),
-    "geometric": Mode(_geometric, ("calibrator",), 1.0),
-    "blend": Mode(_blend, ("calibrator",), 1.0),
+    "geometric": Mode(_geometric, ("calibrator",), 1.0, default_alpha=0.3),
+    "blend": Mode(_blend, ("calibrator",), 1.0, default_alpha=0.3),
     "value": Mode(_value, ("value",), MAX_ALPHA),
+    "embedding": Mode(None, ("calibrator",), 1.0, default_alpha=0.1, below_max=True),
 }
 # Heads whose scores are log-probabilities up to a constant; the value head's are log R, with its own zero.
 _DISTRIBUTION_HEADS = ("calibrator", "reference")
@@ -156,39 +181,75 @@ def fuse(
         scores: float [..., target_vocab_size], logits or log-probabilities (a constant per row changes nothing); -inf
             where a token is excluded. Not modified.
         guide_scores: (head, token_ids int64 [..., k] or None) -> float [..., k], log-probabilities up to a constant per
-            row. Asked for the needed heads and the candidates only; None is passed when every token is a candidate.
+            row. Asked for the needed heads and the candidates only; None when every token is a candidate: then the
+            last axis is the guide's whole vocabulary, which may be wider or narrower than the scores.
         covers: token_ids int64 [...] -> bool, True where the guide knows the token.
         config: how.
 
     Returns:
-        Normalised log-probabilities, float32 [..., target_vocab_size], nats. -inf stays -inf; tokens that are no covered
-        candidates keep the target's log-probability; with alpha 0 all do.
+        Normalised log-probabilities, float32 [..., target_vocab_size], nats. -inf stays -inf; tokens that are no
+        covered candidates keep the target's log-probability; with alpha 0 all do.
+
+    Raises:
+        InputError: the mode fuses hidden states, which scores do not tell.
     """
     log_probs = scores.float().log_softmax(dim=-1)
     if config.alpha == 0.0:
         return log_probs
     mode = MODES[config.mode]
+    if mode.fuse is None:
+        raise InputError(
+            f"Mode {config.mode!r} fuses hidden states, not distributions: use fusion_embedding.fuse_embedding."
+        )
     vocab_size = log_probs.shape[-1]
+    token_ids: Tensor | None = None
     if 0 < config.candidates < vocab_size:
-        values, token_ids = log_probs.topk(config.candidates, dim=-1, sorted=False)
+        values, token_ids = _best(log_probs, config.candidates)
+        covered = covers(token_ids)
     else:
         values = log_probs
-        token_ids = torch.arange(vocab_size, device=scores.device).expand(log_probs.shape)
-    movable = covers(token_ids) & (values > -torch.inf)
-    target, mass = _renormalise(values, movable)
+        covered = covers(torch.arange(vocab_size, device=scores.device))
+    fixed = ~(covered & (values > -torch.inf))
+    mass = values.masked_fill(fixed, -torch.inf).logsumexp(dim=-1, keepdim=True)
+    target = _renormalise(values, fixed)
     guide = {}
     for head in mode.heads:
-        raw = guide_scores(head, token_ids)
-        guide[head] = _renormalise(raw, movable)[0] if head in _DISTRIBUTION_HEADS else raw
-    fused, _ = _renormalise(mode.fuse(target, guide, config), movable)
-    values = torch.where(movable, fused + mass, values)
-    return log_probs.scatter(-1, token_ids, values)
+        raw = _fit(guide_scores(head, token_ids), values.shape[-1])
+        guide[head] = _renormalise(raw, fixed) if head in _DISTRIBUTION_HEADS else raw
+    fused = _renormalise(mode.fuse(target, guide, config), fixed)
+    values = torch.where(fixed, values, fused + mass)
+    if token_ids is None:
+        return values
+    # In place where autograd does not need the old values: they are a copy of the scores already.
+    scatter = log_probs.scatter if log_probs.requires_grad else log_probs.scatter_
+    return scatter(-1, token_ids, values)
 
 
-def _renormalise(scores: Tensor, movable: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-softmax over the movable entries (0 elsewhere), and the log of their sum [..., 1]."""
-    inside = scores.masked_fill(~movable, -torch.inf)
-    mass = inside.logsumexp(dim=-1, keepdim=True)
-    # A row without movable entries has mass -inf; nothing of it is used.
-    mass = mass.masked_fill(mass == -torch.inf, 0.0)
-    return (scores - mass).masked_fill(~movable, 0.0), mass
+def _fit(guide_scores: Tensor, width: int) -> Tensor:
+    """Cut or fill up to the width of a model head that is narrower or wider than the tokenizer; fillers are unused."""
+    missing = width - guide_scores.shape[-1]
+    return functional.pad(guide_scores, (0, missing)) if missing else guide_scores  # a negative pad cuts
+
+
+def _renormalise(scores: Tensor, fixed: Tensor) -> Tensor:
+    """Log-softmax over the entries that are not fixed; 0 at the fixed ones, also in a row that has no others."""
+    return scores.masked_fill(fixed, -torch.inf).log_softmax(dim=-1).masked_fill(fixed, 0.0)
+
+
+def _best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` best of each row, in no order, with their indices: `topk`, several times as fast on wide rows.
+
+    The row is seen as blocks (a strided comb of _BLOCK entries each). Fewer than `count` blocks have a maximum above
+    the count-th best entry, so the best `count` blocks hold all of the best entries, and only these are searched.
+    """
+    blocks = scores.shape[-1] // _BLOCK
+    if blocks < 2 * count:
+        values, index = scores.topk(count, dim=-1, sorted=False)
+        return values, index
+    combed = scores[..., : blocks * _BLOCK].reshape(*scores.shape[:-1], _BLOCK, blocks)
+    found = combed.amax(dim=-2).topk(count, dim=-1, sorted=False).indices
+    teeth = torch.arange(0, blocks * _BLOCK, blocks, device=scores.device)
+    rest = torch.arange(blocks * _BLOCK, scores.shape[-1], device=scores.device)
+    index = torch.cat([(found[..., None, :] + teeth[:, None]).flatten(-2), rest.expand(*found.shape[:-1], -1)], dim=-1)
+    values, chosen = scores.gather(-1, index).topk(count, dim=-1, sorted=False)
+    return values, index.gather(-1, chosen)

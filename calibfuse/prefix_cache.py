@@ -31,17 +31,17 @@ class Reuse:
     unchanged: bool = False
 
 
-def match_prefixes(cached: Tensor, current: Tensor, flags: Tensor) -> tuple[Reuse, list[bool]]:
+def match_prefixes(cached: Tensor, current: Tensor, readings: Tensor) -> tuple[Reuse, list[float]]:
     """Match new prefixes with cached ones.
 
     Args:
         cached: int64 [cached_rows, cached_length], the ids behind the cache; at least one row.
         current: int64 [rows, length].
-        flags: bool [n] on the same device; returned as Python values from the same device read-out.
+        readings: float [n] on the same device; returned as Python values from the same device read-out.
 
     Returns:
-        The reuse, and the values of `flags`. In the usual decoding steps (one more token, rows reordered or not; or the
-        same ids again) the device is read once.
+        The reuse, and the values of `readings`. In the usual decoding steps (one more token, rows reordered or not; or
+        the same ids again) the device is read once.
     """
     rows, length = current.shape
     cached_rows, cached_length = cached.shape
@@ -57,13 +57,13 @@ def match_prefixes(cached: Tensor, current: Tensor, flags: Tensor) -> tuple[Reus
         else:
             parents, own_all = None, (prefix == cached).all()
             any_all = own_all
-        own_match, any_match, *values = torch.cat([torch.stack([own_all, any_all]), flags]).tolist()
+        own_match, any_match, *values = torch.cat([torch.stack([own_all, any_all]), readings]).tolist()
         if own_match:
             return Reuse(cached_length, None, unchanged=length == cached_length), values
         if any_match:
             return Reuse(min(cached_length, length - 1), parents), values
     else:
-        values = flags.tolist()
+        values = readings.tolist()
     return _longest_common_prefixes(cached, current), values
 
 

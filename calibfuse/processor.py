@@ -8,6 +8,7 @@ and beams are reordered silently, so all state derives from `input_ids` (see pre
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,16 +18,20 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from calibfuse.calibrator import Calibrator, Guide
+from calibfuse.calibrator import Calibrator, Guide, NextTokens
+from calibfuse.calibrator.alignment import Alignment, alignable, alignment_folders, find_alignment, last_states
 from calibfuse.errors import FusionNotAppliedError, InputError, MissingHeadError, VocabularyMismatchError
 from calibfuse.fusion import MODES, FusionConfig, fuse
+from calibfuse.fusion_embedding import EmbeddingFusion
+from calibfuse.hub import resolve_checkpoint
+from calibfuse.output_head import find_output_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from calibfuse.vocabulary import TokenizerLike
 
-_SEQUENCE_CHUNK = 16_000_000  # scores fused at once in fuse_logits
+_SEQUENCE_CHUNK = 8_000_000  # scores fused at once in fuse_logits: 32 MB for each intermediate result
 
 
 class CalibFusion(LogitsProcessor):
@@ -37,6 +42,13 @@ class CalibFusion(LogitsProcessor):
     Args:
         guide: a calibrator bound to the target's vocabulary.
         config: how to fuse.
+        alignment: of the guide with the target; for mode "embedding" only.
+        target: the target model, whose output head mode "embedding" uses; not needed otherwise.
+
+    Raises:
+        MissingHeadError: the mode needs a head or an alignment that is not there.
+        InputError: mode "embedding" without a target, or with one whose output head it cannot use.
+        VocabularyMismatchError: the alignment does not fit the guide or the target.
 
     Example:
         fusion = CalibFusion.from_pretrained(tokenizer=tokenizer)
@@ -47,7 +59,14 @@ class CalibFusion(LogitsProcessor):
     # work there. transformers drops processors that say so, with a warning.
     supports_continuous_batching = False
 
-    def __init__(self, guide: Guide, config: FusionConfig | None = None) -> None:
+    def __init__(
+        self,
+        guide: Guide,
+        config: FusionConfig | None = None,
+        *,
+        alignment: Alignment | None = None,
+        target: PreTrainedModel | None = None,
+    ) -> None:
         self.guide = guide
         self.config = config or FusionConfig()
         missing = [head for head in MODES[self.config.mode].heads if head not in guide.heads]
@@ -56,6 +75,8 @@ class CalibFusion(LogitsProcessor):
                 f"Mode {self.config.mode!r} needs the head {missing[0]!r}, but the calibrator has only "
                 f"{', '.join(map(repr, guide.heads))}. Choose another mode or a calibrator trained with that head."
             )
+        hidden_space = MODES[self.config.mode].fuse is None
+        self._embedding = _embedding_fusion(guide, self.config, alignment, target) if hidden_space else None
         self._session = guide.session()
         self._calls = 0
 
@@ -68,6 +89,7 @@ class CalibFusion(LogitsProcessor):
         target: PreTrainedModel | None = None,
         alpha: float | None = None,
         mode: str | None = None,
+        reference: str | os.PathLike[str] | None = None,
         revision: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -79,9 +101,11 @@ class CalibFusion(LogitsProcessor):
         Args:
             name_or_path: Hub id or local folder of a calibrator; None: the bundled one.
             tokenizer: the target's tokenizer: a transformers tokenizer, a `tokenizers.Tokenizer`, a name or a path.
-            target: the target model; gives the tokenizer's name when `tokenizer` is missing.
+            target: the target model; gives the tokenizer's name when `tokenizer` is missing, and its output head in
+                mode "embedding".
             alpha: strength; None: what the calibrator recommends.
             mode: of fusion; None: what the calibrator recommends.
+            reference: where the calibrator is a causal LM of transformers, a twin of it for mode "contrast".
             revision: of the calibrator on the Hub.
             device: of the calibrator; default the target's, else CPU. It follows the scores in any case.
             dtype: of the bound token vectors; bfloat16 halves their memory.
@@ -95,17 +119,27 @@ class CalibFusion(LogitsProcessor):
             InputError: neither `tokenizer` nor a `target` that knows its tokenizer, or an option is out of range.
             CheckpointError: no such calibrator, or a damaged one.
             VocabularyError: the tokenizer is not usable.
-            MissingHeadError: the mode needs a head that the calibrator has not.
+            MissingHeadError: the mode needs a head that the calibrator has not, or (embedding) an alignment with this
+                target that `calibfuse align --target` has not made yet.
         """
         source = tokenizer if tokenizer is not None else _tokenizer_name(target)
         options: dict[str, Any] = {key: value for key, value in (("alpha", alpha), ("mode", mode)) if value is not None}
         options.update(fusion_options)
         FusionConfig.from_dict(options)  # bad options fail before anything is loaded
-        calibrator = Calibrator.from_pretrained(name_or_path, revision=revision, local_files_only=local_files_only)
+        calibrator = Calibrator.from_pretrained(
+            name_or_path, reference=reference, revision=revision, local_files_only=local_files_only
+        )
         if device is None and target is not None:
             device = target.device
         guide = calibrator.bind(source, dtype=dtype, device=device)
-        return cls(guide, recommended_config(calibrator.config.fusion, options))
+        config = recommended_config(calibrator.config.fusion, options)
+        alignment = None
+        if MODES[config.mode].fuse is None and target is not None:
+            # In the Hub's cache by now.
+            folder = resolve_checkpoint(name_or_path, revision=revision, local_files_only=True)
+            folders = alignment_folders(folder, calibrator.fingerprint)
+            alignment = find_alignment(folders, guide, target, calibrator=str(name_or_path or "CALIBRATOR"))
+        return cls(guide, config, alignment=alignment, target=target)
 
     @property
     def calls(self) -> int:
@@ -129,8 +163,8 @@ class CalibFusion(LogitsProcessor):
         yield self
         if self._calls == before:
             raise FusionNotAppliedError(
-                "The generation finished without calling CalibFusion: the engine dropped `logits_processor`, and the text "
-                "is the plain model's. Use model.generate() without continuous batching or a paged cache."
+                "The generation finished without calling CalibFusion: the engine dropped `logits_processor`, and the "
+                "text is the plain model's. Use model.generate() without continuous batching or a paged cache."
             )
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -144,8 +178,8 @@ class CalibFusion(LogitsProcessor):
             Normalised log-probabilities, float32 [rows, target_vocab_size], nats; -inf stays -inf.
 
         Raises:
-            VocabularyMismatchError: shapes do not fit, or ids lie outside the scores' vocabulary.
-            InputError: scores hold nan, or a row excludes every token.
+            VocabularyMismatchError: shapes do not fit, or ids lie outside the scores' and the tokenizer's vocabulary.
+            InputError: scores hold nan or +inf, or a row excludes every token.
         """
         if input_ids.ndim != 2 or scores.ndim != 2 or input_ids.shape[0] != scores.shape[0]:
             raise VocabularyMismatchError(
@@ -156,22 +190,13 @@ class CalibFusion(LogitsProcessor):
         if scores.shape[0] == 0:
             return scores.float()
         self._follow(scores.device)
-        # The maximum of a row is nan where any score is, and -inf where all are: one reduction for both checks.
-        best = scores.amax(dim=-1)
-        newest = input_ids[:, -1:]
-        flags = torch.stack(
-            [
-                best.isnan().any(),
-                (best == -torch.inf).any(),
-                ((newest < 0) | (newest >= scores.shape[-1])).any(),
-            ]
-        )
+        readings = self._readings(input_ids, scores)
         if self.config.alpha == 0.0:
-            self._check(flags.tolist(), input_ids, scores)
+            self._check(readings.tolist(), scores)
             return scores.float().log_softmax(dim=-1)
-        next_tokens, values = self._session.step(input_ids, flags)
-        self._check(values, input_ids, scores)
-        return fuse(scores, next_tokens.log_scores, self.guide.covers, self.config)
+        next_tokens, values = self._session.step(input_ids, readings)
+        self._check(values, scores)
+        return self._fuse(scores, next_tokens)
 
     def fuse_logits(self, input_ids: Tensor, logits: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Fuse whole sequences: perplexity, log-likelihood tasks, training targets.
@@ -185,8 +210,8 @@ class CalibFusion(LogitsProcessor):
             Normalised log-probabilities, float32, shape of `logits`; what step-wise calls give at every position.
 
         Raises:
-            VocabularyMismatchError: shapes do not fit, or ids lie outside the logits' vocabulary.
-            InputError: logits hold nan, or a position excludes every token.
+            VocabularyMismatchError: shapes do not fit, or ids lie outside the logits' and the tokenizer's vocabulary.
+            InputError: logits hold nan or +inf, or a position excludes every token.
         """
         if input_ids.ndim != 2 or logits.ndim != 3 or logits.shape[:2] != input_ids.shape:
             raise VocabularyMismatchError(
@@ -195,22 +220,31 @@ class CalibFusion(LogitsProcessor):
             )
         self._calls += 1
         self._follow(logits.device)
-        best = logits.amax(dim=-1)
-        outside = (input_ids < 0) | (input_ids >= logits.shape[-1])
-        flags = [bool(best.isnan().any()), bool((best == -torch.inf).any()), bool(outside.any())]
-        self._check(flags, input_ids, logits)
+        if not logits.numel():
+            return logits.float()
+        self._check(self._readings(input_ids, logits).tolist(), logits)
         if self.config.alpha == 0.0:
             return logits.float().log_softmax(dim=-1)
         said = self.guide.sequence(input_ids, attention_mask)
-        if logits.numel() <= _SEQUENCE_CHUNK or logits.shape[0] == 1:
-            return fuse(logits, said.log_scores, self.guide.covers, self.config)
-        halves = logits.shape[0] // 2
-        return torch.cat(
-            [
-                self.fuse_logits(input_ids[part], logits[part], None if attention_mask is None else attention_mask[part])
-                for part in (slice(0, halves), slice(halves, None))
-            ]
-        )
+        batch, length, vocab_size = logits.shape
+        step = max(1, _SEQUENCE_CHUNK // (batch * vocab_size))
+        parts = [
+            self._fuse(logits[:, start : start + step], said.positions(start, start + step))
+            for start in range(0, length, step)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _fuse(self, scores: Tensor, said: NextTokens) -> Tensor:
+        if self._embedding is not None:
+            return self._embedding(scores, last_states(said))
+        return fuse(scores, said.log_scores, self.guide.covers, self.config)
+
+    def _readings(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """What `_check` judges, float32 [4] on the device: lowest and highest best score, lowest and highest id."""
+        # The maximum of a row is nan where any score is, and -inf where all are: one reduction for both checks.
+        best = scores.amax(dim=-1).float()
+        ids = input_ids if input_ids.numel() else best.new_zeros(1)
+        return torch.stack([best.amin(), best.amax(), ids.amin(), ids.amax()])
 
     def _follow(self, device: torch.device) -> None:
         """Move the guide to the scores' device the first time they differ."""
@@ -218,20 +252,24 @@ class CalibFusion(LogitsProcessor):
             self.guide = self.guide.to(device)
             self._session = self.guide.session()
 
-    @staticmethod
-    def _check(flags: list[bool], input_ids: Tensor, scores: Tensor) -> None:
-        has_nan, excludes_all, outside = flags
-        if has_nan:
-            raise InputError("The target model's scores hold nan; its forward pass failed (overflow in half precision?).")
-        if excludes_all:
+    def _check(self, readings: list[float], scores: Tensor) -> None:
+        lowest, highest, first_id, last_id = readings
+        if not highest < math.inf:
             raise InputError(
-                "A row of the target model's scores is -inf everywhere: the processors before CalibFusion excluded every "
-                "token, so there is nothing to choose from."
+                "The target model's scores hold nan or +inf; its forward pass failed (overflow in half precision?)."
             )
-        if outside:
+        if lowest == -math.inf:
+            raise InputError(
+                "A row of the target model's scores is -inf everywhere: the processors before CalibFusion excluded "
+                "every token, so there is nothing to choose from."
+            )
+        # A prompt may hold ids beyond the head (image marks) as long as the tokenizer has them.
+        limit = max(scores.shape[-1], self.guide.target_vocab_size)
+        if first_id < 0 or last_id >= limit:
             raise VocabularyMismatchError(
-                f"input_ids hold {int(input_ids.max())} (lowest {int(input_ids.min())}), outside the {scores.shape[-1]} ids "
-                "of the scores. Do ids and scores come from the same model?"
+                f"input_ids hold {int(first_id if first_id < 0 else last_id)}, outside the {scores.shape[-1]} ids "
+                f"of the scores and the {self.guide.target_vocab_size} of the tokenizer. Do ids, scores and tokenizer "
+                "belong to the same model?"
             )
 
 
@@ -241,21 +279,37 @@ def recommended_config(recommended: Any, options: dict[str, Any]) -> FusionConfi
     A recommendation belongs to its mode: when the user asks for another mode, only the user's options count.
     """
     if "mode" in options and options["mode"] != recommended.get("mode", FusionConfig.mode):
-        defaults: dict[str, Any] = {"alpha": 0.3} if MODES[options["mode"]].max_alpha == 1.0 else {}
-        return FusionConfig.from_dict({**defaults, **options})
+        return FusionConfig.from_dict(options)
     return FusionConfig.from_dict({**recommended, **options})
+
+
+def _embedding_fusion(
+    guide: Guide, config: FusionConfig, alignment: Alignment | None, target: PreTrainedModel | None
+) -> EmbeddingFusion:
+    """What mode "embedding" needs beside the guide."""
+    if target is None:
+        raise InputError(
+            f"Mode {config.mode!r} decodes through the target's own output head: pass target= (the model)."
+        )
+    if alignment is None:
+        raise MissingHeadError(
+            f"Mode {config.mode!r} needs an alignment of the calibrator with the target: pass alignment=, or use "
+            "CalibFusion.from_pretrained, which finds the one that `calibfuse align --target` made."
+        )
+    alignment.check(alignable(guide))
+    return EmbeddingFusion(alignment.matrix, find_output_head(target), config.alpha, config.hidden_temperature)
 
 
 def _tokenizer_name(target: PreTrainedModel | None) -> str:
     if target is None:
         raise InputError(
-            "CalibFusion needs the target's vocabulary: pass tokenizer= (a tokenizer, a name or a path) or target= (the "
-            "model)."
+            "CalibFusion needs the target's vocabulary: pass tokenizer= (a tokenizer, a name or a path) or target= "
+            "(the model)."
         )
     name = getattr(target, "name_or_path", "") or getattr(target.config, "_name_or_path", "")
     if not name:
         raise InputError(
-            f"The target model ({type(target).__name__}) does not know where it was loaded from, so its tokenizer cannot be "
-            "found: pass tokenizer= as well."
+            f"The target model ({type(target).__name__}) does not know where it was loaded from, so its tokenizer "
+            "cannot be found: pass tokenizer= as well."
         )
     return str(name)

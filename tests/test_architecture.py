@@ -22,8 +22,8 @@ LAYERS = (
     ("cli",),
     ("inspection",),  # explains what a processor did
     ("processor", "training", "evaluation", "finetune"),
-    ("calibrator", "fusion", "scorers"),
-    ("vocabulary", "prefix_cache", "hub", "model_card"),
+    ("calibrator", "fusion", "fusion_embedding", "scorers"),
+    ("vocabulary", "prefix_cache", "output_head", "hub", "model_card"),
     ("errors", "_version"),
 )
 LEVEL = {unit: -row for row, units in enumerate(LAYERS) for unit in units}

@@ -18,6 +18,7 @@ from calibfuse.vocabulary.token_table import Hints, TokenTable
 
 FAST = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 TEXT = st.text(max_size=40)
+SPECIAL = ("<s>", "</s>", "<pad>", "<unk>", "<|end|>")  # text that a tokenizer reads as a control token
 # Text with many of the marks that spellings use, so that their borders are met often.
 MARKS = [
     "▁",
@@ -92,13 +93,14 @@ def test_byte_strings_are_kept_and_extended(tokens, extra):
 @given(TEXT)
 def test_byte_level_bytes_give_the_text(byte_level_tokenizer, text):
     vocabulary = Vocabulary.from_tokenizer(byte_level_tokenizer)
-    assume(not any(special in text for special in ("<s>", "</s>", "<pad>")))
+    assume(not any(special in text for special in SPECIAL))
     assert spell(vocabulary, byte_level_tokenizer.encode(text).ids) == text.encode()
 
 
 @FAST
 @given(TEXT)
 def test_byte_fallback_bytes_give_the_text_after_a_space(byte_fallback_tokenizer, text):
+    assume(not any(special in text for special in SPECIAL))
     vocabulary = Vocabulary.from_tokenizer(byte_fallback_tokenizer)
     spelled = spell(vocabulary, byte_fallback_tokenizer.encode(text).ids)
     expected = f" {text}" if text else ""
@@ -153,7 +155,7 @@ def random_byte_level_tokenizers(draw):
 @given(random_byte_level_tokenizers(), st.lists(st.one_of(TEXT, st.sampled_from(["  ", "日本語", "x ab cd", "\r\n"]))))
 def test_random_byte_level_tokenizers_give_the_text(tokenizer, pieces):
     text = "".join(pieces)
-    assume("<|end|>" not in text)
+    assume(not any(special in text for special in SPECIAL))
     vocabulary = Vocabulary.from_tokenizer(tokenizer)
     assert spell(vocabulary, tokenizer.encode(text).ids) == text.encode()
     from_file = Vocabulary.from_tokenizer(tokenizers.Tokenizer.from_str(tokenizer.to_str()))
@@ -167,7 +169,9 @@ def test_random_byte_fallback_tokenizers_give_the_text(corpus, text):
     trained.normalizer = normalizers.Replace(" ", "▁")
     trained.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=60, show_progress=False))
     state = json.loads(trained.to_str())["model"]
-    names = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *state["vocab"]]
+    # without a token of its own the mark of a space would be spelled in bytes, and not come back as a space
+    pieces = dict.fromkeys(["▁", *state["vocab"]])
+    names = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
     assume(len(set(names)) == len(names))
     merges = [tuple(pair) for pair in state["merges"]]
     vocab = {name: i for i, name in enumerate(names)}

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from calibfuse import hub
 from calibfuse.calibrator.body import KeyValueBuffer
@@ -80,7 +81,7 @@ def bind(
 
 @torch.no_grad()
 def compose_vocabulary(calibrator: Calibrator, vocabulary: Vocabulary, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Vectors [target_vocab_size, token_width] in `dtype` and biases [target_vocab_size, heads] in float32, on the CPU."""
+    """Vectors [target_vocab_size, token_width] in `dtype`, biases [target_vocab_size, heads] in float32, on the CPU."""
     size = len(vocabulary)
     config = calibrator.config
     vectors = torch.empty(size, config.token_width, dtype=dtype)
@@ -88,9 +89,7 @@ def compose_vocabulary(calibrator: Calibrator, vocabulary: Vocabulary, dtype: to
     for start in range(0, size, _COMPOSE_CHUNK):  # in chunks: the features of 200,000 tokens would take 60 MB
         end = min(start + _COMPOSE_CHUNK, size)
         offsets = vocabulary.offsets[start : end + 1]
-        features = token_features(
-            vocabulary.data[offsets[0] : offsets[-1]], offsets - offsets[0], config.bucket_count
-        )
+        features = token_features(vocabulary.data[offsets[0] : offsets[-1]], offsets - offsets[0], config.bucket_count)
         chunk_vectors, chunk_biases = calibrator.compose(features)
         vectors[start:end] = chunk_vectors.to("cpu", dtype)
         biases[start:end] = chunk_biases.to("cpu", torch.float32)
@@ -143,7 +142,10 @@ class BoundCalibrator:
         if device == self.device and device == self.calibrator.boundary.device:
             return self
         moved = BoundCalibrator(
-            copy.deepcopy(self.calibrator).to(device), self.vocabulary, self._vectors.to(device), self._biases.to(device)
+            copy.deepcopy(self.calibrator).to(device),
+            self.vocabulary,
+            self._vectors.to(device),
+            self._biases.to(device),
         )
         moved._is_special = self._is_special.to(device)
         return moved
@@ -270,8 +272,8 @@ class BoundCalibrator:
         if low < 0 or high >= size:
             wrong = low if low < 0 else high
             raise VocabularyMismatchError(
-                f"Token id {wrong} is outside the vocabulary of {size} ids (tokenizer {self.vocabulary.name!r}). Is the "
-                "calibrator bound to another tokenizer than the model's?"
+                f"Token id {wrong} is outside the vocabulary of {size} ids (tokenizer {self.vocabulary.name!r}). Is "
+                "the calibrator bound to another tokenizer than the model's?"
             )
 
     @torch.no_grad()
@@ -281,14 +283,14 @@ class BoundCalibrator:
         starts: Tensor | None,
         buffer: KeyValueBuffer | None,
         masked: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Feed ids. Without `starts` the row begins here, with its boundary in slot 0.
+    ) -> tuple[Tensor, Tensor | None]:
+        """Feed ids. Where `buffer` has no slots yet, the rows begin here, with their boundary in slot 0.
 
         Args:
             new_ids: int64 [rows, new].
-            starts: int64 [rows], boundary slots, when earlier slots are in `buffer`.
-            buffer: extended in place; None: not kept.
-            masked: bool [rows, new], True for left padding; only with starts None.
+            starts: int64 [rows], boundary slots, of rows that began earlier; None: see `Body.forward`.
+            buffer: extended in place; None: rows begin here, and are not kept.
+            masked: bool [rows, new], True for left padding; only for rows that begin here.
 
         Returns:
             States of the new slots, [rows, new (+ 1), width], and the boundary slots.
@@ -297,12 +299,12 @@ class BoundCalibrator:
         is_boundary = self._is_special[known]
         if masked is not None:
             is_boundary = is_boundary | masked
-        vectors = self._vectors[known.clamp(max=self.target_vocab_size - 1)].to(self.calibrator.boundary.dtype)
-        if starts is None:
+        vectors = functional.embedding(known.clamp(max=self.target_vocab_size - 1), self._vectors)
+        vectors = vectors.to(self.calibrator.boundary.dtype)
+        if buffer is None or buffer.slots == 0:
             rows = new_ids.shape[0]
             vectors = torch.cat([vectors.new_zeros(rows, 1, vectors.shape[-1]), vectors], dim=1)
-            leading = is_boundary.long().cumprod(dim=1)
-            starts = leading.sum(dim=1)
+            starts = _leading(is_boundary)
             is_boundary = torch.cat([is_boundary.new_ones(rows, 1), is_boundary], dim=1)
         inputs = self.calibrator.embed(vectors, is_boundary)
         config = self.calibrator.config
@@ -311,7 +313,8 @@ class BoundCalibrator:
             return self.calibrator(inputs, starts, buffer), starts
         if buffer is None:
             buffer = KeyValueBuffer(config.layer_count, config.window)
-        return torch.cat([self.calibrator(part, starts, buffer) for part in inputs.split(at_once, dim=1)], dim=1), starts
+        parts = [self.calibrator(part, starts, buffer) for part in torch.split(inputs, at_once, dim=1)]
+        return torch.cat(parts, dim=1), starts
 
 
 class GuideStates:
@@ -326,6 +329,7 @@ class GuideStates:
         self.bound = bound
         self.hidden = hidden
         self._queries: dict[str, Tensor] = {}
+        self._picked: tuple[Tensor, Tensor, Tensor] | None = None
 
     def positions(self, start: int, stop: int) -> GuideStates:
         """See `NextTokens.positions`."""
@@ -350,11 +354,24 @@ class GuideStates:
         vectors, biases = bound._vectors, bound._biases[:, column]
         if token_ids is None:
             # Products in the query's precision: rounded to bfloat16, a score of 10 would be off by 0.03 nats.
-            blocks = [query @ block.to(query.dtype).T for block in vectors.split(_blocks(vectors, query))]
+            blocks = [query @ block.to(query.dtype).T for block in torch.split(vectors, _blocks(vectors, query))]
             return torch.cat(blocks, dim=-1).float() + biases
-        known = token_ids.clamp(0, bound.target_vocab_size - 1)
-        picked = vectors[known].to(query.dtype)  # (..., k, token_width)
-        return (picked @ query[..., None])[..., 0].float() + biases[known]
+        known, picked = self._pick(token_ids)
+        return (picked * query[..., None, :]).sum(dim=-1).float() + biases[known]
+
+    def _pick(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Clamped ids and their vectors [..., k, token_width]; kept, since the second head asks for the same ones."""
+        if self._picked is None or self._picked[0] is not token_ids:
+            known = token_ids.clamp(0, self.bound.target_vocab_size - 1)
+            # `embedding` gathers rows several times as fast as indexing does.
+            picked = functional.embedding(known, self.bound._vectors).to(self.hidden.dtype)
+            self._picked = (token_ids, known, picked)
+        return self._picked[1:]
+
+
+def _leading(is_boundary: Tensor) -> Tensor:
+    """Length of the leading run of True: bool [rows, length] -> int64 [rows]."""
+    return is_boundary.long().cumprod(dim=1).sum(dim=1)
 
 
 def _blocks(vectors: Tensor, query: Tensor) -> int:
@@ -373,33 +390,39 @@ class LockStepSession:
         self._ids: Tensor | None = None
         self._buffer = KeyValueBuffer(self._bound.calibrator.config.layer_count, self._bound.calibrator.config.window)
         self._starts: Tensor | None = None
+        # The slot by which every row's text has begun; None: not known, or some row is special so far.
+        self._last_start: int | None = None
         self._last: GuideStates | None = None
 
     @torch.no_grad()
-    def step(self, input_ids: Tensor, flags: Tensor) -> tuple[GuideStates, list[bool]]:
+    def step(self, input_ids: Tensor, readings: Tensor) -> tuple[GuideStates, list[float]]:
         """See `GuideSession.step`."""
         bound = self._bound
         if self._ids is None or self._starts is None or self._last is None:
-            return self._rebuild(input_ids), flags.tolist()
-        reuse, values = match_prefixes(self._ids, input_ids, flags)
+            return self._rebuild(input_ids), readings.tolist()
+        cached_length = self._ids.shape[1]
+        unknown = self._last_start is None
+        if unknown:
+            readings = torch.cat([readings, self._starts.amax()[None]])
+        reuse, values = match_prefixes(self._ids, input_ids, readings)
+        if unknown and (last_start := int(values.pop())) < cached_length:
+            self._last_start = last_start
         if reuse.unchanged:
             return self._last, values
         kept_slots = reuse.keep + 1
         if input_ids.shape[1] == 0 or not self._buffer.can_cut_to(kept_slots):
             return self._rebuild(input_ids), values
         self._buffer.cut(kept_slots, reuse.parents)
-        if reuse.parents is None:
-            # One more token for the same rows. A row that is still all special has its boundary in the newest slot.
-            starts = self._starts
-            if reuse.keep == self._ids.shape[1]:
-                still_leading = (starts == reuse.keep) & ~bound.covers(input_ids[:, -1])
-                starts = torch.where(still_leading, reuse.keep + 1, starts)
-            new_ids = input_ids[:, reuse.keep :]
-        else:
-            leading = (~bound.covers(input_ids)).long().cumprod(dim=1)
-            starts = leading.sum(dim=1)
-            new_ids = input_ids[:, reuse.keep :]
-        hidden, _ = bound._advance(new_ids, starts, self._buffer, None)
+        starts = self._starts if reuse.parents is None else self._starts[reuse.parents]
+        new_ids = input_ids[:, reuse.keep :]
+        if self._last_start is None or reuse.keep <= self._last_start:
+            # Where all kept tokens are special, the boundary may lie further on.
+            self._last_start = None
+            starts = torch.where(starts < reuse.keep, starts, reuse.keep + _leading(~bound.covers(new_ids)))
+        hiding: Tensor | None = starts
+        if self._last_start is not None and new_ids.shape[1] == 1 and self._last_start <= self._buffer.oldest_visible:
+            hiding = None
+        hidden, _ = bound._advance(new_ids, hiding, self._buffer, None)
         return self._remember(input_ids, starts, hidden), values
 
     def _rebuild(self, input_ids: Tensor) -> GuideStates:
@@ -407,7 +430,7 @@ class LockStepSession:
         hidden, starts = self._bound._advance(input_ids, None, self._buffer, None)
         return self._remember(input_ids, starts, hidden)
 
-    def _remember(self, input_ids: Tensor, starts: Tensor, hidden: Tensor) -> GuideStates:
+    def _remember(self, input_ids: Tensor, starts: Tensor | None, hidden: Tensor) -> GuideStates:
         self._ids, self._starts = input_ids.clone(), starts  # the caller may write into its ids later
         self._last = GuideStates(self._bound, hidden[:, -1])
         return self._last

@@ -39,6 +39,11 @@ class KeyValueBuffer:
         self._keys: list[Tensor | None] = [None] * layer_count
         self._values: list[Tensor | None] = [None] * layer_count
 
+    @property
+    def oldest_visible(self) -> int:
+        """The oldest slot that the next one may attend to."""
+        return max(self.first_slot, self.slots - self._window + 1)
+
     def can_cut_to(self, slots: int) -> bool:
         """Whether every slot that the next query needs would still be there after `cut`."""
         return self.first_slot == 0 or slots - self._window + 1 >= self.first_slot
@@ -47,11 +52,10 @@ class KeyValueBuffer:
         """Forget all but the first `slots` slots; then row i becomes a copy of the former row parents[i]."""
         self.slots = slots
         if parents is not None:
-            length = slots - self.first_slot
             for tensors in (self._keys, self._values):
                 for layer, tensor in enumerate(tensors):
                     if tensor is not None:
-                        tensors[layer] = tensor[:, :, :length].index_select(0, parents)
+                        tensors[layer] = tensor.index_select(0, parents)  # with the free room: the next slots go there
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store the new slots of one layer (counted by `advance`, after the last layer).
@@ -64,7 +68,7 @@ class KeyValueBuffer:
         Returns:
             Keys and values of the slots that the new ones may attend to, the new ones last.
         """
-        oldest = max(self.first_slot, self.slots - self._window + 1)
+        oldest = self.oldest_visible
         return self._store(self._keys, layer, keys, oldest), self._store(self._values, layer, values, oldest)
 
     def _store(self, tensors: list[Tensor | None], layer: int, new: Tensor, oldest: int) -> Tensor:
@@ -98,18 +102,18 @@ def rotary_tables(slots: int, head_width: int, *, device: torch.device) -> tuple
     """Cosines and sines of the rotary positions 0 .. slots - 1.
 
     Returns:
-        Two float32 tensors [slots, head_width]; the two halves of the last axis repeat each other.
+        Two float32 tensors [slots, 1, 1, head_width]: cosines, both halves of the last axis alike; sines, negated in
+        the first half.
     """
     frequencies = 10_000.0 ** (-torch.arange(0, head_width, 2, device=device, dtype=torch.float32) / head_width)
     angles = torch.arange(slots, device=device, dtype=torch.float32)[:, None] * frequencies
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos(), angles.sin()
+    angles = angles[:, None, None]
+    return torch.cat([angles.cos()] * 2, dim=-1), torch.cat([-angles.sin(), angles.sin()], dim=-1)
 
 
-def _rotate(states: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    half = states.shape[-1] // 2
-    turned = torch.cat([-states[..., half:], states[..., :half]], dim=-1)
-    return states * cosines + turned * sines
+def _rotate(states: Tensor, cosines: Tensor, signed_sines: Tensor) -> Tensor:
+    """Turn channel pairs (i, i + half): rolling by half swaps the members, the sines carry the sign of the first."""
+    return torch.addcmul(states * cosines, states.roll(states.shape[-1] // 2, dims=-1), signed_sines)
 
 
 def window_mask(starts: Tensor, *, first_query: int, first_key: int, slots: int, window: int) -> Tensor:
@@ -125,8 +129,10 @@ def window_mask(starts: Tensor, *, first_query: int, first_key: int, slots: int,
     Returns:
         bool [rows, 1, queries, keys].
     """
-    queries = torch.arange(first_query, slots, device=starts.device)[:, None]
     keys = torch.arange(first_key, slots, device=starts.device)[None, :]
+    if slots - first_query == 1 and first_key > first_query - window:  # a decoding step: all keys are near
+        return (keys >= starts[:, None].clamp(max=first_query))[:, None, None]
+    queries = torch.arange(first_query, slots, device=starts.device)[:, None]
     near = (keys <= queries) & (keys > queries - window)
     # A query before its row's start sees only itself.
     lowest = torch.minimum(starts[:, None, None], queries)
@@ -151,16 +157,16 @@ class Block(nn.Module):
         states: Tensor,
         cosines: Tensor,
         sines: Tensor,
-        mask: Tensor,
+        mask: Tensor | None,
         remember: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
     ) -> Tensor:
         """One block.
 
         Args:
             states: [rows, new, width].
-            cosines: [new, head_width], of the new slots.
+            cosines: [new, 1, 1, head_width], of the new slots; see `rotary_tables`.
             sines: likewise.
-            mask: bool [rows, 1, new, keys].
+            mask: bool [rows, 1, new, keys]; None: the new slots see all keys.
             remember: takes keys and values of the new slots, [rows, heads, new, head_width], and returns those of all
                 slots on the mask's key axis; None when there is no past.
 
@@ -169,13 +175,15 @@ class Block(nn.Module):
         """
         rows, new, width = states.shape
         qkv = self.qkv(self.attention_norm(states)).view(rows, new, 3, self.head_count, -1)
-        queries, keys, values = qkv.permute(2, 0, 3, 1, 4)  # each (rows, heads, new, head_width)
-        queries, keys = _rotate(queries, cosines, sines), _rotate(keys, cosines, sines)
+        turned = _rotate(qkv[:, :, :2], cosines, sines)  # queries and keys at once: fewer, larger operations
+        queries, keys = turned.permute(2, 0, 3, 1, 4).unbind()
+        values = qkv[:, :, 2].transpose(1, 2)  # each (rows, heads, new, head_width)
         if remember is not None:
             keys, values = remember(keys, values)
         mixed = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
         states = states + self.attention_out(mixed.transpose(1, 2).reshape(rows, new, width))
-        return states + self.down(functional.gelu(self.up(self.mlp_norm(states)), approximate="tanh"))
+        result: Tensor = states + self.down(functional.gelu(self.up(self.mlp_norm(states)), approximate="tanh"))
+        return result
 
 
 class Body(nn.Module):
@@ -194,27 +202,29 @@ class Body(nn.Module):
         self.window = window
         self.head_width = width // head_count
         self._tables: tuple[Tensor, Tensor] | None = None
-        self.blocks = nn.ModuleList(Block(width, head_count, hidden_width) for _ in range(layer_count))
-        for block in self.blocks:
+        blocks = [Block(width, head_count, hidden_width) for _ in range(layer_count)]
+        self.blocks = nn.ModuleList(blocks)
+        for block in blocks:
             for linear in (block.qkv, block.attention_out, block.up, block.down):
                 nn.init.normal_(linear.weight, std=0.02)
             for linear in (block.attention_out, block.down):
                 nn.init.normal_(linear.weight, std=0.02 / (2 * layer_count) ** 0.5)
 
-    def _rotary(self, slots: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Tables of at least `slots` rows; kept, since making them at every decoding step costs as much as a layer."""
+    def _rotary(self, first: int, slots: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Tables of the slots from `first` on; kept, since making them at every step costs as much as a layer."""
         if self._tables is None or self._tables[0].shape[0] < slots or self._tables[0].device != like.device:
             size = max(1024, 1 << (slots - 1).bit_length())
             self._tables = rotary_tables(size, self.head_width, device=like.device)
-        cosines, sines = self._tables
-        return cosines.to(like.dtype), sines.to(like.dtype)
+        cosines, sines = (table[first:slots].to(like.dtype) for table in self._tables)
+        return cosines, sines
 
-    def forward(self, states: Tensor, starts: Tensor, buffer: KeyValueBuffer | None = None) -> Tensor:
+    def forward(self, states: Tensor, starts: Tensor | None, buffer: KeyValueBuffer | None = None) -> Tensor:
         """Run new slots through all blocks.
 
         Args:
             states: float [rows, new, width], input vectors of the slots after those in `buffer`.
-            starts: int64 [rows], the boundary slot of each row.
+            starts: int64 [rows], the boundary slot of each row. None: no boundary lies after the oldest slot that the
+                new one (a single one) can see, so nothing needs hiding.
             buffer: earlier slots; extended by the new ones. None: there are none, and none are kept.
 
         Returns:
@@ -222,10 +232,11 @@ class Body(nn.Module):
         """
         first = buffer.slots if buffer is not None else 0
         new = states.shape[1]
-        cosines, sines = self._rotary(first + new, states)
-        cosines, sines = cosines[first : first + new], sines[first : first + new]
-        oldest = max(buffer.first_slot, first - self.window + 1) if buffer is not None else 0
-        mask = window_mask(starts, first_query=first, first_key=oldest, slots=first + new, window=self.window)
+        cosines, sines = self._rotary(first, first + new, states)
+        oldest = buffer.oldest_visible if buffer is not None else 0
+        mask = None
+        if starts is not None:
+            mask = window_mask(starts, first_query=first, first_key=oldest, slots=first + new, window=self.window)
         for layer, block in enumerate(self.blocks):
             remember = partial(buffer.append, layer) if buffer is not None else None
             states = block(states, cosines, sines, mask, remember)

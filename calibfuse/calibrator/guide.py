@@ -36,15 +36,16 @@ class NextTokens(Protocol):
 class GuideSession(Protocol):
     """Follows generations. Its state derives from the ids alone, so calls may repeat, shrink, reorder or start anew."""
 
-    def step(self, input_ids: Tensor, flags: Tensor) -> tuple[NextTokens, list[bool]]:
+    def step(self, input_ids: Tensor, readings: Tensor) -> tuple[NextTokens, list[float]]:
         """Advance to the given prefixes.
 
         Args:
             input_ids: int64 [rows, length], the whole sequences so far; length may be 0.
-            flags: bool [n] on the same device, read together with the session's own so that a GPU is waited for once.
+            readings: float [n] on the same device, read out together with the session's own, so that a GPU is waited
+                for once.
 
         Returns:
-            What the guide says of the next token of each row, and the values of `flags`.
+            What the guide says of the next token of each row, and the values of `readings`.
         """
         ...
 

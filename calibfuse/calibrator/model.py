@@ -187,6 +187,17 @@ class Calibrator(nn.Module):
         result: Tensor = self.body(states, starts, buffer)
         return result
 
+    def lay_out_for_decoding(self) -> None:
+        """Store the matrices of body and heads by input channel: the same numbers, shapes and names.
+
+        A decoding step multiplies a few rows with matrices that come from main memory; in this order a CPU streams them
+        a fifth faster (docs/results.md).
+        """
+        for part in (self.token_in, self.body, self.heads):
+            for module in part.modules():
+                if isinstance(module, nn.Linear):
+                    module.weight.data = module.weight.data.t().contiguous().t()
+
     @property
     def fingerprint(self) -> str:
         """Hex digest of config shape and weights; the key of everything derived from them."""
@@ -310,6 +321,7 @@ class Calibrator(nn.Module):
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         tensors = hub.read_tensors(folder / WEIGHTS_FILE, expected=expected)
         model.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
+        model.lay_out_for_decoding()
         return model.to(device or "cpu").eval()
 
     def push_to_hub(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 
 EXAMPLES = """\
 examples:
@@ -65,6 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
+    # oneDNN keeps one compiled kernel per matrix shape, 1,024 of them by default; batches differ in shape, and the
+    # cache grew to several gigabytes in a long CPU run. Read when torch is first used.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     from calibfuse.calibrator.model import CalibratorConfig
     from calibfuse.scorers import load_scorer
     from calibfuse.training.run import TrainingText, run_training

@@ -22,6 +22,7 @@ those of the normalised text.
 import re
 import unicodedata
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +34,6 @@ from calibfuse.vocabulary.token_table import CONTROL_TOKEN, Hints, TokenTable
 METASPACE = "\u2581"
 # A mark on one token in twenty is a convention of the vocabulary; a stray one is text.
 _CLEAR_SHARE = 0.05
-_BYTE_CHARACTERS = frozenset(map(chr, range(256)))
 # The blocks that BERT's basic tokenizer calls Chinese characters.
 _CJK_RANGES = (
     (0x4E00, 0x9FFF),
@@ -154,7 +154,10 @@ def spelling_of(table: TokenTable) -> Spelling:
 
 def _ordinary_tokens(table: TokenTable) -> list[str]:
     """Token strings by id, empty for all tokens that stand outside the vocabulary's spelling."""
-    ordinary = [token if isinstance(token, str) else "" for token in table.tokens]
+    if set(map(type, table.tokens)) == {str}:  # nearly always; saves the slower look at each
+        ordinary = list(cast("list[str]", table.tokens))
+    else:
+        ordinary = [token if isinstance(token, str) else "" for token in table.tokens]
     for token_id in table.special | table.literal:
         if token_id < len(ordinary):
             ordinary[token_id] = ""
@@ -244,7 +247,8 @@ def _exceptional_ids(table: TokenTable, characters: Characters, spelling: Spelli
     ids = {token_id for token_id in table.special | table.literal if token_id < size}
     if spelling.byte_characters:
         return list(range(size))
-    ids.update(token_id for token_id, token in enumerate(table.tokens) if isinstance(token, bytes))
+    if set(map(type, table.tokens)) != {str}:
+        ids.update(token_id for token_id, token in enumerate(table.tokens) if isinstance(token, bytes))
     bracketed = characters.starting_with("<") | characters.starting_with("[")
     for token_id in np.flatnonzero(bracketed).tolist():
         token = table.tokens[token_id]

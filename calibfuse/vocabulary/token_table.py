@@ -15,8 +15,9 @@ from calibfuse.errors import VocabularyError
 
 # Above every vocabulary in use (about 260,000) by an order of magnitude; a stray id of 4e9 must not allocate gigabytes.
 MAX_VOCABULARY_SIZE = 4_194_304
-# `<|endoftext|>`: control syntax by convention; some tokenizer files hold it as an ordinary entry.
-CONTROL_TOKEN = re.compile(r"<\|[^|<>\s]+\|>")
+# `<|endoftext|>`, with DeepSeek's full-width bars too: control syntax by convention; some tokenizer files hold such
+# tokens as ordinary entries.
+CONTROL_TOKEN = re.compile(r"<[|\uff5c][^|\uff5c<>\s]+[|\uff5c]>")
 _WHITE_SPACE_SPLITTERS = frozenset({"Whitespace", "WhitespaceSplit", "BertPreTokenizer"})
 
 

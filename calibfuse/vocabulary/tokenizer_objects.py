@@ -94,13 +94,13 @@ def read_object(tokenizer: object) -> TokenTable:
 
 
 def _from_library(tokenizer: LibraryTokenizer, name: str) -> TokenTable:
-    # Asking id by id is faster than `get_vocab`, and in order.
-    count = tokenizer.get_vocab_size(with_added_tokens=True)
-    tokens: list[str | bytes | None] = list(map(tokenizer.id_to_token, range(count)))
-    if None in tokens:  # holes: the highest id lies beyond the count
-        listed = table_from_ids(tokenizer.get_vocab(with_added_tokens=True).items(), {}, name=name).tokens
-        tokens = [tokenizer.id_to_token(i) if token is None else token for i, token in enumerate(listed)]
     added = {i: (token.content, token.special) for i, token in tokenizer.get_added_tokens_decoder().items()}
+    # Asking id by id is faster than `get_vocab`, and in order. A model of n tokens without holes has the ids up to n.
+    size = tokenizer.get_vocab_size(with_added_tokens=False)
+    tokens: list[str | bytes | None] = list(map(tokenizer.id_to_token, range(max([size - 1, *added]) + 1)))
+    if None in tokens[:size] or any(tokenizer.model.id_to_token(i) is None for i in added if i < size):
+        listed = table_from_ids(tokenizer.get_vocab(with_added_tokens=True).items(), {}, name=name).tokens
+        tokens = [tokenizer.id_to_token(i) for i in range(max(len(listed), len(tokens)))]
     for token_id, (content, _) in added.items():
         tokens[token_id] = content
     special = {token_id for token_id, (_, is_special) in added.items() if is_special}

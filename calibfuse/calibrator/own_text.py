@@ -1,0 +1,181 @@
+"""The text of a target's ids as tokens of another vocabulary, kept up incrementally.
+
+The text is the concatenation of the bytes of the ids. It is cut into words at places where nearly every tokenizer cuts
+too: before a space that follows something else. A finished word is spelled once, in the tokenizer's own way, and never
+looked at again; the last word stays open, since its spelling may still change. The cuts hang only on the bytes so far, so
+the words of a text begin with the words of every prefix of it: extending and starting anew give the same.
+
+Special tokens of the target have no bytes. A run of them in the middle of a text is one start token of the own
+vocabulary; a leading run is nothing.
+
+Left out: own tokens that run across a space, and exact spellings by tokenizers that lose text (lower-casing, unknown
+marks): these follow the text as well as they can spell it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from calibfuse.vocabulary import Vocabulary
+
+MAX_WORD = 64  # bytes; longer words (scripts without spaces, rulers) are cut at a character
+_WHITESPACE = frozenset(b" \t\n\r\v\f")
+_SPACE = 0x20
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """A word in own tokens.
+
+    Attributes:
+        ids: own tokens.
+        ends: after which byte of the word each token ends; empty where the tokens do not spell the word exactly.
+        rest: bytes at the end that no token spells yet (a part of a character).
+    """
+
+    ids: tuple[int, ...]
+    ends: tuple[int, ...]
+    rest: bytes
+
+
+@dataclass(frozen=True)
+class OwnPrefix:
+    """A prefix of a text in own tokens.
+
+    Attributes:
+        closed: own tokens of the finished words, behind a start token.
+        word: the open word.
+    """
+
+    closed: tuple[int, ...]
+    word: bytes = b""
+
+    def at_start(self, start_id: int) -> bool:
+        """Whether a document begins here: no text since the start token."""
+        return not self.word and self.closed[-1] == start_id
+
+
+class OwnText:
+    """Spells text in one vocabulary.
+
+    Args:
+        tokenizer: a transformers tokenizer or a `tokenizers.Tokenizer`.
+        vocabulary: its bytes by id.
+        start_id: own token before every text.
+    """
+
+    def __init__(self, tokenizer: Any, vocabulary: Vocabulary, start_id: int) -> None:
+        self._tokenizer = tokenizer
+        self.vocabulary = vocabulary
+        self.start_id = start_id
+        self._bytes = [vocabulary.token_bytes(token_id) for token_id in range(len(vocabulary))]
+        self._ids: dict[bytes, int] = {}
+        for token_id, text in enumerate(self._bytes):
+            if text:
+                self._ids.setdefault(text, token_id)
+        self._longest = max(map(len, self._ids))
+        first = self._encode("a")
+        # SentencePiece and WordPiece give the first word of a text a space that the text has not.
+        self.adds_space = bool(first) and self._bytes[first[0]].startswith(b" ")
+        self.spell = lru_cache(maxsize=65_536)(self._spell)
+
+    def id_of(self, text: bytes) -> int:
+        """The first own token with these bytes."""
+        return self._ids[text]
+
+    def empty(self) -> OwnPrefix:
+        """The prefix before any text."""
+        return OwnPrefix((self.start_id,))
+
+    def extend(self, prefix: OwnPrefix, pieces: Iterable[bytes]) -> OwnPrefix:
+        """Go on with the bytes of further ids; empty ones are special tokens."""
+        for piece in pieces:
+            if not piece:
+                if not prefix.at_start(self.start_id):
+                    prefix = OwnPrefix((*prefix.closed, *self.spell(prefix.word).ids, self.start_id))
+                continue
+            word = prefix.word + piece
+            if self.adds_space and prefix.at_start(self.start_id) and not piece.startswith(b" "):
+                word = b" " + piece
+            prefix = replace(prefix, word=word)
+            while (end := _first_cut(prefix.word)) is not None:
+                done = self.spell(prefix.word[:end]).ids
+                prefix = OwnPrefix((*prefix.closed, *done), prefix.word[end:])
+        return prefix
+
+    def _spell(self, word: bytes) -> Spelling:
+        """Own tokens of a word, in the tokenizer's own way where that spells it, else longest match first."""
+        whole, rest = _whole_characters(word)
+        ids: Sequence[int] | None = None
+        if whole is not None:
+            spelled = word[: len(word) - len(rest)]
+            for text in (whole, whole[1:]) if whole.startswith(" ") else (whole,):
+                found = self._encode(text)
+                if b"".join(self._bytes[each] for each in found) == spelled:
+                    ids = found
+                    break
+            else:
+                if self._match(spelled)[1]:
+                    # Not even byte by byte: a tokenizer that loses text. Its own spelling is what the model knows.
+                    return Spelling(tuple(self._encode(whole)), (), b"")
+        else:
+            rest = b""
+        if ids is None:
+            ids, left = self._match(word)
+            return self._spelling(word, ids, left)
+        more, left = self._match(rest)
+        return self._spelling(word, [*ids, *more], left)
+
+    def _spelling(self, word: bytes, ids: Sequence[int], rest: bytes) -> Spelling:
+        ends, end = [], 0
+        for each in ids:
+            end += len(self._bytes[each])
+            ends.append(end)
+        if end + len(rest) != len(word):
+            return Spelling(tuple(ids), (), b"")
+        return Spelling(tuple(ids), tuple(ends), rest)
+
+    def _match(self, text: bytes) -> tuple[list[int], bytes]:
+        """Longest match first; what is left when nothing matches."""
+        ids: list[int] = []
+        at = 0
+        while at < len(text):
+            for length in range(min(self._longest, len(text) - at), 0, -1):
+                token_id = self._ids.get(text[at : at + length])
+                if token_id is not None:
+                    ids.append(token_id)
+                    at += length
+                    break
+            else:
+                return ids, text[at:]
+        return ids, b""
+
+    def _encode(self, text: str) -> list[int]:
+        if not text:
+            return []
+        encoded = self._tokenizer.encode(text, add_special_tokens=False)
+        ids: list[int] = encoded if isinstance(encoded, list) else encoded.ids
+        return [each for each in ids if each < len(self._bytes)]
+
+
+def _first_cut(word: bytes) -> int | None:
+    """Where the first finished word ends, if one does; hangs on no byte after the cut but the one it stands before."""
+    for at in range(1, len(word)):
+        if word[at] == _SPACE and word[at - 1] not in _WHITESPACE:
+            return at
+        if at >= MAX_WORD and word[at] & 0xC0 != 0x80:
+            return at
+    return None
+
+
+def _whole_characters(word: bytes) -> tuple[str | None, bytes]:
+    """The text and the bytes of an unfinished character at its end; None where it is no UTF-8."""
+    try:
+        return word.decode("utf-8"), b""
+    except UnicodeDecodeError as error:
+        if error.reason == "unexpected end of data":
+            return word[: error.start].decode("utf-8"), word[error.start :]
+        return None, b""

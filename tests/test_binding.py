@@ -1,0 +1,395 @@
+"""A calibrator bound to a vocabulary: what it says, how it reads ids, and the disk cache."""
+
+import logging
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_calibrators import BOS, PAD, make_bound, make_calibrator, make_vocabulary
+
+from calibfuse.calibrator import binding
+from calibfuse.calibrator.binding import SPECIAL_MASS, cache_folder
+from calibfuse.calibrator.body import KeyValueBuffer
+from calibfuse.errors import InputError, MissingHeadError, VocabularyError, VocabularyMismatchError
+from calibfuse.vocabulary import Vocabulary
+
+SIZE = 96
+
+
+@pytest.fixture(scope="module")
+def calibrator():
+    return make_calibrator()
+
+
+@pytest.fixture(scope="module")
+def bound():
+    return make_bound()
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("CALIBFUSE_CACHE", str(tmp_path / "cache"))
+
+
+def random_ids(rows, length, seed=0, low=3):
+    return torch.randint(low, SIZE, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+class TestLogProbs:
+    """The distributions over the target's vocabulary."""
+
+    @pytest.mark.parametrize("head", ["log_probs", "reference_log_probs"])
+    def test_are_normalised_and_finite(self, bound, head):
+        result = getattr(bound, head)(random_ids(2, 15))
+        assert result.shape == (2, 15, SIZE)
+        assert result.dtype == torch.float32
+        assert result.isfinite().all()
+        torch.testing.assert_close(result.logsumexp(-1), torch.zeros(2, 15), atol=1e-5, rtol=0)
+
+    def test_special_tokens_share_their_mass(self, bound):
+        special = bound.log_probs(random_ids(1, 5))[..., :3].exp()
+        torch.testing.assert_close(special, torch.full((1, 5, 3), SPECIAL_MASS / 3))
+
+    def test_heads_differ(self, bound):
+        ids = random_ids(1, 5)
+        assert (bound.log_probs(ids) - bound.reference_log_probs(ids)).abs().max() > 0.1
+
+    def test_a_vocabulary_without_special_tokens(self, calibrator):
+        bound = calibrator.bind(make_vocabulary(50, specials=0))
+        assert bound.coverage == 1.0
+        torch.testing.assert_close(
+            bound.log_probs(random_ids(1, 4) % 50).logsumexp(-1), torch.zeros(1, 4), atol=1e-5, rtol=0
+        )
+
+    def test_chunked_over_positions_like_the_whole(self, bound, monkeypatch):
+        ids = random_ids(2, 15)
+        whole = bound.log_probs(ids)
+        monkeypatch.setattr(binding, "_SEQUENCE_CHUNK", 1)
+        torch.testing.assert_close(bound.log_probs(ids), whole)
+
+    def test_only_the_past_matters(self, bound):
+        ids = random_ids(1, 12)
+        changed = ids.clone()
+        changed[0, 8] = 3 + (changed[0, 8] - 2) % 90
+        before, after = bound.log_probs(ids), bound.log_probs(changed)
+        torch.testing.assert_close(before[:, :8], after[:, :8])
+        assert not torch.allclose(before[:, 8], after[:, 8])
+
+    def test_the_first_token_of_a_text(self, bound):
+        first = bound.first_log_probs()
+        assert first.shape == (SIZE,)
+        assert not first.requires_grad
+        # A begin mark is the same boundary as none at all.
+        torch.testing.assert_close(first, bound.log_probs(torch.tensor([[BOS]]))[0, 0])
+        assert not torch.allclose(first, bound.first_log_probs("reference"))
+
+    def test_equal_bytes_get_equal_scores(self, calibrator):
+        bound = calibrator.bind(Vocabulary.from_byte_strings([None, b" a", b"b", b" a", b"cd", b"b"]))
+        result = bound.log_probs(torch.tensor([[1, 2, 4]]))
+        torch.testing.assert_close(result[..., 1], result[..., 3])
+        torch.testing.assert_close(result[..., 2], result[..., 5])
+        torch.testing.assert_close(result, bound.log_probs(torch.tensor([[3, 5, 4]])))
+
+    def test_permuted_ids_permute_the_scores(self, calibrator):
+        vocabulary = make_vocabulary()
+        order = np.random.default_rng(0).permutation(SIZE)
+        tokens = [vocabulary.token_bytes(i) or None for i in range(SIZE)]
+        permuted = Vocabulary.from_byte_strings([tokens[i] for i in order])
+        place = torch.from_numpy(np.argsort(order))  # where each old id is now
+        ids = random_ids(2, 10, low=0)
+        expected = calibrator.bind(vocabulary).log_probs(ids)
+        result = calibrator.bind(permuted).log_probs(place[ids])
+        torch.testing.assert_close(result[..., place], expected, atol=1e-4, rtol=1e-4)
+
+    def test_lower_precision_is_close(self):
+        calibrator = make_calibrator(strength=0.3)  # log-probabilities spread over about 8 nats, as trained ones do
+        full, half = calibrator.bind(make_vocabulary()), calibrator.bind(make_vocabulary(), dtype=torch.bfloat16)
+        ids = random_ids(3, 20)
+        assert half.memory_bytes < 0.75 * full.memory_bytes
+        difference = (half.log_probs(ids) - full.log_probs(ids)).abs()
+        assert difference.mean() < 0.01
+        assert difference.max() < 0.1
+
+    def test_missing_reference_head(self):
+        bound = make_bound(heads=("calibrator",))
+        with pytest.raises(
+            MissingHeadError, match="needs the head 'reference', but the calibrator has only 'calibrator'"
+        ):
+            bound.reference_log_probs(random_ids(1, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_candidates_only_equal_the_full_head(calibrator, dtype, monkeypatch):
+    monkeypatch.setattr(binding, "_SCORE_CHUNK", 17)
+    bound = calibrator.bind(make_vocabulary(), dtype=dtype)
+    said = bound.sequence(random_ids(2, 9))
+    wanted = torch.randint(0, SIZE, (2, 9, 20), generator=torch.Generator().manual_seed(1))
+    for head in bound.heads:
+        full, some = said.log_scores(head), said.log_scores(head, wanted)
+        torch.testing.assert_close(some, full.gather(-1, wanted), atol=1e-4, rtol=1e-4)
+        other = wanted.flip(-1)
+        torch.testing.assert_close(said.log_scores(head, other), some.flip(-1))
+    torch.testing.assert_close(said.positions(2, 5).log_scores("calibrator", wanted[:, 2:5]), some_of(said, wanted))
+
+
+def some_of(said, wanted):
+    return said.log_scores("calibrator", wanted)[:, 2:5]
+
+
+class TestPadding:
+    """Left padding, begin marks and masks change nothing."""
+
+    @pytest.mark.parametrize("pad", [PAD, BOS])
+    @pytest.mark.parametrize("width", [1, 7, 40])
+    def test_special_padding_needs_no_mask(self, bound, pad, width):
+        ids = random_ids(2, 12)
+        padded = torch.cat([torch.full((2, width), pad), ids], dim=1)
+        torch.testing.assert_close(bound.log_probs(padded)[:, width:], bound.log_probs(ids), atol=1e-4, rtol=1e-4)
+
+    def test_masked_padding_may_be_any_token(self, bound):
+        ids = random_ids(2, 12)
+        padded = torch.cat([torch.full((2, 5), 17), ids], dim=1)
+        mask = torch.ones_like(padded)
+        mask[:, :5] = 0
+        result = bound.log_probs(padded, mask)[:, 5:]
+        torch.testing.assert_close(result, bound.log_probs(ids), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(bound.log_probs(padded, mask.bool())[:, 5:], result)
+        assert not torch.allclose(bound.log_probs(padded)[:, 5:], result)
+
+    def test_rows_of_different_length(self, bound):
+        ids = random_ids(3, 14)
+        ids[1, :4], ids[2, :13] = PAD, PAD
+        result = bound.log_probs(ids)
+        for row, start in enumerate((0, 4, 13)):
+            alone = bound.log_probs(ids[row : row + 1, start:])
+            torch.testing.assert_close(result[row : row + 1, start:], alone, atol=1e-4, rtol=1e-4)
+
+    def test_a_special_token_inside_the_text_is_a_boundary_that_is_seen(self, bound):
+        ids = random_ids(1, 6)
+        with_mark = torch.cat([ids[:, :3], torch.tensor([[BOS]]), ids[:, 3:]], dim=1)
+        assert not torch.allclose(bound.log_probs(with_mark)[:, 4], bound.log_probs(ids)[:, 3])
+
+    def test_nothing_but_special_tokens(self, bound):
+        result = bound.log_probs(torch.full((2, 6), PAD))
+        torch.testing.assert_close(result, bound.first_log_probs().expand(2, 6, -1), atol=1e-4, rtol=1e-4)
+
+
+def test_long_texts_are_read_in_pieces_like_the_whole(bound, monkeypatch):
+    ids = random_ids(2, 150)
+    ids[1, :70] = PAD  # longer than a piece
+    pieces = bound.log_probs(ids)
+    monkeypatch.setattr(binding, "_WINDOWS_AT_ONCE", 1000)
+    torch.testing.assert_close(pieces, bound.log_probs(ids), atol=1e-4, rtol=1e-4)
+
+
+class TestSession:
+    """Following generations step by step equals reading the whole, whatever happens to the rows."""
+
+    scripts = st.lists(
+        st.one_of(
+            st.tuples(st.just("extend"), st.integers(1, 3), st.booleans()),
+            st.tuples(st.just("extend"), st.just(1), st.booleans()),
+            st.tuples(st.just("roll back"), st.integers(0, 12), st.just(False)),
+            st.tuples(st.just("reorder"), st.integers(0, 10**6), st.booleans()),
+            st.tuples(st.just("rows"), st.integers(1, 4), st.just(False)),
+            st.tuples(st.just("repeat"), st.just(0), st.just(False)),
+            st.tuples(st.just("new text"), st.integers(0, 40), st.booleans()),
+        ),
+        max_size=30,
+    )
+
+    @settings(max_examples=60, deadline=None)
+    @given(script=scripts, seed=st.integers(0, 1000))
+    def test_any_history(self, bound, script, seed):
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(rows, length, *, special):
+            return torch.randint(0 if special else 3, 6 if special else SIZE, (rows, length), generator=generator)
+
+        slack, KeyValueBuffer.slack = KeyValueBuffer.slack, 5
+        try:
+            session = bound.session()
+            ids = draw(2, 3, special=True)
+            for action, number, special in [("repeat", 0, False), *script]:
+                rows, length = ids.shape
+                if action == "extend":
+                    ids = torch.cat([ids, draw(rows, number, special=special)], dim=1)
+                elif action == "roll back":
+                    ids = ids[:, : max(1, length - number)]
+                elif action == "reorder":
+                    ids = ids[torch.randint(0, rows, (rows,), generator=generator)]
+                    if special:  # as beam search does: reordered and extended at once
+                        ids = torch.cat([ids, draw(rows, 1, special=False)], dim=1)
+                elif action == "rows":
+                    ids = ids[torch.arange(number) % rows]
+                elif action == "new text":
+                    ids = draw(rows, number, special=special)
+                self.check(bound, session, ids)
+        finally:
+            KeyValueBuffer.slack = slack
+
+    @staticmethod
+    def check(bound, session, ids):
+        said, readings = session.step(ids, torch.tensor([2.5, math.inf]))
+        assert readings == [2.5, math.inf]
+        if ids.shape[1]:
+            expected = bound.sequence(ids).positions(ids.shape[1] - 1, ids.shape[1]).hidden[:, -1]
+        else:
+            expected = bound._advance(ids, None, None, None)[0][:, -1]
+        torch.testing.assert_close(said.hidden, expected, atol=1e-4, rtol=1e-3)
+
+    def test_long_generation(self, bound):
+        session, ids = bound.session(), random_ids(3, 200)
+        ids[1, :5] = PAD
+        for length in range(8, 200):
+            said, _ = session.step(ids[:, :length], torch.zeros(1))
+        assert session._buffer.first_slot > 0
+        torch.testing.assert_close(said.hidden, bound.sequence(ids[:, :199]).hidden[:, -1], atol=1e-4, rtol=1e-3)
+
+    def test_ids_written_over_by_the_caller_are_noticed(self, bound):
+        session, ids = bound.session(), random_ids(1, 6)
+        session.step(ids, torch.zeros(1))
+        ids[0, 2] = 50
+        said, _ = session.step(ids, torch.zeros(1))
+        torch.testing.assert_close(said.hidden, bound.sequence(ids).hidden[:, -1], atol=1e-4, rtol=1e-3)
+
+
+class TestBadInput:
+    """One clear sentence each."""
+
+    @pytest.mark.parametrize("wrong", [-1, SIZE, 10**6])
+    def test_ids_outside_the_vocabulary(self, bound, wrong):
+        with pytest.raises(VocabularyMismatchError, match=f"id {wrong} is outside the vocabulary of 96 ids .*'words'"):
+            bound.log_probs(torch.tensor([[4, wrong, 5]]))
+
+    def test_shapes(self, bound):
+        with pytest.raises(VocabularyMismatchError, match=r"must be \[batch, length\], got shape \(4,\)"):
+            bound.log_probs(torch.tensor([4, 5, 6, 7]))
+        with pytest.raises(VocabularyMismatchError, match=r"attention_mask has shape \(1, 3\) but input_ids \(1, 4\)"):
+            bound.log_probs(random_ids(1, 4), torch.ones(1, 3))
+
+    def test_dtype(self, calibrator):
+        with pytest.raises(InputError, match="float32, bfloat16 or float16, got dtype=torch.int8"):
+            calibrator.bind(make_vocabulary(), dtype=torch.int8)
+
+    def test_no_tokenizer(self, calibrator):
+        with pytest.raises(VocabularyError):
+            calibrator.bind(object())
+
+    def test_vocabulary_of_one_token(self, calibrator):
+        with pytest.raises(VocabularyError, match="at least 2 tokens"):
+            calibrator.bind(Vocabulary.from_byte_strings([b"a", None]))
+
+    def test_empty_input(self, bound):
+        assert bound.log_probs(torch.zeros(2, 0, dtype=torch.int64)).shape == (2, 0, SIZE)
+
+
+class TestDiskCache:
+    """Bound vectors are kept, keyed by what they were made of."""
+
+    @pytest.fixture
+    def composed(self, monkeypatch):
+        """How often a vocabulary was composed."""
+        calls = []
+        original = binding.compose_vocabulary
+
+        def counted(*arguments):
+            calls.append(arguments)
+            return original(*arguments)
+
+        monkeypatch.setattr(binding, "compose_vocabulary", counted)
+        return calls
+
+    def files(self):
+        return sorted((cache_folder() / "bound").glob("*"))
+
+    def test_second_time_nothing_is_composed(self, calibrator, composed):
+        first = calibrator.bind(make_vocabulary())
+        second = calibrator.bind(make_vocabulary())
+        assert len(composed) == 1
+        assert torch.equal(first._vectors, second._vectors)
+        assert torch.equal(first._biases, second._biases)
+        assert len(self.files()) == 1
+
+    def test_can_be_switched_off(self, calibrator, composed):
+        for _ in range(2):
+            calibrator.bind(make_vocabulary(), use_disk_cache=False)
+        assert len(composed) == 2
+        assert self.files() == []
+
+    def test_other_weights_other_vocabulary_other_precision(self, calibrator, composed):
+        calibrator.bind(make_vocabulary())
+        calibrator.bind(make_vocabulary(80))
+        calibrator.bind(make_vocabulary(), dtype=torch.bfloat16)
+        changed = make_calibrator()
+        with torch.no_grad():
+            changed.composer.table[5, 3] += 1e-3
+        changed.bind(make_vocabulary())
+        assert len(composed) == 4
+        assert len(self.files()) == 4
+
+    def test_the_name_of_the_tokenizer_does_not_count(self, calibrator, composed):
+        tokens = [b"a", b"b", None]
+        calibrator.bind(Vocabulary.from_byte_strings(tokens, name="one"))
+        calibrator.bind(Vocabulary.from_byte_strings(tokens, name="two"))
+        assert len(composed) == 1
+
+    @pytest.mark.parametrize("damage", [b"", b"not a file of tensors", None], ids=["empty", "foreign", "truncated"])
+    def test_a_damaged_file_is_made_again_with_a_warning(self, calibrator, composed, caplog, damage):
+        expected = calibrator.bind(make_vocabulary())
+        (path,) = self.files()
+        path.write_bytes(path.read_bytes()[:-50] if damage is None else damage)
+        with caplog.at_level(logging.WARNING, logger="calibfuse"):
+            again = calibrator.bind(make_vocabulary())
+        assert "Ignoring the damaged cache file" in caplog.text
+        assert torch.equal(again._vectors, expected._vectors)
+        calibrator.bind(make_vocabulary())
+        assert len(composed) == 2, "the damaged file was replaced by a good one"
+
+    def test_a_folder_that_cannot_be_written_only_warns(self, calibrator, tmp_path, monkeypatch, caplog):
+        blocker = tmp_path / "file"
+        blocker.write_text("in the way")
+        monkeypatch.setenv("CALIBFUSE_CACHE", str(blocker))
+        with caplog.at_level(logging.WARNING, logger="calibfuse"):
+            bound = calibrator.bind(make_vocabulary())
+        assert "could not be cached" in caplog.text
+        assert bound.target_vocab_size == SIZE
+        assert blocker.read_text() == "in the way"
+
+    def test_where_it_is(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("CALIBFUSE_CACHE", str(tmp_path))
+        assert cache_folder() == tmp_path
+        monkeypatch.delenv("CALIBFUSE_CACHE")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+        assert cache_folder() == tmp_path / "xdg" / "calibfuse"
+
+
+class TestDevices:
+    """Moving, as far as a machine without another device can tell: the meta device stands for one."""
+
+    def test_staying_gives_the_same_object(self, bound):
+        assert bound.to("cpu") is bound
+
+    def test_moving_leaves_the_original_where_it_was(self):
+        bound = make_bound()
+        moved = bound.to("meta")
+        assert moved.device.type == "meta"
+        assert moved.calibrator.boundary.device.type == "meta"
+        assert bound.calibrator.boundary.device.type == "cpu"
+        assert bound.log_probs(random_ids(1, 4)).isfinite().all()
+
+
+def test_coverage_counts_the_ids_with_bytes(bound):
+    assert bound.coverage == pytest.approx(93 / 96)
+    covered = bound.covers(torch.tensor([[0, 2, 3, 95, 96, 10_000, -1]]))
+    assert covered.tolist() == [[False, False, True, True, False, False, False]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_tokenizer_family_can_be_bound(calibrator, any_tokenizer, dtype):
+    bound = calibrator.bind(any_tokenizer, dtype=dtype)
+    ids = torch.tensor([any_tokenizer.encode("A quick brown fox.", add_special_tokens=False).ids])
+    torch.testing.assert_close(bound.log_probs(ids).logsumexp(-1), torch.zeros_like(ids).float(), atol=1e-4, rtol=0)
