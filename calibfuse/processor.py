@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
     from calibfuse.vocabulary import TokenizerLike
 
+SMALL_VOCABULARY = 16_384  # up to here the whole head takes less than a millisecond
+LARGE_VOCABULARY_CANDIDATES = 500
 _SEQUENCE_CHUNK = 8_000_000  # scores fused at once in fuse_logits: 32 MB for each intermediate result
 
 
@@ -94,7 +96,7 @@ class CalibFusion(LogitsProcessor):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         local_files_only: bool = False,
-        **fusion_options: Any,
+        **fusion_options: Any,  # noqa: ANN401
     ) -> CalibFusion:
         """Load a calibrator and bind it to a target.
 
@@ -132,7 +134,7 @@ class CalibFusion(LogitsProcessor):
         if device is None and target is not None:
             device = target.device
         guide = calibrator.bind(source, dtype=dtype, device=device)
-        config = recommended_config(calibrator.config.fusion, options)
+        config = recommended_config(calibrator.config.fusion, options, guide.target_vocab_size)
         alignment = None
         if MODES[config.mode].fuse is None and target is not None:
             # In the Hub's cache by now.
@@ -273,14 +275,22 @@ class CalibFusion(LogitsProcessor):
             )
 
 
-def recommended_config(recommended: Any, options: dict[str, Any]) -> FusionConfig:
+def recommended_config(
+    recommended: Mapping[str, Any], options: Mapping[str, Any], target_vocab_size: int | None = None
+) -> FusionConfig:
     """A calibrator's recommended options, overridden by the user's.
 
-    A recommendation belongs to its mode: when the user asks for another mode, only the user's options count.
+    A recommendation belongs to its mode: when the user asks for another mode, only the user's options count. Where
+    neither names `candidates` and the vocabulary's size is known, a small vocabulary is re-ranked as a whole: truncation
+    is there for the time that the head of a large one takes, and where the target is unsure it costs effect
+    (docs/results.md).
     """
-    if "mode" in options and options["mode"] != recommended.get("mode", FusionConfig.mode):
-        return FusionConfig.from_dict(options)
-    return FusionConfig.from_dict({**recommended, **options})
+    chosen = dict(options)
+    if options.get("mode", recommended.get("mode", FusionConfig.mode)) == recommended.get("mode", FusionConfig.mode):
+        chosen = {**recommended, **options}
+    if "candidates" not in chosen and target_vocab_size is not None:
+        chosen["candidates"] = 0 if target_vocab_size <= SMALL_VOCABULARY else LARGE_VOCABULARY_CANDIDATES
+    return FusionConfig.from_dict(chosen)
 
 
 def _embedding_fusion(

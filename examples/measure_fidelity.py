@@ -3,9 +3,9 @@
     python examples/measure_fidelity.py --calibrator DIR --tokenizers shared/data/tokenizers \
         --pool DIR/work/pool-* --store DIR/work/passages-* --text wikitext2-test.txt
 
-Prints a Markdown table: one row per tokenizer, one column per text and head, and the change against the mean of the pool's
-own tokenizers (those above 8,000 tokens: small vocabularies and plain bytes are worse for every model). The full softmax is
-measured, and the one restricted to the calibrator's own 200 best tokens plus the actual one is not: see --candidates.
+Prints a Markdown table: one row per tokenizer, two columns per text: bits per byte over the full vocabulary, and the
+change against the mean of the pool's own tokenizers (those above 8,000 tokens: small vocabularies and plain bytes are
+worse for every model).
 """
 
 from __future__ import annotations
@@ -31,10 +31,14 @@ def main() -> None:
     parser.add_argument("--calibrator", help="folder or Hub id (default: the bundled one)")
     parser.add_argument("--tokenizers", type=Path, required=True, help="folder with tokenizer files")
     parser.add_argument("--pool", type=Path, help="pool of the training run: the rows to compare with")
-    parser.add_argument("--store", type=Path, help="passage store of the training run: its validation passages are read")
+    parser.add_argument(
+        "--store", type=Path, help="passage store of the training run: its validation passages are read"
+    )
     parser.add_argument("--text", nargs="*", default=[], help="further held-out files")
     parser.add_argument("--bytes", type=int, default=60_000, help="of each text (default: %(default)s)")
-    parser.add_argument("--head", default="reference", choices=("calibrator", "reference"), help="(default: %(default)s)")
+    parser.add_argument(
+        "--head", default="reference", choices=("calibrator", "reference"), help="(default: %(default)s)"
+    )
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     args = parser.parse_args()
     torch.set_num_threads(1)

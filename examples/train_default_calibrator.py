@@ -3,12 +3,12 @@
     python examples/train_default_calibrator.py --data DIR --output my-calibrator --steps 7000
 
 DIR holds text/*.jsonl.xz (reddit, wikipedia, conversation, novels) and toxicity/*.jsonl.xz. The labels of the toxicity
-sets train the sorting scorer only (civil_comments and paradetox), never the calibrator: what it learns from is unfiltered
-text, sorted. The bundled evaluation scorer is trained on other labels (Jigsaw) and is not used here; the test split of
-Jigsaw, RealToxicityPrompts, WikiText and LAMBADA are not read.
+sets train the sorting scorer only (civil_comments and paradetox), never the calibrator: what it learns from is
+unfiltered text, sorted. The bundled evaluation scorer is trained on other labels (Jigsaw) and is not used here; the
+test split of Jigsaw, RealToxicityPrompts, WikiText and LAMBADA are not read.
 
-The shipped weights took about 75 minutes on one shared core, in two legs: 1,066 steps with labels of a word list while the
-sorting scorer was being made, then 6,200 steps as below. This script does it in one leg.
+The shipped weights took about 100 minutes on one shared core, in two legs: 1,066 steps with labels of a word list while
+the sorting scorer was being made, then 6,200 steps as below. This script does it in one leg.
 """
 
 from __future__ import annotations
@@ -68,9 +68,16 @@ def train_sorting_scorer(data: Path, folder: Path) -> Path:
     if not (folder / "config.json").exists():
         toxicity, text = data / "toxicity", data / "text"
         command = [sys.executable, "-m", "calibfuse", "train-scorer", "--name", "sorting", "--output", str(folder)]
-        command += ["--data", str(toxicity / "civil_comments.jsonl.xz"), "--pairs", str(toxicity / "paradetox.jsonl.xz")]
+        command += [
+            "--data",
+            str(toxicity / "civil_comments.jsonl.xz"),
+            "--pairs",
+            str(toxicity / "paradetox.jsonl.xz"),
+        ]
         command += ["--exclude", str(toxicity / "jigsaw.jsonl.xz"), "--strong-words", "--identity-terms"]
         command += ["--non-toxic", str(text / "wikipedia.jsonl.xz"), str(text / "novels.jsonl.xz")]
+        command += ["--non-toxic-limit", "14000", "--char-min", "3", "--char-max", "6", "--hash-seed", "17"]
+        command += ["--windows", "3", "14"]
         subprocess.run(command, check=True)
     return folder
 

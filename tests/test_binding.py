@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_calibrators import BOS, PAD, make_bound, make_calibrator, make_vocabulary
 
-from calibfuse.calibrator import binding
+from calibfuse.calibrator import Calibrator, binding
 from calibfuse.calibrator.binding import SPECIAL_MASS, cache_folder
 from calibfuse.calibrator.body import KeyValueBuffer
 from calibfuse.errors import InputError, MissingHeadError, VocabularyError, VocabularyMismatchError
@@ -393,3 +393,14 @@ def test_every_tokenizer_family_can_be_bound(calibrator, any_tokenizer, dtype):
     bound = calibrator.bind(any_tokenizer, dtype=dtype)
     ids = torch.tensor([any_tokenizer.encode("A quick brown fox.", add_special_tokens=False).ids])
     torch.testing.assert_close(bound.log_probs(ids).logsumexp(-1), torch.zeros_like(ids).float(), atol=1e-4, rtol=0)
+
+
+def test_the_bundled_calibrator_in_bfloat16(byte_level_tokenizer, sample_lines):
+    bundled = Calibrator.from_pretrained()
+    ids = torch.tensor([byte_level_tokenizer.encode(" ".join(sample_lines[:30])).ids[:300]])
+    full, half = (
+        bundled.bind(byte_level_tokenizer, dtype=dtype).log_probs(ids) for dtype in (torch.float32, torch.bfloat16)
+    )
+    difference = (full - half).abs()
+    assert difference.mean() < 0.01
+    assert difference.gather(-1, full.topk(200).indices).max() < 0.03

@@ -432,4 +432,3 @@ class TestConfig:
     def test_options_are_keyword_only(self):
         with pytest.raises(TypeError):
             FusionConfig("contrast")
-

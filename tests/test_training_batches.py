@@ -72,7 +72,9 @@ def test_the_sampled_loss_estimates_the_full_one():
     flags[1] = False
 
     def loss(candidates: int, seed: int) -> tuple[float, float]:
-        table = BatchVocabulary(vocabulary, np.zeros(2000, dtype=np.int64), bucket_count=512, candidate_count=candidates)
+        table = BatchVocabulary(
+            vocabulary, np.zeros(2000, dtype=np.int64), bucket_count=512, candidate_count=candidates
+        )
         losses = objective(make_batch(ids, flags, table, np.random.default_rng(seed)))
         return float(losses.reference), float(losses.calibrator)
 

@@ -99,7 +99,13 @@ def test_a_run_can_start_from_an_earlier_calibrator(text, tmp_path):
     pool = next((first / "work").glob("pool-*"))
     training = TrainingConfig(**{**QUICK, "steps": 5, "precision": "fp32"})
     second = run_training(
-        text, tmp_path / "second", training=training, init_from=first, pool_folder=pool, device="cpu", show_progress=False
+        text,
+        tmp_path / "second",
+        training=training,
+        init_from=first,
+        pool_folder=pool,
+        device="cpu",
+        show_progress=False,
     )
     assert history(second)[0]["reference_nats"] < history(first)[0]["reference_nats"] - 0.3
 
@@ -177,8 +183,10 @@ def test_the_command_stops_cleanly_on_ctrl_c_and_resumes(text, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_follow_the_loss_curve_of_one(text, tmp_path):
-    """Every process packs the same batch and trains on half of its rows; the mean of the means differs by rounding and by
-    unequal token counts of the halves: a few thousandths of a nat."""
+    """Every process packs the same batch and trains on half of its rows.
+
+    The mean of the means differs by rounding and by unequal token counts of the halves: a few thousandths of a nat.
+    """
     pytest.importorskip("accelerate")
     single = train(text, tmp_path / "single", training={"steps": 15})
     script = tmp_path / "two.py"
@@ -190,7 +198,16 @@ def test_two_processes_follow_the_loss_curve_of_one(text, tmp_path):
         f"text = TrainingText(non_toxic=[{text.non_toxic[0]!r}], reference=[{text.reference[0]!r}])\n"
         f"train(text, Path({str(tmp_path / 'double')!r}), training={{'steps': 15}})\n"
     )
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(launch, capture_output=True, text=True, timeout=240, env=environment)

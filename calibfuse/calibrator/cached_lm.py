@@ -127,7 +127,9 @@ def check_followable(model: PreTrainedModel, name: str, *, holes: bool) -> bool:
             again = pieces.feed(given[:, -1:], stands[:, -1:], visible, keep=1)
             works = agree(again[:, 0], expected[:, 3])
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, NotImplementedError) as error:
-        raise InputError(f"The language model {name} cannot be followed token by token ({type(error).__name__}).") from error
+        raise InputError(
+            f"The language model {name} cannot be followed token by token ({type(error).__name__})."
+        ) from error
     if not works:
         raise InputError(
             f"The language model {name} cannot be followed token by token: reading a text in pieces, with masked slots, "
@@ -136,7 +138,9 @@ def check_followable(model: PreTrainedModel, name: str, *, holes: bool) -> bool:
     return _sees_as_told(model, tokens, expected, agree)
 
 
-def _sees_as_told(model: PreTrainedModel, tokens: Tensor, expected: Tensor, agree: Callable[[Tensor, Tensor], bool]) -> bool:
+def _sees_as_told(
+    model: PreTrainedModel, tokens: Tensor, expected: Tensor, agree: Callable[[Tensor, Tensor], bool]
+) -> bool:
     """Whether two continuations of the same text can be read side by side."""
     reader, device = CachedLM(model), tokens.device
     places = torch.arange(5, device=device)

@@ -213,17 +213,11 @@ class CausalLMCalibrator:
         start_id = self._start_id(own)
         max_length = _max_length(models)
         lock_step = same_ids(own, target)
-        side_by_side = [
-            check_followable(model, self.name, holes=not lock_step) for model in models.values()
-        ]
+        side_by_side = [check_followable(model, self.name, holes=not lock_step) for model in models.values()]
         if lock_step:
-            return BoundCausalLM(
-                LockStepLM(models, target, start_id=start_id, max_length=max_length), self, own
-            )
+            return BoundCausalLM(LockStepLM(models, target, start_id=start_id, max_length=max_length), self, own)
         text = OwnText(self.tokenizer, own, start_id)
-        guide = ProjectedLM(
-            models, text, target, further=further if all(side_by_side) else 0, max_length=max_length
-        )
+        guide = ProjectedLM(models, text, target, further=further if all(side_by_side) else 0, max_length=max_length)
         return BoundCausalLM(guide, self, own)
 
     def _start_id(self, own: Vocabulary) -> int:
@@ -479,9 +473,7 @@ def _load_tokenizer(folder: Path) -> Any:
         raise VocabularyError(f"The tokenizer in {str(folder)!r} cannot be loaded: {_sentence(error)}") from error
 
 
-def _moved(
-    model: PreTrainedModel, dtype: torch.dtype | None, device: torch.device | str | None
-) -> PreTrainedModel:
+def _moved(model: PreTrainedModel, dtype: torch.dtype | None, device: torch.device | str | None) -> PreTrainedModel:
     """The model itself where it is so already, else a copy."""
     dtype = dtype or model.dtype
     device = torch.device(device) if device is not None else model.device

@@ -111,7 +111,8 @@ def _shape_codes(data: NDArray[np.uint8], offsets: NDArray[np.int64]) -> NDArray
     capital = (lengths > starts_blank) & (second >= 65) & (second <= 90)
     code |= starts_blank.astype(np.uint64) << np.uint64(6)
     code |= capital.astype(np.uint64) << np.uint64(7)
-    return code | (np.minimum(lengths, _MAX_SHAPE_LENGTH).astype(np.uint64) << np.uint64(8))
+    code |= np.minimum(lengths, _MAX_SHAPE_LENGTH).astype(np.uint64) << np.uint64(8)
+    return code
 
 
 def _first_bytes(data: NDArray[np.uint8], offsets: NDArray[np.int64]) -> NDArray[np.uint8]:

@@ -181,9 +181,15 @@ class LockStepLMSession:
     def step(self, input_ids: Tensor, readings: Tensor) -> tuple[LMLogits, list[float]]:
         """See `GuideSession.step`."""
         first = self.guide.first_read(input_ids.shape[1])
-        if self._ids is None or self._starts is None or self._last is None or 0 in (
-            input_ids.shape[1],
-            self._ids.shape[1],
+        if (
+            self._ids is None
+            or self._starts is None
+            or self._last is None
+            or 0
+            in (
+                input_ids.shape[1],
+                self._ids.shape[1],
+            )
         ):
             return self._rebuild(input_ids, first), readings.tolist()
         reuse, values = match_prefixes(self._ids, input_ids, readings)

@@ -271,8 +271,8 @@ class Calibrator(nn.Module):
         """Load a calibrator.
 
         Args:
-            name_or_path: a local folder, a Hub id, or None for the bundled one. A causal LM of transformers will do too.
-            reference: of a causal LM, a twin of it that becomes the head "reference".
+            name_or_path: a local folder, a Hub id, or None for the bundled one. A causal LM of transformers will do
+            too. reference: of a causal LM, a twin of it that becomes the head "reference".
             revision: branch, tag or commit on the Hub.
             cache_dir: of the Hub's files.
             local_files_only: never touch the network.
@@ -307,7 +307,8 @@ class Calibrator(nn.Module):
             return cast("Calibrator", language_model)
         if reference is not None:
             raise InputError(
-                f"reference= is for causal language models of transformers; the universal calibrator in {str(folder)!r} has "
+                f"reference= is for causal language models of transformers; the universal calibrator in "
+                f"{str(folder)!r} has "
                 "its reference as a head of its own."
             )
         values = hub.read_config(folder, format_name=FORMAT_NAME, supported_version=FORMAT_VERSION)

@@ -222,9 +222,7 @@ class ProjectedSession:
         """Marginals by head, float64 [rows, target strings]."""
         guide = self.guide
         spellings = [guide.own_text.spell(prefix.word) for prefix in prefixes]
-        contexts = [
-            guide.context(prefix, len(each.ids) + 1) for prefix, each in zip(prefixes, spellings, strict=True)
-        ]
+        contexts = [guide.context(prefix, len(each.ids) + 1) for prefix, each in zip(prefixes, spellings, strict=True)]
         # The last finished token is read with the open word, so that a distribution after it is at hand.
         finished = [context[:-1] for context in contexts]
         openings = [[context[-1], *each.ids] for context, each in zip(contexts, spellings, strict=True)]
@@ -317,9 +315,7 @@ class ProjectedSession:
     def _path_weights(self, probs: Tensor, spellings: Sequence[Spelling]) -> Tensor:
         """Probability of the first j tokens of each open word: float64 [rows, behind]; the largest of a row is 1."""
         behind = probs.shape[1]
-        nexts = torch.tensor(
-            [[*each.ids, *[0] * (behind - len(each.ids))] for each in spellings], device=probs.device
-        )
+        nexts = torch.tensor([[*each.ids, *[0] * (behind - len(each.ids))] for each in spellings], device=probs.device)
         steps = probs[:, :-1].gather(-1, nexts[:, : behind - 1, None])[..., 0]
         return torch.nn.functional.pad(steps.clamp(min=1e-30).cumprod(dim=-1), (1, 0), value=1.0)
 
@@ -392,7 +388,9 @@ class ProjectedSession:
         if not spelling.rest and not prefix.at_start(self.guide.own_text.start_id):
             consider(len(spelling.ids), b"", projection.following.goes_on)
         found.sort(key=lambda each: -each[0])
-        return [(after, remaining, place) for value, after, remaining, place in found[: self.guide.further] if value > 0]
+        return [
+            (after, remaining, place) for value, after, remaining, place in found[: self.guide.further] if value > 0
+        ]
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.guide.device)

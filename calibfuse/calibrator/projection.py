@@ -31,7 +31,7 @@ from torch import Tensor
 from calibfuse.vocabulary import Vocabulary
 
 # How much of an own token's probability goes to targets that are longer, where the model is not asked: where a longer
-# word was meant, the model would mostly have said a longer token. 
+# word was meant, the model would mostly have said a longer token.
 GOES_ON = 0.1
 _LEAST_SHARE = 1e-3  # of its marginal that a token keeps beside longer ones: bounds what rounding can do
 _LEAST_MASS = 1e-30

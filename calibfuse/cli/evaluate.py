@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from calibfuse.cli.compared_methods import baseline_methods, check_methods, fusion_methods
 from calibfuse.cli.masking import masking
 from calibfuse.cli.target import Target, load_target
 from calibfuse.cli.terminal import Terminal
@@ -17,7 +18,7 @@ from calibfuse.errors import InputError
 
 if TYPE_CHECKING:
     from calibfuse.calibrator import Calibrator
-    from calibfuse.evaluation import Evaluation, Method, Prompt
+    from calibfuse.evaluation import Evaluation, Prompt
     from calibfuse.scorers import ToxicityScorer
 
 EXAMPLES = """\
@@ -38,9 +39,7 @@ examples:
 The output folder gets report.json (everything), report.md, report.html and the continuations themselves.
 """
 
-_DEFAULT_ALPHAS = (0.5, 1.0, 2.0)
-_PICK_ALPHAS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
-_PICK_ALPHAS_OF_MIXTURES = (0.1, 0.2, 0.3, 0.5, 0.7)
+_OUTPUT = "calibfuse-evaluation"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,9 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompts = parser.add_argument_group("prompts")
     prompts.add_argument(
         "--prompts",
-        required=True,
         metavar="FILE",
-        help="RealToxicityPrompts, BOLD or your own .jsonl or .txt (.gz, .xz)",
+        help="RealToxicityPrompts, BOLD or your own .jsonl or .txt, also .gz and .xz (default: the few of the demo)",
     )
     prompts.add_argument(
         "--prompt-count", type=int, default=200, metavar="N", help="drawn at random; 0: all (default: 200)"
@@ -81,6 +79,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     methods.add_argument(
         "--one-sided", action=argparse.BooleanOptionalAction, help="only lower tokens (default: the calibrator's)"
     )
+    methods.add_argument(
+        "--baseline",
+        nargs="+",
+        default=[],
+        metavar="NAME[:STRENGTHS]",
+        help="other methods: temperature, top-k, bad-words, reward, self-debias, experts; e.g. reward:10,50",
+    )
+    methods.add_argument("--no-fusion", action="store_true", help="measure only plain decoding and the baselines")
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--samples", type=int, default=10, metavar="N", help="per prompt (default: %(default)s)")
     sampling.add_argument("--max-new-tokens", type=int, default=20, metavar="N", help="(default: %(default)s)")
@@ -102,9 +108,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     measures.add_argument(
         "--benign", metavar="FILE", help="benign text, for the divergence (default: bundled sentences)"
     )
+    measures.add_argument(
+        "--speed-rounds", type=int, default=3, metavar="N", help="interleaved timings; 0: none (default: %(default)s)"
+    )
     measures.add_argument("--no-neutrality", action="store_true", help="skip benign text and group words")
     output = parser.add_argument_group("output")
-    output.add_argument("--output", required=True, metavar="DIR", help="folder of the report; made when missing")
+    output.add_argument("--output", metavar="DIR", help=f"folder of the report; made when missing (default: {_OUTPUT})")
     output.add_argument("--resume", action="store_true", help="go on with the continuations in --output")
     output.add_argument("--json", action="store_true", help="print the report as JSON instead of a table")
     output.add_argument("--unmasked", action="store_true", help="show offensive words in the pages as they are")
@@ -132,13 +141,16 @@ def run(args: argparse.Namespace) -> int:
         temperature=args.temperature,
         seed=args.seed,
     )
-    prompts = load_prompts(
-        args.prompts,
-        count=args.prompt_count or None,
-        seed=args.seed,
-        max_toxicity=args.max_prompt_toxicity,
-        min_toxicity=args.min_prompt_toxicity,
-    )
+    output = Path(args.output or _OUTPUT)
+    prompts = _bundled_prompts()[: args.prompt_count or None]
+    if args.prompts is not None:
+        prompts = load_prompts(
+            args.prompts,
+            count=args.prompt_count or None,
+            seed=args.seed,
+            max_toxicity=args.max_prompt_toxicity,
+            min_toxicity=args.min_prompt_toxicity,
+        )
     benign = [] if args.no_neutrality else None if args.benign is None else load_texts(args.benign, seed=args.seed)
     scorer = load_scorer(args.scorer, device=args.device, local_files_only=args.local_files_only)
     target = load_target(
@@ -150,31 +162,45 @@ def run(args: argparse.Namespace) -> int:
         trust_remote_code=args.trust_remote_code,
     )
     judge = None if args.judge is None else _load_judge(args)
-    calibrator, methods = _fusion_methods(args, target)
-    notes = _notes(scorer, calibrator, target, args.judge)
+    model = LanguageModel(target.name, target.model, target.tokenizer)
+    calibrator, methods = fusion_methods(args, target)
+    methods += baseline_methods(args, model, target, methods, calibrator)
+    notes = _notes(args, scorer, calibrator, target)
     for note in notes:
         print(f"calibfuse: note: {note}", file=sys.stderr)
     evaluation = evaluate(
-        LanguageModel(target.name, target.model, target.tokenizer),
+        model,
         methods,
         prompts,
         scorer,
-        args.output,
+        output,
         sampling=sampling,
         judge=judge,
         benign_texts=benign,
         toxic_from=args.toxic_from,
         batch_size=args.batch_size,
+        speed_rounds=args.speed_rounds,
         resume=args.resume,
         show_progress=not args.quiet,
     )
     evaluation.facts.update(_facts(args, prompts, notes))
     picked = _pick(args, evaluation) if args.pick_alpha else None
-    write_report(evaluation, args.output, mask=masking(not args.unmasked, scorer))
+    write_report(evaluation, output, mask=masking(not args.unmasked, scorer))
     _show(args, evaluation)
     if picked is not None:
         print(picked)
     return 0
+
+
+def _bundled_prompts() -> list[Prompt]:
+    """The prompts of the demo: harmless by themselves, but inviting; too few for more than a first look."""
+    from calibfuse.cli.demo import PROMPTS_FILE, PROMPTS_FORMAT
+    from calibfuse.evaluation import Prompt
+    from calibfuse.hub import read_config
+
+    folder = Path(__file__).parent.parent / "pretrained"
+    texts = read_config(folder, PROMPTS_FILE, format_name=PROMPTS_FORMAT, supported_version=1)["prompts"]
+    return [Prompt(f"demo {number}", text) for number, text in enumerate(texts, start=1)]
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -183,37 +209,40 @@ def _check(args: argparse.Namespace) -> None:
     Raises:
         InputError: a value is out of range, or options that do not go together.
     """
-    from calibfuse.fusion import FusionConfig
+    _check_ranges(args)
+    if args.max_perplexity_increase is not None and not args.pick_alpha:
+        raise InputError("--max-perplexity-increase is the budget of --pick-alpha; give both.")
+    if args.pick_alpha and args.mode is not None and len(args.mode) > 1:
+        raise InputError(f"--pick-alpha searches one mode, got {', '.join(args.mode)}.")
+    if args.prompts is None and (args.max_prompt_toxicity, args.min_prompt_toxicity) != (None, None):
+        raise InputError("--max-prompt-toxicity and --min-prompt-toxicity choose among those of --prompts; give both.")
+    if args.pick_alpha and args.output is None and not _is_own_folder(args.calibrator):
+        raise InputError(
+            "--pick-alpha writes into the calibrator's folder, but the bundled calibrator and those of the Hub are not "
+            "yours to change: give --calibrator FOLDER, or --output DIR for a copy."
+        )
+    if args.pick_alpha and args.no_fusion:
+        raise InputError("--pick-alpha chooses among strengths of the fusion; leave --no-fusion out.")
+    check_methods(args)
 
+
+def _is_own_folder(calibrator: str | None) -> bool:
+    return calibrator is not None and Path(calibrator).expanduser().is_dir()
+
+
+def _check_ranges(args: argparse.Namespace) -> None:
     if args.prompt_count < 0:
         raise InputError(f"--prompt-count must be at least 1, or 0 for all, got {args.prompt_count}.")
     if args.batch_size < 1:
         raise InputError(f"--batch-size must be at least 1, got {args.batch_size}.")
+    if args.speed_rounds < 0:
+        raise InputError(f"--speed-rounds must be 0 (none) or positive, got {args.speed_rounds}.")
     if not 0 <= args.seed < 2**63:
         raise InputError(f"--seed must lie in 0..2**63-1, got {args.seed}.")
     if not 0.0 < args.toxic_from <= 1.0:
         raise InputError(f"--toxic-from must be above 0 and at most 1, got {args.toxic_from}.")
-    if args.max_perplexity_increase is not None and not args.pick_alpha:
-        raise InputError("--max-perplexity-increase is the budget of --pick-alpha; give both.")
     if args.max_perplexity_increase is not None and not args.max_perplexity_increase >= 0.0:
         raise InputError(f"--max-perplexity-increase must be at least 0, got {args.max_perplexity_increase}.")
-    if args.pick_alpha and args.mode is not None and len(args.mode) > 1:
-        raise InputError(f"--pick-alpha searches one mode, got {', '.join(args.mode)}.")
-    for mode in args.mode or [None]:
-        for alpha in args.alpha or [None]:
-            FusionConfig.from_dict(_options(args, mode, alpha))
-
-
-def _options(args: argparse.Namespace, mode: str | None, alpha: float | None) -> dict[str, Any]:
-    """The fusion options that were given."""
-    values = {
-        "mode": mode,
-        "alpha": alpha,
-        "candidates": args.candidates,
-        "max_shift": args.max_shift,
-        "one_sided": args.one_sided,
-    }
-    return {name: value for name, value in values.items() if value is not None}
 
 
 def _load_judge(args: argparse.Namespace) -> Any:  # noqa: ANN401
@@ -229,73 +258,32 @@ def _load_judge(args: argparse.Namespace) -> Any:  # noqa: ANN401
     return LanguageModel(loaded.name, loaded.model, loaded.tokenizer)
 
 
-def _fusion_methods(args: argparse.Namespace, target: Target) -> tuple[Calibrator, list[Method]]:
-    """The calibrator, and one method per mode and strength above 0."""
-    from calibfuse.calibrator import Calibrator
-
-    calibrator = Calibrator.from_pretrained(args.calibrator, local_files_only=args.local_files_only)
-    methods: list[Method] = []
-    for mode in dict.fromkeys(args.mode or [None]):
-        for alpha in _alphas(args, mode or str(calibrator.config.fusion.get("mode", "contrast"))):
-            method = _fusion_method(args, target, mode, alpha, calibrator.fingerprint)
-            if method is not None and method.key not in [other.key for other in methods]:
-                methods.append(method)
-    return calibrator, methods
-
-
-def _alphas(args: argparse.Namespace, mode: str) -> Sequence[float]:
-    from calibfuse.fusion import MODES
-
-    if args.alpha is not None:
-        return sorted(set(args.alpha))
-    is_mixture = mode in MODES and MODES[mode].max_alpha == 1.0
-    if args.pick_alpha:
-        return _PICK_ALPHAS_OF_MIXTURES if is_mixture else _PICK_ALPHAS
-    return _PICK_ALPHAS_OF_MIXTURES[:3] if is_mixture else _DEFAULT_ALPHAS
-
-
-def _fusion_method(
-    args: argparse.Namespace, target: Target, mode: str | None, alpha: float, fingerprint: str
-) -> Method | None:
-    from calibfuse.evaluation import Method
-    from calibfuse.processor import CalibFusion
-
-    if alpha == 0.0:
-        return None  # exactly the plain target, which is always measured
-    fusion = CalibFusion.from_pretrained(
-        args.calibrator,
-        tokenizer=target.tokenizer,
-        target=target.model,
-        local_files_only=args.local_files_only,
-        **_options(args, mode, alpha),
-    )
-    config = fusion.config
-    return Method(
-        key=f"{config.mode}-{config.alpha:g}",
-        title=f"{config.mode}, alpha {config.alpha:g}",
-        make_processors=lambda: [fusion],
-        family=config.mode,
-        alpha=config.alpha,
-        settings={"fusion": config.to_dict(), "calibrator": fingerprint},
-    )
-
-
-def _notes(scorer: ToxicityScorer, calibrator: Calibrator, target: Target, judge: str | None) -> list[str]:
+def _notes(
+    args: argparse.Namespace, scorer: ToxicityScorer, calibrator: Calibrator | None, target: Target
+) -> list[str]:
     """What a reader of the figures must know."""
     notes = []
-    sorters = _sorters(calibrator.config.training)
+    sorters = _sorters(calibrator.config.training) if calibrator is not None else []
     if any(name == scorer.name or name.startswith(f"{scorer.name},") for name in sorters):
         notes.append(
             f"THE SCORER {scorer.name!r} ALSO SORTED THE CALIBRATOR'S TRAINING TEXT: the toxicity figures flatter the "
             "calibrator. Use another one with --scorer."
         )
-    elif not sorters:
+    elif calibrator is not None and not sorters:
         notes.append(
             "the calibrator does not tell which scorer sorted its training text; make sure that it is not this one."
         )
     if target.is_bundled:
         notes.append("no --target given, so the small demo target is measured")
-    if judge is None:
+    if args.scorer == "bundled" and any(spec.partition(":")[0] == "reward" for spec in args.baseline):
+        notes.append(
+            "the baseline 'reward' is guided by the bundled scorer, which also judges here: its figures are flattered"
+        )
+    if args.prompts is None:
+        notes.append(
+            "no --prompts given, so the demo's few are continued, which were written to invite rudeness: a first look"
+        )
+    if args.judge is None:
         notes.append("no --judge given: perplexity is under the target alone")
     return notes
 
@@ -311,7 +299,7 @@ def _sorters(facts: Any) -> list[str]:  # noqa: ANN401
 def _facts(args: argparse.Namespace, prompts: Sequence[Prompt], notes: Sequence[str]) -> dict[str, Any]:
     toxicities = [prompt.toxicity for prompt in prompts if prompt.toxicity is not None]
     return {
-        "prompts": Path(args.prompts).name,
+        "prompts": "the demo's" if args.prompts is None else Path(args.prompts).name,
         "prompts_non_toxic": sum(value < 0.5 for value in toxicities) if toxicities else None,
         "calibrator": args.calibrator or "bundled",
         "benign_text": None if args.no_neutrality else args.benign or "bundled sentences",
@@ -330,7 +318,7 @@ def _show(args: argparse.Namespace, evaluation: Evaluation) -> None:
         print(to_markdown(evaluation), end="")
     else:
         _show_table(Terminal(), evaluation)
-    print(f"Report: {Path(args.output) / 'report.html'}", file=sys.stderr)
+    print(f"Report: {Path(args.output or _OUTPUT) / 'report.html'}", file=sys.stderr)
 
 
 def _show_table(terminal: Terminal, evaluation: Evaluation) -> None:
@@ -371,9 +359,9 @@ def _pick(args: argparse.Namespace, evaluation: Evaluation) -> str:
     if choice.result is None:
         return f"No alpha was written: {choice.reason}"
     source = resolve_checkpoint(args.calibrator, local_files_only=args.local_files_only)
-    is_own = args.calibrator is not None and Path(args.calibrator).expanduser().is_dir()
+    is_own = _is_own_folder(args.calibrator)
     # The bundled calibrator and the Hub's cache are not the user's to change: a copy goes to the output folder.
-    folder = source if is_own else Path(args.output) / "calibrator"
+    folder = source if is_own else Path(args.output or _OUTPUT) / "calibrator"
     fusion = choice.result.method.settings["fusion"]
     write_recommendation(source, folder, fusion)
     return f"Picked alpha {fusion['alpha']:g} ({fusion['mode']}): {choice.reason} Written to {folder / 'config.json'}."

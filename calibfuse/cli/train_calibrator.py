@@ -31,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments; imports nothing heavy."""
     text = parser.add_argument_group("text")
     text.add_argument("--non-toxic", nargs="+", default=[], metavar="FILE", help="non-toxic text: both heads learn it")
-    text.add_argument("--reference", nargs="+", default=[], metavar="FILE", help="unfiltered text: the reference head's")
+    text.add_argument(
+        "--reference", nargs="+", default=[], metavar="FILE", help="unfiltered text: the reference head's"
+    )
     text.add_argument("--from-unfiltered", nargs="+", default=[], metavar="FILE", help="text that the scorer sorts")
     text.add_argument("--scorer", default="bundled", help="toxicity scorer for sorting (default: %(default)s)")
     text.add_argument("--threshold", type=float, default=0.5, help="toxic from this score (default: %(default)s)")
@@ -39,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the calibrator; made when missing")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output")
     model = parser.add_argument_group("model")
-    model.add_argument("--init-from", metavar="CALIBRATOR", help="start from these weights ('bundled', folder or Hub id)")
+    model.add_argument(
+        "--init-from", metavar="CALIBRATOR", help="start from these weights ('bundled', folder or Hub id)"
+    )
     model.add_argument("--layers", type=int, help="blocks of the body (default: 3)")
     model.add_argument("--width", type=int, help="width of the body (default: 192)")
     model.add_argument("--token-width", type=int, help="width of a token's vector (default: 128)")
@@ -51,12 +55,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--slots", type=int, default=192, help="tokens of a row (default: %(default)s)")
     run.add_argument("--learning-rate", type=float, default=3e-3, help="peak (default: %(default)s)")
     run.add_argument(
-        "--flagged-share", type=float, help="share of passages drawn from the toxic or unfiltered ones (default: as they come)"
+        "--flagged-share",
+        type=float,
+        help="share of passages drawn from the toxic or unfiltered ones (default: as they come)",
     )
     run.add_argument("--candidates", type=int, default=2560, help="tokens of the softmax subset (default: %(default)s)")
     run.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     run.add_argument("--save-every", type=int, default=500, help="steps between checkpoints (default: %(default)s)")
-    run.add_argument("--validate-every", type=int, default=1000, help="steps between validations (default: %(default)s)")
+    run.add_argument(
+        "--validate-every", type=int, default=1000, help="steps between validations (default: %(default)s)"
+    )
     run.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="(default: %(default)s)")
     run.add_argument("--device", choices=("cpu", "cuda", "mps"), help="default: the best there is")
     run.add_argument("--name", help="name of the calibrator on its model card")

@@ -1,7 +1,7 @@
 """Keeps the calibrator from learning that groups of people are not to be mentioned.
 
-Sorting text by toxicity also sorts it by topic: passages that name a group are flagged far more often than others (here:
-"gay" 40 %, all passages 11 %), so a model of the clean pile avoids the group's name, which is the known harm of
+Sorting text by toxicity also sorts it by topic: passages that name a group are flagged far more often than others
+(here: "gay" 40 %, all passages 11 %), so a model of the clean pile avoids the group's name, which is the known harm of
 detoxification (Xu et al. 2021). The remedy works on the training text, not on a word list at decoding time: for every
 term, flagged passages that hold it are left out at random until its flagged share is the text's overall share. Then the
 name by itself says nothing about the pile, and only what is said of the group does.
@@ -22,8 +22,10 @@ from calibfuse.training.data import PassageStore
 logger = logging.getLogger(__name__)
 
 _SINGULARS = (
-    "man woman boy girl jew arab turk greek briton immigrant refugee migrant foreigner veteran mother father wife husband "
-    "feminist lesbian homosexual muslim christian catholic hindu mormon buddhist atheist transsexual transgendered islam"
+    "man woman boy girl jew arab turk greek briton immigrant refugee migrant foreigner veteran mother father wife "
+    "husband "
+    "feminist lesbian homosexual muslim christian catholic hindu mormon buddhist atheist transsexual transgendered "
+    "islam"
 ).split()
 TERMS: tuple[str, ...] = tuple(sorted({term for term in (*ADJECTIVES, *PLURALS, *_SINGULARS) if " " not in term}))
 _CHUNK_BYTES = 16_000_000
@@ -73,7 +75,10 @@ def balance_terms(store: PassageStore, seed: int, terms: Sequence[str] = TERMS) 
         if len(left) < len(passages):
             shares[term] = (float(flagged[passages].mean()), float(flagged[left].mean()) if len(left) else 0.0)
     logger.info(
-        "identity balance: %s of %s flagged passages left out, for %d terms", f"{excluded.sum():,}", f"{flagged.sum():,}", len(shares)
+        "identity balance: %s of %s flagged passages left out, for %d terms",
+        f"{excluded.sum():,}",
+        f"{flagged.sum():,}",
+        len(shares),
     )
     return Balance(excluded, shares)
 

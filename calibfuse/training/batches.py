@@ -12,7 +12,7 @@ So vocabularies of 200,000 tokens cost no more than small ones.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -51,20 +51,12 @@ class TrainingBatch:
     def rows(self, start: int, stop: int) -> TrainingBatch:
         """The same batch with some of its rows: what one of several processes works on."""
         part = slice(start, stop)
-        return TrainingBatch(
-            self.features,
-            self.inputs[part],
-            self.targets[part],
-            self.is_non_toxic[part],
-            self.candidates,
-            self.log_weights,
-            self.target_bytes,
-        )
+        return replace(self, inputs=self.inputs[part], targets=self.targets[part], is_non_toxic=self.is_non_toxic[part])
 
     def to(self, device: torch.device) -> TrainingBatch:
         """The same batch on a device; features stay in numpy."""
-        moved = (self.inputs, self.targets, self.is_non_toxic, self.candidates, self.log_weights)
-        return TrainingBatch(self.features, *(tensor.to(device, non_blocking=True) for tensor in moved), self.target_bytes)
+        names = ("inputs", "targets", "is_non_toxic", "candidates", "log_weights")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
 class BatchVocabulary:

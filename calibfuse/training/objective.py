@@ -1,7 +1,7 @@
 """The training loss: two next-token cross-entropies on one body.
 
-The reference head learns from every passage, the calibrator head from the non-toxic ones only. Both read the same states
-of the same body, so what the two disagree about is what the toxic passages hold, not the noise of two trainings.
+The reference head learns from every passage, the calibrator head from the non-toxic ones only. Both read the same
+states of the same body, so what the two disagree about is what the toxic passages hold, not the noise of two trainings.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ class _SummedCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx: Any, scores: Tensor, targets: Tensor) -> Tensor:  # noqa: ANN401
         log_sums = scores.logsumexp(dim=1)
         losses = log_sums - scores.gather(1, targets[:, None])[:, 0]
         ctx.save_for_backward((scores - log_sums[:, None]).exp_(), targets)
         return losses.sum()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
         probabilities, targets = ctx.saved_tensors
         result = probabilities * gradient
         result[torch.arange(len(targets), device=targets.device), targets] -= gradient
@@ -87,7 +87,7 @@ class TrainingObjective(nn.Module):
             column = model.config.heads.index(head)
             scores = model.heads[head](chosen_states) @ candidate_vectors.T.to(chosen_states.dtype)
             scores = scores.float() + candidate_biases[:, column]
-            loss: Tensor = _SummedCrossEntropy.apply(scores, chosen_targets)
+            loss: Tensor = _SummedCrossEntropy.apply(scores, chosen_targets)  # type: ignore[no-untyped-call]
             return loss
 
         reference = loss_of(REFERENCE_HEAD, states, targets) / max(len(targets), 1)

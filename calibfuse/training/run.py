@@ -1,7 +1,7 @@
 """From text files to a calibrator checkpoint: the whole training run, as `calibfuse train-calibrator` does it.
 
-Order of work: read and sort the text (cached), train or load the tokenizer pool (cached), train the model (checkpoints),
-measure it on held-out text, write the checkpoint with its model card.
+Order of work: read and sort the text (cached), train or load the tokenizer pool (cached), train the model
+(checkpoints), measure it on held-out text, write the checkpoint with its model card.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class TrainingText:
         """
         if self.from_unfiltered and (self.non_toxic or self.reference):
             raise InputError(
-                "Give either --from-unfiltered (sorted by a scorer) or --non-toxic with --reference (sorted by you), not both."
+                "Give either --from-unfiltered (sorted by a scorer) or --non-toxic with --reference (sorted by "
+                "you), not both."
             )
         if not self.from_unfiltered and not (self.non_toxic and self.reference):
             raise InputError(
@@ -108,7 +109,8 @@ def run_training(
     training = training or TrainingConfig()
     if not resume and (work / "checkpoint").exists():
         raise CheckpointError(
-            f"{output} holds the checkpoint of an earlier run: go on with --resume (more --steps if it was finished), or "
+            f"{output} holds the checkpoint of an earlier run: go on with --resume (more --steps if it was "
+            f"finished), or "
             "choose another --output."
         )
     _wait_for_first_process()
@@ -169,7 +171,10 @@ def _open_store(text: TrainingText, work: Path, *, show_progress: bool) -> Passa
         store = PassageStore.build(sources, work, text_field=text.text_field, show_progress=show_progress)
     clean = int((store.labels == 1).sum())
     logger.info(
-        "%s passages, %.1f MB, %.1f %% of them non-toxic", f"{len(store):,}", store.total_bytes / 1e6, 100 * clean / len(store)
+        "%s passages, %.1f MB, %.1f %% of them non-toxic",
+        f"{len(store):,}",
+        store.total_bytes / 1e6,
+        100 * clean / len(store),
     )
     return store
 

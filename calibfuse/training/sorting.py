@@ -19,7 +19,10 @@ __all__ = ["PassageScorer", "PassageSorter", "SortingResult", "sort_passages"]
 class PassageScorer(Protocol):
     """What sorting needs of a toxicity scorer."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What it is called, for reports."""
+        ...
 
     def score(self, texts: Sequence[str]) -> np.ndarray:
         """Toxicity of each text: float64 [len(texts)], a probability in [0, 1]."""

@@ -1,8 +1,8 @@
 """The training loop: steps, schedule, checkpoints, exact resume, several processes.
 
-Own loop rather than transformers' Trainer: it is as fast, needs no further package on one process, and its state is a few
-arrays that can be written without pickle. Under `accelerate launch` every process packs the same global batch and works
-on its share of the rows, so the loss curve does not depend on the number of processes.
+Own loop rather than transformers' Trainer: it is as fast, needs no further package on one process, and its state is a
+few arrays that can be written without pickle. Under `accelerate launch` every process packs the same global batch and
+works on its share of the rows, so the loss curve does not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -143,11 +143,14 @@ class BatchSource:
         self._shares = {1: int((labels == 1).sum()), 0: int((labels == 0).sum())}
         if not self._shares[1]:
             raise DataError(
-                "None of the training passages is non-toxic, so there is nothing for the calibrator to learn from. Check the "
+                "None of the training passages is non-toxic, so there is nothing for the calibrator to learn from. "
+                "Check the "
                 "--non-toxic files, or the scorer's threshold."
             )
         if not self._shares[0]:
-            logger.warning("No passage is toxic or unfiltered: the two heads will learn the same, and contrast do nothing.")
+            logger.warning(
+                "No passage is toxic or unfiltered: the two heads will learn the same, and contrast do nothing."
+            )
         self.cursors = {1: 0, 0: 0}
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
         sample = list(store.sample_texts(_NEGATIVES_SAMPLE_BYTES, config.seed))
@@ -159,7 +162,9 @@ class BatchSource:
                 bucket_count=bucket_count,
                 candidate_count=config.candidate_count,
             )
-            for entry in tqdm(pool, desc="preparing vocabularies", unit="tokenizer", leave=False, disable=not show_progress)
+            for entry in tqdm(
+                pool, desc="preparing vocabularies", unit="tokenizer", leave=False, disable=not show_progress
+            )
         ]
 
     def batch(self, step: int) -> TrainingBatch:
@@ -238,9 +243,7 @@ class Trainer:
         self.source = BatchSource(
             store, pool, config, calibrator.config.bucket_count, show_progress=self._show_progress
         )
-        self.objective: torch.nn.Module = TrainingObjective(
-            self.calibrator, reference_weight=config.reference_weight
-        )
+        self.objective: torch.nn.Module = TrainingObjective(self.calibrator, reference_weight=config.reference_weight)
         self.optimizer = _optimizer(self.calibrator, config)
         if self._accelerator:
             self.objective = self._accelerator.prepare(self.objective)
@@ -262,9 +265,16 @@ class Trainer:
         Returns:
             True when all steps are done, False when Ctrl-C (or SIGTERM) stopped the run after a checkpoint.
         """
-        with self._stop_on_signal(), tqdm(
-            total=self.config.steps, initial=self.step, desc="training", unit="step", disable=not self._show_progress
-        ) as bar:
+        with (
+            self._stop_on_signal(),
+            tqdm(
+                total=self.config.steps,
+                initial=self.step,
+                desc="training",
+                unit="step",
+                disable=not self._show_progress,
+            ) as bar,
+        ):
             began, began_seconds = time.monotonic(), self.seconds
             smooth: dict[str, float] = {}
             while self.step < self.config.steps:
@@ -309,7 +319,7 @@ class Trainer:
         if self._accelerator:
             self._accelerator.backward(losses.total)
         else:
-            losses.total.backward()
+            losses.total.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.calibrator.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -384,7 +394,9 @@ class Trainer:
         old = self.folder / "checkpoint.old"
         try:
             shutil.rmtree(fresh, ignore_errors=True)
-            tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.calibrator.state_dict().items()}
+            tensors = {
+                name: tensor.detach().cpu().contiguous() for name, tensor in self.calibrator.state_dict().items()
+            }
             hub.write_tensors(fresh / "model.safetensors", tensors)
             hub.write_tensors(fresh / "optimizer.safetensors", self._optimizer_tensors())
             state = {
@@ -410,7 +422,8 @@ class Trainer:
             if not final.exists() and old.exists():
                 os.replace(old, final)
             raise CheckpointError(
-                f"The checkpoint of step {self.step} cannot be written to {self.folder}: {error.strerror or error}. The "
+                f"The checkpoint of step {self.step} cannot be written to {self.folder}: {error.strerror or error}. "
+                f"The "
                 "one before it is untouched; free some space and go on with --resume."
             ) from error
 
@@ -430,11 +443,16 @@ class Trainer:
         for what, found, here in (
             ("text", state.get("store"), self.store.fingerprint),
             ("tokenizer pool", state.get("pool"), self.pool.fingerprint),
-            ("calibrator shape", _without_facts(state.get("calibrator", {})), _without_facts(self.calibrator.config.to_dict())),
+            (
+                "calibrator shape",
+                _without_facts(state.get("calibrator", {})),
+                _without_facts(self.calibrator.config.to_dict()),
+            ),
         ):
             if found != here:
                 raise CheckpointError(
-                    f"The checkpoint in {self.folder} was made with another {what}; resume with the same inputs, or choose "
+                    f"The checkpoint in {self.folder} was made with another {what}; resume with the same inputs, or "
+                    f"choose "
                     "another --output."
                 )
         expected = {name: tuple(tensor.shape) for name, tensor in self.calibrator.state_dict().items()}
@@ -477,15 +495,15 @@ class Trainer:
             self._interrupted = True
             signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
 
-        former: dict[int, Callable[..., Any] | int | None] = {}
+        former: dict[signal.Signals, Callable[..., Any] | int | None] = {}
         with contextlib.suppress(ValueError):  # not the main thread: no signals there
             for number in (signal.SIGINT, signal.SIGTERM):
                 former[number] = signal.signal(number, stop)
         try:
             yield
         finally:
-            for number, handler in former.items():
-                signal.signal(number, handler)
+            for signal_number, handler in former.items():
+                signal.signal(signal_number, handler)
 
 
 def best_device() -> str:
@@ -502,7 +520,7 @@ def make_calibrator(config: CalibratorConfig, seed: int) -> Calibrator:
         return Calibrator(config)
 
 
-def _accelerator(config: TrainingConfig) -> Any | None:
+def _accelerator(config: TrainingConfig) -> Any | None:  # noqa: ANN401
     """An Accelerator when the process was started as one of several, else None."""
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes == 1:

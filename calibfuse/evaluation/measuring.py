@@ -1,0 +1,173 @@
+"""From the continuations of one method to its measures: scores, likelihoods, counts, summed per prompt.
+
+Memory holds a block of prompts and a few numbers per prompt, never all text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from calibfuse.errors import ScorerError
+from calibfuse.evaluation.journal import Journal, PromptRecord
+from calibfuse.evaluation.likelihood import LanguageModel, LogLikelihood, score_ids, score_texts
+from calibfuse.evaluation.metrics import TOXIC_FROM, Sums, distinct_counts, is_refusal, repetition, toxicity_sums
+from calibfuse.evaluation.prompts import Prompt
+from calibfuse.evaluation.sampling import encode
+from calibfuse.scorers import ToxicityScorer, check_scores
+
+_BLOCK = 64  # prompts in memory at once
+
+
+@dataclass(frozen=True)
+class Example:
+    """A continuation for the report.
+
+    Attributes:
+        prompt_id: of the prompt.
+        prompt: its text.
+        continuation: what was said.
+        toxicity: its score, in [0, 1].
+    """
+
+    prompt_id: str
+    prompt: str
+    continuation: str
+    toxicity: float
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """What was measured of one method.
+
+    Attributes:
+        sums: by metric (keys of METRICS), all [prompts].
+        first: the first continuation of each of the first prompts, as examples.
+        worst: the most toxic continuations.
+    """
+
+    sums: dict[str, Sums]
+    first: tuple[Example, ...]
+    worst: tuple[Example, ...]
+
+
+def measure(
+    journal: Journal,
+    prompts: Sequence[Prompt],
+    scorer: ToxicityScorer,
+    *,
+    target: LanguageModel | None = None,
+    judge: LanguageModel | None = None,
+    toxic_from: float = TOXIC_FROM,
+    batch_size: int = 32,
+    example_count: int = 20,
+    title: str = "scores",
+    show_progress: bool = False,
+) -> Measured:
+    """Measure the continuations of one method.
+
+    Args:
+        journal: with a record of every prompt.
+        prompts: which, in the order of the results.
+        scorer: scores each continuation alone, without its prompt.
+        target: the model that the continuations come from, for their perplexity under it without any processor.
+        judge: a separate language model.
+        toxic_from: a continuation is toxic from this score on.
+        batch_size: rows per forward pass.
+        example_count: how many examples of each kind to keep.
+        title: of the progress bar.
+        show_progress: draw one on standard error.
+
+    Returns:
+        The measures.
+
+    Raises:
+        ScorerError: a text could not be scored.
+        InputError: a text is longer than a model's positions.
+    """
+    blocks: list[dict[str, NDArray[np.float64]]] = []
+    first: list[Example] = []
+    worst: list[Example] = []
+    records = journal.records([prompt.id for prompt in prompts])
+    with tqdm(total=len(prompts), desc=title, unit="prompt", disable=not show_progress) as progress:
+        while block := list(islice(records, _BLOCK)):
+            texts = [said.text for record in block for said in record.continuations]
+            scores = _score(scorer, texts).reshape(len(block), -1)
+            columns = _columns(block)
+            for name, each in toxicity_sums(scores, toxic_from=toxic_from).items():
+                columns[f"{name}/"], columns[f"/{name}"] = each.numerator, each.denominator
+            repeated = [record.prompt for record in block for _ in record.continuations]
+            if target is not None:
+                ids = [encode(target.tokenizer, record.prompt) for record in block]
+                per_row = [row for row, record in zip(ids, block, strict=True) for _ in record.continuations]
+                said_ids = [said.token_ids for record in block for said in record.continuations]
+                likelihood = score_ids(target.model, per_row, said_ids, batch_size=batch_size)
+                _add_likelihood(columns, "target_perplexity", likelihood, len(block))
+            if judge is not None:
+                likelihood = score_texts(judge.model, judge.tokenizer, repeated, texts, batch_size=batch_size)
+                _add_likelihood(columns, "perplexity", likelihood, len(block))
+            blocks.append(columns)
+            for record, row in zip(block, scores, strict=True):
+                if len(first) < example_count:
+                    first.append(Example(record.prompt_id, record.prompt, record.continuations[0].text, float(row[0])))
+                place = int(row.argmax())
+                worst.append(
+                    Example(record.prompt_id, record.prompt, record.continuations[place].text, float(row[place]))
+                )
+            worst = sorted(worst, key=lambda each: -each.toxicity)[:example_count]
+            progress.update(len(block))
+    joined = {name: np.concatenate([columns[name] for columns in blocks]) for name in blocks[0]}
+    sums = {name[:-1]: Sums(joined[name], joined[f"/{name[:-1]}"]) for name in joined if name.endswith("/")}
+    return Measured(sums, tuple(first), tuple(worst))
+
+
+def select(measured: Measured, places: Sequence[int]) -> Measured:
+    """The measures of some of the prompts, without examples."""
+    chosen = np.asarray(places, dtype=np.int64)
+    sums = {name: Sums(each.numerator[chosen], each.denominator[chosen]) for name, each in measured.sums.items()}
+    return replace(measured, sums=sums, first=(), worst=())
+
+
+def _score(scorer: ToxicityScorer, texts: list[str]) -> NDArray[np.float64]:
+    try:
+        values = scorer.score(texts)
+    except ScorerError:
+        raise
+    except Exception as error:  # a stranger's code may raise anything; a failed score must never pass for a number
+        raise ScorerError(f"Scorer {scorer.name!r} failed with {type(error).__name__}: {error}") from error
+    return check_scores(values, len(texts), scorer.name)
+
+
+def _columns(block: Sequence[PromptRecord]) -> dict[str, NDArray[np.float64]]:
+    """Numerators ("name/") and denominators ("/name") of what is counted in the text, [prompts] each."""
+    columns: dict[str, NDArray[np.float64]] = {}
+    samples = np.asarray([float(len(record.continuations)) for record in block])
+
+    def add(name: str, numerator: Sequence[float], denominator: NDArray[np.float64]) -> None:
+        columns[f"{name}/"], columns[f"/{name}"] = np.asarray(numerator, dtype=np.float64), denominator
+
+    texts = [[said.text for said in record.continuations] for record in block]
+    tokens = [float(sum(len(said.token_ids) for said in record.continuations)) for record in block]
+    distinct = [distinct_counts(each) for each in texts]
+    for n in (1, 2, 3):
+        add(f"distinct_{n}", [each[n - 1] for each in distinct], np.ones(len(block)))
+    add("repetition", [sum(map(repetition, each)) for each in texts], samples)
+    add("length", tokens, samples)
+    add("words", [float(sum(len(text.split()) for text in each)) for each in texts], samples)
+    add("finished_share", [float(sum(said.is_finished for said in record.continuations)) for record in block], samples)
+    add("empty_share", [float(sum(not text.strip() for text in each)) for each in texts], samples)
+    add("refusal_share", [float(sum(map(is_refusal, each))) for each in texts], samples)
+    add("tokens_per_second", tokens, np.asarray([record.seconds for record in block]))
+    return columns
+
+
+def _add_likelihood(
+    columns: dict[str, NDArray[np.float64]], name: str, likelihood: LogLikelihood, prompts: int
+) -> None:
+    columns[f"{name}/"] = likelihood.nats.reshape(prompts, -1).sum(axis=1)
+    columns[f"/{name}"] = likelihood.tokens.reshape(prompts, -1).sum(axis=1)

@@ -1,0 +1,53 @@
+"""A method under comparison: a name, and a factory of logits processors. Nothing is known of what they do."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import LogitsProcessor
+
+from calibfuse.errors import InputError
+from calibfuse.evaluation.sampling import ProcessorFactory
+
+
+@dataclass(frozen=True, eq=False)
+class Method:
+    """One way of decoding.
+
+    Attributes:
+        key: unique, of letters, digits, dots, dashes and underscores; names the method's files.
+        title: in tables.
+        make_processors: called once per batch; the processors act before truncation and draw.
+        family: methods of one family are points of one curve.
+        alpha: the strength on that curve; None: no curve.
+        settings: JSON values that determine what the method does; a run is resumed only with equal ones.
+    """
+
+    key: str
+    title: str
+    make_processors: ProcessorFactory
+    family: str = ""
+    alpha: float | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Validate.
+
+        Raises:
+            InputError: the key cannot name a file.
+        """
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.key):
+            raise InputError(
+                f"The key of a method must be letters, digits, dots, dashes, underscores; got {self.key!r}."
+            )
+
+
+def _no_processors() -> Sequence[LogitsProcessor]:
+    return []
+
+
+PLAIN = Method("plain", "plain", _no_processors, family="plain", alpha=0.0)
+"""The target alone. Truncation happens at the draw, equally for all methods, so it is also the control of alpha 0."""

@@ -1,0 +1,224 @@
+"""What a method does where it should do nothing: divergence on benign text, and words that name groups of people.
+
+Detoxification is known to silence whom it should protect (Xu et al. 2021). The probability that a group word keeps
+after a neutral beginning, and the Kullback-Leibler divergence from the target's own distribution on benign text, show
+it before any text is sampled.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessor
+
+from calibfuse.evaluation.likelihood import LanguageModel, pad_right, split_ids
+from calibfuse.evaluation.neutral_text import BENIGN_TEXTS, GROUP_WORDS, PLAIN_WORDS, TEMPLATES
+from calibfuse.evaluation.sampling import ProcessorFactory
+
+PLAIN_GROUP = "words that name no group"
+
+
+@dataclass(frozen=True)
+class KeptWord:
+    """How much of its probability a word keeps.
+
+    Attributes:
+        word: which.
+        group: what kind of word.
+        kept: probability with the method over probability without, geometric mean over the templates; 1 is unchanged.
+        lowest: over the templates.
+        lowest_template: where.
+        plain_log_prob: mean log-probability without the method, nats; says how likely the word was at all.
+    """
+
+    word: str
+    group: str
+    kept: float
+    lowest: float
+    lowest_template: str
+    plain_log_prob: float
+
+
+@dataclass(frozen=True)
+class Neutrality:
+    """What a method does to neutral text.
+
+    Attributes:
+        divergence: KL(target || method), nats per token on benign text; infinite where the method forbids a token.
+        reverse_divergence: KL(method || target), likewise; finite where the other is not.
+        largest_divergence: of a single position.
+        log_prob_shift: mean change of the log-probability of the text's own tokens, nats per token.
+        tokens: how many were looked at.
+        words: one entry per group word and plain word.
+    """
+
+    divergence: float
+    reverse_divergence: float
+    largest_divergence: float
+    log_prob_shift: float
+    tokens: int
+    words: tuple[KeptWord, ...]
+
+    def groups(self) -> dict[str, float]:
+        """Kept probability by group, geometric mean over its words; 1 is unchanged."""
+        names = dict.fromkeys(word.group for word in self.words)
+        return {name: _geometric_mean([word.kept for word in self.words if word.group == name]) for name in names}
+
+    @property
+    def kept(self) -> float:
+        """Kept probability of all group words, geometric mean."""
+        return _geometric_mean([word.kept for word in self.words if word.group != PLAIN_GROUP])
+
+    @property
+    def lowest_word(self) -> KeptWord:
+        """The group word that loses most, over the mean of its templates."""
+        return min((word for word in self.words if word.group != PLAIN_GROUP), key=lambda word: word.kept)
+
+
+def measure_neutrality(
+    target: LanguageModel,
+    make_processors: ProcessorFactory,
+    texts: Sequence[str] | None = None,
+    *,
+    templates: Sequence[str] = TEMPLATES,
+    group_words: Mapping[str, Sequence[str]] = GROUP_WORDS,
+    plain_words: Sequence[str] = PLAIN_WORDS,
+    batch_size: int = 32,
+) -> Neutrality:
+    """Compare a method's distribution with the target's own, on given text; nothing is sampled.
+
+    Args:
+        target: the model.
+        make_processors: of the method.
+        texts: benign text; None: the bundled sentences.
+        templates: neutral beginnings of sentences.
+        group_words: kind of group -> words that name one.
+        plain_words: words for comparison.
+        batch_size: rows per forward pass.
+
+    Returns:
+        Divergences per token, and what every word keeps.
+    """
+    sums = torch.zeros(3, dtype=torch.float64)
+    largest, tokens = 0.0, 0
+    rows = [_whole(target, text) for text in (BENIGN_TEXTS if texts is None else texts)]
+    rows = [row for row in rows if len(row) > 1]
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
+        plain, fused, scored = _distributions(target, make_processors, part, [1] * len(part))
+        forward = divergence(plain, fused)[scored]
+        own = _own_log_probs(fused, part) - _own_log_probs(plain, part)
+        sums += torch.stack([forward.sum(), divergence(fused, plain)[scored].sum(), own[scored].sum()]).double().cpu()
+        largest = max(largest, float(forward.max()))
+        tokens += int(scored.sum())
+    words = _kept_words(target, make_processors, templates, {**group_words, PLAIN_GROUP: plain_words}, batch_size)
+    means = (sums / max(1, tokens)).tolist()
+    return Neutrality(means[0], means[1], largest, means[2], tokens, tuple(words))
+
+
+def divergence(first: Tensor, second: Tensor) -> Tensor:
+    """KL(first || second) along the last axis, nats; from log-probabilities [..., vocabulary], -inf allowed."""
+    terms = first.exp() * (first - second)
+    return torch.where(first == -torch.inf, torch.zeros_like(terms), terms).sum(dim=-1).clamp_min(0.0)
+
+
+def method_log_probs(
+    processors: Sequence[LogitsProcessor], input_ids: Tensor, logits: Tensor, start: int = 0
+) -> Tensor:
+    """A method's next-token log-probabilities at the positions of given sequences.
+
+    Args:
+        processors: in order. Those with `fuse_logits` do whole sequences at once; others are called step by step.
+        input_ids: int64 [rows, length], padding only behind the text.
+        logits: float [rows, length, vocabulary]; not modified.
+        start: first position that is wanted; those before are left as they are by step-wise processors.
+
+    Returns:
+        float32, shape of `logits`, nats.
+    """
+    result = logits.float().log_softmax(dim=-1)
+    for processor in processors:
+        whole: Any = getattr(processor, "fuse_logits", None)
+        if whole is not None:
+            result = whole(input_ids, result)
+        else:
+            steps = [result[:, :start]]
+            for place in range(start, input_ids.shape[1]):
+                call: Any = processor
+                steps.append(call(input_ids[:, : place + 1], result[:, place]).float().log_softmax(dim=-1)[:, None])
+            result = torch.cat(steps, dim=1)
+    return result
+
+
+@torch.no_grad()
+def _distributions(
+    target: LanguageModel, make_processors: ProcessorFactory, rows: Sequence[Sequence[int]], starts: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities without and with the method, and which positions predict a token from `starts` on."""
+    input_ids, mask = pad_right(rows, target.model.device)
+    logits: Tensor = target.model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
+    plain = logits.float().log_softmax(dim=-1)
+    fused = method_log_probs(make_processors(), input_ids, logits, min(starts) - 1)
+    columns = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)  # position i predicts token i + 1
+    ends = mask.sum(dim=1, keepdim=True)
+    scored = (columns >= torch.tensor(list(starts), device=input_ids.device)[:, None]) & (columns < ends)
+    return plain, fused, scored
+
+
+def _own_log_probs(log_probs: Tensor, rows: Sequence[Sequence[int]]) -> Tensor:
+    """What the next token of each row gets at each position, [rows, length]; the last position is meaningless."""
+    input_ids, _ = pad_right(rows, log_probs.device)
+    following = torch.cat([input_ids[:, 1:], input_ids[:, :1]], dim=1)
+    return log_probs.gather(-1, following[..., None])[..., 0]
+
+
+def _kept_words(
+    target: LanguageModel,
+    make_processors: ProcessorFactory,
+    templates: Sequence[str],
+    words: Mapping[str, Sequence[str]],
+    batch_size: int,
+) -> list[KeptWord]:
+    cases = [(group, word, template) for group, members in words.items() for word in members for template in templates]
+    pairs = [split_ids(target.tokenizer, template, f" {word}") for _, word, template in cases]
+    changes: list[float] = []
+    plains: list[float] = []
+    for start in range(0, len(cases), batch_size):
+        part = pairs[start : start + batch_size]
+        rows = [[*before, *after] for before, after in part]
+        plain, fused, scored = _distributions(target, make_processors, rows, [len(before) for before, _ in part])
+        own = [_own_log_probs(each, rows).masked_fill(~scored, 0.0).sum(dim=1).tolist() for each in (plain, fused)]
+        plains += own[0]
+        changes += [with_it - without for without, with_it in zip(*own, strict=True)]
+    result = []
+    count = len(templates)
+    for number in range(0, len(cases), count):
+        shifts = changes[number : number + count]
+        lowest = min(range(count), key=lambda place: shifts[place])
+        result.append(
+            KeptWord(
+                word=cases[number][1],
+                group=cases[number][0],
+                kept=math.exp(sum(shifts) / count),
+                lowest=math.exp(shifts[lowest]),
+                lowest_template=templates[lowest],
+                plain_log_prob=sum(plains[number : number + count]) / count,
+            )
+        )
+    return result
+
+
+def _whole(target: LanguageModel, text: str) -> list[int]:
+    before, after = split_ids(target.tokenizer, "", text)
+    return [*before, *after]
+
+
+def _geometric_mean(values: Sequence[float]) -> float:
+    if not values or min(values) == 0.0:
+        return 0.0 if values else math.nan
+    return math.exp(sum(map(math.log, values)) / len(values))

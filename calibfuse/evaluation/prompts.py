@@ -1,0 +1,202 @@
+"""Prompts of an evaluation: RealToxicityPrompts, BOLD, or a user's own file, filtered and drawn with a seed.
+
+Sources: Gehman et al. 2020 (RealToxicityPrompts), Dhamala et al. 2021 (BOLD). Both are recognised by their fields, in
+their original form and in the flat one; no text of either is part of this package.
+Left out: downloading them.
+"""
+
+from __future__ import annotations
+
+import gzip
+import heapq
+import json
+import lzma
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from calibfuse.errors import DataError, InputError
+
+_FIELDS = ("prompt", "text")
+_GROUP_FIELDS = ("group", "category", "domain")
+_MAX_LINE_BYTES = 1_000_000
+_OPENERS: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text to be continued.
+
+    Attributes:
+        id: unique in its file; the seed of its continuations depends on it.
+        text: without white space at the end, which most tokenizers would make an odd token of.
+        toxicity: of the prompt itself, as its source says, in [0, 1]; None: unknown.
+        group: whom or what it is about (BOLD), for figures by group.
+    """
+
+    id: str
+    text: str
+    toxicity: float | None = None
+    group: str | None = None
+
+
+def load_prompts(
+    path: str | os.PathLike[str],
+    *,
+    count: int | None = None,
+    seed: int = 0,
+    max_toxicity: float | None = None,
+    min_toxicity: float | None = None,
+    groups: Iterable[str] | None = None,
+) -> list[Prompt]:
+    """Read prompts, in bounded memory.
+
+    Args:
+        path: .jsonl with an object a line (prompt in "prompt" or "text", a string or an object with "text"), or .txt
+            with a prompt a line; each also as .gz or .xz. Blank ones are skipped, repeated ones are read once.
+        count: how many to draw at random; None or more than there are: all. A smaller count draws a subset of what a
+            larger one draws.
+        seed: of the draw.
+        max_toxicity: keep prompts below this toxicity; those of unknown toxicity are left out. 0.5 is what the
+            literature calls non-toxic prompts.
+        min_toxicity: keep prompts of at least this toxicity.
+        groups: keep prompts of these groups.
+
+    Returns:
+        At least one prompt, in the order of the file.
+
+    Raises:
+        InputError: a count below 1.
+        DataError: the file is missing, empty, binary, not UTF-8, has a row without a prompt, or no prompt passes.
+    """
+    if count is not None and count < 1:
+        raise InputError(f"The number of prompts must be at least 1, got {count}.")
+    wanted = None if groups is None else set(groups)
+    generator = np.random.default_rng([seed, 7])
+    # The `count` prompts with the smallest random keys are a uniform draw that needs no more memory than its result.
+    heap: list[tuple[float, int, Prompt]] = []
+    seen: set[int] = set()
+    rows = 0
+    for number, prompt in _read(Path(path).expanduser()):
+        rows += 1
+        if max_toxicity is not None and (prompt.toxicity is None or prompt.toxicity >= max_toxicity):
+            continue
+        if min_toxicity is not None and (prompt.toxicity is None or prompt.toxicity < min_toxicity):
+            continue
+        if wanted is not None and prompt.group not in wanted:
+            continue
+        key = hash((prompt.text, prompt.group))
+        if key in seen:
+            continue
+        seen.add(key)
+        entry = (-float(generator.random()), number, prompt)
+        if count is None or len(heap) < count:
+            heapq.heappush(heap, entry)
+        else:
+            heapq.heappushpop(heap, entry)
+    if not heap:
+        if not rows:
+            raise DataError(f"Expected prompts in {str(path)!r}, but it has none.")
+        raise DataError(f"None of the {rows} prompts in {str(path)!r} passes the filters (toxicity, groups).")
+    return [prompt for _, _, prompt in sorted(heap, key=lambda entry: entry[1])]
+
+
+def _read(path: Path) -> Iterator[tuple[int, Prompt]]:
+    """Line number and prompt, one after the other."""
+    kind = Path(path.stem).suffix if path.suffix in _OPENERS else path.suffix
+    is_json = kind.lower() in (".jsonl", ".ndjson", ".json")
+    for number, line in _lines(path):
+        if is_json:
+            prompt = _from_row(line, number, path)
+            if prompt.text:  # benchmarks have a few blank ones
+                yield number, prompt
+        else:
+            yield number, Prompt(f"line {number}", line.rstrip())
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Lines that are not blank, with their numbers from 1."""
+    try:
+        with _OPENERS.get(path.suffix, open)(path, "rb") as stream:
+            number = 0
+            while line := stream.readline(_MAX_LINE_BYTES + 1):
+                number += 1
+                if len(line) > _MAX_LINE_BYTES:
+                    raise DataError(
+                        f"Line {number} of {str(path)!r} is longer than {_MAX_LINE_BYTES:,} bytes; no prompt is."
+                    )
+                if b"\0" in line:
+                    raise DataError(f"Expected text in {str(path)!r}, but line {number} holds binary data.")
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip("\r\n")
+                if text.strip():
+                    yield number, text
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"Expected UTF-8 text in {str(path)!r}, but line {number} is not (byte {error.start})."
+        ) from error
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"Cannot read the prompts in {str(path)!r}: {reason}.") from error
+
+
+def _from_row(line: str, number: int, path: Path) -> Prompt:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"Expected a JSON object a line in {str(path)!r}, but line {number} is none: {error}."
+        ) from error
+    if isinstance(row, dict):
+        for name in _FIELDS:
+            value = row.get(name)
+            nested = value if isinstance(value, dict) else {}
+            text = nested.get("text", value)
+            if isinstance(text, str):
+                toxicity = nested.get("toxicity", row.get("prompt_toxicity"))
+                group = next((row[field] for field in _GROUP_FIELDS if isinstance(row.get(field), str)), None)
+                identity = row.get("id", row.get("filename"))
+                return Prompt(
+                    id=f"line {number}" if identity is None else f"{identity} (line {number})",
+                    text=text.rstrip(),
+                    toxicity=_probability(toxicity, number, path),
+                    group=group,
+                )
+    raise DataError(f'Expected a prompt in the field "prompt" or "text" of line {number} of {str(path)!r}, found none.')
+
+
+def _probability(value: object, number: int, path: Path) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
+        raise DataError(f"The toxicity of the prompt in line {number} of {str(path)!r} is {value!r}; expected 0 to 1.")
+    return float(value)
+
+
+def load_texts(
+    path: str | os.PathLike[str], *, count: int = 1000, seed: int = 0, max_characters: int = 400
+) -> list[str]:
+    """Read texts to measure on, in the formats of `load_prompts`.
+
+    Args:
+        path: .jsonl with "text", or .txt with a text a line; also .gz or .xz.
+        count: how many to draw at random.
+        seed: of the draw.
+        max_characters: longer texts are cut after the last whole word.
+
+    Returns:
+        At least one text.
+
+    Raises:
+        InputError: a count below 1.
+        DataError: as `load_prompts`.
+    """
+    texts = [prompt.text for prompt in load_prompts(path, count=count, seed=seed)]
+    return [
+        text if len(text) <= max_characters else text[:max_characters].rpartition(" ")[0] or text[:max_characters]
+        for text in texts
+    ]

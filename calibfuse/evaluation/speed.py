@@ -1,0 +1,89 @@
+"""Tokens per second with and without a method, interleaved in one process, so that a busy machine slows both."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from calibfuse.evaluation.decoding import SeededSampling, row_key
+from calibfuse.evaluation.likelihood import LanguageModel
+from calibfuse.evaluation.methods import Method
+from calibfuse.evaluation.prompts import Prompt
+from calibfuse.evaluation.sampling import SamplingConfig, encode, find_padding_id, generate_tokens, pad_left
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast a method decodes.
+
+    Attributes:
+        tokens_per_second: median over the rounds, all rows together.
+        kept: tokens per second over those of plain decoding in the same round, median; 1 is no cost.
+        lowest: of `kept` over the rounds.
+        highest: likewise.
+    """
+
+    tokens_per_second: float
+    kept: float
+    lowest: float
+    highest: float
+
+
+def measure_speed(
+    target: LanguageModel,
+    methods: Sequence[Method],
+    prompts: Sequence[Prompt],
+    sampling: SamplingConfig,
+    *,
+    rows: int = 8,
+    rounds: int = 5,
+) -> Mapping[str, Speed]:
+    """Time every method on the same batch, in turn.
+
+    Args:
+        target: the model.
+        methods: the first is what the others are compared with.
+        prompts: the first `rows` of them are continued, again from the start where there are fewer.
+        sampling: how; every row gets its full length, whatever the model ends.
+        rows: batch size.
+        rounds: how often every method is timed, after one round that does not count.
+
+    Returns:
+        Speed by key of method.
+    """
+    texts = [prompts[number % len(prompts)] for number in range(rows)]
+    encoded = [encode(target.tokenizer, prompt.text) for prompt in texts]
+    padding_id = find_padding_id(target.model, target.tokenizer)
+    if padding_id is None:
+        encoded = [encoded[0]] * rows
+    input_ids, mask = pad_left(encoded, padding_id or 0, target.model.device)
+    seconds: dict[str, list[float]] = {method.key: [] for method in methods}
+    for number in range(rounds + 1):
+        keys = [row_key(sampling.seed + number, prompt.id, prompt.text, row) for row, prompt in enumerate(texts)]
+        for method in [*methods[number % len(methods) :], *methods[: number % len(methods)]]:
+            draw = SeededSampling(
+                keys,
+                input_ids.shape[1],
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                temperature=sampling.temperature,
+            )
+            processors = [*method.make_processors(), draw]
+            began = time.perf_counter()
+            generate_tokens(
+                target.model, input_ids, mask, processors, sampling.max_new_tokens, padding_id, frozenset()
+            ).cpu()
+            if number:
+                seconds[method.key].append(time.perf_counter() - began)
+    plain = np.asarray(seconds[methods[0].key])
+    tokens = rows * sampling.max_new_tokens
+    result = {}
+    for key, values in seconds.items():
+        kept = plain / np.asarray(values)
+        result[key] = Speed(
+            tokens / float(np.median(values)), float(np.median(kept)), float(kept.min()), float(kept.max())
+        )
+    return result

@@ -1,0 +1,186 @@
+"""`calibfuse evaluate` on tiny random checkpoints: what it writes and prints, and how it refuses bad input."""
+
+import json
+import shutil
+
+import pytest
+from tiny_checkpoints import save_bundle
+
+from calibfuse.calibrator import Calibrator
+from calibfuse.cli import main as cli
+
+FAST = ("--prompt-count", "4", "--samples", "3", "--max-new-tokens", "4", "--speed-rounds", "0", "--quiet")
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory, byte_level_tokenizer, wrap_tokenizer, tiny_llama):
+    """The folder that stands in for calibfuse/pretrained."""
+    tokenizer = wrap_tokenizer(byte_level_tokenizer)
+    return save_bundle(tmp_path_factory.mktemp("bundle"), tiny_llama(len(tokenizer)), tokenizer)
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("The river\nShe said that\nEvery morning he\nA long walk\nIt was\n")
+    return path
+
+
+@pytest.fixture
+def run(bundle, monkeypatch, capsys, prompts, tmp_path):
+    """A function: further arguments -> (exit code, standard output, standard error)."""
+    monkeypatch.setattr("calibfuse.hub.locating._BUNDLED", bundle)
+
+    def call(*arguments, bare=False):
+        options = () if "--prompts" in arguments or bare else ("--prompts", str(prompts))
+        folder = () if bare else ("--output", str(tmp_path / "out"))
+        try:
+            code = cli.main(["evaluate", *options, *folder, *FAST, *arguments])
+        except SystemExit as exit_:
+            code = exit_.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def report(folder):
+    return json.loads((folder / "report.json").read_text())
+
+
+def test_everything_is_measured_and_written(run, bundle, tmp_path):
+    code, out, err = run("--alpha", "0", "0.5", "2", "--judge", str(bundle / "demo-target"), "--baseline", "bad-words")
+    assert code == 0, err
+    data = report(tmp_path / "out")
+    assert [method["key"] for method in data["methods"]] == ["plain", "contrast-0.5", "contrast-2", "bad-words"]
+    assert {"perplexity", "target_perplexity", "toxic_share"} <= set(data["methods"][1]["metrics"])
+    assert data["facts"]["prompt_count"] == 4
+    assert "evaluate" in data["facts"]["command"] or data["facts"]["command"]
+    assert out.startswith("# Evaluation")
+    assert "demo target" in err
+    assert (tmp_path / "out" / "report.html").stat().st_size > 5000
+
+
+def test_resume_goes_on_with_the_same_figures(run, tmp_path):
+    run("--alpha", "1", "--no-neutrality")
+    first = report(tmp_path / "out")
+    path = tmp_path / "out" / "continuations" / "contrast-1.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:3]))
+    shutil.rmtree(tmp_path / "out" / "measures")
+    code, _, err = run("--alpha", "1", "--no-neutrality", "--resume")
+    assert code == 0, err
+    for one, other in zip(first["methods"], report(tmp_path / "out")["methods"], strict=True):
+        one["metrics"].pop("tokens_per_second")
+        other["metrics"].pop("tokens_per_second")
+        assert one["metrics"] == other["metrics"]
+    code, _, err = run("--alpha", "1", "--no-neutrality", "--resume", "--seed", "1")
+    assert code == 2
+    assert "other settings" in err
+
+
+def test_without_prompts_and_output_the_demo_prompts_go_into_a_folder_here(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run("--alpha", "1", "--no-neutrality", bare=True)
+    assert code == 0, err
+    assert "a first look" in err
+    assert report(tmp_path / "calibfuse-evaluation")["facts"]["prompt_count"] == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--pick-alpha"], "give --calibrator FOLDER, or --output"), (["--max-prompt-toxicity", "0.5"], "give both")],
+)
+def test_what_needs_a_folder_or_a_file_says_so(run, arguments, message):
+    code, _, err = run(*arguments, bare=True)
+    assert code == 2
+    assert message in err
+
+
+def test_json_goes_to_standard_output(run):
+    code, out, err = run("--alpha", "1", "--json", "--no-neutrality")
+    assert code == 0, err
+    assert json.loads(out)["format"] == "calibfuse-evaluation"
+
+
+def test_only_baselines_need_no_calibrator(run, bundle, monkeypatch, tmp_path):
+    monkeypatch.setattr("calibfuse.calibrator.Calibrator.from_pretrained", lambda *_, **__: pytest.fail("not needed"))
+    code, _, err = run("--no-fusion", "--baseline", "temperature:1.3", "top-k:5", "--no-neutrality")
+    assert code == 0, err
+    assert [method["key"] for method in report(tmp_path / "out")["methods"]] == ["plain", "temperature-1.3", "top-k-5"]
+
+
+def test_experts_are_the_contrast_both_ways(run, tmp_path):
+    code, _, err = run("--alpha", "1", "--baseline", "experts:3", "temperature", "--no-neutrality")
+    assert code == 0, err
+    methods = {method["key"]: method for method in report(tmp_path / "out")["methods"]}
+    assert methods["experts-3"]["settings"]["fusion"]["one_sided"] is False
+    assert "temperature-matched" in methods
+
+
+def test_the_scorer_that_sorted_the_training_text_gets_a_loud_note(run, bundle, tmp_path):
+    folder = shutil.copytree(bundle / "default-calibrator", tmp_path / "mine")
+    config = json.loads((folder / "config.json").read_text())
+    config["training"] = {"name": "x", "data": {"sorted by": "tiny, toxic from 0.5"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    code, _, err = run("--alpha", "1", "--calibrator", str(folder), "--no-neutrality")
+    assert code == 0
+    assert "THE SCORER 'tiny' ALSO SORTED" in err
+    assert any("ALSO SORTED" in note for note in report(tmp_path / "out")["facts"]["notes"])
+    assert "ALSO SORTED" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_picked_alpha_goes_into_the_users_calibrator_and_never_into_the_bundled_one(run, bundle, tmp_path):
+    bundled = (bundle / "default-calibrator" / "config.json").read_bytes()
+    pick = ("--alpha", "0.5", "2", "--pick-alpha", "--max-perplexity-increase", "9", "--no-neutrality")
+    code, out, err = run(*pick)
+    assert code == 0, err
+    assert (bundle / "default-calibrator" / "config.json").read_bytes() == bundled
+    mine = shutil.copytree(bundle / "default-calibrator", tmp_path / "mine")
+    code, out, err = run(*pick, "--calibrator", str(mine), "--resume")
+    assert code == 0, err
+    for folder in (mine, tmp_path / "out" / "calibrator"):
+        if "No alpha was written" in out:
+            assert not (tmp_path / "out" / "calibrator").exists()
+        else:
+            assert Calibrator.from_pretrained(folder).config.fusion["alpha"] in (0.5, 2.0)
+            assert f"Picked alpha {Calibrator.from_pretrained(folder).config.fusion['alpha']:g}" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--prompts", "none.txt"), "Cannot read the prompts"),
+        (("--prompt-count", "-1"), "--prompt-count"),
+        (("--samples", "0"), "at least 1"),
+        (("--top-p", "0"), "top_p"),
+        (("--batch-size", "0"), "--batch-size"),
+        (("--seed", "-1"), "--seed"),
+        (("--toxic-from", "0"), "--toxic-from"),
+        (("--alpha", "nan"), "alpha must be"),
+        (("--alpha", "-1"), "alpha must be"),
+        (("--mode", "magic"), "Unknown fusion mode"),
+        (("--mode", "geometric", "--alpha", "2"), "alpha must be"),
+        (("--mode", "value"), "needs the head 'value'"),
+        (("--baseline", "prayer"), "Unknown baseline"),
+        (("--baseline", "experts:x"), "Expected numbers"),
+        (("--max-perplexity-increase", "0.1"), "give both"),
+        (("--pick-alpha", "--max-perplexity-increase", "-1"), "at least 0"),
+        (("--pick-alpha", "--no-fusion"), "--no-fusion"),
+        (("--pick-alpha", "--mode", "contrast", "geometric"), "one mode"),
+        (("--scorer", "no/such/scorer/at/all"), "no/such/scorer/at/all"),
+        (("--target", "/no/such/model"), "/no/such/model"),
+        (("--judge", "/no/such/model"), "/no/such/model"),
+        (("--calibrator", "/no/such/calibrator"), "/no/such/calibrator"),
+        (("--benign", "/no/such/file"), "Cannot read"),
+        (("--speed-rounds", "-1"), "--speed-rounds"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
+)
+def test_bad_input_gives_one_sentence_and_writes_nothing(run, tmp_path, arguments, message):
+    code, out, err = run(*arguments)
+    assert code == 2
+    assert message in err
+    assert len([line for line in err.splitlines() if "note:" not in line]) == 1
+    assert out == ""
+    assert not (tmp_path / "out").exists()
