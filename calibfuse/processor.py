@@ -281,7 +281,8 @@ def recommended_config(
     """A calibrator's recommended options, overridden by the user's.
 
     A recommendation belongs to its mode: when the user asks for another mode, only the user's options count. Where
-    neither names `candidates` and the vocabulary's size is known, a small vocabulary is re-ranked as a whole: truncation
+    neither names `candidates` and the vocabulary's size is known, a small vocabulary is re-ranked as a whole:
+    truncation
     is there for the time that the head of a large one takes, and where the target is unsure it costs effect
     (docs/results.md).
     """

@@ -359,6 +359,14 @@ def test_only_the_universal_calibrator_can_be_aligned(target):
         last_states(Other())
 
 
+def test_a_causal_lm_as_calibrator_is_refused(saved, capsys):
+    arguments = ["align", "--calibrator", str(saved / "target"), "--target", str(saved / "target")]
+    assert main(arguments) == 2
+    assert "Only the universal calibrator can be aligned" in capsys.readouterr().err
+    with pytest.raises(InputError, match="hidden states of its own, got a BoundCausalLM"):
+        CalibFusion.from_pretrained(str(saved / "target"), target=load(saved), mode="embedding")
+
+
 def test_facts_round_trip_and_refuse_what_is_missing(alignment):
     values = json.loads(json.dumps(alignment.facts.to_dict()))
     assert AlignmentFacts.from_dict(values) == alignment.facts

@@ -147,8 +147,8 @@ def ids_of(text):
 
 
 def test_byte_tokens_are_exact():
-    """Where each own token is one byte there is one spelling: prefix marginals are products, one further step is
-    exact.""" own = [None, *(bytes([each]) for each in b" abhnt")]
+    """Where each own token is one byte there is one spelling: marginals are products, one further step is exact."""
+    own = [None, *(bytes([each]) for each in b" abhnt")]
     target = [None, *(bytes([each]) for each in b" abhnt"), b" t", b"th", b"at", b"na"]
     model = model_of(len(own), spread=12.0)
     for text in (b"", b" tha", b"a"):

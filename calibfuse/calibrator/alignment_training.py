@@ -36,14 +36,13 @@ from calibfuse.calibrator.alignment import (
     target_embeddings,
 )
 from calibfuse.calibrator.binding import BoundCalibrator, compose_vocabulary
-from calibfuse.calibrator.model import CALIBRATOR_HEAD
+from calibfuse.calibrator.model import CALIBRATOR_HEAD, Calibrator
 from calibfuse.errors import InputError, VocabularyMismatchError
 from calibfuse.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from calibfuse.calibrator.model import Calibrator
     from calibfuse.vocabulary import TokenizerLike
 
 RETRIEVAL_CHOICES = (11, 1000)
@@ -106,7 +105,8 @@ def train_alignment(
         The alignment, with loss curve and retrieval accuracy among its facts.
 
     Raises:
-        InputError: an option is out of range, the target's embeddings cannot be read, too few tokens are common, or the
+        InputError: no universal calibrator, an option is out of range, the target's embeddings cannot be read, too
+        few tokens are common, or the
             fit diverged.
         VocabularyError: the tokenizer is not usable.
         VocabularyMismatchError: no tokenizer for a calibrator that is not bound.
@@ -192,9 +192,15 @@ def _check_options(
 def _unbind(calibrator: Calibrator | BoundCalibrator, tokenizer: TokenizerLike | None) -> tuple[Calibrator, Vocabulary]:
     """The model, and the vocabulary it is to be aligned over."""
     if isinstance(calibrator, BoundCalibrator):
-        bound = alignable(calibrator)
+        bound = alignable(calibrator)  # it has the head
         vocabulary = bound.vocabulary if tokenizer is None else Vocabulary.from_tokenizer(tokenizer)
         return bound.calibrator, vocabulary
+    if not isinstance(calibrator, Calibrator):
+        # Calibrator.from_pretrained gives a causal LM where the checkpoint is one.
+        raise InputError(
+            f"Only the universal calibrator can be aligned, got a {type(calibrator).__name__}: the states of another "
+            "language model are not used by mode 'embedding'."
+        )
     if tokenizer is None:
         raise VocabularyMismatchError(
             "train_alignment needs the target's tokenizer for a calibrator that is not bound."

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -61,7 +61,7 @@ class CachedLM:
             dtype = self.model.dtype
             mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
             mask = mask.masked_fill(~visible, torch.finfo(dtype).min)[:, None]
-        options = {"position_ids": positions} if self._takes_positions else {}
+        options: dict[str, Any] = {"position_ids": positions} if self._takes_positions else {}
         if self._keeps_logits:
             options["logits_to_keep"] = keep
         output = self.model(
@@ -100,7 +100,7 @@ def check_followable(model: PreTrainedModel, name: str, *, holes: bool) -> bool:
     Raises:
         InputError: reading in pieces, with masked slots, gives something else than reading at once.
     """
-    device, size = model.device, int(model.get_input_embeddings().num_embeddings)
+    device, size = model.device, cast(int, model.get_input_embeddings().num_embeddings)
     tokens = torch.arange(5, device=device) * 7 % size
     places = torch.arange(5, device=device)
     everything = torch.ones(1, 5, dtype=torch.bool, device=device)
@@ -132,7 +132,8 @@ def check_followable(model: PreTrainedModel, name: str, *, holes: bool) -> bool:
         ) from error
     if not works:
         raise InputError(
-            f"The language model {name} cannot be followed token by token: reading a text in pieces, with masked slots, "
+            f"The language model {name} cannot be followed token by token: reading a text in pieces, with masked "
+            f"slots, "
             "gives something else than reading it at once. A calibrator must be causal and have a key/value cache."
         )
     return _sees_as_told(model, tokens, expected, agree)

@@ -4,7 +4,8 @@ A target with the same vocabulary is followed in lock-step (lock_step_lm.py); fo
 its own tokens and its distribution is carried over by bytes (projection.py). The twin, a second checkpoint of the same
 vocabulary, is the head "reference"; without one there is only the head "calibrator", for modes geometric and blend.
 
-Only safetensors weights are loaded, and no code of a checkpoint is run. Left out: encoder-decoder models, models without
+Only safetensors weights are loaded, and no code of a checkpoint is run. Left out: encoder-decoder models, models
+without
 a key/value cache, and saving (transformers does that).
 """
 
@@ -76,19 +77,20 @@ class CausalLMCalibrator:
     def __init__(
         self,
         model: PreTrainedModel,
-        tokenizer: Any = None,
+        tokenizer: Any = None,  # noqa: ANN401
         *,
         reference: PreTrainedModel | None = None,
         name: str = "in memory",
     ) -> None:
         self.name = name
-        self.models = {HEADS[0]: model.eval()}
+        self.models = {HEADS[0]: model.eval()}  # type: ignore[no-untyped-call]
         if reference is not None:
-            self.models[HEADS[1]] = reference.eval()
+            self.models[HEADS[1]] = reference.eval()  # type: ignore[no-untyped-call]
         for each in self.models.values():
             if each.config.is_encoder_decoder:
                 raise InputError(
-                    f"The model {each.config.model_type!r} of {name} is an encoder-decoder model; a calibrator must be a "
+                    f"The model {each.config.model_type!r} of {name} is an encoder-decoder model; a calibrator must "
+                    f"be a "
                     "decoder-only causal language model."
                 )
         if reference is not None and (
@@ -96,7 +98,8 @@ class CausalLMCalibrator:
         ):
             raise InputError(
                 f"The reference has {reference.get_input_embeddings().num_embeddings} token embeddings, the calibrator "
-                f"{name} {model.get_input_embeddings().num_embeddings}; a reference must be a twin with the same vocabulary."
+                f"{name} {model.get_input_embeddings().num_embeddings}; a reference must be a twin with the same "
+                f"vocabulary."
             )
         self.tokenizer = tokenizer
         fusion = {} if reference is not None else {"mode": "geometric"}  # contrast needs the reference
@@ -170,7 +173,7 @@ class CausalLMCalibrator:
         loaded = cls(model, tokenizer, reference=twin, name=str(name_or_path))
         if device is not None:
             for each in loaded.models.values():
-                each.to(device)  # type: ignore[arg-type]
+                each.to(device)
         return loaded
 
     def bind(
@@ -189,7 +192,8 @@ class CausalLMCalibrator:
             dtype: of the weights; None: as they are. Another one, or another device, makes a copy of the model.
             device: where it runs; None: where the model is.
             use_disk_cache: as for universal calibrators; nothing here is worth a file.
-            further: with another vocabulary, own tokens per step after which the model is asked once more; 0 is fastest.
+            further: with another vocabulary, own tokens per step after which the model is asked once more; 0 is
+            fastest.
 
         Returns:
             The guide.
@@ -203,7 +207,8 @@ class CausalLMCalibrator:
         target = Vocabulary.from_tokenizer(tokenizer)
         if self.tokenizer is None:
             raise VocabularyError(
-                f"The language model {self.name} came without a tokenizer, so it is not known which text its ids stand for "
+                f"The language model {self.name} came without a tokenizer, so it is not known which text its ids "
+                f"stand for "
                 f"and whether they are those of {target.name}; save its tokenizer in the same folder."
             )
         own = Vocabulary.from_tokenizer(self.tokenizer)
@@ -231,7 +236,8 @@ class CausalLMCalibrator:
                 if isinstance(found, int) and 0 <= found < size and (found >= len(own) or own.is_special[found]):
                     return found
         raise VocabularyError(
-            f"The language model {self.name} has neither a begin nor an end mark to put before a text; set bos_token in its "
+            f"The language model {self.name} has neither a begin nor an end mark to put before a text; set "
+            f"bos_token in its "
             "tokenizer."
         )
 
@@ -438,7 +444,7 @@ def _load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
             "save_pretrained."
         )
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loading: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             dtype=dtype,
@@ -449,6 +455,7 @@ def _load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         )
     except Exception as error:  # as above; damaged weights too
         raise CheckpointError(f"The model in {str(folder)!r} cannot be loaded: {_sentence(error)}") from error
+    model, report = loading  # a pair, because of output_loading_info
     # transformers would go on with random numbers in their place.
     wrong = sorted(map(str, [*report["missing_keys"], *report.get("mismatched_keys", ())]))
     if wrong:
@@ -460,7 +467,7 @@ def _load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     return loaded
 
 
-def _load_tokenizer(folder: Path) -> Any:
+def _load_tokenizer(folder: Path) -> Any:  # noqa: ANN401
     """The tokenizer in a checkpoint; None where there is none."""
     from transformers import AutoTokenizer
 
@@ -479,8 +486,9 @@ def _moved(model: PreTrainedModel, dtype: torch.dtype | None, device: torch.devi
     device = torch.device(device) if device is not None else model.device
     if dtype == model.dtype and device == model.device:
         return model
-    moved: PreTrainedModel = copy.deepcopy(model)
-    return moved.to(device=device, dtype=dtype)  # type: ignore[call-overload,no-any-return]
+    moved: Any = copy.deepcopy(model)
+    result: PreTrainedModel = moved.to(device=device, dtype=dtype)
+    return result
 
 
 def _max_length(models: Mapping[str, PreTrainedModel]) -> int | None:

@@ -11,7 +11,7 @@ half the length at a time, so that the cache stays of use.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ class LockStepLM:
         self.max_length = max_length
         self.device = next(iter(self.models.values())).device
         widths = [model.get_input_embeddings().num_embeddings for model in self.models.values()]
-        self._readable = min(int(width) for width in widths)
+        self._readable = min(cast(int, width) for width in widths)
         # One entry more than ids: whatever lies beyond the vocabulary counts as special, and so does what has no
         # embedding.
         self._is_special = torch.ones(len(target) + 1, dtype=torch.bool)

@@ -272,7 +272,8 @@ class Calibrator(nn.Module):
 
         Args:
             name_or_path: a local folder, a Hub id, or None for the bundled one. A causal LM of transformers will do
-            too. reference: of a causal LM, a twin of it that becomes the head "reference".
+            too.
+            reference: of a causal LM, a twin of it that becomes the head "reference".
             revision: branch, tag or commit on the Hub.
             cache_dir: of the Hub's files.
             local_files_only: never touch the network.

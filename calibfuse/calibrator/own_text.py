@@ -2,7 +2,8 @@
 
 The text is the concatenation of the bytes of the ids. It is cut into words at places where nearly every tokenizer cuts
 too: before a space that follows something else. A finished word is spelled once, in the tokenizer's own way, and never
-looked at again; the last word stays open, since its spelling may still change. The cuts hang only on the bytes so far, so
+looked at again; the last word stays open, since its spelling may still change. The cuts hang only on the bytes so
+far, so
 the words of a text begin with the words of every prefix of it: extending and starting anew give the same.
 
 Special tokens of the target have no bytes. A run of them in the middle of a text is one start token of the own
@@ -67,7 +68,7 @@ class OwnText:
         start_id: own token before every text.
     """
 
-    def __init__(self, tokenizer: Any, vocabulary: Vocabulary, start_id: int) -> None:
+    def __init__(self, tokenizer: Any, vocabulary: Vocabulary, start_id: int) -> None:  # noqa: ANN401
         self._tokenizer = tokenizer
         self.vocabulary = vocabulary
         self.start_id = start_id

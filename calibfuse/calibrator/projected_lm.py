@@ -1,7 +1,9 @@
 """A causal LM as guide of a target with another vocabulary: it reads the text in its own tokens.
 
-Each row follows its own text (own_text.py): finished words are in the key/value cache, the open word is read anew at each
-step and cut from the cache again. Rows have different numbers of own tokens, so slots of the cache are masked where a row
+Each row follows its own text (own_text.py): finished words are in the key/value cache, the open word is read anew at
+each
+step and cut from the cache again. Rows have different numbers of own tokens, so slots of the cache are masked where a
+row
 has none. The distributions after the tokens of the open word are carried over to the target's tokens (projection.py),
 and for the most probable own tokens that targets go on from, the model reads one token further, side by side.
 
@@ -369,7 +371,8 @@ class ProjectedSession:
 
         Returns:
             For each: after how many tokens of the open word, the bytes of the word that it still spells, and its place
-            among the own strings. The same for all heads: what one knows better than the other would look like a contrast.
+            among the own strings. The same for all heads: what one knows better than the other would look like a
+            contrast.
         """
         projection = self.guide.projection
         totals = {name: weights[name][: len(spelling.ids) + 1].sum() for name in masses}

@@ -57,7 +57,7 @@ def align_target(args: argparse.Namespace) -> dict[str, Any]:
     target = load_target(args.target, device=args.device, local_files_only=args.local_files_only)
     start = time.perf_counter()
     alignment = train_alignment(
-        calibrator.to(target.model.device),
+        calibrator,
         target.model,
         args.tokenizer or target.tokenizer,
         negatives=args.negatives,
