@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,16 +108,16 @@ def variants(bound: BoundCalibrator, *, alternatives: bool) -> dict[str, Callabl
         bound: the calibrator.
         alternatives: with what else one could do, beside plain decoding and the fusion.
     """
-    from calibfuse.fusion import FusionConfig
-    from calibfuse.processor import CalibFusion
+    from calibfuse.processor import CalibFusion, recommended_config
 
-    every: dict[str, Callable[[], Any]] = {"plain": lambda: None, "fusion": lambda: CalibFusion(bound)}
+    config = recommended_config(bound.calibrator.config.fusion, {}, bound.target_vocab_size)  # as from_pretrained does
+    every: dict[str, Callable[[], Any]] = {"plain": lambda: None, "fusion": lambda: CalibFusion(bound, config)}
     if not alternatives:
         return every
     calibrator_sized = _calibrator_sized_gpt2(bound.calibrator.config)
     return every | {
-        "fusion, no cache (recompute)": lambda: lambda ids, scores: CalibFusion(bound)(ids, scores),
-        "fusion, full head (candidates=0)": lambda: CalibFusion(bound, FusionConfig(candidates=0)),
+        "fusion, no cache (recompute)": lambda: lambda ids, scores: CalibFusion(bound, config)(ids, scores),
+        "fusion, full head (candidates=0)": lambda: CalibFusion(bound, replace(config, candidates=0)),
         "transformers' CFG with a calibrator-sized model": lambda: (
             transformers.UnbatchedClassifierFreeGuidanceLogitsProcessor(1.5, calibrator_sized)
         ),
