@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from calibfuse.calibrator.own_text import MAX_WORD, OwnText
 from calibfuse.calibrator.projected_lm import ProjectedLM
-from calibfuse.calibrator.projection import Marginals, Projection, SortedStrings
+from calibfuse.calibrator.projection import GOES_ON, Marginals, Projection, SortedStrings
 from calibfuse.vocabulary import Vocabulary
 
 CPU = torch.device("cpu")
@@ -230,7 +230,7 @@ def slow_marginals(own, probs, targets):
                 total += prob
             elif text.startswith(begun):
                 going_on = [each for each in targets if each.startswith(begun)]
-                total += prob * sum(each.startswith(text) for each in going_on) / (len(going_on) + 1)
+                total += prob * GOES_ON * sum(each.startswith(text) for each in going_on) / (len(going_on) + 1)
         masses.append(total)
     return masses
 

@@ -106,8 +106,7 @@ def train_alignment(
 
     Raises:
         InputError: no universal calibrator, an option is out of range, the target's embeddings cannot be read, too
-        few tokens are common, or the
-            fit diverged.
+            few tokens are common, or the fit diverged.
         VocabularyError: the tokenizer is not usable.
         VocabularyMismatchError: no tokenizer for a calibrator that is not bound.
     """

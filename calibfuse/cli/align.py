@@ -109,6 +109,11 @@ def _bind(args: argparse.Namespace) -> tuple[BoundCalibrator, float]:
     from calibfuse.vocabulary import Vocabulary
 
     calibrator = Calibrator.from_pretrained(args.calibrator, local_files_only=args.local_files_only)
+    if not isinstance(calibrator, Calibrator):
+        raise InputError(
+            f"align binds a universal calibrator (format calibfuse-calibrator), and {args.calibrator} is a causal language "
+            "model: there is nothing to compile ahead of time. Use it with `calibfuse generate --calibrator`."
+        )
     vocabulary = Vocabulary.from_tokenizer(args.tokenizer, local_files_only=args.local_files_only)
     device = choose_device(args.device or "cpu")
     start = time.perf_counter()
