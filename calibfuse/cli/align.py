@@ -111,8 +111,8 @@ def _bind(args: argparse.Namespace) -> tuple[BoundCalibrator, float]:
     calibrator = Calibrator.from_pretrained(args.calibrator, local_files_only=args.local_files_only)
     if not isinstance(calibrator, Calibrator):
         raise InputError(
-            f"align binds a universal calibrator (format calibfuse-calibrator), and {args.calibrator} is a causal language "
-            "model: there is nothing to compile ahead of time. Use it with `calibfuse generate --calibrator`."
+            f"align binds a universal calibrator (format calibfuse-calibrator), and {args.calibrator} is a causal "
+            "language model: there is nothing to compile ahead of time. Use it with `calibfuse generate --calibrator`."
         )
     vocabulary = Vocabulary.from_tokenizer(args.tokenizer, local_files_only=args.local_files_only)
     device = choose_device(args.device or "cpu")
