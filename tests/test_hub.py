@@ -9,6 +9,7 @@ import os
 import pickle
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 import safetensors.torch
@@ -243,21 +244,27 @@ def test_weights_of_another_program_need_no_fingerprint(tmp_path, tensors):
 # ---- writing under difficulties
 
 
-@pytest.fixture
+@contextmanager
 def small_disk():
-    """No file may grow beyond 10 kB: a real limit, enforced by the system, in the place of a full disk."""
+    """No file may grow beyond 10 kB: a real limit, enforced by the system, in the place of a full disk.
+
+    Not a fixture: pytest prints a test's dot before it takes the fixtures down, and its own output may go to a file
+    longer than the limit.
+    """
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_leaves_nothing_behind(tmp_path, small_disk):
+def test_a_full_disk_leaves_nothing_behind(tmp_path):
     old, new = tmp_path / "old", tmp_path / "made" / "new"
     hub.write_checkpoint(old, config=CONFIG, tensors={"x": torch.zeros(10)})
     for folder in (old, new):
-        with pytest.raises(CheckpointError, match=f"Cannot write '{folder}': File too large"):
+        with small_disk(), pytest.raises(CheckpointError, match=f"Cannot write '{folder}': File too large"):
             hub.write_checkpoint(folder, config=CONFIG, tensors={"x": torch.ones(10_000)})
     assert {path.name for path in old.iterdir()} == {"config.json", "model.safetensors"}
     assert torch.equal(hub.read_tensors(old / "model.safetensors")["x"], torch.zeros(10))
