@@ -1,9 +1,10 @@
 """Fusion of the target's and the guide's next-token distributions: the arithmetic, and nothing else.
 
-Common to all modes: only the target's `candidates` best tokens that the guide covers are re-ranked. Both distributions
-are renormalised over these (so constants of the guide cancel and its head is needed for the candidates alone), the mode
-makes new scores, and the result gets the probability mass that the candidates had. Every other token keeps the target's
-log-probability exactly: what the guide does not know is never moved, and no tail token gains.
+Common to all modes: only those of the target's candidates (candidates.py) that the guide covers are re-ranked.
+Both distributions are renormalised over these (so constants of the guide cancel and its head is needed for the
+candidates alone), the mode makes new scores, and the result gets the probability mass that the candidates had. Every
+other token keeps the target's log-probability exactly: what the guide does not know is never moved, and no tail token
+gains.
 
 With t, c, r the renormalised log-probabilities of target, calibrator and reference, and a = alpha:
 
@@ -29,10 +30,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from calibfuse.candidates import choose_candidates
 from calibfuse.errors import InputError
 
 MAX_ALPHA = 100.0
-_BLOCK = 16  # entries of a row that are searched as one
 GuideScores = Callable[[str, Tensor | None], Tensor]
 
 
@@ -44,8 +45,9 @@ class FusionConfig:
         mode: a key of MODES: "contrast" (default), "geometric", "blend", "value", "embedding".
         alpha: strength; 0 leaves the target as it is. At most 1 for geometric and blend, where 1 means that the guide
             alone ranks the candidates; below 1 for embedding; at most 100 for the others. Default: the mode's.
-        candidates: how many of the target's best tokens are re-ranked; 0 means the whole vocabulary, which mode
-            embedding always takes.
+        candidates: which of the target's tokens are re-ranked. None (default): those to which it gives a probability of
+            at least 0.00005, and its best 200 in any case. A number: so many of its best. 0: the whole vocabulary,
+            which mode embedding always takes.
         one_sided: contrast only lowers tokens, never raises one (raising happens only through renormalisation).
         max_shift: largest change of a candidate's log-probability in contrast and value mode, before renormalisation,
             in nats.
@@ -55,7 +57,7 @@ class FusionConfig:
 
     mode: str = "contrast"
     alpha: float = None  # type: ignore[assignment]  # a float from __post_init__ on: the default hangs on the mode
-    candidates: int = 200
+    candidates: int | None = None
     one_sided: bool = True
     max_shift: float = 10.0
     hidden_temperature: bool = True
@@ -76,8 +78,12 @@ class FusionConfig:
             raise InputError(
                 f"alpha must be a number from 0 (off) to {limit} in mode {self.mode!r}, got {self.alpha!r}."
             )
-        if not isinstance(self.candidates, int) or isinstance(self.candidates, bool) or self.candidates < 0:
-            raise InputError(f"candidates must be 0 (whole vocabulary) or a positive integer, got {self.candidates!r}.")
+        count = self.candidates
+        if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 0):
+            raise InputError(
+                "candidates must be None (by probability), 0 (whole vocabulary) or a positive integer, got "
+                f"{count!r}."
+            )
         for name in ("one_sided", "hidden_temperature"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name} must be True or False, got {getattr(self, name)!r}.")
@@ -202,13 +208,10 @@ def fuse(
             f"Mode {config.mode!r} fuses hidden states, not distributions: use fusion_embedding.fuse_embedding."
         )
     vocab_size = log_probs.shape[-1]
-    token_ids: Tensor | None = None
-    if 0 < config.candidates < vocab_size:
-        values, token_ids = _best(log_probs, config.candidates)
-        covered = covers(token_ids)
-    else:
-        values = log_probs
-        covered = covers(torch.arange(vocab_size, device=scores.device))
+    token_ids, values, is_candidate = choose_candidates(log_probs, config.candidates)
+    covered = covers(torch.arange(vocab_size, device=scores.device) if token_ids is None else token_ids)
+    if is_candidate is not None:
+        covered = covered & is_candidate
     fixed = ~(covered & (values > -torch.inf))
     mass = values.masked_fill(fixed, -torch.inf).logsumexp(dim=-1, keepdim=True)
     target = _renormalise(values, fixed)
@@ -235,21 +238,3 @@ def _renormalise(scores: Tensor, fixed: Tensor) -> Tensor:
     """Log-softmax over the entries that are not fixed; 0 at the fixed ones, also in a row that has no others."""
     return scores.masked_fill(fixed, -torch.inf).log_softmax(dim=-1).masked_fill(fixed, 0.0)
 
-
-def _best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` best of each row, in no order, with their indices: `topk`, several times as fast on wide rows.
-
-    The row is seen as blocks (a strided comb of _BLOCK entries each). Fewer than `count` blocks have a maximum above
-    the count-th best entry, so the best `count` blocks hold all of the best entries, and only these are searched.
-    """
-    blocks = scores.shape[-1] // _BLOCK
-    if blocks < 2 * count:
-        values, index = scores.topk(count, dim=-1, sorted=False)
-        return values, index
-    combed = scores[..., : blocks * _BLOCK].reshape(*scores.shape[:-1], _BLOCK, blocks)
-    found = combed.amax(dim=-2).topk(count, dim=-1, sorted=False).indices
-    teeth = torch.arange(0, blocks * _BLOCK, blocks, device=scores.device)
-    rest = torch.arange(blocks * _BLOCK, scores.shape[-1], device=scores.device)
-    index = torch.cat([(found[..., None, :] + teeth[:, None]).flatten(-2), rest.expand(*found.shape[:-1], -1)], dim=-1)
-    values, chosen = scores.gather(-1, index).topk(count, dim=-1, sorted=False)
-    return values, index.gather(-1, chosen)

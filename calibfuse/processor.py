@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
     from calibfuse.vocabulary import TokenizerLike
 
-SMALL_VOCABULARY = 16_384  # up to here the whole head takes less than a millisecond
-LARGE_VOCABULARY_CANDIDATES = 500
 _SEQUENCE_CHUNK = 8_000_000  # scores fused at once in fuse_logits: 32 MB for each intermediate result
 
 
@@ -134,7 +132,7 @@ class CalibFusion(LogitsProcessor):
         if device is None and target is not None:
             device = target.device
         guide = calibrator.bind(source, dtype=dtype, device=device)
-        config = recommended_config(calibrator.config.fusion, options, guide.target_vocab_size)
+        config = recommended_config(calibrator.config.fusion, options)
         alignment = None
         if MODES[config.mode].fuse is None and target is not None:
             # In the Hub's cache by now.
@@ -275,23 +273,14 @@ class CalibFusion(LogitsProcessor):
             )
 
 
-def recommended_config(
-    recommended: Mapping[str, Any], options: Mapping[str, Any], target_vocab_size: int | None = None
-) -> FusionConfig:
+def recommended_config(recommended: Mapping[str, Any], options: Mapping[str, Any]) -> FusionConfig:
     """A calibrator's recommended options, overridden by the user's.
 
-    A recommendation belongs to its mode: when the user asks for another mode, only the user's options count. Where
-    neither names `candidates` and the vocabulary's size is known, a small vocabulary is re-ranked as a whole:
-    truncation
-    is there for the time that the head of a large one takes, and where the target is unsure it costs effect
-    (docs/results.md).
+    A recommendation belongs to its mode: when the user asks for another mode, only the user's options count.
     """
-    chosen = dict(options)
     if options.get("mode", recommended.get("mode", FusionConfig.mode)) == recommended.get("mode", FusionConfig.mode):
-        chosen = {**recommended, **options}
-    if "candidates" not in chosen and target_vocab_size is not None:
-        chosen["candidates"] = 0 if target_vocab_size <= SMALL_VOCABULARY else LARGE_VOCABULARY_CANDIDATES
-    return FusionConfig.from_dict(chosen)
+        options = {**recommended, **options}
+    return FusionConfig.from_dict(options)
 
 
 def _embedding_fusion(

@@ -23,7 +23,7 @@ LAYERS = (
     ("inspection",),  # explains what a processor did
     ("processor", "training", "evaluation", "finetune"),
     ("calibrator", "fusion", "fusion_embedding", "scorers"),
-    ("vocabulary", "prefix_cache", "output_head", "hub", "model_card"),
+    ("vocabulary", "candidates", "prefix_cache", "output_head", "hub", "model_card"),
     ("errors", "_version"),
 )
 LEVEL = {unit: -row for row, units in enumerate(LAYERS) for unit in units}

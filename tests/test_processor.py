@@ -323,7 +323,7 @@ class TestFromPretrained:
         fusion = CalibFusion.from_pretrained(folder, tokenizer=byte_level_tokenizer, mode="geometric")
         assert fusion.config.mode == "geometric"
         assert fusion.config.alpha < 1.0
-        assert fusion.config.candidates == 0  # a small vocabulary is re-ranked as a whole
+        assert fusion.config.candidates is None  # nor the recommended candidates
 
     def test_lower_precision(self, folder, byte_level_tokenizer):
         fusion = CalibFusion.from_pretrained(folder, tokenizer=byte_level_tokenizer, dtype=torch.bfloat16)
@@ -387,13 +387,6 @@ def test_recommendations_belong_to_their_mode():
     assert recommended_config(recommended, {"mode": "contrast"}).alpha == 3.0
     assert recommended_config(recommended, {"mode": "blend"}) == FusionConfig(mode="blend")
     assert recommended_config({}, {}) == FusionConfig()
-
-
-def test_small_vocabularies_are_reranked_whole_unless_somebody_says_otherwise():
-    assert recommended_config({}, {}, 8_192).candidates == 0
-    assert recommended_config({}, {}, 50_257).candidates == 500
-    assert recommended_config({"candidates": 77}, {}, 8_192).candidates == 77
-    assert recommended_config({"candidates": 77}, {"candidates": 9}, 50_257).candidates == 9
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -160,7 +160,7 @@ def _settings(args: argparse.Namespace, target: Target, fusion: CalibFusion) -> 
     settings = {
         "target": target.name,
         "calibrator": args.calibrator or "bundled",
-        "fusion": f"{config.mode}, alpha {config.alpha:g}, {config.candidates or 'all'} candidates",
+        "fusion": f"{config.mode}, alpha {config.alpha:g}, {_candidates_named(config.candidates)}",
     }
     if args.continuation is None:
         settings["decoding"] = "greedy" if args.greedy else f"sampling, seed {args.seed}"
@@ -189,6 +189,12 @@ def _show_steps(
         shown.append(terminal.style(printable(piece, keep_lines=True), *colour))
     terminal.write()
     terminal.write("".join(shown))
+
+
+def _candidates_named(count: int | None) -> str:
+    if count is None:
+        return "candidates by probability"
+    return f"{count or 'all'} candidates"
 
 
 def _show_candidates(terminal: Terminal, step: StepTrace, before: str, mask: Mask) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from calibfuse.calibrator.model import CALIBRATOR_HEAD, REFERENCE_HEAD, VALUE_HEAD
+from calibfuse.candidates import choose_candidates
 from calibfuse.errors import InputError
 from calibfuse.inspection.spelling import TokenSpeller
 
@@ -226,13 +227,14 @@ class _Recorder(LogitsProcessor):
 
     def _movable(self, plain: Tensor) -> Tensor:
         """Bool [target_vocab_size]: the tokens that fusion re-ranks."""
+        token_ids, values, is_candidate = choose_candidates(plain, self.fusion.config.candidates)
+        if token_ids is None:
+            among = torch.ones_like(plain, dtype=torch.bool) if is_candidate is None else is_candidate
+        else:
+            among = torch.zeros_like(plain, dtype=torch.bool)
+            among[token_ids if is_candidate is None else token_ids[is_candidate]] = True
         covered = self.fusion.guide.covers(torch.arange(len(plain), device=plain.device))
-        count = self.fusion.config.candidates
-        if 0 < count < len(plain):
-            among = torch.zeros_like(covered)
-            among[plain.topk(count, sorted=False).indices] = True
-            covered = covered & among
-        return covered & (plain > -torch.inf)
+        return among & covered & (plain > -torch.inf)
 
     def _ask_heads(self, input_ids: Tensor, movable: Tensor) -> dict[str, Tensor]:
         if self._guide is not self.fusion.guide:  # the fusion moved it to the scores' device at its first call
