@@ -8,7 +8,8 @@ gains.
 
 With t, c, r the renormalised log-probabilities of target, calibrator and reference, and a = alpha:
 
-    contrast    t + clip(a (c - r), -max_shift, 0 or max_shift)   (Liu et al. 2021, DExperts, with a twin as reference)
+    contrast    t + clip(a d, -max_shift, 0 or max_shift)         (Liu et al. 2021, DExperts, with a twin as reference)
+                d = c - r, brought nearer to 0 by margin
     geometric   (1 - a) t + a c                                   (log-linear mixture)
     blend       log((1 - a) exp t + a exp c)                      (linear mixture of probabilities)
     value       t + a log R                                       (Meng et al. 2022, NADO)
@@ -49,6 +50,8 @@ class FusionConfig:
             at least 0.00005, and its best 200 in any case. A number: so many of its best. 0: the whole vocabulary,
             which mode embedding always takes.
         one_sided: contrast only lowers tokens, never raises one (raising happens only through renormalisation).
+        margin: of contrast: a disagreement of calibrator and reference up to this many nats counts as none, and a
+            larger one is smaller by as much. What the two disagree about in calm text is mostly noise.
         max_shift: largest change of a candidate's log-probability in contrast and value mode, before renormalisation,
             in nats.
         hidden_temperature: of mode embedding. True: as published, the target's hidden state gets the weight 1 - alpha,
@@ -59,6 +62,7 @@ class FusionConfig:
     alpha: float = None  # type: ignore[assignment]  # a float from __post_init__ on: the default hangs on the mode
     candidates: int | None = None
     one_sided: bool = True
+    margin: float = 0.0
     max_shift: float = 10.0
     hidden_temperature: bool = True
 
@@ -87,6 +91,8 @@ class FusionConfig:
         for name in ("one_sided", "hidden_temperature"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name} must be True or False, got {getattr(self, name)!r}.")
+        if not _is_number(self.margin) or self.margin < 0:
+            raise InputError(f"margin must be a number of nats, 0 or more, got {self.margin!r}.")
         if not _is_number(self.max_shift, allow_infinity=True) or not self.max_shift > 0:
             raise InputError(f"max_shift must be a positive number of nats, got {self.max_shift!r}.")
 
@@ -139,7 +145,10 @@ class Mode:
 
 
 def _contrast(target: Tensor, guide: Mapping[str, Tensor], config: FusionConfig) -> Tensor:
-    shift = config.alpha * (guide["calibrator"] - guide["reference"])
+    disagreement = guide["calibrator"] - guide["reference"]
+    if config.margin:
+        disagreement = functional.softshrink(disagreement, config.margin)
+    shift = config.alpha * disagreement
     return target + shift.clamp(-config.max_shift, 0.0 if config.one_sided else config.max_shift)
 
 

@@ -79,7 +79,8 @@ def slow_row(scores, heads, covered, config):
     a, fused = config.alpha, {}
     for i in chosen:
         if config.mode == "contrast":
-            shift = a * (guide["calibrator"][i] - guide["reference"][i])
+            gap = guide["calibrator"][i] - guide["reference"][i]
+            shift = a * math.copysign(max(abs(gap) - config.margin, 0.0), gap)
             upper = 0.0 if config.one_sided else config.max_shift
             fused[i] = target[i] + min(max(shift, -config.max_shift), upper)
         elif config.mode == "geometric":
@@ -99,6 +100,7 @@ configs = st.sampled_from(MODE_NAMES).flatmap(
         alpha=st.floats(0, min(MODES[mode].max_alpha, 5.0)),
         candidates=st.sampled_from([None, 0, 1, 2, 7, 39, 40, 41, 500]),
         one_sided=st.booleans(),
+        margin=st.sampled_from([0.0, 0.1, 2.0]),
         max_shift=st.sampled_from([0.5, 10.0, math.inf]),
     )
 )
@@ -376,6 +378,9 @@ class TestConfig:
         [
             ({"mode": "subtract"}, "Unknown fusion mode 'subtract'; choose one of contrast, geometric, blend, value"),
             ({"mode": None}, "Unknown fusion mode None"),
+            ({"margin": -0.1}, "margin must be a number of nats, 0 or more, got -0.1"),
+            ({"margin": math.nan}, "margin must be .* got nan"),
+            ({"margin": math.inf}, "margin must be .* got inf"),
             ({"mode": ["contrast"]}, "Unknown fusion mode"),
             ({"alpha": math.nan}, "alpha must be a number from 0 .* to 100 in mode 'contrast', got nan"),
             ({"alpha": -0.1}, "alpha must be a number from 0"),

@@ -46,6 +46,7 @@ def _options(args: argparse.Namespace, mode: str | None, alpha: float | None) ->
         "mode": mode,
         "alpha": alpha,
         "candidates": args.candidates,
+        "margin": args.margin,
         "max_shift": args.max_shift,
         "one_sided": args.one_sided,
     }

@@ -75,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mode", nargs="+", metavar="MODE", help="contrast, geometric, blend, value (default: the calibrator's)"
     )
     methods.add_argument("--candidates", type=int, metavar="N", help="best tokens of the target that are re-ranked")
+    methods.add_argument("--margin", type=float, metavar="NATS", help="smaller disagreements of the heads are ignored")
     methods.add_argument("--max-shift", type=float, metavar="NATS", help="largest change of a candidate")
     methods.add_argument(
         "--one-sided", action=argparse.BooleanOptionalAction, help="only lower tokens (default: the calibrator's)"
