@@ -10,6 +10,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+PLACEHOLDER = "your-name/your-calibrator"
+"""Stands for the repository in a card that was written before one was known."""
+
 _TAGS = ("calibfuse", "detoxification", "controlled-decoding", "text-generation")
 
 _INTRODUCTION = """\
@@ -66,7 +69,7 @@ def calibrator_card(facts: Mapping[str, Any]) -> str:
     """
     rest = dict(facts)
     name = str(rest.pop("name", None) or "calibrator")
-    repo_id = str(rest.pop("repo_id", None) or "your-name/your-calibrator")
+    repo_id = str(rest.pop("repo_id", None) or PLACEHOLDER)
     metadata = _metadata(rest.pop("license", None), rest.pop("language", "en"))
     sections = [_INTRODUCTION.format(name=name, repo_id=repo_id)]
     if data := rest.pop("data", None):

@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+import transformers
 from loopback_hub import LoopbackHub
 
 from calibfuse import Calibrator
@@ -56,6 +58,27 @@ def test_a_folder_is_published_whole(push, server, folder, tmp_path):
     assert published.config == original.config
     for name, tensor in original.state_dict().items():
         assert torch.equal(published.state_dict()[name], tensor), name
+
+
+def test_the_card_names_the_repository_and_keeps_what_the_user_wrote(push, server, folder, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    card = (copy / "README.md").read_text() + "\nMy own words.\n"
+    (copy / "README.md").write_text(card)
+    assert push(copy, "org/quiet").returncode == 0
+    published = server.repositories["org/quiet"].files()["README.md"].decode()
+    assert 'from_pretrained("org/quiet"' in published
+    assert published == card.replace("your-name/your-calibrator", "org/quiet")
+    (copy / "README.md").unlink()
+    assert push(copy, "org/other").returncode == 0
+    assert 'from_pretrained("org/other"' in server.repositories["org/other"].files()["README.md"].decode()
+
+
+def test_a_causal_language_model_is_not_published_here(tmp_path, capsys):
+    config = transformers.GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=1)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    assert main(["push", str(tmp_path), "org/quiet"]) == 2
+    assert "causal language model of transformers" in capsys.readouterr().err
 
 
 def test_a_branch_can_be_chosen(push, server, folder):

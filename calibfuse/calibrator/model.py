@@ -26,7 +26,7 @@ from calibfuse.calibrator.body import Body, KeyValueBuffer
 from calibfuse.calibrator.causal_lm import CausalLMCalibrator, is_transformers_checkpoint
 from calibfuse.calibrator.composer import Composer, TokenFeatures
 from calibfuse.errors import CheckpointError, InputError
-from calibfuse.model_card import calibrator_card
+from calibfuse.model_card import PLACEHOLDER, calibrator_card
 
 if TYPE_CHECKING:
     from calibfuse.calibrator.binding import BoundCalibrator
@@ -334,8 +334,17 @@ class Calibrator(nn.Module):
         revision: str | None = None,
         commit_message: str = "Upload calibrator",
         token: str | bool | None = None,
+        card: str | None = None,
     ) -> str:
         """Save into a temporary folder and upload it.
+
+        Args:
+            repo_id: `organisation/name`; made when missing. It is what the card's example loads.
+            private: for a new repository; an existing one keeps its visibility.
+            revision: branch, made when missing; None: the main one.
+            commit_message: of the upload.
+            token: Hub token; None: that of the login.
+            card: text of README.md; None: the model card from the facts of the training.
 
         Returns:
             The repository's address.
@@ -347,6 +356,9 @@ class Calibrator(nn.Module):
 
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
+            readme = Path(folder) / hub.README_NAME
+            text = readme.read_text(encoding="utf-8") if card is None else card
+            readme.write_text(text.replace(PLACEHOLDER, repo_id), encoding="utf-8")
             return hub.upload_folder(
                 Path(folder), repo_id, private=private, revision=revision, commit_message=commit_message, token=token
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
 
 EXAMPLES = """\
 examples:
@@ -11,6 +12,7 @@ examples:
   calibfuse push my-calibrator your-name/my-calibrator --private --message "trained on 200M bytes"
 
 Log in once with `hf auth login`, or set HF_TOKEN. Only safetensors, JSON and README.md are uploaded.
+A README.md of yours is kept; where it says your-name/your-calibrator, the repository's name is put.
 """
 
 
@@ -25,15 +27,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Load the folder, which proves that it is whole, and push it; print the address of the result."""
-    from calibfuse.errors import CheckpointError
+    from calibfuse.errors import CheckpointError, InputError
 
     if not os.path.isdir(os.path.expanduser(args.folder)):
         raise CheckpointError(f"Expected a calibrator folder, but {args.folder!r} is none.")
     from calibfuse.calibrator import Calibrator
+    from calibfuse.hub import README_NAME
 
     calibrator = Calibrator.from_pretrained(args.folder, local_files_only=True)
+    if not isinstance(calibrator, Calibrator):
+        raise InputError(
+            f"{args.folder!r} holds a causal language model of transformers; publish it with `hf upload`, or with its "
+            "own push_to_hub."
+        )
+    card = Path(args.folder).expanduser() / README_NAME
     address = calibrator.push_to_hub(
-        args.repo_id, private=args.private, revision=args.revision, commit_message=args.message
+        args.repo_id,
+        private=args.private,
+        revision=args.revision,
+        commit_message=args.message,
+        card=card.read_text(encoding="utf-8") if card.is_file() else None,
     )
     print(f"pushed {args.folder} to {address}")
     return 0
