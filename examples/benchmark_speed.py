@@ -9,6 +9,9 @@ variants run in one process on one thread, their repetitions interleaved. On a m
 time says little: `speed kept` is given by the thread's CPU time (and by wall time beside it), as the median over
 repetitions of plain / variant within the same repetition.
 
+Section `causal-lm` compares kinds of calibrators on one target vocabulary: the universal one, a causal LM of its shape
+that shares the target's vocabulary (lock-step), and the bundled demo target, whose 8,192 tokens are projected onto it.
+
 Left out: GPUs, several threads, and the time that binding takes to read a tokenizer's file.
 """
 
@@ -37,12 +40,15 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, GPT2Model, L
 
 if TYPE_CHECKING:
     from calibfuse.calibrator import BoundCalibrator, Calibrator, CalibratorConfig
+    from calibfuse.calibrator.causal_lm import CausalLMCalibrator
     from calibfuse.vocabulary import Vocabulary
+
+    Makers = dict[str, Callable[[], Any]]
 
 TARGET_VOCAB_SIZE = 50_257
 PROMPT_LENGTH = 32
-BIND_SIZES = (32_000, 50_257, 128_256, 200_000)
-SECTIONS = ("speed", "profile", "body", "bind", "memory")
+BIND_SIZES = (32_000, 128_256, 150_000, 200_000)
+SECTIONS = ("speed", "causal-lm", "profile", "body", "bind", "memory")
 
 
 # ---- what is measured
@@ -86,6 +92,38 @@ def make_vocabulary(size: int) -> Vocabulary:
     return Vocabulary.from_byte_strings(tokens, name=f"{size} random words")
 
 
+def make_related_vocabulary(size: int) -> Vocabulary:
+    """The demo target's tokens, then random pairs of them up to 16 bytes: as near to its own as real vocabularies are.
+
+    A random word of `make_vocabulary` would take a language model several tokens more than a real one.
+    """
+    from calibfuse.vocabulary import Vocabulary
+
+    own = Vocabulary.from_tokenizer(make_language_model().tokenizer)
+    strings = [own.token_bytes(token_id) for token_id in range(len(own))]
+    tokens: list[bytes | None] = list(dict.fromkeys(each for each in strings if each))
+    starts = [each for each in tokens if each and len(each) > 2]
+    ends = [each for each in starts if not each.startswith(b" ")]
+    generator = torch.Generator().manual_seed(0)
+    known = set(tokens)
+    while len(tokens) < size - 1:
+        for first, second in torch.randint(0, 1 << 30, (size, 2), generator=generator).tolist():
+            pair = starts[first % len(starts)] + ends[second % len(ends)]
+            if len(pair) <= 16 and pair not in known and len(tokens) < size - 1:
+                known.add(pair)
+                tokens.append(pair)
+    return Vocabulary.from_byte_strings([*tokens[: size - 1], None], name=f"{size} related tokens")
+
+
+def make_language_model(*, twin: bool = False) -> CausalLMCalibrator:
+    """The bundled demo target (Llama-shaped, 2.7M, 8,192 tokens) as calibrator; its twin, for the cost, is itself."""
+    from calibfuse.calibrator.causal_lm import CausalLMCalibrator
+    from calibfuse.hub import resolve_checkpoint
+
+    folder = resolve_checkpoint(None, default="demo-target")
+    return CausalLMCalibrator.from_pretrained(folder, reference=folder if twin else None)
+
+
 class Timed(transformers.LogitsProcessor):
     """Adds up the CPU time that another processor takes, per step."""
 
@@ -101,7 +139,7 @@ class Timed(transformers.LogitsProcessor):
         return result
 
 
-def variants(bound: BoundCalibrator, *, alternatives: bool) -> dict[str, Callable[[], Any]]:
+def variants(bound: BoundCalibrator, *, alternatives: bool) -> Makers:
     """Name -> maker of a fresh processor (None: plain decoding).
 
     Args:
@@ -110,8 +148,8 @@ def variants(bound: BoundCalibrator, *, alternatives: bool) -> dict[str, Callabl
     """
     from calibfuse.processor import CalibFusion, recommended_config
 
-    config = recommended_config(bound.calibrator.config.fusion, {}, bound.target_vocab_size)  # as from_pretrained does
-    every: dict[str, Callable[[], Any]] = {"plain": lambda: None, "fusion": lambda: CalibFusion(bound, config)}
+    config = recommended_config(bound.calibrator.config.fusion, {})  # as from_pretrained does
+    every: Makers = {"plain": lambda: None, "fusion": lambda: CalibFusion(bound, config)}
     if not alternatives:
         return every
     calibrator_sized = _calibrator_sized_gpt2(bound.calibrator.config)
@@ -124,9 +162,36 @@ def variants(bound: BoundCalibrator, *, alternatives: bool) -> dict[str, Callabl
     }
 
 
-def _calibrator_sized_gpt2(config: CalibratorConfig) -> GPT2LMHeadModel:
+def causal_lm_variants(calibrator: Calibrator, vocabulary: Vocabulary) -> Makers:
+    """Calibrators of every kind for one vocabulary: name -> maker of a fresh processor (None: plain decoding)."""
+    from calibfuse.calibrator.causal_lm import CausalLMCalibrator
+    from calibfuse.processor import CalibFusion, recommended_config
+
+    shape = calibrator.config
+    same = [_calibrator_sized_gpt2(shape, start_id=len(vocabulary) - 1) for _ in range(2)]
+    lock_step = f"causal LM of its shape ({shape.layer_count} x {shape.width}), lock-step"
+    projected = "causal LM with 8,192 tokens (2.7M), projected"
+    guides: dict[str, Any] = {
+        "universal calibrator": calibrator.bind(vocabulary, use_disk_cache=False),
+        lock_step: CausalLMCalibrator(same[0], vocabulary).bind(vocabulary),
+        f"{lock_step}, with twin": CausalLMCalibrator(same[0], vocabulary, reference=same[1]).bind(vocabulary),
+        projected: make_language_model().bind(vocabulary),
+        f"{projected}, further=0": make_language_model().bind(vocabulary, further=0),
+        f"{projected}, with twin": make_language_model(twin=True).bind(vocabulary),
+    }
+
+    def maker(guide: Any) -> Callable[[], Any]:  # noqa: ANN401
+        config = recommended_config(guide.calibrator.config.fusion, {})
+        return lambda: CalibFusion(guide, config)
+
+    return {"plain": lambda: None} | {name: maker(guide) for name, guide in guides.items()}
+
+
+def _calibrator_sized_gpt2(config: CalibratorConfig, start_id: int | None = None) -> GPT2LMHeadModel:
     torch.manual_seed(0)
     shape = GPT2Config(
+        bos_token_id=start_id,
+        eos_token_id=start_id,
         n_layer=config.layer_count,
         n_embd=config.width,
         n_head=config.head_count,
@@ -141,12 +206,11 @@ def _calibrator_sized_gpt2(config: CalibratorConfig) -> GPT2LMHeadModel:
 
 def measure_speed(
     target: GPT2LMHeadModel,
-    bound: BoundCalibrator,
+    makers: Makers,
     *,
     batch: int,
     new_tokens: int,
     repetitions: int,
-    alternatives: bool,
 ) -> list[dict[str, Any]]:
     """Greedy generation with every variant, interleaved.
 
@@ -156,7 +220,6 @@ def measure_speed(
     """
     torch.manual_seed(1)
     prompt = torch.randint(0, TARGET_VOCAB_SIZE - 1, (batch, PROMPT_LENGTH))
-    makers = variants(bound, alternatives=alternatives)
     runs: dict[str, list[tuple[float, float]]] = {name: [] for name in makers}
     steps: dict[str, list[list[float]]] = {name: [] for name in makers}
     _generate(target, prompt, 4, None)  # warm up: allocator, kernels
@@ -356,7 +419,10 @@ def measure_body(calibrator: Calibrator, *, batch: int, steps: int, repetitions:
 
 
 def measure_bind(calibrator: Calibrator, size: int, *, repetitions: int) -> dict[str, Any]:
-    """Seconds of `bind`, cold and from the disk cache (medians, wall and CPU), and the size of what was bound."""
+    """Seconds of `bind`, cold and from the disk cache (medians, wall and CPU), and the size of what was bound.
+
+    Beside it one cold binding of a causal LM with other tokens, whose tables are not cached.
+    """
     cold: list[tuple[float, float]] = []
     warm: list[tuple[float, float]] = []
     memory = 0
@@ -371,7 +437,11 @@ def measure_bind(calibrator: Calibrator, size: int, *, repetitions: int) -> dict
                     times.append((time.perf_counter() - wall, time.thread_time() - cpu))
             finally:
                 del os.environ["CALIBFUSE_CACHE"]
-    row: dict[str, Any] = {"size": size, "megabytes": memory / 2**20}
+    vocabulary, language_model = make_related_vocabulary(size), make_language_model()
+    cpu = time.thread_time()
+    projected = language_model.bind(vocabulary)
+    row: dict[str, Any] = {"size": size, "megabytes": memory / 2**20, "projected_cpu": time.thread_time() - cpu}
+    row["projected_megabytes"] = projected.memory_bytes / 2**20
     for name, times in (("cold", cold), ("cached", warm)):
         row[f"{name}_wall"] = statistics.median(wall for wall, _ in times)
         row[f"{name}_cpu"] = statistics.median(cpu for _, cpu in times)
@@ -478,10 +548,10 @@ def _note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def report_speed(rows: list[dict[str, Any]]) -> None:
+def report_speed(rows: list[dict[str, Any]], title: str) -> None:
     """Print the rows of `measure_speed`."""
     print_table(
-        "Speed kept with fusion (124M-shaped target, greedy)",
+        title,
         ["batch", "new tokens", "variant", "tokens/s", "tokens/CPU-s", "kept (CPU)", "kept (wall)", "processor ms/step",
          "first 16", "last 16"],
         [
@@ -523,7 +593,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     results: dict[str, Any] = {"setting": describe_machine()}
     print_table("Setting", ["", ""], [[key, str(value)] for key, value in results["setting"].items()])
     calibrator = make_calibrator()
-    if {"speed", "profile"} & set(sections):
+    if {"speed", "causal-lm", "profile"} & set(sections):
         target, bound = make_target(), calibrator.bind(make_vocabulary(TARGET_VOCAB_SIZE), use_disk_cache=False)
     if "speed" in sections:
         lengths = arguments.new_tokens or ((16,) if quick else (64, 1024))
@@ -532,14 +602,26 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             for batch in batches:
                 rows += measure_speed(
                     target,
-                    bound,
+                    variants(bound, alternatives=new_tokens <= 128),
                     batch=batch,
                     new_tokens=new_tokens,
                     repetitions=arguments.repetitions or (2 if quick else 5 if new_tokens <= 128 else 2),
-                    alternatives=new_tokens <= 128,
                 )
         results["speed"] = rows
-        report_speed(rows)
+        report_speed(rows, "Speed kept with fusion (124M-shaped target, greedy)")
+    if "causal-lm" in sections:
+        kinds = causal_lm_variants(calibrator, make_related_vocabulary(TARGET_VOCAB_SIZE))
+        rows = []
+        for batch in batches:
+            rows += measure_speed(
+                target,
+                kinds,
+                batch=batch,
+                new_tokens=min(arguments.new_tokens or (12 if quick else 64,)),
+                repetitions=arguments.repetitions or (2 if quick else 5),
+            )
+        results["causal-lm"] = rows
+        report_speed(rows, "Speed kept by kind of calibrator (124M-shaped target, greedy)")
     if "profile" in sections:
         steps = 16 if quick else 64
         results["profile"] = [
@@ -560,15 +642,26 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         print_table("One decoding step of the body alone (CPU ms, within one window)", ["batch", *names], rows_text)
     if "bind" in sections:
         results["bind"] = [
-            measure_bind(calibrator, size, repetitions=2 if quick else 3)
+            measure_bind(calibrator, size, repetitions=arguments.repetitions or (2 if quick else 3))
             for size in (BIND_SIZES[:2] if quick else BIND_SIZES)
         ]
-        columns = ("cold_wall", "cold_cpu", "cached_wall", "cached_cpu", "megabytes")
+        columns = (
+            "cold_wall", "cold_cpu", "cached_wall", "cached_cpu", "megabytes", "projected_cpu", "projected_megabytes",
+        )  # fmt: skip
         print_table(
             "Start: bind (seconds)",
-            ["vocabulary", "cold, wall", "cold, CPU", "disk cache, wall", "disk cache, CPU", "bound MiB"],
             [
-                [str(row["size"]), *(_number(row[key], 3 if key != "megabytes" else 1) for key in columns)]
+                "vocabulary",
+                "cold, wall",
+                "cold, CPU",
+                "disk cache, wall",
+                "disk cache, CPU",
+                "bound MiB",
+                "projected LM, CPU",
+                "its tables, MiB",
+            ],
+            [
+                [str(row["size"]), *(_number(row[key], 1 if "megabytes" in key else 3) for key in columns)]
                 for row in results["bind"]
             ],
         )
@@ -588,7 +681,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description="What the fusion costs: speed, profile, body, bind time, memory.")
+    parser = argparse.ArgumentParser(description="What the fusion costs: speed, profile, body, bind, memory.")
     parser.add_argument("--quick", action="store_true", help="fewer tokens and repetitions")
     parser.add_argument("--only", nargs="+", choices=SECTIONS, help="sections to run; default all")
     parser.add_argument(

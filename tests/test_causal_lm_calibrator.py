@@ -184,9 +184,11 @@ def test_lock_step_is_the_model_itself(lock_step, target_tokenizer):
 @pytest.mark.parametrize("kind", ["lock_step", "projected"])
 def test_texts_beyond_the_length_of_the_model(kind, request, tiny_gpt2, wrap_tokenizer, target_tokenizer):
     own = target_tokenizer if kind == "lock_step" else wrap_tokenizer(request.getfixturevalue("unigram_tokenizer"))
-    model = calm(tiny_gpt2(len(own), n_positions=24))
+    model = calm(tiny_gpt2(len(own), n_positions=24 if kind == "lock_step" else 68))
     bound = CausalLMCalibrator(model, own).bind(target_tokenizer, further=2)
-    ids = torch.tensor([target_tokenizer("The weather in the north was cold and dry for weeks. " * 2).input_ids])
+    text = "The weather in the north was cold and dry for weeks. " * (2 if kind == "lock_step" else 4)
+    text += "x" * 70 + "yz" * 40  # longer than any word may be
+    ids = torch.tensor([target_tokenizer(text).input_ids])
     whole, session = bound.log_probs(ids), bound.session()
     for length in range(1, ids.shape[1] + 1):
         said, _ = session.step(ids[:, :length], torch.zeros(0))
@@ -224,6 +226,30 @@ def test_without_a_twin_there_is_one_head(tiny_gpt2, target_tokenizer):
         bound.log_probs(torch.tensor([[5]]), torch.ones(1, 2))
 
 
+def test_ids_without_an_embedding_are_never_read(tiny_gpt2, byte_level_tokenizer, wrap_tokenizer, target_tokenizer):
+    """A tokenizer may know more tokens than the model; words are then spelled by others."""
+    own = wrap_tokenizer(byte_level_tokenizer)
+    own.add_tokens([" weather"])
+    bound = CausalLMCalibrator(calm(tiny_gpt2(len(own) - 1)), own).bind(target_tokenizer)
+    assert not bound.lock_step
+    ids = torch.tensor([target_tokenizer("The weather in").input_ids])
+    assert torch.isfinite(bound.log_probs(ids)).all()
+
+
+def test_a_model_that_reads_too_little_is_refused(tiny_gpt2, unigram_tokenizer, wrap_tokenizer, target_tokenizer):
+    own = wrap_tokenizer(unigram_tokenizer)
+    with pytest.raises(InputError, match="reads only 32 tokens"):
+        CausalLMCalibrator(tiny_gpt2(len(own), n_positions=32), own).bind(target_tokenizer)
+
+
+def test_tables_are_counted_and_kept_for_copies(projected, lock_step):
+    assert projected.memory_bytes > 8 * projected.target_vocab_size
+    assert lock_step.memory_bytes < 10_000
+    for bound in (projected, lock_step):
+        copied = bound._guide.with_models(bound._guide.models)
+        assert copied.memory_bytes == bound.memory_bytes
+
+
 # ---- checkpoints
 
 
@@ -247,6 +273,40 @@ def test_a_transformers_checkpoint_is_a_calibrator(checkpoint, target, target_to
     assert twin.config.mode == "contrast"
     # a model minus itself is nothing
     assert torch.equal(generate(target, prompts, twin), generate(target, prompts))
+
+
+def test_the_twin_lies_in_the_checkpoint(tmp_path, tiny_gpt2, target_tokenizer, target, prompts):
+    models = [tiny_gpt2(len(target_tokenizer), seed=seed) for seed in (1, 2)]
+    saved = CausalLMCalibrator(models[0], target_tokenizer, reference=models[1])
+    saved.save_pretrained(tmp_path / "lm")
+    assert (tmp_path / "lm" / "reference" / "model.safetensors").is_file()
+    assert not list((tmp_path / "lm").glob(".*"))
+    loaded = Calibrator.from_pretrained(tmp_path / "lm")
+    assert loaded.heads == ("calibrator", "reference")
+    assert loaded.fingerprint == saved.fingerprint
+    fusion = CalibFusion.from_pretrained(tmp_path / "lm", tokenizer=target_tokenizer)
+    assert fusion.config.mode == "contrast"
+    CausalLMCalibrator(models[0], target_tokenizer).save_pretrained(tmp_path / "lm")  # a twin of another model goes
+    assert Calibrator.from_pretrained(tmp_path / "lm").heads == ("calibrator",)
+
+
+def test_facts_and_recommended_fusion_travel_in_the_config(checkpoint):
+    from calibfuse.evaluation.picking import write_recommendation
+    from calibfuse.inspection import describe_calibrator
+
+    write_recommendation(checkpoint, checkpoint, {"mode": "geometric", "alpha": 0.25})
+    calibrator = Calibrator.from_pretrained(checkpoint)
+    assert calibrator.config.fusion == {"mode": "geometric", "alpha": 0.25}
+    facts = describe_calibrator(calibrator)
+    assert facts.parameters == {"calibrator": sum(p.numel() for p in calibrator.parameters())}
+    assert facts.shape["num_hidden_layers"] == 2
+    assert facts.to_dict()["training"]["model_type"] == "gpt2"
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_sentence(tmp_path, tiny_gpt2, target_tokenizer):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(CheckpointError, match="Cannot write the model to"):
+        CausalLMCalibrator(tiny_gpt2(len(target_tokenizer)), target_tokenizer).save_pretrained(tmp_path / "file")
 
 
 def test_no_tokenizer(tmp_path, tiny_gpt2, target_tokenizer):

@@ -1,6 +1,7 @@
 """Projection by bytes against sums over all spellings, which are possible on small vocabularies."""
 
 import functools
+import math
 
 import pytest
 import torch
@@ -155,10 +156,25 @@ def test_byte_tokens_are_exact():
         ids = [target.index(bytes([each])) for each in text]
         got = covered(say(guide_of(model, own, target), ids).log_marginals("calibrator"), target)
         exact = torch.tensor([exact_marginal(model, own, text + each) for each in target if each]).double()
-        if text:
-            assert torch.allclose(got, exact / exact.sum(), atol=1e-6)
-        else:  # without a text there is no further step: one-byte targets are exact up to a factor
-            assert torch.allclose(got[:6] / got[:6].sum(), exact[:6] / exact[:6].sum(), atol=1e-6)
+        assert torch.allclose(got, exact / exact.sum(), atol=1e-6)
+
+
+def test_improbable_words_without_spaces_are_exact_too():
+    """Sixty tokens of probability 1e-7 each must not drown what comes after them."""
+    own = [None, *(bytes([each]) for each in b"abhnt")]
+    target = [None, *(bytes([each]) for each in b"abhnt"), b"th", b"at", b"na"]
+    model = model_of(len(own), spread=30.0)
+    ids, text = [], b""
+    while len(ids) < 40:
+        ids.append(1 + int(probs_after(model, (0, *ids))[1:].argmin()))
+        text += target[ids[-1]]
+    after = [float(probs_after(model, (0, *ids[:at]))[ids[at]]) for at in range(40)]
+    assert math.prod(after) < 1e-60
+    got = covered(say(guide_of(model, own, target), ids).log_marginals("calibrator"), target)
+    exact = torch.tensor(
+        [exact_marginal(model, own, text + each, (0, *ids), text) for each in target if each], dtype=torch.float64
+    )
+    assert torch.allclose(got, exact / exact.sum(), atol=1e-6)
 
 
 @pytest.fixture(scope="module")
@@ -170,9 +186,9 @@ def test_a_trained_model_is_projected_close_to_the_sum_over_all_spellings(traine
     texts = [text[:at] for text in sentences(4) for at in (3, 5, 8)]
     both = torch.tensor([distances(trained, ids_of(text)) for text in texts])
     without = torch.tensor([distances(trained, ids_of(text), further=0) for text in texts])
-    print(f"total variation with further steps {both.mean(0).tolist()}, without {without.mean(0).tolist()}")  # noqa: T201
-    assert both.mean(dim=0).max() < 0.03
-    assert both.max() < 0.15
+    # Of 24 texts with further=8: mean 0.004 and 0.007, worst 0.025 and 0.026 (docs/guides/any-causal-lm.md).
+    assert both.mean(dim=0).max() < 0.02
+    assert both.max() < 0.08
     assert both.mean() < without.mean()
 
 

@@ -133,8 +133,8 @@ def check_followable(model: PreTrainedModel, name: str, *, holes: bool) -> bool:
     if not works:
         raise InputError(
             f"The language model {name} cannot be followed token by token: reading a text in pieces, with masked "
-            f"slots, "
-            "gives something else than reading it at once. A calibrator must be causal and have a key/value cache."
+            "slots, gives something else than reading it at once. A calibrator must be causal and have a key/value "
+            "cache."
         )
     return _sees_as_told(model, tokens, expected, agree)
 

@@ -1,12 +1,10 @@
 """Any transformers causal LM as calibrator, with or without a twin as reference.
 
 A target with the same vocabulary is followed in lock-step (lock_step_lm.py); for any other one the LM reads the text in
-its own tokens and its distribution is carried over by bytes (projection.py). The twin, a second checkpoint of the same
+its own tokens and its distribution is carried over by bytes (projection.py). The twin, a second model of the same
 vocabulary, is the head "reference"; without one there is only the head "calibrator", for modes geometric and blend.
 
-Only safetensors weights are loaded, and no code of a checkpoint is run. Left out: encoder-decoder models, models
-without
-a key/value cache, and saving (transformers does that).
+Files are in lm_checkpoint.py. Left out: encoder-decoder models, and models without a key/value cache.
 """
 
 from __future__ import annotations
@@ -15,7 +13,8 @@ import copy
 import hashlib
 import math
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,10 +25,19 @@ from torch import Tensor
 
 from calibfuse import hub
 from calibfuse.calibrator.cached_lm import check_followable
+from calibfuse.calibrator.lm_checkpoint import (
+    ALLOWED_FILES,
+    find_twin,
+    is_transformers_checkpoint,
+    load_model,
+    load_tokenizer,
+    save_lm,
+)
 from calibfuse.calibrator.lock_step_lm import LMLogits, LockStepLM, LockStepLMSession
-from calibfuse.calibrator.own_text import OwnText
+from calibfuse.calibrator.own_text import MAX_WORD, OwnText
 from calibfuse.calibrator.projected_lm import ProjectedLM, ProjectedSequence, ProjectedSession
-from calibfuse.errors import CheckpointError, InputError, MissingHeadError, VocabularyError, VocabularyMismatchError
+from calibfuse.errors import InputError, MissingHeadError, VocabularyError, VocabularyMismatchError
+from calibfuse.model_card import calibrator_card
 from calibfuse.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -37,12 +45,13 @@ if TYPE_CHECKING:
 
     from calibfuse.vocabulary import TokenizerLike
 
+__all__ = ["BoundCausalLM", "CausalLMCalibrator", "CausalLMConfig", "is_transformers_checkpoint", "same_ids"]
+
 HEADS = ("calibrator", "reference")
 SPECIAL_MASS = 1e-4
 DEFAULT_FURTHER = 8
-# Tokenizers of transformers checkpoints may be kept in files that calibfuse's own checkpoints do not have.
-_ALLOWED_FILES = (*hub.ALLOWED_FILES, "*.model", "merges.txt", "vocab.txt", "*.tiktoken", "*.jinja")
 _SEQUENCE_CHUNK = 4_000_000  # elements of a [positions, vocabulary] block in log_probs
+_LEAST_LENGTH = MAX_WORD + 4  # a start token, the longest open word byte by byte, and one further token
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +62,18 @@ class CausalLMConfig:
         heads: names of the heads.
         fusion: recommended fusion options.
         training: facts of the training; what the checkpoint is.
+        shape: sizes of the model.
     """
 
     heads: tuple[str, ...]
     fusion: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
+    shape: Mapping[str, int] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready dictionary; the sizes stand beside the other keys, as in CalibratorConfig."""
+        facts = {"heads": list(self.heads), "fusion": dict(self.fusion), "training": dict(self.training)}
+        return {**self.shape, **facts}
 
 
 class CausalLMCalibrator:
@@ -90,8 +106,7 @@ class CausalLMCalibrator:
             if each.config.is_encoder_decoder:
                 raise InputError(
                     f"The model {each.config.model_type!r} of {name} is an encoder-decoder model; a calibrator must "
-                    f"be a "
-                    "decoder-only causal language model."
+                    "be a decoder-only causal language model."
                 )
         if reference is not None and (
             reference.get_input_embeddings().num_embeddings != model.get_input_embeddings().num_embeddings
@@ -99,12 +114,18 @@ class CausalLMCalibrator:
             raise InputError(
                 f"The reference has {reference.get_input_embeddings().num_embeddings} token embeddings, the calibrator "
                 f"{name} {model.get_input_embeddings().num_embeddings}; a reference must be a twin with the same "
-                f"vocabulary."
+                "vocabulary."
             )
         self.tokenizer = tokenizer
-        fusion = {} if reference is not None else {"mode": "geometric"}  # contrast needs the reference
+        # transformers keeps what config.json holds beside its own keys.
+        recommended, facts = (_mapping(getattr(model.config, key, None)) for key in ("fusion", "training"))
+        if not recommended and reference is None:
+            recommended = {"mode": "geometric"}  # contrast needs the reference
         self.config = CausalLMConfig(
-            heads=tuple(self.models), fusion=fusion, training={"model_type": model.config.model_type, "name": name}
+            heads=tuple(self.models),
+            fusion=recommended,
+            training={"model_type": model.config.model_type, "name": name, **facts},
+            shape=_shape_of(model),
         )
 
     @property
@@ -120,6 +141,57 @@ class CausalLMCalibrator:
             digest.update(head.encode())
             digest.update(hub.weights_fingerprint(model.state_dict()).encode())
         return digest.hexdigest()
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """Parameters of all models; names begin with the head."""
+        for head, model in self.models.items():
+            for name, parameter in model.named_parameters():
+                yield f"{head}.{name}", parameter
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """Parameters of all models."""
+        return (parameter for _, parameter in self.named_parameters())
+
+    def save_pretrained(self, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> Path:
+        """Write a checkpoint of transformers with tokenizer and model card; the twin goes to `reference` inside.
+
+        Args:
+            folder: made when missing.
+            dtype: of the weights on disk; None: as they are.
+
+        Returns:
+            The folder.
+
+        Raises:
+            CheckpointError: the files cannot be written.
+        """
+        model = self.models[HEADS[0]]
+        model.config.fusion, model.config.training = dict(self.config.fusion), dict(self.config.training)
+        card = calibrator_card({**self.config.training, "fusion": self.config.fusion})
+        return save_lm(folder, model, self.tokenizer, twin=self.models.get(HEADS[1]), card=card, dtype=dtype)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        revision: str | None = None,
+        commit_message: str = "Upload calibrator",
+        token: str | bool | None = None,
+    ) -> str:
+        """Save into a temporary folder and upload it.
+
+        Returns:
+            The repository's address.
+
+        Raises:
+            CheckpointError: the upload failed; the sentence says why.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            place = self.save_pretrained(folder)
+            return hub.upload_folder(
+                place, repo_id, private=private, revision=revision, commit_message=commit_message, token=token
+            )
 
     @classmethod
     def from_pretrained(
@@ -138,7 +210,8 @@ class CausalLMCalibrator:
 
         Args:
             name_or_path: local folder or Hub id.
-            reference: the same of its twin (for instance the model before it was tuned on clean text).
+            reference: the same of its twin (for instance the model before it was tuned on clean text); None: the
+                folder `reference` of the checkpoint, where there is one.
             revision: of the calibrator on the Hub.
             cache_dir: of the Hub's files.
             local_files_only: never touch the network.
@@ -155,20 +228,21 @@ class CausalLMCalibrator:
             InputError: an encoder-decoder model, or a reference that is no twin.
         """
         places: dict[str, Any] = {"cache_dir": cache_dir, "local_files_only": local_files_only, "token": token}
-        folder = hub.resolve_checkpoint(name_or_path, revision=revision, allow_patterns=_ALLOWED_FILES, **places)
-        model = _load_model(folder, dtype)
-        tokenizer = _load_tokenizer(folder)
-        twin = None
+        folder = hub.resolve_checkpoint(name_or_path, revision=revision, allow_patterns=ALLOWED_FILES, **places)
+        model, tokenizer = load_model(folder, dtype), load_tokenizer(folder)
+        other = find_twin(folder)
         if reference is not None:
-            other = hub.resolve_checkpoint(reference, allow_patterns=_ALLOWED_FILES, **places)
-            twin = _load_model(other, dtype)
-            other_tokenizer = _load_tokenizer(other)
+            other = hub.resolve_checkpoint(reference, allow_patterns=ALLOWED_FILES, **places)
+        twin = None
+        if other is not None:
+            twin = load_model(other, dtype)
+            other_tokenizer = load_tokenizer(other)
             if tokenizer is not None and other_tokenizer is not None:
                 mine, its = (Vocabulary.from_tokenizer(each) for each in (tokenizer, other_tokenizer))
                 if not same_ids(mine, its):
                     raise InputError(
-                        f"The reference {str(reference)!r} has another vocabulary ({len(its)} ids) than the calibrator "
-                        f"{str(name_or_path)!r} ({len(mine)} ids); a reference must be a twin."
+                        f"The reference {str(reference or other)!r} has another vocabulary ({len(its)} ids) than the "
+                        f"calibrator {str(name_or_path)!r} ({len(mine)} ids); a reference must be a twin."
                     )
         loaded = cls(model, tokenizer, reference=twin, name=str(name_or_path))
         if device is not None:
@@ -193,7 +267,7 @@ class CausalLMCalibrator:
             device: where it runs; None: where the model is.
             use_disk_cache: as for universal calibrators; nothing here is worth a file.
             further: with another vocabulary, own tokens per step after which the model is asked once more; 0 is
-            fastest.
+                fastest.
 
         Returns:
             The guide.
@@ -208,25 +282,40 @@ class CausalLMCalibrator:
         if self.tokenizer is None:
             raise VocabularyError(
                 f"The language model {self.name} came without a tokenizer, so it is not known which text its ids "
-                f"stand for "
-                f"and whether they are those of {target.name}; save its tokenizer in the same folder."
+                f"stand for, and whether they are those of {target.name}; save its tokenizer in the same folder."
             )
         own = Vocabulary.from_tokenizer(self.tokenizer)
         models = self.models
         if dtype is not None or device is not None:
             models = {head: _moved(model, dtype, device) for head, model in models.items()}
-        start_id = self._start_id(own)
+        start_id = self.start_id(own)
         max_length = _max_length(models)
         lock_step = same_ids(own, target)
         side_by_side = [check_followable(model, self.name, holes=not lock_step) for model in models.values()]
         if lock_step:
             return BoundCausalLM(LockStepLM(models, target, start_id=start_id, max_length=max_length), self, own)
-        text = OwnText(self.tokenizer, own, start_id)
+        if max_length is not None and max_length < _LEAST_LENGTH:
+            raise InputError(
+                f"The language model {self.name} reads only {max_length} tokens; to follow a target with another "
+                f"vocabulary it must read {_LEAST_LENGTH}."
+            )
+        readable = min(int(model.get_input_embeddings().num_embeddings) for model in models.values())
+        text = OwnText(self.tokenizer, own, start_id, readable=readable)
         guide = ProjectedLM(models, text, target, further=further if all(side_by_side) else 0, max_length=max_length)
         return BoundCausalLM(guide, self, own)
 
-    def _start_id(self, own: Vocabulary) -> int:
-        """What stands before every text: the own begin mark, else the end mark."""
+    def start_id(self, own: Vocabulary) -> int:
+        """What stands before every text: the own begin mark, else the end mark.
+
+        Args:
+            own: vocabulary of the model's tokenizer.
+
+        Returns:
+            A special id that has an embedding.
+
+        Raises:
+            VocabularyError: there is no such mark.
+        """
         model = next(iter(self.models.values()))
         size = int(model.get_input_embeddings().num_embeddings)
         for role in ("bos_token_id", "eos_token_id", "pad_token_id"):
@@ -237,8 +326,7 @@ class CausalLMCalibrator:
                     return found
         raise VocabularyError(
             f"The language model {self.name} has neither a begin nor an end mark to put before a text; set "
-            f"bos_token in its "
-            "tokenizer."
+            "bos_token in its tokenizer."
         )
 
 
@@ -283,26 +371,18 @@ class BoundCausalLM:
         """Share of the vocabulary's ids that have bytes which the LM can spell, in [0, 1]."""
         return 1.0 - float(self._uncovered.float().mean())
 
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the tables that were made for this vocabulary; the model's own weights are not counted."""
+        return self._guide.memory_bytes
+
     def to(self, device: torch.device | str) -> BoundCausalLM:
         """The same object where it is there already, else a copy on the device, with its own copy of the models."""
         device = torch.device(device)
         if device == self.device:
             return self
         models = {head: _moved(model, None, device) for head, model in self._guide.models.items()}
-        guide: LockStepLM | ProjectedLM
-        if isinstance(self._guide, LockStepLM):
-            guide = LockStepLM(
-                models, self.vocabulary, start_id=self._guide.start_id, max_length=self._guide.max_length
-            )
-        else:
-            guide = ProjectedLM(
-                models,
-                self._guide.own_text,
-                self.vocabulary,
-                further=self._guide.further,
-                max_length=self._guide.max_length,
-            )
-        return BoundCausalLM(guide, self.calibrator, self.own_vocabulary)
+        return BoundCausalLM(self._guide.with_models(models), self.calibrator, self.own_vocabulary)
 
     def covers(self, token_ids: Tensor) -> Tensor:
         """Bool, same shape: True where the token has bytes that the LM can spell."""
@@ -400,15 +480,6 @@ class BoundCausalLM:
         return result
 
 
-def is_transformers_checkpoint(folder: Path) -> bool:
-    """Whether the folder's config.json is one of transformers: a model type, and no format of ours."""
-    path = folder / hub.CONFIG_NAME
-    if not path.is_file():
-        return False
-    config = hub.read_json(path, "configuration of a calibrator")
-    return "model_type" in config and "format" not in config
-
-
 def same_ids(one: Vocabulary, other: Vocabulary) -> bool:
     """Whether every id that has text in either stands for the same bytes in both."""
     shared = min(len(one), len(other))
@@ -418,66 +489,6 @@ def same_ids(one: Vocabulary, other: Vocabulary) -> bool:
         and np.array_equal(one.offsets[: shared + 1], other.offsets[: shared + 1])
         and np.array_equal(one.data[: one.offsets[shared]], other.data[: other.offsets[shared]])
     )
-
-
-def _load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    if not is_transformers_checkpoint(folder):
-        raise CheckpointError(
-            f"Expected a checkpoint of transformers in {str(folder)!r}: a config.json with a 'model_type'."
-        )
-    try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds, for unknown architectures among others
-        raise CheckpointError(f"The model in {str(folder)!r} cannot be loaded: {_sentence(error)}") from error
-    if config.is_encoder_decoder:
-        raise InputError(
-            f"The model {config.model_type!r} in {str(folder)!r} is an encoder-decoder model; a calibrator must be a "
-            "decoder-only causal language model."
-        )
-    if not any(folder.glob("*.safetensors")):
-        pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.ckpt") for path in folder.glob(pattern))
-        found = f"only {pickled[0]}, a pickle, which can run code and is not loaded" if pickled else "none"
-        raise CheckpointError(
-            f"Expected weights in the safetensors format in {str(folder)!r}, found {found}; save the model with "
-            "save_pretrained."
-        )
-    try:
-        loading: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except Exception as error:  # as above; damaged weights too
-        raise CheckpointError(f"The model in {str(folder)!r} cannot be loaded: {_sentence(error)}") from error
-    model, report = loading  # a pair, because of output_loading_info
-    # transformers would go on with random numbers in their place.
-    wrong = sorted(map(str, [*report["missing_keys"], *report.get("mismatched_keys", ())]))
-    if wrong:
-        raise CheckpointError(
-            f"The weights in {str(folder)!r} are not those of a {config.model_type} language model: {wrong[0]} and "
-            f"{len(wrong) - 1} more are missing or of another shape."
-        )
-    loaded: PreTrainedModel = model.eval()
-    return loaded
-
-
-def _load_tokenizer(folder: Path) -> Any:  # noqa: ANN401
-    """The tokenizer in a checkpoint; None where there is none."""
-    from transformers import AutoTokenizer
-
-    kinds = ("tokenizer.json", "tokenizer_config.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken")
-    if not any(any(folder.glob(kind)) for kind in kinds):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds
-        raise VocabularyError(f"The tokenizer in {str(folder)!r} cannot be loaded: {_sentence(error)}") from error
 
 
 def _moved(model: PreTrainedModel, dtype: torch.dtype | None, device: torch.device | str | None) -> PreTrainedModel:
@@ -497,6 +508,12 @@ def _max_length(models: Mapping[str, PreTrainedModel]) -> int | None:
     return min(known, default=None)
 
 
-def _sentence(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."
+def _mapping(value: object) -> dict[str, Any]:
+    return dict(value) if isinstance(value, Mapping) else {}
+
+
+def _shape_of(model: PreTrainedModel) -> dict[str, int]:
+    """Sizes by the names that most configs understand."""
+    names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "max_position_embeddings", "vocab_size")
+    sizes = {name: getattr(model.config, name, None) for name in names}
+    return {name: size for name, size in sizes.items() if isinstance(size, int)}

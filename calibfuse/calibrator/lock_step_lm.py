@@ -57,6 +57,15 @@ class LockStepLM:
         size = len(self.target)
         return ~self._is_special[token_ids.clamp(0, size)] & (token_ids >= 0)
 
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the tables beside the models."""
+        return self._is_special.nbytes
+
+    def with_models(self, models: Mapping[str, PreTrainedModel]) -> LockStepLM:
+        """The same over other copies of the models."""
+        return LockStepLM(models, self.target, start_id=self.start_id, max_length=self.max_length)
+
     def session(self) -> LockStepLMSession:
         """A new session."""
         return LockStepLMSession(self)
@@ -181,16 +190,8 @@ class LockStepLMSession:
     def step(self, input_ids: Tensor, readings: Tensor) -> tuple[LMLogits, list[float]]:
         """See `GuideSession.step`."""
         first = self.guide.first_read(input_ids.shape[1])
-        if (
-            self._ids is None
-            or self._starts is None
-            or self._last is None
-            or 0
-            in (
-                input_ids.shape[1],
-                self._ids.shape[1],
-            )
-        ):
+        empty = input_ids.shape[1] == 0 or (self._ids is not None and self._ids.shape[1] == 0)
+        if self._ids is None or self._starts is None or self._last is None or empty:
             return self._rebuild(input_ids, first), readings.tolist()
         reuse, values = match_prefixes(self._ids, input_ids, readings)
         if reuse.unchanged:

@@ -2,9 +2,8 @@
 
 The text is the concatenation of the bytes of the ids. It is cut into words at places where nearly every tokenizer cuts
 too: before a space that follows something else. A finished word is spelled once, in the tokenizer's own way, and never
-looked at again; the last word stays open, since its spelling may still change. The cuts hang only on the bytes so
-far, so
-the words of a text begin with the words of every prefix of it: extending and starting anew give the same.
+looked at again; the last word stays open, since its spelling may still change. The cuts hang only on the bytes so far,
+so the words of a text begin with the words of every prefix of it: extending and starting anew give the same.
 
 Special tokens of the target have no bytes. A run of them in the middle of a text is one start token of the own
 vocabulary; a leading run is nothing.
@@ -66,13 +65,22 @@ class OwnText:
         tokenizer: a transformers tokenizer or a `tokenizers.Tokenizer`.
         vocabulary: its bytes by id.
         start_id: own token before every text.
+        readable: ids below this have an embedding; None: all of them.
     """
 
-    def __init__(self, tokenizer: Any, vocabulary: Vocabulary, start_id: int) -> None:  # noqa: ANN401
+    def __init__(
+        self,
+        tokenizer: Any,  # noqa: ANN401
+        vocabulary: Vocabulary,
+        start_id: int,
+        *,
+        readable: int | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
         self.vocabulary = vocabulary
         self.start_id = start_id
-        self._bytes = [vocabulary.token_bytes(token_id) for token_id in range(len(vocabulary))]
+        count = len(vocabulary) if readable is None else min(readable, len(vocabulary))
+        self._bytes = [vocabulary.token_bytes(token_id) for token_id in range(count)]
         self._ids: dict[bytes, int] = {}
         for token_id, text in enumerate(self._bytes):
             if text:

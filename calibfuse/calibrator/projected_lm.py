@@ -1,11 +1,10 @@
 """A causal LM as guide of a target with another vocabulary: it reads the text in its own tokens.
 
 Each row follows its own text (own_text.py): finished words are in the key/value cache, the open word is read anew at
-each
-step and cut from the cache again. Rows have different numbers of own tokens, so slots of the cache are masked where a
-row
-has none. The distributions after the tokens of the open word are carried over to the target's tokens (projection.py),
-and for the most probable own tokens that targets go on from, the model reads one token further, side by side.
+each step and cut from the cache again. Rows have different numbers of own tokens, so slots of the cache are masked
+where a row has none. The distributions after the tokens of the open word are carried over to the target's tokens
+(projection.py), and for the most probable own tokens that targets go on from, the model reads one token further, side
+by side.
 
 All state derives from the ids: rows may be reordered, rolled back or exchanged at any time.
 """
@@ -30,6 +29,8 @@ if TYPE_CHECKING:
     from calibfuse.vocabulary import Vocabulary
 
 _SLACK = 64  # masked slots that are put up with besides one per slot that counts
+_LEAST = 1e-30  # probability of a token of the text: a model that says 0 must not make everything impossible
+_MOST_LOG = 500.0
 
 
 class ProjectedLM:
@@ -41,7 +42,7 @@ class ProjectedLM:
         target: vocabulary of the ids.
         further: own tokens per position after which the models are asked once more; 0: none.
         max_length: tokens that the models can read; None: any number.
-        projection: tables, where they exist already.
+        projection: tables of the two vocabularies on the models' device, where they exist already.
     """
 
     def __init__(
@@ -64,6 +65,23 @@ class ProjectedLM:
             own_text.vocabulary, target, self.device, initial_space=own_text.adds_space
         )
         self._bytes = [target.token_bytes(token_id) for token_id in range(len(target))]
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the tables beside the models; those made while decoding are not counted."""
+        return self.projection.memory_bytes
+
+    def with_models(self, models: Mapping[str, PreTrainedModel]) -> ProjectedLM:
+        """The same over other copies of the models."""
+        there = next(iter(models.values())).device
+        return ProjectedLM(
+            models,
+            self.own_text,
+            self.target,
+            further=self.further,
+            max_length=self.max_length,
+            projection=self.projection if there == self.device else None,
+        )
 
     def covers(self, token_ids: Tensor) -> Tensor:
         """Bool, same shape: True where the token has bytes that the own vocabulary can spell."""
@@ -300,7 +318,7 @@ class ProjectedSession:
             weights[name] = self._path_weights(each.double(), spellings)  # (rows, behind)
             last = masses[name][torch.arange(rows, device=device), lengths]
             whole = projection.following(last)
-            if any(at_start) and projection.initial is not projection.following:
+            if any(at_start) and projection.initial_space:
                 whole = torch.where(initial[:, None], projection.initial(last), whole)
             # A rest that no token spells has still to be spelled: only tokens that run past it count.
             spelled = torch.tensor([not each.rest for each in spellings], device=device)
@@ -315,11 +333,17 @@ class ProjectedSession:
         return marginals
 
     def _path_weights(self, probs: Tensor, spellings: Sequence[Spelling]) -> Tensor:
-        """Probability of the first j tokens of each open word: float64 [rows, behind]; the largest of a row is 1."""
+        """Probability of the first j tokens of each open word, over that of all: float64 [rows, behind].
+
+        What comes after all of them nearly always matters most; its weight is 1 however improbable the word is.
+        """
         behind = probs.shape[1]
         nexts = torch.tensor([[*each.ids, *[0] * (behind - len(each.ids))] for each in spellings], device=probs.device)
         steps = probs[:, :-1].gather(-1, nexts[:, : behind - 1, None])[..., 0]
-        return torch.nn.functional.pad(steps.clamp(min=1e-30).cumprod(dim=-1), (1, 0), value=1.0)
+        logs = torch.nn.functional.pad(steps.clamp(min=_LEAST).log().cumsum(dim=-1), (1, 0))
+        ends = torch.tensor([[len(each.ids)] for each in spellings], device=probs.device)
+        # Beyond the end there is nothing to weigh; the bound keeps sums finite.
+        return (logs - logs.gather(1, ends)).clamp(max=_MOST_LOG).exp()
 
     def _read_further(
         self,
@@ -388,7 +412,9 @@ class ProjectedSession:
 
         for after, remaining in _open_ends(prefix.word, spelling):
             consider(after, remaining, projection.crossing(remaining).goes_on)
-        if not spelling.rest and not prefix.at_start(self.guide.own_text.start_id):
+        # At the start of a text, own tokens may begin with a space that the text has not: another table.
+        spaced = projection.initial_space and prefix.at_start(self.guide.own_text.start_id)
+        if not spelling.rest and not spaced:
             consider(len(spelling.ids), b"", projection.following.goes_on)
         found.sort(key=lambda each: -each[0])
         return [
@@ -409,10 +435,10 @@ def _open_ends(word: bytes, spelling: Spelling) -> list[tuple[int, bytes]]:
 
 def _shared(one: Sequence[int], other: Sequence[int]) -> int:
     """Length of the common beginning."""
-    for at, (left, right) in enumerate(zip(one, other, strict=False)):
-        if left != right:
-            return at
-    return min(len(one), len(other))
+    length = min(len(one), len(other))
+    if one[:length] == other[:length]:  # the usual case, at the speed of C
+        return length
+    return next(at for at in range(length) if one[at] != other[at])
 
 
 def _pick(logs: Tensor, token_ids: Tensor | None) -> Tensor:

@@ -21,7 +21,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -34,9 +34,11 @@ from calibfuse.vocabulary import Vocabulary
 # word was meant, the model would mostly have said a longer token.
 GOES_ON = 0.1
 _LEAST_SHARE = 1e-3  # of its marginal that a token keeps beside longer ones: bounds what rounding can do
-_LEAST_MASS = 1e-30
+_LEAST_MASS = 1e-30  # of a string, when all of them sum to one
+_LEAST_TOTAL = 1e-300
 
 Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
 
 
 class SortedStrings:
@@ -67,9 +69,87 @@ class SortedStrings:
         index = self.index
         return [index[text[:end]] for end in range(1, len(text)) if text[:end] in index]
 
-    def longest_within(self) -> Ints:
-        """Of each string, the longest other one that begins it; -1: none."""
-        return np.array([(self.within(text) or [-1])[-1] for text in self.strings], dtype=np.int64)
+
+@dataclass(frozen=True)
+class Nesting:
+    """Which strings of two sorted lists begin which; made in one pass over both.
+
+    A range holds the strings that begin with a string, itself included. A parent is the longest other string that
+    begins it; -1: none.
+
+    Attributes:
+        own_ranges: int64 [targets, 2], of each target string, among the own ones.
+        target_stops: int64 [targets], of each target string, the end of its range among the targets.
+        own_parents: int64 [targets], of each target string, among the own ones.
+        target_parents: int64 [targets], of each target string, among the targets.
+        ranges_of_own: int64 [own, 2], of each own string, among the targets.
+        parents_of_own: int64 [own], of each own string, among the own ones.
+    """
+
+    own_ranges: Ints
+    target_stops: Ints
+    own_parents: Ints
+    target_parents: Ints
+    ranges_of_own: Ints
+    parents_of_own: Ints
+
+    @classmethod
+    def of(cls, own: Sequence[bytes], targets: Sequence[bytes]) -> Nesting:
+        """Of two sorted lists of distinct strings."""
+        own_starts, own_stops, target_stops, own_parents, target_parents = ([-1] * len(targets) for _ in range(5))
+        starts_of_own, stops_of_own, parents_of_own = ([-1] * len(own) for _ in range(3))
+        # The strings that begin the present one, shortest first: text, place among own and targets (-1: not there),
+        # and the longest own and target string that begins what comes next, itself included.
+        open_texts: list[tuple[bytes, int, int, int, int]] = []
+        at, place = 0, 0  # next own string, next target
+
+        def close(at: int, place: int) -> None:
+            _, mine, its, _, _ = open_texts.pop()
+            if its >= 0:
+                own_stops[its], target_stops[its] = at, place
+            if mine >= 0:
+                stops_of_own[mine] = place
+
+        while at < len(own) or place < len(targets):
+            is_own = place == len(targets) or (at < len(own) and own[at] <= targets[place])
+            text = own[at] if is_own else targets[place]
+            is_target = place < len(targets) and targets[place] == text
+            while open_texts and not text.startswith(open_texts[-1][0]):
+                close(at, place)
+            near_own, near_target = open_texts[-1][3:] if open_texts else (-1, -1)
+            mine = its = -1
+            if is_own:
+                mine, parents_of_own[at], starts_of_own[at] = at, near_own, place
+            if is_target:
+                its, own_parents[place], target_parents[place] = place, near_own, near_target
+                own_starts[place] = at
+            open_texts.append((text, mine, its, mine if is_own else near_own, its if is_target else near_target))
+            at, place = at + is_own, place + is_target
+        while open_texts:
+            close(at, place)
+
+        def columns(*lists: list[int]) -> Ints:
+            return np.stack([np.array(each, dtype=np.int64) for each in lists], axis=-1)
+
+        return cls(
+            columns(own_starts, own_stops),
+            columns(target_stops)[:, 0],
+            columns(own_parents)[:, 0],
+            columns(target_parents)[:, 0],
+            columns(starts_of_own, stops_of_own),
+            columns(parents_of_own)[:, 0],
+        )
+
+    def shorter(self) -> tuple[Ints, Ints]:
+        """All pairs of a target and an own string that begins it and is shorter."""
+        places, own = np.arange(len(self.own_parents)), self.own_parents
+        found: list[tuple[Ints, Ints]] = []
+        while len(places):
+            places, own = places[own >= 0], own[own >= 0]
+            found.append((places, own))
+            own = self.parents_of_own[own]
+        first, second = (np.concatenate([each[side] for each in found] or [own]) for side in (0, 1))
+        return first, second
 
 
 @dataclass(frozen=True)
@@ -81,13 +161,21 @@ class Pairs:
     weight: Tensor
 
     @classmethod
-    def of(cls, target: Sequence[int], own: Sequence[int], weight: Sequence[float], device: torch.device) -> Pairs:
-        """From lists."""
+    def of(
+        cls, target: Sequence[int] | Ints, own: Sequence[int] | Ints, weight: Sequence[float] | Floats,
+        device: torch.device,
+    ) -> Pairs:  # fmt: skip
+        """From lists or arrays."""
         return cls(
-            torch.tensor(target, dtype=torch.int64, device=device),
-            torch.tensor(own, dtype=torch.int64, device=device),
-            torch.tensor(weight, dtype=torch.float64, device=device),
+            torch.from_numpy(np.asarray(target, dtype=np.int64)).to(device),
+            torch.from_numpy(np.asarray(own, dtype=np.int64)).to(device),
+            torch.from_numpy(np.asarray(weight, dtype=np.float64)).to(device),
         )
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the lists."""
+        return self.target.nbytes + self.own.nbytes + self.weight.nbytes
 
     def add(self, masses: Tensor, probs: Tensor) -> None:
         """Add to `masses` [..., targets] what `probs` [..., own] give; in place."""
@@ -105,21 +193,23 @@ class Marginals:
 
     def __init__(self, own: SortedStrings, targets: Sequence[bytes], device: torch.device) -> None:
         in_order = SortedStrings(targets)
-        ranges, places, shorter, weights = [], [], [], []
-        for place, text in enumerate(targets):
-            ranges.append(own.begin_with(text))
-            inside = own.within(text)
-            if inside:
-                first, stop = in_order.begin_with(text)
-                for each in inside:
-                    start, end = in_order.begin_with(own.strings[each])
-                    places.append(place)
-                    shorter.append(each)
-                    weights.append(GOES_ON * (stop - first) / (end - start + 1))
-        self._ranges = torch.tensor(ranges, dtype=torch.int64, device=device).reshape(-1, 2)
-        self._shorter = Pairs.of(places, shorter, weights, device)
+        self.nesting = nesting = Nesting.of(own.strings, in_order.strings)
+        order = np.array([in_order.index[text] for text in targets], dtype=np.int64)
+        begun, shorter = nesting.shorter()
+        # Of the targets that go on from an own string, how many begin with the target: its share of what goes on.
+        ranges = nesting.ranges_of_own[shorter]
+        weights = GOES_ON * (nesting.target_stops[begun] - begun) / (ranges[:, 1] - ranges[:, 0] + 1)
+        # Several targets may be the same string: back from strings to targets.
+        by_string = np.argsort(order, kind="stable")
+        starts, stops = (np.searchsorted(order[by_string], begun, side=side) for side in ("left", "right"))
+        copies = stops - starts
+        first = np.repeat(starts - np.cumsum(copies) + copies, copies)
+        places = by_string[first + np.arange(len(first))]
+        self._ranges = torch.from_numpy(nesting.own_ranges[order]).to(device)
+        self._shorter = Pairs.of(places, np.repeat(shorter, copies), np.repeat(weights, copies), device)
         # Own strings that some target goes on from: a further step can tell something there.
         self.goes_on = torch.unique(self._shorter.own)
+        self.memory_bytes = self._ranges.nbytes + self.goes_on.nbytes + self._shorter.memory_bytes
 
     def __call__(self, probs: Tensor) -> Tensor:
         """float64 [..., own strings] -> float64 [..., targets]."""
@@ -185,18 +275,26 @@ class Projection:
         )
         counts = torch.bincount(self.target_place, minlength=len(self.target) + 1)
         self._log_copies = counts.clamp(min=1).double().log()[self.target_place]
-        shorter = torch.from_numpy(self.target.longest_within()).to(device)
-        self._shorter_target = torch.where(shorter < 0, len(self.target), shorter)
-        ranges = map(self.target.begin_with, self.target.strings)
-        self._reach = [stop - start for start, stop in ranges]  # how many target strings begin with each of them
         self.following = Marginals(self.own, self.target.strings, device)
-        self.initial = self.following
-        if initial_space:
-            spaced = [text if text.startswith(b" ") else b" " + text for text in self.target.strings]
-            self.initial = Marginals(self.own, spaced, device)
+        nesting = self.following.nesting
+        shorter = torch.from_numpy(nesting.target_parents).to(device)
+        self._shorter_target = torch.where(shorter < 0, len(self.target), shorter)
+        # How many target strings begin with each of them.
+        self._reach: list[int] = (nesting.target_stops - np.arange(len(self.target))).tolist()
+        self.initial_space = initial_space
         self.spelled = self._spelled()
+        tables = [self._own_place, self.target_place, self._log_copies, self._shorter_target, self.spelled]
+        self.memory_bytes: int = sum(each.nbytes for each in tables) + self.following.memory_bytes
         self.crossing = lru_cache(maxsize=1024)(self._crossing)
         self.continuations = lru_cache(maxsize=1024)(self._continuations)
+
+    @cached_property
+    def initial(self) -> Marginals:
+        """Of a text's first token; made when it is first asked for, since most texts begin with a prompt."""
+        if not self.initial_space:
+            return self.following
+        spaced = [text if text.startswith(b" ") else b" " + text for text in self.target.strings]
+        return Marginals(self.own, spaced, self.device)
 
     def own_masses(self, probs: Tensor) -> Tensor:
         """Probabilities of own ids [..., n] -> of own strings, float64 [..., own strings]; equal strings are added.
@@ -221,7 +319,7 @@ class Projection:
             masses: at least 0.
             split_copies: ids of the same bytes share the mass; else each gets all of it.
         """
-        masses = masses / masses.sum(dim=-1, keepdim=True).clamp(min=_LEAST_MASS)
+        masses = masses / masses.sum(dim=-1, keepdim=True).clamp(min=_LEAST_TOTAL)
         logs = torch.nn.functional.pad(masses, (0, 1)).clamp(min=_LEAST_MASS).log()[..., self.target_place]
         return (logs - self._log_copies if split_copies else logs).float()
 

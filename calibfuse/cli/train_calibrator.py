@@ -5,6 +5,12 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from calibfuse.training.trainer import TrainingConfig
 
 EXAMPLES = """\
 examples:
@@ -19,6 +25,9 @@ examples:
 
   # a few minutes on your own domain, from the bundled calibrator's weights
   calibfuse train-calibrator --non-toxic ok.txt --reference all.txt --init-from bundled --steps 500 --output mine
+
+  # the first 3 layers of a pretrained causal language model, trained further on non-toxic text, and a twin
+  calibfuse train-calibrator --non-toxic ok.txt --reference all.txt --init-from gpt2 --num-layers 3 --output mine
 
   # several processes or machines (extra: train)
   accelerate launch --num_processes 2 -m calibfuse train-calibrator --from-unfiltered web/ --output my-calibrator
@@ -42,7 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --output")
     model = parser.add_argument_group("model")
     model.add_argument(
-        "--init-from", metavar="CALIBRATOR", help="start from these weights ('bundled', folder or Hub id)"
+        "--init-from",
+        metavar="CALIBRATOR",
+        help="start from these weights ('bundled', folder or Hub id); with --num-layers, a causal language model",
+    )
+    model.add_argument(
+        "--num-layers", type=int, metavar="K", help="keep the first K layers of the language model in --init-from"
     )
     model.add_argument("--layers", type=int, help="blocks of the body (default: 3)")
     model.add_argument("--width", type=int, help="width of the body (default: 192)")
@@ -53,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--steps", type=int, default=4000, help="optimiser steps (default: %(default)s)")
     run.add_argument("--rows", type=int, default=12, help="rows of a batch (default: %(default)s)")
     run.add_argument("--slots", type=int, default=192, help="tokens of a row (default: %(default)s)")
-    run.add_argument("--learning-rate", type=float, default=3e-3, help="peak (default: %(default)s)")
+    run.add_argument("--learning-rate", type=float, help="peak (default: 0.003; with --num-layers 0.0003)")
     run.add_argument(
         "--flagged-share",
         type=float,
@@ -83,6 +97,8 @@ def run(args: argparse.Namespace) -> int:
     from calibfuse.training.trainer import TrainingConfig
 
     logging.basicConfig(level=logging.WARNING if args.quiet else logging.INFO, format="%(message)s")
+    if args.num_layers is not None:
+        return _run_from_language_model(args)
     text = TrainingText(
         non_toxic=args.non_toxic,
         reference=args.reference,
@@ -91,25 +107,8 @@ def run(args: argparse.Namespace) -> int:
         threshold=args.threshold,
         text_field=args.text_field,
     )
-    training = TrainingConfig(
-        steps=args.steps,
-        rows=args.rows,
-        slots=args.slots,
-        learning_rate=args.learning_rate,
-        flagged_share=args.flagged_share,
-        candidate_count=args.candidates,
-        seed=args.seed,
-        save_every=args.save_every,
-        validate_every=args.validate_every,
-        precision=args.precision,
-    )
-    sizes = {
-        "layer_count": args.layers,
-        "width": args.width,
-        "token_width": args.token_width,
-        "bucket_count": args.buckets,
-    }
-    chosen = {key: value for key, value in sizes.items() if value is not None}
+    training = _training_config(args, TrainingConfig.learning_rate)
+    chosen = _chosen_shape(args)
     if "width" in chosen:
         chosen["hidden_width"] = 4 * chosen["width"]
     output = run_training(
@@ -121,9 +120,80 @@ def run(args: argparse.Namespace) -> int:
         init_from=args.init_from if args.init_from != "bundled" else _bundled(),
         resume=args.resume,
         device=args.device,
-        facts={key: value for key, value in (("name", args.name), ("license", args.license)) if value},
+        facts=_facts(args),
         show_progress=not args.quiet,
     )
+    return _close(args, output)
+
+
+def _run_from_language_model(args: argparse.Namespace) -> int:
+    """The branch for --num-layers: the first layers of a causal language model."""
+    from calibfuse.errors import InputError
+    from calibfuse.scorers import load_scorer
+    from calibfuse.training.truncated_lm import DEFAULT_LEARNING_RATE, LMText, run_lm_training
+
+    if args.init_from is None:
+        raise InputError("--num-layers needs --init-from MODEL: a causal language model of transformers.")
+    if _chosen_shape(args) or args.pool is not None:
+        raise InputError(
+            "With --num-layers shape and tokenizer are those of --init-from: leave out --layers, --width, "
+            "--token-width, --buckets and --pool."
+        )
+    output = run_lm_training(
+        LMText(
+            non_toxic=args.non_toxic,
+            reference=args.reference,
+            from_unfiltered=args.from_unfiltered,
+            scorer=load_scorer(args.scorer) if args.from_unfiltered else None,
+            threshold=args.threshold,
+            text_field=args.text_field,
+        ),
+        args.output,
+        init_from=args.init_from,
+        layer_count=args.num_layers,
+        training=_training_config(args, DEFAULT_LEARNING_RATE),
+        resume=args.resume,
+        device=args.device,
+        facts=_facts(args),
+        show_progress=not args.quiet,
+    )
+    return _close(args, output)
+
+
+def _training_config(args: argparse.Namespace, learning_rate: float) -> TrainingConfig:
+    from calibfuse.training.trainer import TrainingConfig
+
+    return TrainingConfig(
+        steps=args.steps,
+        rows=args.rows,
+        slots=args.slots,
+        learning_rate=learning_rate if args.learning_rate is None else args.learning_rate,
+        flagged_share=args.flagged_share,
+        candidate_count=args.candidates,
+        seed=args.seed,
+        save_every=args.save_every,
+        validate_every=args.validate_every,
+        precision=args.precision,
+    )
+
+
+def _chosen_shape(args: argparse.Namespace) -> dict[str, Any]:
+    """The sizes that were given."""
+    sizes = {
+        "layer_count": args.layers,
+        "width": args.width,
+        "token_width": args.token_width,
+        "bucket_count": args.buckets,
+    }
+    return {key: value for key, value in sizes.items() if value is not None}
+
+
+def _facts(args: argparse.Namespace) -> dict[str, str]:
+    return {key: value for key, value in (("name", args.name), ("license", args.license)) if value}
+
+
+def _close(args: argparse.Namespace, output: Path | None) -> int:
+    """Say where the result is; the exit code."""
     if output is None:
         print(f"Stopped and saved. Go on with the same command and --resume (checkpoint in {args.output}/work).")
         return 130

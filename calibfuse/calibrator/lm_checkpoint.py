@@ -1,0 +1,206 @@
+"""Checkpoints of transformers as calibrators: a causal LM, its tokenizer and its twin, loaded and saved.
+
+A twin (the head "reference") lies in the folder `reference` of the checkpoint and shares its tokenizer. Our own facts,
+the recommended fusion options and what is known of the training, are the keys `fusion` and `training` of
+`config.json`, which transformers carries along.
+
+Only safetensors weights are loaded, and no code of a checkpoint is run.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from calibfuse import hub
+from calibfuse.errors import CheckpointError, InputError, VocabularyError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+TWIN_FOLDER = "reference"
+# Tokenizers of transformers checkpoints may be kept in files that calibfuse's own checkpoints do not have.
+ALLOWED_FILES = (*hub.ALLOWED_FILES, "*.model", "merges.txt", "vocab.txt", "*.tiktoken", "*.jinja")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken")
+
+
+def is_transformers_checkpoint(folder: Path) -> bool:
+    """Whether the folder's config.json is one of transformers: a model type, and no format of ours."""
+    path = folder / hub.CONFIG_NAME
+    if not path.is_file():
+        return False
+    config = hub.read_json(path, "configuration of a calibrator")
+    return "model_type" in config and "format" not in config
+
+
+def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The causal LM of a checkpoint, in evaluation mode.
+
+    Raises:
+        CheckpointError: no checkpoint of transformers, no safetensors weights, or damaged or incomplete ones.
+        InputError: an encoder-decoder model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if not is_transformers_checkpoint(folder):
+        raise CheckpointError(
+            f"Expected a checkpoint of transformers in {str(folder)!r}: a config.json with a 'model_type'."
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds, for unknown architectures among others
+        raise CheckpointError(f"The model in {str(folder)!r} cannot be loaded: {_sentence(error)}") from error
+    if config.is_encoder_decoder:
+        raise InputError(
+            f"The model {config.model_type!r} in {str(folder)!r} is an encoder-decoder model; a calibrator must be a "
+            "decoder-only causal language model."
+        )
+    _check_weights(folder)
+    try:
+        with quiet_transformers():
+            loading: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+    except Exception as error:  # as above; damaged weights too
+        raise CheckpointError(f"The model in {str(folder)!r} cannot be loaded: {_sentence(error)}") from error
+    model, report = loading  # a pair, because of output_loading_info
+    # transformers would go on with random numbers in their place.
+    wrong = sorted(map(str, [*report["missing_keys"], *report.get("mismatched_keys", ())]))
+    if wrong:
+        raise CheckpointError(
+            f"The weights in {str(folder)!r} are not those of a {config.model_type} language model: {wrong[0]} and "
+            f"{len(wrong) - 1} more are missing or of another shape."
+        )
+    loaded: PreTrainedModel = model.eval()
+    return loaded
+
+
+def _check_weights(folder: Path) -> None:
+    if any(folder.glob("*.safetensors")):
+        return
+    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.ckpt") for path in folder.glob(pattern))
+    found = f"only {pickled[0]}, a pickle, which can run code and is not loaded" if pickled else "none"
+    raise CheckpointError(
+        f"Expected weights in the safetensors format in {str(folder)!r}, found {found}; save the model with "
+        "save_pretrained."
+    )
+
+
+def load_tokenizer(folder: Path) -> Any:  # noqa: ANN401
+    """The tokenizer in a checkpoint; None where there is none.
+
+    Raises:
+        VocabularyError: it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    if not any(any(folder.glob(kind)) for kind in _TOKENIZER_FILES):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds
+        raise VocabularyError(f"The tokenizer in {str(folder)!r} cannot be loaded: {_sentence(error)}") from error
+
+
+def find_twin(folder: Path) -> Path | None:
+    """The twin that lies in a checkpoint, if one does."""
+    place = folder / TWIN_FOLDER
+    return place if is_transformers_checkpoint(place) else None
+
+
+def save_lm(
+    folder: str | os.PathLike[str],
+    model: PreTrainedModel,
+    tokenizer: Any,  # noqa: ANN401
+    *,
+    twin: PreTrainedModel | None = None,
+    card: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write a causal LM, its tokenizer and its twin as checkpoints of transformers.
+
+    Everything is first written beside its place; `config.json` is renamed last.
+
+    Args:
+        folder: made when missing; other files in it stay.
+        model: a causal LM; its config may have our keys `fusion` and `training`.
+        tokenizer: of transformers; None: none is saved.
+        twin: goes to the folder `reference` inside.
+        card: README.md.
+        dtype: of the weights on disk; None: as they are.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: the files cannot be written (disk full, no permission).
+    """
+    place = Path(folder)
+    fresh: Path | None = None
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        fresh = Path(tempfile.mkdtemp(prefix=".saving-", dir=place))
+        _save_model(model, fresh, dtype)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(fresh)
+        if card is not None:
+            (fresh / hub.README_NAME).write_text(card, encoding="utf-8")
+        if twin is not None:
+            _save_model(twin, fresh / TWIN_FOLDER, dtype)
+        config = place / hub.CONFIG_NAME
+        config.unlink(missing_ok=True)  # new weights never stand beside an old configuration
+        shutil.rmtree(place / TWIN_FOLDER, ignore_errors=True)  # a twin of the former model is none of this one
+        for path in sorted(fresh.iterdir(), key=lambda path: path.name == hub.CONFIG_NAME):
+            os.replace(path, place / path.name)
+    except Exception as error:  # OSError, and what safetensors and tokenizers raise of their own
+        raise CheckpointError(f"Cannot write the model to {str(place)!r}: {_sentence(error)}") from error
+    finally:
+        if fresh is not None:
+            shutil.rmtree(fresh, ignore_errors=True)
+    return place
+
+
+def _save_model(model: PreTrainedModel, folder: Path, dtype: torch.dtype | None) -> None:
+    former = model.dtype
+    try:
+        if dtype not in (None, former):
+            model.to(dtype)  # type: ignore[arg-type]
+        with quiet_transformers():
+            model.save_pretrained(folder, safe_serialization=True)
+    finally:
+        model.to(former)  # type: ignore[arg-type]
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' progress bars and reports back; what matters of them is raised as an error."""
+    from transformers.utils import logging
+
+    verbosity: int = logging.get_verbosity()
+    had_bar = logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if had_bar:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _sentence(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."
