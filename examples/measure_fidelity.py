@@ -1,35 +1,173 @@
 """Bits per byte of held-out text when a calibrator is bound to tokenizers that it never saw.
 
     python examples/measure_fidelity.py --calibrator DIR --tokenizers shared/data/tokenizers \
-        --pool DIR/work/pool-* --store DIR/work/passages-* --text wikitext2-test.txt
+        --pool POOL --store DIR/work/passages-* --text wikitext2-test.txt --candidates 500 --equal-strings
 
-Prints a Markdown table: one row per tokenizer, two columns per text: bits per byte over the full vocabulary, and the
-change against the mean of the pool's own tokenizers (those above 8,000 tokens: small vocabularies and plain bytes are
-worse for every model).
+Prints Markdown tables, for every text one row per tokenizer:
+
+* all: bits per byte over the full vocabulary, and the change against the mean of the pool's own tokenizers (those above
+  8,000 tokens: small vocabularies and plain bytes are worse for every model).
+* candidates (`--candidates N`): the same likelihood renormalised over the tokens that a target would consider, which
+  is all that fusion asks for. They stand in for a target's top-k: the N tokens that followed the token before most
+  often in training passages cut by that tokenizer, the N most frequent tokens, and the token that comes.
+* equal strings (`--equal-strings`): what a map of equal token strings would give. The calibrator is bound to the first
+  tokenizer of the pool and reads the text in its tokens (a token without an equal one as the longest pieces there are);
+  a target's token with an equal one gets its probability, the others are neutral: together they get the share that
+  such tokens have in training passages, each by its frequency.
+* the ceiling (`--ceiling FILE=DIR --fair DIR`): an ordinary language model on that tokenizer beside a universal
+  calibrator trained from scratch on the same bytes, both by examples/train_ceiling_lm.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-import tokenizers
 import torch
+from train_ceiling_lm import load_ceiling
 
 from calibfuse import Calibrator, Vocabulary
-from calibfuse.calibrator.fidelity import measure_fidelity
+from calibfuse.calibrator.binding import BoundCalibrator, GuideStates
+from calibfuse.calibrator.fidelity import FrequentCandidates, measure_fidelity
+from calibfuse.errors import CalibfuseError
+from calibfuse.inspection.encoding import TextEncoder, text_encoder
 from calibfuse.training.data import PassageStore, iter_documents, split_passages
 from calibfuse.training.tokenizer_pool import TokenizerPool
+
+_SMALLEST_COMPARED = 8_000
+_BLOCK = 128  # positions of which the source's whole distribution is held at once
+
+
+@dataclass
+class Row:
+    """The figures of one tokenizer.
+
+    Attributes:
+        kind: "pool" or "unseen".
+        name: of the tokenizer.
+        size: its ids.
+        texts: name of the text -> figure -> bits per byte.
+    """
+
+    kind: str
+    name: str
+    size: int
+    texts: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """What is needed of a tokenizer."""
+
+    kind: str
+    name: str
+    vocabulary: Vocabulary
+    encode: TextEncoder
+
+
+class EqualStrings:
+    """A calibrator bound to one vocabulary, carried over to another by equal byte strings.
+
+    Args:
+        source: bound to a vocabulary of the pool.
+        target: the other vocabulary.
+        counts: int64 [target ids], how often each came in training passages.
+    """
+
+    def __init__(self, source: BoundCalibrator, target: Vocabulary, counts: np.ndarray) -> None:
+        self.source = source
+        own = source.vocabulary
+        id_of = {own.token_bytes(i): i for i in reversed(range(len(own))) if not own.is_special[i]}
+        longest = max(map(len, id_of))
+        self._pieces = [_longest_pieces(target.token_bytes(i), id_of, longest) for i in range(len(target))]
+        ids = [id_of.get(target.token_bytes(i), -1) for i in range(len(target))]
+        self._source_of = torch.tensor(ids)
+        self._shares = torch.from_numpy(target.log_shares.copy())
+        self._unreached = torch.tensor(sorted(set(range(len(own))) - set(ids)))
+        covered = np.array(ids) >= 0
+        frequencies = (counts + 1.0) * ~target.is_special
+        self.uncovered_mass = float(frequencies[~covered].sum() / frequencies.sum())
+        with np.errstate(divide="ignore"):
+            self._neutral = torch.from_numpy(np.log(frequencies / max(frequencies[~covered].sum(), 1.0))).float()
+        self.coverage = float(covered.mean())
+
+    @torch.no_grad()
+    def nats(self, sequences: Sequence[Sequence[int]], head: str) -> float:
+        """Negative log-likelihood of token sequences, each from an empty context."""
+        return sum(self._sequence_nats(sequence, head) for sequence in sequences if len(sequence))
+
+    def _sequence_nats(self, sequence: Sequence[int], head: str) -> float:
+        pieces = [self._pieces[token] for token in sequence]
+        ids = torch.tensor([[piece for group in pieces for piece in group]])
+        ends = np.cumsum([0, *map(len, pieces)])[:-1]  # state j follows j tokens of the source
+        states, _ = self.source._advance(ids, None, None, None)
+        states = states[0, torch.from_numpy(ends)]
+        targets = torch.tensor(list(sequence))
+        total = 0.0
+        for start in range(0, len(targets), _BLOCK):
+            block = targets[start : start + _BLOCK]
+            scores = GuideStates(self.source, states[start : start + _BLOCK]).log_scores(head)
+            norm = scores.index_fill_(1, self._unreached, -math.inf).logsumexp(dim=1)
+            mapped = self._source_of[block]
+            covered = scores.gather(1, mapped.clamp(min=0)[:, None])[:, 0] - norm + self._shares[block]
+            covered += math.log1p(-self.uncovered_mass)
+            neutral = self._neutral[block] + math.log(max(self.uncovered_mass, 1e-9))
+            said = torch.where(mapped >= 0, covered, neutral)
+            total -= float(said[said.isfinite()].double().sum())  # special tokens are skipped, as elsewhere
+        return total
+
+
+def _longest_pieces(text: bytes, id_of: dict[bytes, int], longest: int) -> list[int]:
+    pieces = []
+    while text:
+        size = next((n for n in range(min(longest, len(text)), 0, -1) if text[:n] in id_of), 0)
+        if not size:  # a byte that the source cannot spell
+            text = text[1:]
+            continue
+        pieces.append(id_of[text[:size]])
+        text = text[size:]
+    return pieces
 
 
 def main() -> None:
     """Measure and print."""
+    args = _arguments()
+    torch.set_num_threads(1)
+    store = PassageStore(args.store) if args.store else None
+    texts = _texts(store, args.text, args.bytes)
+    counted = _up_to(store.sample_texts(args.counted_bytes, 0), args.counted_bytes) if store else []
+    calibrator = Calibrator.from_pretrained(args.calibrator)
+    pool = [
+        Tokenizer("pool", entry.name, entry.vocabulary, entry.encode_batch)
+        for entry in (TokenizerPool.load(args.pool) if args.pool else [])
+    ]
+    unseen = list(_unseen(args.tokenizers))
+    source = calibrator.bind(pool[0].vocabulary, use_disk_cache=False) if args.equal_strings else None
+    rows = []
+    for tokenizer in (*pool, *unseen):
+        if args.only and tokenizer.kind == "unseen" and tokenizer.name not in args.only:
+            continue
+        rows.append(_measure(calibrator, tokenizer, texts, counted, source, args))
+        print(f"measured {tokenizer.name}", flush=True)
+    for name in texts:
+        _print_table(rows, name, with_candidates=args.candidates > 0, with_equal_strings=args.equal_strings)
+    pairs = _fair_pairs(args, unseen, texts)
+    if pairs:
+        _print_pairs(pairs, list(texts))
+    if args.json:
+        args.json.write_text(json.dumps({"rows": [asdict(row) for row in rows], "ceiling": pairs}, indent=1))
+
+
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calibrator", help="folder or Hub id (default: the bundled one)")
     parser.add_argument("--tokenizers", type=Path, required=True, help="folder with tokenizer files")
+    parser.add_argument("--only", nargs="*", default=[], metavar="FILE", help="of these files, only these")
     parser.add_argument("--pool", type=Path, help="pool of the training run: the rows to compare with")
     parser.add_argument(
         "--store", type=Path, help="passage store of the training run: its validation passages are read"
@@ -39,39 +177,40 @@ def main() -> None:
     parser.add_argument(
         "--head", default="reference", choices=("calibrator", "reference"), help="(default: %(default)s)"
     )
+    parser.add_argument(
+        "--candidates", type=int, default=0, metavar="N", help="add the figure restricted to candidates (see above)"
+    )
+    parser.add_argument("--equal-strings", action="store_true", help="add the map of equal strings (see above)")
+    parser.add_argument(
+        "--counted-bytes", type=int, default=2_000_000, help="of training passages, for counts (default: %(default)s)"
+    )
+    parser.add_argument("--ceiling", nargs="*", default=[], metavar="FILE=DIR", help="ordinary models (see above)")
+    parser.add_argument("--fair", metavar="DIR", help="universal calibrator of the ceiling models' budget")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-
-    texts = _texts(args.store, args.text, args.bytes)
-    calibrator = Calibrator.from_pretrained(args.calibrator)
-    rows: list[tuple[str, str, dict[str, float]]] = []
-    pool = TokenizerPool.load(args.pool) if args.pool else []
-    for entry in pool:
-        rows.append(("pool", entry.name, _measure(calibrator, entry.vocabulary, entry.tokenizer, texts, args.head)))
-    for path in sorted(args.tokenizers.iterdir()):
-        encoder = _encoder(path)
-        if encoder is not None:
-            vocabulary = Vocabulary.from_tokenizer(path)
-            rows.append(("unseen", path.name, _measure(calibrator, vocabulary, encoder, texts, args.head)))
-    _print_table(rows, list(texts))
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1))
+    if (args.candidates or args.equal_strings) and not args.store:
+        parser.error("--candidates and --equal-strings count tokens in training passages: give --store")
+    if args.equal_strings and not args.pool:
+        parser.error("--equal-strings carries over the pool's first tokenizer: give --pool")
+    if bool(args.ceiling) != bool(args.fair):
+        parser.error("--ceiling and --fair go together")
+    return args
 
 
-def _texts(store_folder: Path | None, files: Sequence[str], budget: int) -> dict[str, list[str]]:
+def _texts(store: PassageStore | None, files: Sequence[str], budget: int) -> dict[str, list[str]]:
     texts: dict[str, list[str]] = {}
-    if store_folder:
-        store = PassageStore(store_folder)
+    if store:
         indices = np.random.default_rng(0).permutation(store.validation_indices)
         texts["held-out passages"] = _up_to((store.text(int(index)) for index in indices), budget)
     for file in files:
-        passages = (p.strip() for document in iter_documents([file]) for p in split_passages(document, 600))
+        # WikiText's mark for rare words is a control token of some tokenizers and text of others: left out for all.
+        documents = (document.replace(" <unk>", "").replace("<unk>", "") for document in iter_documents([file]))
+        passages = (p.strip() for document in documents for p in split_passages(document, 600))
         texts[Path(file).stem] = _up_to((p for p in passages if len(p) > 80), budget)
     return texts
 
 
-def _up_to(passages, budget: int) -> list[str]:  # noqa: ANN001
+def _up_to(passages: Iterable[str], budget: int) -> list[str]:
     chosen, total = [], 0
     for passage in passages:
         total += len(passage.encode())
@@ -81,49 +220,106 @@ def _up_to(passages, budget: int) -> list[str]:  # noqa: ANN001
     return chosen
 
 
-def _encoder(path: Path):  # noqa: ANN202
-    """Something with encode(text).ids, or None for files that are no tokenizers."""
-    if path.suffix == ".json":
-        return tokenizers.Tokenizer.from_file(str(path))
-    if path.name.endswith(".model"):
-        import sentencepiece
-
-        processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        return lambda text: processor.encode(text)
-    if path.name.endswith("vocab.txt"):
-        from tokenizers.implementations import BertWordPieceTokenizer
-
-        return BertWordPieceTokenizer(str(path))
-    return None
+def _unseen(folder: Path) -> Iterable[Tokenizer]:
+    for path in sorted(folder.iterdir()):
+        try:
+            encode: Callable[[list[str]], list[list[int]]] = text_encoder(path)
+        except CalibfuseError as error:
+            print(f"left out: {error}")
+            continue
+        yield Tokenizer("unseen", path.name, Vocabulary.from_tokenizer(path), encode)
 
 
-def _measure(calibrator, vocabulary, encoder, texts, head) -> dict[str, float]:  # noqa: ANN001
+def _measure(
+    calibrator: Calibrator,
+    tokenizer: Tokenizer,
+    texts: dict[str, list[str]],
+    counted: list[str],
+    source: BoundCalibrator | None,
+    args: argparse.Namespace,
+) -> Row:
+    vocabulary = tokenizer.vocabulary
     bound = calibrator.bind(vocabulary, use_disk_cache=False)
-    figures: dict[str, float] = {"size": float(len(vocabulary))}
+    row = Row(tokenizer.kind, tokenizer.name, len(vocabulary))
+    candidates, carried = None, None
+    if args.candidates or source is not None:
+        sample = tokenizer.encode(counted)
+        counts = np.bincount(
+            np.concatenate([np.asarray(ids, dtype=np.int64) for ids in sample]), minlength=len(vocabulary)
+        )
+        if args.candidates:
+            candidates = FrequentCandidates(sample, len(vocabulary), count=args.candidates)
+        if source is not None:
+            carried = EqualStrings(source, vocabulary, counts)
     for name, passages in texts.items():
-        if callable(encoder):
-            ids = [encoder(passage) for passage in passages]
-        else:
-            ids = [encoder.encode(passage, add_special_tokens=False).ids for passage in passages]
-        result = measure_fidelity(bound, ids, head=head)
-        figures[name] = result.bits_per_byte
-        figures[f"{name} skipped"] = result.skipped / max(1, result.skipped + result.tokens)
-    return figures
+        ids = tokenizer.encode(passages)
+        result = measure_fidelity(bound, ids, head=args.head, candidates=candidates)
+        figures = {"all": result.bits_per_byte, "skipped": result.skipped / (result.skipped + result.tokens)}
+        if result.restricted_bits_per_byte is not None:
+            figures["candidates"] = result.restricted_bits_per_byte
+        if carried is not None:
+            figures["equal strings"] = carried.nats(ids, args.head) / result.bytes / math.log(2)
+            figures["equal strings, coverage"] = carried.coverage
+        row.texts[name] = figures
+    return row
 
 
-def _print_table(rows: list[tuple[str, str, dict[str, float]]], names: list[str]) -> None:
+def _print_table(rows: list[Row], text: str, *, with_candidates: bool, with_equal_strings: bool) -> None:
+    compared = ["all", *(["candidates"] if with_candidates else [])]
     base = {
-        name: np.mean([row[name] for kind, _, row in rows if kind == "pool" and row["size"] > 8000] or [np.nan])
-        for name in names
+        key: np.mean([r.texts[text][key] for r in rows if r.kind == "pool" and r.size > _SMALLEST_COMPARED] or [np.nan])
+        for key in compared
     }
-    print("| tokenizer | kind | tokens | " + " | ".join(f"{name} | change" for name in names) + " |")
-    print("|---|---|---:|" + "---:|---:|" * len(names))
-    for kind, label, row in rows:
-        cells = [f"{row[name]:.3f} | {100 * (row[name] / base[name] - 1):+.1f} %" for name in names]
-        print(f"| {label} | {kind} | {int(row['size']):,} | " + " | ".join(cells) + " |")
-    for name in names:
-        changes = [row[name] / base[name] - 1 for kind, _, row in rows if kind == "unseen"]
-        print(f"\n{name}: pool mean {base[name]:.3f}, unseen mean change {100 * np.mean(changes):+.1f} %")
+    heads = ["tokenizer", "kind", "tokens"]
+    for key in compared:
+        heads += [f"{key} (bits/byte)", "change"]
+    heads += ["equal strings (bits/byte)", "share of its ids mapped"] if with_equal_strings else []
+    print(f"\n{text}\n\n| " + " | ".join(heads) + " |\n|---|---|" + "---:|" * (len(heads) - 2))
+    for row in rows:
+        figures = row.texts[text]
+        cells = [row.name, row.kind, f"{row.size:,}"]
+        for key in compared:
+            cells += [f"{figures[key]:.3f}", f"{100 * (figures[key] / base[key] - 1):+.1f} %"]
+        if with_equal_strings:
+            cells += [f"{figures['equal strings']:.3f}", f"{100 * figures['equal strings, coverage']:.0f} %"]
+        print("| " + " | ".join(cells) + " |")
+    for key in compared:
+        changes = [100 * (row.texts[text][key] / base[key] - 1) for row in rows if row.kind == "unseen"]
+        if changes:
+            print(
+                f"\n{text}, {key}: pool mean {base[key]:.3f}; unseen on average {np.mean(changes):+.1f} %, "
+                f"worst {np.max(changes):+.1f} %"
+            )
+
+
+def _fair_pairs(
+    args: argparse.Namespace, unseen: list[Tokenizer], texts: dict[str, list[str]]
+) -> dict[str, dict[str, tuple[float, float]]]:
+    """Tokenizer -> text -> bits per byte of the ordinary model and of the universal one."""
+    pairs: dict[str, dict[str, tuple[float, float]]] = {}
+    for item in args.ceiling:
+        name, _, folder = item.partition("=")
+        tokenizer = next(each for each in unseen if each.name == name)
+        models = (
+            load_ceiling(folder, tokenizer.vocabulary),
+            Calibrator.from_pretrained(args.fair).bind(tokenizer.vocabulary, use_disk_cache=False),
+        )
+        pairs[name] = {}
+        for text, passages in texts.items():
+            ids = tokenizer.encode(passages)
+            own, universal = (measure_fidelity(model, ids, head=args.head).bits_per_byte for model in models)
+            pairs[name][text] = (own, universal)
+    return pairs
+
+
+def _print_pairs(pairs: dict[str, dict[str, tuple[float, float]]], names: list[str]) -> None:
+    print("\n| tokenizer | " + " | ".join(f"{name}: ordinary | universal | difference" for name in names) + " |")
+    print("|---|" + "---:|---:|---:|" * len(names))
+    for tokenizer, texts in pairs.items():
+        cells = [
+            f"{own:.3f} | {universal:.3f} | {100 * (universal / own - 1):+.1f} %" for own, universal in texts.values()
+        ]
+        print(f"| {tokenizer} | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":

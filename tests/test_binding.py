@@ -1,5 +1,6 @@
 """A calibrator bound to a vocabulary: what it says, how it reads ids, and the disk cache."""
 
+import dataclasses
 import logging
 import math
 
@@ -15,6 +16,7 @@ from calibfuse.calibrator.binding import SPECIAL_MASS, cache_folder
 from calibfuse.calibrator.body import KeyValueBuffer
 from calibfuse.errors import InputError, MissingHeadError, VocabularyError, VocabularyMismatchError
 from calibfuse.vocabulary import Vocabulary
+from calibfuse.vocabulary import vocabulary as vocabulary_module
 
 SIZE = 96
 
@@ -92,6 +94,46 @@ class TestLogProbs:
         torch.testing.assert_close(result[..., 1], result[..., 3])
         torch.testing.assert_close(result[..., 2], result[..., 5])
         torch.testing.assert_close(result, bound.log_probs(torch.tensor([[3, 5, 4]])))
+
+    def test_ids_with_equal_bytes_share_the_mass_of_the_bytes(self, calibrator):
+        strings = [None, b" a", b"b", b"cd"]
+        single = calibrator.bind(Vocabulary.from_byte_strings(strings))
+        double = calibrator.bind(Vocabulary.from_byte_strings([*strings, b" a", b"cd", b" a"]))
+        ids = torch.tensor([[1, 2, 3, 1]])
+        for ask in ("log_probs", "reference_log_probs"):
+            expected, result = getattr(single, ask)(ids).exp(), getattr(double, ask)(ids).exp()
+            torch.testing.assert_close(result[..., 1] + result[..., 4] + result[..., 6], expected[..., 1])
+            torch.testing.assert_close(result[..., 3] + result[..., 5], expected[..., 3])
+            torch.testing.assert_close(result[..., 2], expected[..., 2])
+        differences = double.log_probs(ids) - double.reference_log_probs(ids)
+        torch.testing.assert_close(differences[..., 1], differences[..., 6], atol=1e-5, rtol=1e-5)
+
+    def test_an_id_that_is_never_made_gets_next_to_nothing(self, calibrator):
+        plain = Vocabulary.from_byte_strings([None, b"a", b"b", b"a"])
+        marked = dataclasses.replace(plain, is_fallback=np.array([False, False, False, True]))
+        probabilities = calibrator.bind(marked).log_probs(torch.tensor([[1, 2]])).exp()
+        alike = calibrator.bind(plain).log_probs(torch.tensor([[1, 2]])).exp()
+        torch.testing.assert_close(probabilities[..., 3] / probabilities[..., 1], torch.full((1, 2), 1e-3 / 0.999))
+        torch.testing.assert_close(probabilities[..., [1, 3]].sum(-1), alike[..., [1, 3]].sum(-1))
+
+    @settings(max_examples=30, deadline=None)
+    @given(data=st.data())
+    def test_random_vocabularies_permuted_and_doubled(self, calibrator, data):
+        strings = data.draw(st.lists(st.binary(min_size=1, max_size=6), min_size=3, max_size=20, unique=True))
+        twins = data.draw(st.lists(st.integers(0, len(strings) - 1), max_size=5))
+        tokens = [None, *strings, *(strings[i] for i in twins)]
+        order = np.array(data.draw(st.permutations(range(len(tokens)))))
+        place = torch.from_numpy(np.argsort(order))
+        ids = torch.tensor([data.draw(st.lists(st.integers(0, len(tokens) - 1), min_size=1, max_size=6))])
+        whole = calibrator.bind(Vocabulary.from_byte_strings(tokens), use_disk_cache=False).log_probs(ids)
+        permuted = calibrator.bind(
+            Vocabulary.from_byte_strings([tokens[i] for i in order]), use_disk_cache=False
+        ).log_probs(place[ids])
+        torch.testing.assert_close(permuted[..., place], whole, atol=1e-4, rtol=1e-4)
+        first = torch.tensor([tokens.index(token) for token in tokens])
+        single = calibrator.bind(Vocabulary.from_byte_strings([None, *strings]), use_disk_cache=False)
+        summed = torch.zeros(*ids.shape, len(strings) + 1).index_add_(-1, first, whole.exp())
+        torch.testing.assert_close(summed, single.log_probs(first[ids]).exp(), atol=1e-4, rtol=1e-3)
 
     def test_permuted_ids_permute_the_scores(self, calibrator):
         vocabulary = make_vocabulary()
@@ -312,6 +354,7 @@ class TestDiskCache:
         assert len(composed) == 1
         assert torch.equal(first._vectors, second._vectors)
         assert torch.equal(first._biases, second._biases)
+        assert second._vectors.data_ptr() % 64 == 0
         assert len(self.files()) == 1
 
     def test_can_be_switched_off(self, calibrator, composed):
@@ -337,11 +380,19 @@ class TestDiskCache:
         calibrator.bind(Vocabulary.from_byte_strings(tokens, name="two"))
         assert len(composed) == 1
 
-    @pytest.mark.parametrize("damage", [b"", b"not a file of tensors", None], ids=["empty", "foreign", "truncated"])
+    damages = {
+        "empty": lambda content: b"",
+        "foreign": lambda content: b"not a file of tensors",
+        "truncated": lambda content: content[:-50],
+        "a flipped bit": lambda content: content[:-99] + bytes([content[-99] ^ 16]) + content[-98:],
+        "zeroed": lambda content: content[: len(content) // 5] + bytes(len(content) - len(content) // 5),
+    }
+
+    @pytest.mark.parametrize("damage", damages.values(), ids=damages.keys())
     def test_a_damaged_file_is_made_again_with_a_warning(self, calibrator, composed, caplog, damage):
         expected = calibrator.bind(make_vocabulary())
         (path,) = self.files()
-        path.write_bytes(path.read_bytes()[:-50] if damage is None else damage)
+        path.write_bytes(damage(path.read_bytes()))
         with caplog.at_level(logging.WARNING, logger="calibfuse"):
             again = calibrator.bind(make_vocabulary())
         assert "Ignoring the damaged cache file" in caplog.text
@@ -358,6 +409,52 @@ class TestDiskCache:
         assert "could not be cached" in caplog.text
         assert bound.target_vocab_size == SIZE
         assert blocker.read_text() == "in the way"
+
+    @pytest.fixture
+    def encoded(self, monkeypatch):
+        """How often the tokens of a tokenizer were turned into bytes."""
+        calls = []
+        original = vocabulary_module.encode_tokens
+
+        def counted(table):
+            calls.append(table.name)
+            return original(table)
+
+        monkeypatch.setattr(vocabulary_module, "encode_tokens", counted)
+        return calls
+
+    def test_the_bytes_of_a_tokenizer_are_remembered(self, calibrator, byte_fallback_tokenizer, encoded, tmp_path):
+        path = tmp_path / "tokenizer.json"
+        byte_fallback_tokenizer.save(str(path))
+        for source in (byte_fallback_tokenizer, str(path)):
+            first, second = calibrator.bind(source).vocabulary, calibrator.bind(source).vocabulary
+            for name in ("data", "offsets", "is_special", "is_fallback"):
+                assert np.array_equal(getattr(first, name), getattr(second, name))
+            assert first.name == second.name
+        assert len(encoded) == 2
+        calibrator.bind(byte_fallback_tokenizer, use_disk_cache=False)
+        assert len(encoded) == 3
+
+    def test_a_tokenizer_that_was_changed_is_read_again(self, calibrator, byte_fallback_tokenizer, encoded, tmp_path):
+        changed = type(byte_fallback_tokenizer).from_str(byte_fallback_tokenizer.to_str())
+        calibrator.bind(changed)
+        size = changed.get_vocab_size()
+        changed.add_tokens(["quite new"])
+        assert calibrator.bind(changed).vocabulary.token_bytes(size) == b"quite new"
+        path = tmp_path / "tokenizer.json"
+        byte_fallback_tokenizer.save(str(path))
+        calibrator.bind(path)
+        changed.save(str(path))
+        assert calibrator.bind(path).target_vocab_size == size + 1
+        assert len(encoded) == 4
+
+    def test_damaged_bytes_of_a_tokenizer_are_read_again(self, calibrator, byte_fallback_tokenizer, encoded, caplog):
+        expected = calibrator.bind(byte_fallback_tokenizer).vocabulary.fingerprint
+        (path,) = (cache_folder() / "vocabularies").glob("*")
+        path.write_bytes(path.read_bytes()[:-9] + b"123456789")
+        assert calibrator.bind(byte_fallback_tokenizer).vocabulary.fingerprint == expected
+        assert "Ignoring the damaged cache file" in caplog.text
+        assert len(encoded) == 2
 
     def test_where_it_is(self, monkeypatch, tmp_path):
         monkeypatch.setenv("CALIBFUSE_CACHE", str(tmp_path))

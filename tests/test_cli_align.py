@@ -1,5 +1,7 @@
 """`calibfuse align`: binding fills the cache, and the report counts what is there."""
 
+import base64
+import io
 import json
 import re
 
@@ -11,7 +13,7 @@ from tiny_checkpoints import save_bundle
 from calibfuse.calibrator.fidelity import measure_fidelity
 from calibfuse.cli import main as cli
 from calibfuse.errors import DataError
-from calibfuse.inspection import coverage_page, report_text, report_vocabulary
+from calibfuse.inspection import coverage_page, report_mass, report_text, report_vocabulary
 from calibfuse.vocabulary import Vocabulary
 
 
@@ -193,10 +195,94 @@ def test_bad_input_gives_one_sentence_and_exit_code_2(run, bundle, arguments, me
     assert out == ""
 
 
+def test_text_is_cut_with_a_word_piece_list_as_with_the_whole_tokenizer(run, tmp_path, text_file, wordpiece_tokenizer):
+    words = sorted(wordpiece_tokenizer.get_vocab().items(), key=lambda item: item[1])
+    (tmp_path / "vocab.txt").write_text("".join(f"{token}\n" for token, _ in words), encoding="utf-8")
+    wordpiece_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    reports = []
+    for name in ("vocab.txt", "tokenizer.json"):
+        code, out, err = run("--tokenizer", str(tmp_path / name), "--text", str(text_file), "--json")
+        assert (code, err) == (0, "")
+        reports.append(json.loads(out)["text"])
+    assert reports[0] == reports[1]
+
+
+def test_text_is_cut_with_a_sentencepiece_model(run, tmp_path, text_file, sample_lines):
+    library = pytest.importorskip("sentencepiece")
+    made = io.BytesIO()
+    library.SentencePieceTrainer.train(
+        sentence_iterator=iter(sample_lines), model_writer=made, vocab_size=400, byte_fallback=True, minloglevel=2
+    )
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(made.getvalue())
+    code, out, err = run("--tokenizer", str(path), "--text", str(text_file), "--json", "--max-bytes", "3000")
+    assert (code, err) == (0, "")
+    report = json.loads(out)["text"]
+    assert report["skipped"] == 0
+    assert report["bytes"] >= 3000
+
+
 def test_a_tokenizer_that_cannot_cut_text_is_told_so(run, tmp_path, text_file):
-    path = tmp_path / "vocab.txt"
-    path.write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nthe\n##s\nriver\n", encoding="utf-8")
+    path = tmp_path / "ranks.tiktoken"
+    path.write_bytes(b"".join(base64.b64encode(bytes([byte])) + b" %d\n" % byte for byte in range(256)))
     assert run("--tokenizer", str(path))[0] == 0
     code, _, err = run("--tokenizer", str(path), "--text", str(text_file))
     assert code == 2
-    assert "not be used to cut a text" in err
+    assert "does not say how a text is cut" in err
+    assert err.count("\n") == 1
+
+
+def test_the_probability_of_a_model_on_covered_tokens(run, bundle, text_file, tmp_path):
+    page = tmp_path / "coverage.html"
+    target = str(bundle / "demo-target")
+    arguments = ("--model", target, "--text", str(text_file), "--max-bytes", "800")
+    code, out, err = run(*arguments, "--json")
+    assert (code, err) == (0, "")
+    mass = json.loads(out)["mass"]
+    assert mass["covered"] + mass["special"] + mass["unspelled"] + mass["beyond"] == pytest.approx(1.0, abs=1e-5)
+    assert {token["text"] for token in mass["heaviest"]} == {"<s>", "</s>", "<pad>"}
+    code, out, _ = run(*arguments, "--html", str(page))
+    assert code == 0
+    assert re.search(rf"on covered tokens +{100 * mass['covered']:.3f} %", out)
+    assert "Heaviest uncovered tokens" in page.read_text(encoding="utf-8")
+    assert "&lt;pad&gt;" in page.read_text(encoding="utf-8")
+    code, _, err = run("--model", target)
+    assert (code, "give --text" in err) == (2, True)
+
+
+def test_the_mass_is_that_of_a_slow_loop(tiny_llama, tokenizer, sample_lines):
+    vocabulary = Vocabulary.from_tokenizer(tokenizer)
+    bound = make_calibrator().bind(vocabulary, use_disk_cache=False)
+    model = tiny_llama(len(tokenizer) + 3)  # three ids of the head belong to no token
+    sequences = [tokenizer(line, add_special_tokens=False)["input_ids"] for line in sample_lines[:3]]
+    report = report_mass(model, bound, [*sequences, []], worst=2)
+    sums, places = torch.zeros(len(tokenizer) + 3, dtype=torch.float64), 0
+    with torch.no_grad():
+        for ids in sequences:
+            for row in model(torch.tensor([ids])).logits[0]:
+                sums += row.double().softmax(-1)
+                places += 1
+    mean = sums / places
+    special = [token_id for token_id in range(len(vocabulary)) if vocabulary.is_special[token_id]]
+    assert report.positions == places
+    assert report.special == pytest.approx(float(mean[special].sum()), rel=1e-4)
+    assert report.beyond == pytest.approx(float(mean[-3:].sum()), rel=1e-4)
+    assert report.covered == pytest.approx(1.0 - report.special - report.beyond, rel=1e-4)
+    outside = sorted([*special, *range(len(vocabulary), len(mean))], key=lambda token_id: -mean[token_id])
+    assert [token.token_id for token in report.heaviest] == outside[:2]
+    with pytest.raises(DataError, match="no text to measure"):
+        report_mass(model, bound, [[]])
+
+
+def test_a_projected_language_model_is_reported_on(run, bundle, text_file, tmp_path, unigram_tokenizer):
+    path = tmp_path / "tokenizer.json"
+    unigram_tokenizer.save(str(path))
+    model = str(bundle / "demo-target")  # a byte-level model projected onto a unigram vocabulary
+    code, out, err = run(
+        "--calibrator", model, "--tokenizer", str(path), "--text", str(text_file), "--max-bytes", "150", "--json"
+    )
+    assert (code, err) == (0, "")
+    record = json.loads(out)
+    assert record["vocabulary"]["unspelled"] == 0
+    assert record["text"]["bits_per_byte"]["calibrator"] > 0
+    assert run("--calibrator", model, "--tokenizer", str(path))[0] == 2

@@ -17,6 +17,7 @@ from calibfuse.vocabulary.byte_strings import BYTE_ALPHABET, encode_tokens, spel
 from calibfuse.vocabulary.loading import load_table
 from calibfuse.vocabulary.sentencepiece import PieceType, WireFormatError, read_pieces
 from calibfuse.vocabulary.token_table import Hints, TokenTable
+from calibfuse.vocabulary.vocabulary import FALLBACK_SHARE
 
 ALPHABET = {byte: character for character, byte in BYTE_ALPHABET.items()}
 
@@ -31,8 +32,9 @@ def table(tokens, special=(), literal=(), hints=None):
 
 
 def all_bytes(tokens, **settings):
-    data, offsets = encode_tokens(table(tokens, **settings))
-    return [data[start:end].tobytes() for start, end in zip(offsets[:-1], offsets[1:], strict=True)]
+    encoded = encode_tokens(table(tokens, **settings))
+    borders = zip(encoded.offsets[:-1], encoded.offsets[1:], strict=True)
+    return [encoded.data[start:end].tobytes() for start, end in borders]
 
 
 def byte_level_vocab(*words: bytes) -> dict[str, int]:
@@ -119,6 +121,26 @@ def test_escaped_bytes_in_a_token_string_become_bytes_and_other_surrogates_are_r
     assert all_bytes(["a", "b\udcff"]) == [b"a", b"b\xff"]
     with pytest.raises(VocabularyError, match="lone surrogate"):
         all_bytes(["a", "b\ud800"])
+
+
+def test_byte_tokens_and_inner_pieces_of_punctuation_are_fallbacks():
+    def fallbacks(tokens, **settings):
+        return encode_tokens(table(tokens, **settings)).is_fallback.tolist()
+
+    assert fallbacks(["▁a", ",", "<0x2C>", "<0x0A>", "<0x1>"]) == [False, False, True, True, False]
+    assert fallbacks(["▁a", "<0x2C>", "<0x41>"], literal=(1,), special=(2,)) == [False, False, False]
+    assert fallbacks(["a", ",", "##,", "##s", "国", "##国", "##"]) == [False, False, True, False, False, True, False]
+    # where tokens are spelled in another way these are text
+    assert fallbacks([*BYTE_ALPHABET, "<0x2C>", "##,"]) == [False] * 258
+
+
+def test_the_token_that_is_used_gets_the_mass_of_its_bytes():
+    vocabulary = Vocabulary.from_table(table(["▁a", ",", "<0x2C>", "<0x0A>"]))
+    shares = np.exp(vocabulary.log_shares)
+    assert shares.tolist() == pytest.approx([1.0, 1 - FALLBACK_SHARE, FALLBACK_SHARE, 1.0])
+    assert vocabulary.extended([b",", b"x"]).log_shares[[1, 2, 4]].tolist() == pytest.approx(
+        np.log([(1 - FALLBACK_SHARE) / 2, FALLBACK_SHARE, (1 - FALLBACK_SHARE) / 2]).tolist(), abs=1e-5
+    )
 
 
 def test_a_decoder_decides_where_tokens_leave_doubt():

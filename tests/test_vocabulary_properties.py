@@ -1,5 +1,6 @@
 """Properties of vocabularies over random tokenizers, token tables, texts and damaged files."""
 
+import dataclasses
 import json
 import tempfile
 from pathlib import Path
@@ -13,8 +14,9 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from calibfuse.errors import VocabularyError
 from calibfuse.vocabulary import Vocabulary
-from calibfuse.vocabulary.byte_strings import encode_tokens, spelling_of, token_to_bytes
+from calibfuse.vocabulary.byte_strings import encode_tokens, is_fallback_token, spelling_of, token_to_bytes
 from calibfuse.vocabulary.token_table import Hints, TokenTable
+from calibfuse.vocabulary.vocabulary import FALLBACK_SHARE
 
 FAST = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 TEXT = st.text(max_size=40)
@@ -73,8 +75,11 @@ def token_tables(draw):
 def test_vectorised_bytes_equal_the_obvious_ones(table):
     spelling = spelling_of(table)
     slow = [token_to_bytes(table, token_id, spelling) for token_id in range(len(table.tokens))]
-    data, offsets = encode_tokens(table)
-    assert [data[start:end].tobytes() for start, end in zip(offsets[:-1], offsets[1:], strict=True)] == slow
+    encoded = encode_tokens(table)
+    borders = zip(encoded.offsets[:-1], encoded.offsets[1:], strict=True)
+    assert [encoded.data[start:end].tobytes() for start, end in borders] == slow
+    fallbacks = [is_fallback_token(table, token_id, spelling) for token_id in range(len(table.tokens))]
+    assert encoded.is_fallback.tolist() == fallbacks
 
 
 @FAST
@@ -84,6 +89,53 @@ def test_byte_strings_are_kept_and_extended(tokens, extra):
     vocabulary = Vocabulary.from_byte_strings(tokens).extended(extra)
     assert [vocabulary.token_bytes(i) for i in range(len(vocabulary))] == [*(token or b"" for token in tokens), *extra]
     assert vocabulary.fingerprint == Vocabulary.from_byte_strings([*tokens, *extra]).fingerprint
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from([None, b"a", b"b", b"ab", b"", b"\x00", b"\x00\x00", b"ba"]), max_size=14), st.data())
+def test_ids_with_equal_bytes_share_all_of_their_mass(tokens, data):
+    assume(sum(bool(token) for token in tokens) >= 2)
+    plain = Vocabulary.from_byte_strings(tokens)
+    flags = data.draw(st.lists(st.booleans(), min_size=len(tokens), max_size=len(tokens)))
+    vocabulary = dataclasses.replace(plain, is_fallback=np.array(flags, dtype=np.bool_))
+    twins: dict[bytes, list[int]] = {}
+    for token_id, token in enumerate(tokens):
+        if token:
+            twins.setdefault(token, []).append(token_id)
+    expected = np.zeros(len(tokens))
+    for ids in twins.values():
+        used = [token_id for token_id in ids if not flags[token_id]]
+        for token_id in ids:
+            share = 1 / len(ids)
+            if used and len(used) < len(ids):
+                rest = len(ids) - len(used)
+                share = FALLBACK_SHARE / rest if flags[token_id] else (1 - FALLBACK_SHARE) / len(used)
+            expected[token_id] = np.log(share)
+    np.testing.assert_allclose(vocabulary.log_shares, expected, atol=1e-5)
+    assert vocabulary.fingerprint == plain.fingerprint
+    order = data.draw(st.permutations(range(len(tokens))))
+    permuted = dataclasses.replace(
+        Vocabulary.from_byte_strings([tokens[i] for i in order]), is_fallback=np.array([flags[i] for i in order], bool)
+    )
+    np.testing.assert_allclose(permuted.log_shares, vocabulary.log_shares[list(order)], atol=1e-6)
+
+
+@settings(max_examples=100, deadline=None)
+@given(token_tables(), token_tables())
+def test_tables_with_the_same_fingerprint_have_the_same_bytes(table, other):
+    assert table.fingerprint() == dataclasses.replace(table, name="another").fingerprint()
+    if table.fingerprint() is None:
+        assert any(isinstance(token, bytes) for token in table.tokens)
+        return
+    same = (table.tokens, table.special, table.literal, table.hints) == (
+        other.tokens,
+        other.special,
+        other.literal,
+        other.hints,
+    )
+    assert (table.fingerprint() == other.fingerprint()) == same
+    longer = dataclasses.replace(table, tokens=[*table.tokens, None])
+    assert longer.fingerprint() != table.fingerprint()
 
 
 # ---- texts on tokenizers of each family

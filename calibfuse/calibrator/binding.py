@@ -6,26 +6,26 @@ token ids in lock-step and scores the target's own ids: no text, no re-tokenisat
 Special tokens (begin, end, padding, chat marks) have no bytes. As input each is the document boundary; the leading run
 of them is masked but for the last, so left padding and repeated begin marks change nothing. As output they are not
 covered: fusion never moves them, and `log_probs` gives all of them together the probability `SPECIAL_MASS`.
+
+Ids with equal bytes share the probability of these bytes, alike, or nearly all of it to the ones that the tokenizer
+really uses (`Vocabulary.log_shares`). The differences that `contrast` adds are the same for all of them either way.
 """
 
 from __future__ import annotations
 
 import copy
-import logging
 import math
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from calibfuse import hub
 from calibfuse.calibrator.body import KeyValueBuffer
+from calibfuse.calibrator.bound_files import bound_path, cache_folder, load_bound, save_bound, vocabulary_of
 from calibfuse.calibrator.composer import token_features
-from calibfuse.calibrator.model import CALIBRATOR_HEAD, FORMAT_VERSION, REFERENCE_HEAD
-from calibfuse.errors import CheckpointError, InputError, MissingHeadError, VocabularyMismatchError
+from calibfuse.calibrator.model import CALIBRATOR_HEAD, FORMAT_VERSION, REFERENCE_HEAD, VALUE_HEAD
+from calibfuse.errors import InputError, MissingHeadError, VocabularyMismatchError
 from calibfuse.prefix_cache import match_prefixes
 from calibfuse.vocabulary import Vocabulary
 
@@ -33,21 +33,13 @@ if TYPE_CHECKING:
     from calibfuse.calibrator.model import Calibrator
     from calibfuse.vocabulary import TokenizerLike
 
-logger = logging.getLogger(__name__)
+__all__ = ["SPECIAL_MASS", "BoundCalibrator", "GuideStates", "LockStepSession", "bind", "cache_folder"]
 
 SPECIAL_MASS = 1e-4
 _COMPOSE_CHUNK = 8192
 _SEQUENCE_CHUNK = 4_000_000  # elements of a [positions, vocabulary] block in log_probs
 _SCORE_CHUNK = 16_384  # vectors of lower precision that are widened at once
 _WINDOWS_AT_ONCE = 4  # slots fed at once, in windows: the attention mask of a long text as a whole would not fit
-
-
-def cache_folder() -> Path:
-    """Where bound vectors are kept: CALIBFUSE_CACHE, else $XDG_CACHE_HOME/calibfuse, else ~/.cache/calibfuse."""
-    explicit = os.environ.get("CALIBFUSE_CACHE")
-    if explicit:
-        return Path(explicit)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "calibfuse"
 
 
 def bind(
@@ -62,18 +54,15 @@ def bind(
     dtype = dtype or torch.float32
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise InputError(f"Bound vectors can be float32, bfloat16 or float16, got dtype={dtype}.")
-    vocabulary = Vocabulary.from_tokenizer(tokenizer)
-    path: Path | None = None
+    vocabulary = vocabulary_of(tokenizer, use_disk_cache=use_disk_cache)
+    config = calibrator.config
+    path, tensors = None, None
     if use_disk_cache:
-        name = str(dtype).removeprefix("torch.")
-        key = f"{calibrator.fingerprint[:24]}-{vocabulary.fingerprint[:24]}-{name}-v{FORMAT_VERSION}"
-        path = cache_folder() / "bound" / f"{key}.safetensors"
-    tensors = _load_bound(path, calibrator, len(vocabulary))
-    if tensors is None:
-        vectors, biases = compose_vocabulary(calibrator, vocabulary, dtype)
-        _save_bound(path, vectors, biases)
-    else:
-        vectors, biases = tensors
+        path = bound_path(calibrator.fingerprint, vocabulary, dtype, FORMAT_VERSION)
+        tensors = load_bound(path, size=len(vocabulary), token_width=config.token_width, head_count=len(config.heads))
+    vectors, biases = tensors or compose_vocabulary(calibrator, vocabulary, dtype)
+    if path is not None and tensors is None:
+        save_bound(path, vectors, biases)
     return BoundCalibrator(calibrator, vocabulary, vectors, biases).to(
         torch.device(device) if device is not None else calibrator.boundary.device
     )
@@ -93,28 +82,10 @@ def compose_vocabulary(calibrator: Calibrator, vocabulary: Vocabulary, dtype: to
         chunk_vectors, chunk_biases = calibrator.compose(features)
         vectors[start:end] = chunk_vectors.to("cpu", dtype)
         biases[start:end] = chunk_biases.to("cpu", torch.float32)
+    # Ids with the same bytes have the same vector: of what the bytes get, each is given its share.
+    is_distribution = torch.tensor([head != VALUE_HEAD for head in config.heads])
+    biases += torch.from_numpy(vocabulary.log_shares)[:, None] * is_distribution
     return vectors, biases
-
-
-def _load_bound(path: Path | None, calibrator: Calibrator, size: int) -> tuple[Tensor, Tensor] | None:
-    if path is None or not path.is_file():
-        return None
-    expected = {"vectors": (size, calibrator.config.token_width), "biases": (size, len(calibrator.config.heads))}
-    try:
-        tensors = hub.read_tensors(path, expected=expected)
-    except CheckpointError as error:
-        logger.warning("Ignoring the damaged cache file %s and composing the vocabulary again: %s", path, error)
-        return None
-    return tensors["vectors"], tensors["biases"]
-
-
-def _save_bound(path: Path | None, vectors: Tensor, biases: Tensor) -> None:
-    if path is None:
-        return
-    try:
-        hub.write_tensors(path, {"vectors": vectors, "biases": biases})
-    except CheckpointError as error:
-        logger.warning("The bound vocabulary could not be cached; it will be composed again next time: %s", error)
 
 
 class BoundCalibrator:
@@ -355,9 +326,11 @@ class GuideStates:
         if token_ids is None:
             # Products in the query's precision: rounded to bfloat16, a score of 10 would be off by 0.03 nats.
             blocks = [query @ block.to(query.dtype).T for block in torch.split(vectors, _blocks(vectors, query))]
-            return torch.cat(blocks, dim=-1).float() + biases
-        known, picked = self._pick(token_ids)
-        return (picked * query[..., None, :]).sum(dim=-1).float() + biases[known]
+            scores = torch.cat(blocks, dim=-1).float() + biases
+        else:
+            known, picked = self._pick(token_ids)
+            scores = (picked * query[..., None, :]).sum(dim=-1).float() + biases[known]
+        return functional.logsigmoid(scores) if head == VALUE_HEAD else scores
 
     def _pick(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Clamped ids and their vectors [..., k, token_width]; kept, since the second head asks for the same ones."""

@@ -3,25 +3,42 @@
 Everything here returns frozen dataclasses; printing is the command line's, pages are `trace_page` and `coverage_page`.
 """
 
-from calibfuse.inspection.coverage import TextReport, TokenFit, VocabularyReport, report_text, report_vocabulary
+from calibfuse.inspection.coverage import (
+    MassReport,
+    TextReport,
+    TokenFit,
+    UncoveredToken,
+    VocabularyReport,
+    report_mass,
+    report_text,
+    report_vocabulary,
+)
+from calibfuse.inspection.coverage_page import coverage_page, mass_rows, text_rows, vocabulary_rows
+from calibfuse.inspection.encoding import TextEncoder, text_encoder
 from calibfuse.inspection.facts import CalibratorFacts, describe_calibrator
-from calibfuse.inspection.pages import coverage_page, text_rows, trace_page, vocabulary_rows
+from calibfuse.inspection.pages import trace_page
 from calibfuse.inspection.spelling import mask_in_context, mask_pieces
 from calibfuse.inspection.trace import CandidateTrace, StepTrace, trace_generation
 
 __all__ = [
     "CalibratorFacts",
     "CandidateTrace",
+    "MassReport",
     "StepTrace",
+    "TextEncoder",
     "TextReport",
     "TokenFit",
+    "UncoveredToken",
     "VocabularyReport",
     "coverage_page",
     "describe_calibrator",
     "mask_in_context",
     "mask_pieces",
+    "mass_rows",
+    "report_mass",
     "report_text",
     "report_vocabulary",
+    "text_encoder",
     "text_rows",
     "trace_generation",
     "trace_page",

@@ -1,17 +1,20 @@
 """What of a target's vocabulary a calibrator covers, and how well it predicts text that is cut into its tokens.
 
-Counts of ids say little: what matters is how much of real text the covered tokens carry (its probability mass under
-the text's own distribution) and how many bits per byte the calibrator needs for it. Bits per byte are comparable
-across vocabularies, see calibrator/fidelity.py.
+Counts of ids say little: what matters is how much of real text the covered tokens carry (by their counts in a text, or
+by the probability that the target itself gives them there) and how many bits per byte the calibrator needs for it. Bits
+per byte are comparable across vocabularies, see calibrator/fidelity.py.
+
+"Covered" is what the calibrator has something to say about: for the universal calibrator every id with text, for a
+causal language model that is projected onto another vocabulary every id whose bytes its own tokens can spell.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -23,7 +26,15 @@ from calibfuse.errors import DataError
 from calibfuse.inspection.spelling import bytes_label
 from calibfuse.vocabulary import Vocabulary
 
-_BLOCK_ELEMENTS = 8_000_000  # of a [positions, vocabulary] block: bounds memory
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from calibfuse.calibrator.causal_lm import BoundCausalLM
+
+# A calibrator over one target vocabulary, of either kind.
+BoundGuide: TypeAlias = "BoundCalibrator | BoundCausalLM"
+
+_BLOCK_ELEMENTS = 4_000_000  # of a [positions, vocabulary] block: bounds memory
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,7 @@ class VocabularyReport:
         duplicates: ids whose bytes an earlier id has too.
         partial: ids that are no whole UTF-8 text (parts of characters).
         longest: bytes of the longest token.
+        unspelled: ids with text that the calibrator cannot spell: not covered either.
     """
 
     name: str
@@ -47,11 +59,12 @@ class VocabularyReport:
     duplicates: int
     partial: int
     longest: int
+    unspelled: int = 0
 
     @property
     def covered(self) -> int:
-        """Ids with text; the calibrator scores all of them."""
-        return self.size - self.special
+        """Ids that the calibrator has something to say about."""
+        return self.size - self.special - self.unspelled
 
     @property
     def coverage(self) -> float:
@@ -121,11 +134,54 @@ class TextReport:
         return {**asdict(self), "worst": worst, "covered_mass": self.covered_mass}
 
 
-def report_vocabulary(vocabulary: Vocabulary) -> VocabularyReport:
+@dataclass(frozen=True)
+class UncoveredToken:
+    """A token that fusion never moves, and what the target gives it.
+
+    Attributes:
+        token_id: its id.
+        text: as people read it; the name of a control token, where it is known.
+        mass: mean probability that the target gives it, in [0, 1].
+    """
+
+    token_id: int
+    text: str
+    mass: float
+
+
+@dataclass(frozen=True)
+class MassReport:
+    """How much of a target's own next-token probability lies on what the calibrator covers.
+
+    Attributes:
+        target: name of the model.
+        positions: distributions looked at, one after each token of the text.
+        covered: mean probability of all covered tokens together, in [0, 1].
+        special: of control tokens, such as the end of the text.
+        unspelled: of ids with text that the calibrator cannot spell.
+        beyond: of ids of the model's head that the tokenizer does not have.
+        heaviest: the uncovered tokens with the most probability.
+    """
+
+    target: str
+    positions: int
+    covered: float
+    special: float
+    unspelled: float
+    beyond: float
+    heaviest: tuple[UncoveredToken, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready dictionary."""
+        return asdict(self)
+
+
+def report_vocabulary(vocabulary: Vocabulary, bound: BoundGuide | None = None) -> VocabularyReport:
     """Count what a vocabulary is made of.
 
     Args:
         vocabulary: of the target.
+        bound: the calibrator that covers it; None: one that covers every id with text.
 
     Returns:
         The counts.
@@ -140,7 +196,84 @@ def report_vocabulary(vocabulary: Vocabulary) -> VocabularyReport:
         duplicates=len(texts) - len(set(texts)),
         partial=sum(not _is_text(token) for token in texts),
         longest=max(map(len, texts)),
+        unspelled=int((~_covered(bound, len(vocabulary)) & ~_special(vocabulary, len(vocabulary))).sum())
+        if bound
+        else 0,
     )
+
+
+def _covered(bound: BoundGuide, width: int) -> Tensor:
+    """Bool [width]: which ids the calibrator covers."""
+    return bound.covers(torch.arange(width, device=bound.device)).cpu()
+
+
+def _special(vocabulary: Vocabulary, width: int) -> Tensor:
+    """Bool [width]: which ids have no text; ids beyond the vocabulary are False."""
+    special = torch.zeros(width, dtype=torch.bool)
+    shared = min(width, len(vocabulary))
+    special[:shared] = torch.from_numpy(vocabulary.is_special[:shared].copy())
+    return special
+
+
+@torch.no_grad()
+def report_mass(
+    model: PreTrainedModel,
+    bound: BoundGuide,
+    sequences: Sequence[Sequence[int]],
+    *,
+    name: str = "the target",
+    worst: int = 20,
+    name_of: Callable[[int], str | None] | None = None,
+) -> MassReport:
+    """Ask the target itself what it would say in a text.
+
+    Args:
+        model: the target, a causal language model over the bound vocabulary.
+        bound: the calibrator.
+        sequences: token ids of passages, short enough for the model; each is read by itself.
+        name: of the model, for the report.
+        worst: how many of the uncovered tokens are listed.
+        name_of: what the tokenizer calls an id, for those without text.
+
+    Returns:
+        The report.
+
+    Raises:
+        DataError: no passage has a token.
+    """
+    total: Tensor | None = None
+    positions = 0
+    for sequence in sequences:
+        if not len(sequence):
+            continue
+        ids = torch.as_tensor(sequence, dtype=torch.int64, device=model.device)[None]
+        probabilities = model(ids).logits[0].float().softmax(dim=-1).sum(dim=0).double().cpu()
+        total = probabilities if total is None else total + probabilities
+        positions += ids.shape[1]
+    if total is None:
+        raise DataError("There is no text to measure: expected at least one passage with a token.")
+    mass = total / positions
+    covered, special = _covered(bound, len(mass)), _special(bound.vocabulary, len(mass))
+    beyond = torch.arange(len(mass)) >= len(bound.vocabulary)
+    heaviest = torch.where(covered, -1.0, mass).topk(min(worst, int((~covered).sum())))
+    return MassReport(
+        target=name,
+        positions=positions,
+        covered=float(mass[covered].sum()),
+        special=float(mass[special].sum()),
+        unspelled=float(mass[~covered & ~special & ~beyond].sum()),
+        beyond=float(mass[beyond].sum()),
+        heaviest=tuple(
+            UncoveredToken(token_id, _label(bound.vocabulary, token_id, name_of), share)
+            for share, token_id in zip(heaviest.values.tolist(), heaviest.indices.tolist(), strict=True)
+        ),
+    )
+
+
+def _label(vocabulary: Vocabulary, token_id: int, name_of: Callable[[int], str | None] | None) -> str:
+    if token_id < len(vocabulary) and not vocabulary.is_special[token_id]:
+        return repr(bytes_label(vocabulary.token_bytes(token_id)))
+    return (name_of(token_id) if name_of is not None else None) or "(no text)"
 
 
 def _is_text(data: bytes) -> bool:
@@ -152,12 +285,12 @@ def _is_text(data: bytes) -> bool:
 
 
 def report_text(
-    bound: BoundCalibrator, sequences: Sequence[Sequence[int]], *, worst: int = 20, min_count: int = 3
+    bound: BoundGuide, sequences: Sequence[Sequence[int]], *, worst: int = 20, min_count: int = 3
 ) -> TextReport:
     """Score a text that is cut into the target's tokens.
 
     Args:
-        bound: the calibrator, bound to the vocabulary of the ids.
+        bound: the calibrator over the vocabulary of the ids.
         sequences: token ids of passages, without special tokens.
         worst: how many of the worst predicted tokens are listed.
         min_count: a token is listed from so many occurrences; lowered to 1 where no token has them.
@@ -217,16 +350,15 @@ def report_text(
 
 
 @torch.no_grad()
-def _surprise(bound: BoundCalibrator, ids: Tensor, heads: Sequence[str]) -> list[Tensor]:
+def _surprise(bound: BoundGuide, ids: Tensor, heads: Sequence[str]) -> list[Tensor]:
     """Negative log-probability of every token of one sequence, the first included: float32 [length] for each head."""
     said = bound.sequence(ids[None])
     step = max(1, _BLOCK_ELEMENTS // bound.target_vocab_size)
-    results = []
-    for head in heads:
-        parts = [-bound.first_log_probs(head)[ids[:1]]]
-        for start in range(0, len(ids) - 1, step):
-            stop = min(start + step, len(ids) - 1)
-            log_probs = bound.normalise(said.positions(start, stop).log_scores(head)[0])
-            parts.append(-log_probs.gather(1, ids[start + 1 : stop + 1, None])[:, 0])
-        results.append(torch.cat(parts))
-    return results
+    parts: dict[str, list[Tensor]] = {head: [-bound.first_log_probs(head)[ids[:1]]] for head in heads}
+    for start in range(0, len(ids) - 1, step):
+        stop = min(start + step, len(ids) - 1)
+        states = said.positions(start, stop)  # all heads of a block at once: a projection reads the text for each block
+        for head in heads:
+            log_probs = bound.normalise(states.log_scores(head)[0])
+            parts[head].append(-log_probs.gather(1, ids[start + 1 : stop + 1, None])[:, 0])
+    return [torch.cat(parts[head]) for head in heads]

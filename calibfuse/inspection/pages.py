@@ -1,15 +1,14 @@
-"""Traces and coverage reports as self-contained HTML pages: no external file, readable without JavaScript.
+"""Traces as self-contained HTML pages: no external file, readable without JavaScript.
 
 All text is escaped; nothing that a model or a tokenizer says can become markup.
 """
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Mapping, Sequence
 
-from calibfuse.inspection.coverage import TextReport, VocabularyReport
+from calibfuse.inspection.markup import escape, unchanged, visible
 from calibfuse.inspection.spelling import Mask, mask_in_context, mask_pieces
 from calibfuse.inspection.trace import CandidateTrace, StepTrace
 
@@ -55,16 +54,16 @@ def trace_page(steps: Sequence[StepTrace], *, prompt: str, facts: Mapping[str, s
     Returns:
         The page.
     """
-    mask = mask or _unchanged
+    mask = mask or unchanged
     plain_pieces = [prompt, *(step.text for step in steps)]
     pieces = mask_pieces(plain_pieces, mask)
     words = "".join(
         f'<a href="#step{number}" style="{_colour(step.divergence, down=True)}" '
-        f'title="changed by {step.divergence:.3f} nats">{_escape(piece)}</a>'
+        f'title="changed by {step.divergence:.3f} nats">{escape(piece)}</a>'
         for number, (step, piece) in enumerate(zip(steps, pieces[1:], strict=True), start=1)
     )
     parts = [
-        f'<p class="text"><span class="prompt">{_escape(pieces[0])}</span>{words}</p>',
+        f'<p class="text"><span class="prompt">{escape(pieces[0])}</span>{words}</p>',
         '<p class="note">The redder a token, the more the calibrator changed the distribution it was chosen from '
         "(Kullback-Leibler divergence from the plain one, in nats). Select a token to see the candidates of its step. "
         "Probabilities are those before temperature, top-k and top-p.</p>",
@@ -79,10 +78,10 @@ def trace_page(steps: Sequence[StepTrace], *, prompt: str, facts: Mapping[str, s
 
 def _step(number: int, step: StepTrace, before: str, mask: Mask) -> str:
     def shown(candidate: CandidateTrace) -> str:
-        return _escape(_visible(mask_in_context(before, candidate.text, mask)))
+        return escape(visible(mask_in_context(before, candidate.text, mask)))
 
     heads = list(next((each.heads for each in step.candidates if each.heads), {}))
-    head_cells = "".join(f"<th>{_escape(head)}</th>" for head in heads)
+    head_cells = "".join(f"<th>{escape(head)}</th>" for head in heads)
     rows = []
     for each in step.candidates:
         kind = " ".join(
@@ -105,73 +104,8 @@ def _step(number: int, step: StepTrace, before: str, mask: Mask) -> str:
     )
 
 
-def coverage_page(
-    vocabulary: VocabularyReport,
-    text: TextReport | None,
-    *,
-    facts: Mapping[str, str],
-    mask: Mask | None = None,
-) -> str:
-    """A coverage report as an HTML page.
-
-    Args:
-        vocabulary: of `report_vocabulary`.
-        text: of `report_text`; None leaves that part out.
-        facts: names and values for the head of the page.
-        mask: as in `trace_page`.
-
-    Returns:
-        The page.
-    """
-    mask = mask or _unchanged
-    parts = ["<h2>Vocabulary</h2>", _rows(("ids", "count", "share"), vocabulary_rows(vocabulary))]
-    if text is not None:
-        parts += ["<h2>Text</h2>", _rows(("measure", "value"), text_rows(text))]
-        parts += [
-            "<h2>Worst predicted tokens</h2>",
-            '<p class="note">Mean surprise under the non-toxic head, among tokens that the text has often enough.</p>',
-            _rows(
-                ("token", "id", "count", "nats", "bits per byte"),
-                [
-                    (
-                        _visible(mask(fit.text)),
-                        str(fit.token_id),
-                        str(fit.count),
-                        f"{fit.nats:.2f}",
-                        f"{fit.bits_per_byte:.2f}",
-                    )
-                    for fit in text.worst
-                ],
-            ),
-        ]
-    return _page("What the calibrator covers", facts, parts)
-
-
-def vocabulary_rows(report: VocabularyReport) -> list[tuple[str, str, str]]:
-    """The table of a vocabulary report: what, how many, share of all ids."""
-    counts = (
-        ("in the vocabulary", report.size),
-        ("covered (have text)", report.covered),
-        ("special or holes (never moved)", report.special),
-        ("same bytes as another id", report.duplicates),
-        ("parts of characters", report.partial),
-    )
-    return [(name, f"{count:,}", f"{100 * count / report.size:.2f} %") for name, count in counts]
-
-
-def text_rows(report: TextReport) -> list[tuple[str, str]]:
-    """The table of a text report: what, and its value."""
-    return [
-        ("passages", f"{report.passages:,}"),
-        ("bytes", f"{report.bytes:,}"),
-        ("tokens", f"{report.tokens + report.skipped:,} ({report.distinct:,} different)"),
-        ("covered tokens of the text", f"{100 * report.covered_mass:.3f} %"),
-        *((f"bits per byte, head {head!r}", f"{value:.3f}") for head, value in report.bits_per_byte.items()),
-    ]
-
-
 def _page(title: str, facts: Mapping[str, str], parts: Sequence[str], script: str = "") -> str:
-    listed = "".join(f"<dt>{_escape(name)}</dt><dd>{_escape(value)}</dd>" for name, value in facts.items())
+    listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
     tail = f"<script>{script}</script>" if script else ""
     body = "\n".join(parts)
     return (
@@ -181,25 +115,10 @@ def _page(title: str, facts: Mapping[str, str], parts: Sequence[str], script: st
     )
 
 
-def _rows(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th>{_escape(cell)}</th>" for cell in headers)
-    body = "".join(f"<tr>{''.join(f'<td>{_escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{body}</table>"
-
-
 def _colour(size: float, *, down: bool) -> str:
     """A background: the more, the stronger."""
     strength = min(1.0, size / _FULL_COLOUR) if math.isfinite(size) else 1.0
     return f"background: rgba(var(--{'down' if down else 'up'}), {0.6 * strength:.2f})" if strength >= 0.01 else ""
-
-
-def _visible(text: str) -> str:
-    """Spaces and line ends of a token made visible."""
-    return text.replace(" ", "␣").replace("\n", "⏎").replace("\r", "␍").replace("\t", "⇥")
-
-
-def _escape(text: str) -> str:
-    return html.escape(text, quote=True)
 
 
 def _percent(log_probability: float) -> str:
@@ -212,7 +131,3 @@ def _number(value: float | None) -> str:
 
 def _signed(value: float) -> str:
     return f"{value:+.2f}"
-
-
-def _unchanged(text: str) -> str:
-    return text

@@ -32,6 +32,8 @@ from calibfuse.vocabulary.characters import Characters
 from calibfuse.vocabulary.token_table import CONTROL_TOKEN, Hints, TokenTable
 
 METASPACE = "\u2581"
+# To be raised by whoever changes the bytes of any token: disk caches of vocabularies are keyed by it.
+SPELLING_VERSION = 1
 # A mark on one token in twenty is a convention of the vocabulary; a stray one is text.
 _CLEAR_SHARE = 0.05
 # The blocks that BERT's basic tokenizer calls Chinese characters.
@@ -121,20 +123,20 @@ def recognise(characters: Characters, hints: Hints) -> Spelling:
 
 def _share(flagged: npt.NDArray[np.bool_], characters: Characters) -> float:
     """The share of flagged strings among those that are not empty."""
-    count = int(np.count_nonzero(characters.lengths))
-    return int(np.count_nonzero(flagged)) / max(count, 1)
+    return int(np.count_nonzero(flagged)) / max(characters.filled, 1)
 
 
 def _is_byte_level(characters: Characters, hint: bool | None) -> bool:
     """Whether the characters are GPT-2's byte alphabet; the decoder decides where the tokens could be either."""
-    undefined = _to_byte_values(characters.code_points) == _UNDEFINED
+    values = _to_byte_values(characters.code_points)
+    undefined = values == _UNDEFINED
     inside = (characters.lengths > 0) & ~characters.holding(undefined)
     if _share(inside, characters) < 0.5:
         return False
     # Text hardly has the 68 characters from U+0100 that stand for bytes, nor `Ġ` (space) in one token of a hundred.
-    substitutes = np.unique(characters.code_points[(characters.code_points >= 0x100) & ~undefined])
+    present = np.bincount(values[(characters.code_points >= 0x100) & ~undefined], minlength=1)
     spaces = _share(characters.starting_with("Ġ"), characters)
-    if _share(inside, characters) >= 0.95 and (len(substitutes) == _SUBSTITUTES or spaces >= 0.01):
+    if _share(inside, characters) >= 0.95 and (np.count_nonzero(present) == _SUBSTITUTES or spaces >= 0.01):
         return True
     return bool(hint)
 
@@ -205,14 +207,30 @@ def token_to_bytes(table: TokenTable, token_id: int, spelling: Spelling) -> byte
     return _utf8(token + space, table.name)
 
 
-def encode_tokens(table: TokenTable) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+@dataclass(frozen=True, eq=False)
+class EncodedTokens:
+    """The bytes of all tokens of a table.
+
+    Attributes:
+        data: uint8 [total_bytes], one token after the other.
+        offsets: int64 [size + 1].
+        is_fallback: bool [size]. True for byte tokens (`<0x2C>`) and for inner pieces of a word whose first character
+            stands outside words (`##,`): the tokenizer makes them only where no other token has their bytes.
+    """
+
+    data: npt.NDArray[np.uint8]
+    offsets: npt.NDArray[np.int64]
+    is_fallback: npt.NDArray[np.bool_]
+
+
+def encode_tokens(table: TokenTable) -> EncodedTokens:
     """Turn all tokens of a table into bytes; equal to `token_to_bytes` for each id, vectorised.
 
     Args:
         table: the tokens by id.
 
     Returns:
-        Bytes of all tokens one after the other (uint8 [total_bytes]) and offsets (int64 [size + 1]).
+        The bytes of every token.
 
     Raises:
         VocabularyError: a token holds a lone surrogate that stands for no byte.
@@ -221,6 +239,7 @@ def encode_tokens(table: TokenTable) -> tuple[npt.NDArray[np.uint8], npt.NDArray
     spelling = recognise(characters, table.hints)
     exceptional = _exceptional_ids(table, characters, spelling)
     exceptions = {token_id: token_to_bytes(table, token_id, spelling) for token_id in exceptional}
+    is_fallback = _fallbacks(table, characters, spelling, exceptional)
     characters = characters.without_strings(exceptional)
     if spelling.word_suffix is not None:
         space = "Ġ" if spelling.byte_level else " "
@@ -233,7 +252,37 @@ def encode_tokens(table: TokenTable) -> tuple[npt.NDArray[np.uint8], npt.NDArray
         data, lengths = _to_byte_values(characters.code_points).astype(np.uint8), characters.lengths
     else:
         data, lengths = characters.to_utf8()
-    return _with_exceptions(data, lengths, exceptions)
+    return EncodedTokens(*_with_exceptions(data, lengths, exceptions), is_fallback)
+
+
+def is_fallback_token(table: TokenTable, token_id: int, spelling: Spelling) -> bool:
+    """Whether one token is a fallback, in the obvious way; see `EncodedTokens.is_fallback`."""
+    token, prefix = table.tokens[token_id], spelling.continuation_prefix
+    if not isinstance(token, str) or token_id in table.special | table.literal:
+        return False
+    if spelling.metaspace:
+        return _BYTE_TOKEN.fullmatch(token) is not None
+    if prefix is None or not token.startswith(prefix) or token == prefix or _is_control(token, spelling):
+        return False
+    return stands_without_space(token[len(prefix)])
+
+
+def _fallbacks(
+    table: TokenTable, characters: Characters, spelling: Spelling, exceptional: list[int]
+) -> npt.NDArray[np.bool_]:
+    """`is_fallback_token` of every id, vectorised."""
+    found = np.zeros(len(table.tokens), dtype=np.bool_)
+    if spelling.metaspace:
+        found[[token_id for token_id in exceptional if is_fallback_token(table, token_id, spelling)]] = True
+    elif spelling.continuation_prefix is not None:
+        prefix = spelling.continuation_prefix
+        pieces = np.flatnonzero(characters.starting_with(prefix) & (characters.lengths > len(prefix)))
+        first, inverse = np.unique(
+            characters.code_points[characters.offsets[pieces] + len(prefix)], return_inverse=True
+        )
+        apart = np.array([stands_without_space(chr(code)) for code in first], dtype=np.bool_)
+        found[pieces] = apart[inverse]
+    return found
 
 
 def _to_byte_values(code_points: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint16]:

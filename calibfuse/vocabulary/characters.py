@@ -38,6 +38,11 @@ class Characters:
         np.cumsum(self.lengths, out=offsets[1:])
         return offsets
 
+    @cached_property
+    def filled(self) -> int:
+        """Number of strings that are not empty."""
+        return int(np.count_nonzero(self.lengths))
+
     def starting_with(self, text: str) -> npt.NDArray[np.bool_]:
         """Whether each string starts with `text`; bool [count]."""
         return self._holding(text, self.offsets[:-1])

@@ -4,12 +4,15 @@ Readers of files and of tokenizer objects (`loading.py`, `sentencepiece.py`) pro
 turns it into bytes. This module holds data only and knows no tokenizer library.
 """
 
+import hashlib
 import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
+
+import numpy as np
 
 from calibfuse.errors import VocabularyError
 
@@ -57,6 +60,23 @@ class TokenTable:
     literal: frozenset[int]
     name: str
     hints: Hints = field(default_factory=Hints)
+
+    def fingerprint(self) -> str | None:
+        """Hex digest of all that decides the bytes of the tokens, several times as fast as making the bytes.
+
+        Returns:
+            The digest; the name does not count. None for tables of raw bytes, whose tokens need no decoding.
+        """
+        kinds = set(map(type, self.tokens))
+        if not kinds <= {str, type(None)}:
+            return None
+        holes = [token_id for token_id, token in enumerate(self.tokens) if token is None] if type(None) in kinds else []
+        strings = cast("list[str]", [token or "" for token in self.tokens] if holes else self.tokens)
+        digest = hashlib.blake2b(b"calibfuse token table 1", digest_size=32)
+        digest.update(np.fromiter(map(len, strings), dtype="<i8", count=len(strings)).tobytes())
+        digest.update("".join(strings).encode("utf-8", "surrogatepass"))
+        digest.update(repr((sorted(self.special), sorted(self.literal), holes, self.hints)).encode())
+        return digest.hexdigest()
 
 
 def table_from_ids(

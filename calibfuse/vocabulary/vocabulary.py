@@ -5,9 +5,10 @@ text into ids.
 """
 
 import hashlib
+import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 # What `Vocabulary.from_tokenizer` accepts; a string, so that importing this module imports neither library.
 TokenizerLike: TypeAlias = "PreTrainedTokenizerBase | tokenizers.Tokenizer | Vocabulary | str | os.PathLike[str]"
+# What ids that are never made get of the probability of their bytes: finite, so that no score becomes -inf.
+FALLBACK_SHARE = 1e-3
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +43,8 @@ class Vocabulary:
         is_special: bool [size]. Control tokens (bos, eos, pad, unk, mask, chat marks), holes in the id range and empty
             tokens: they have no text, so no bytes.
         name: where it came from, for messages.
+        is_fallback: bool [size]. Ids that the tokenizer uses only where no other id has the same bytes: byte tokens
+            (`<0x2C>` beside `,`) and WordPiece's inner pieces of punctuation (`##,` beside `,`). Default: no id is one.
 
     Example:
         >>> vocabulary = Vocabulary.from_byte_strings([None, b" the", b"re"])
@@ -51,6 +56,7 @@ class Vocabulary:
     offsets: npt.NDArray[np.int64]
     is_special: npt.NDArray[np.bool_]
     name: str
+    is_fallback: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=np.bool_))
 
     def __post_init__(self) -> None:
         """Check that the arrays fit together and make them read-only.
@@ -74,7 +80,13 @@ class Vocabulary:
                 f"A vocabulary needs at least 2 tokens with text, but {self.name} has {usable} among {size} ids; "
                 "check that this is the target model's tokenizer."
             )
-        for array in (self.data, self.offsets, self.is_special):
+        if not len(self.is_fallback):
+            object.__setattr__(self, "is_fallback", np.zeros(size, dtype=np.bool_))
+        if self.is_fallback.shape != (size,):
+            raise VocabularyError(
+                f"is_fallback of {self.name} must be {size} flags, got shape {self.is_fallback.shape}."
+            )
+        for array in (self.data, self.offsets, self.is_special, self.is_fallback):
             array.flags.writeable = False
 
     def __len__(self) -> int:
@@ -101,12 +113,44 @@ class Vocabulary:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hex SHA-256 over offsets, data and is_special; the name does not count."""
+        """Hex SHA-256 over offsets, data and is_special; neither the name nor is_fallback counts."""
         digest = hashlib.sha256(b"calibfuse vocabulary 1")
         digest.update(len(self).to_bytes(8, "little"))
         for array in (self.offsets.astype("<i8"), self.data, self.is_special):
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
+
+    @cached_property
+    def log_shares(self) -> npt.NDArray[np.float32]:
+        """How much of the probability of its bytes each id gets, as a logarithm: float32 [size], 0 where it gets all.
+
+        Ids with the same bytes share: a distribution over byte strings must not change because a tokenizer spells one
+        of them twice. Ids that the tokenizer really uses share alike; fallbacks beside them get `FALLBACK_SHARE`
+        together, since the tokenizer never makes them there.
+        """
+        shares = np.zeros(len(self), dtype=np.float32)
+        for ids in self._twins():
+            fallbacks = [token_id for token_id in ids if self.is_fallback[token_id]]
+            used = [token_id for token_id in ids if not self.is_fallback[token_id]]
+            if not (fallbacks and used):
+                shares[ids] = -math.log(len(ids))
+                continue
+            shares[fallbacks] = math.log(FALLBACK_SHARE / len(fallbacks))
+            shares[used] = math.log((1.0 - FALLBACK_SHARE) / len(used))
+        return shares
+
+    def _twins(self) -> list[list[int]]:
+        """Groups of two or more ids with the same bytes."""
+        hashes = _string_hashes(self.data, self.offsets)
+        hashes[self.is_special] = np.arange(int(np.count_nonzero(self.is_special)))  # these are nobody's twins
+        order = np.argsort(hashes, kind="stable")
+        same = hashes[order][1:] == hashes[order][:-1]
+        suspects = order[np.append(same, False) | np.append(False, same)]
+        groups: dict[bytes, list[int]] = {}
+        for token_id in np.sort(suspects).tolist():
+            if not self.is_special[token_id]:
+                groups.setdefault(self.token_bytes(token_id), []).append(token_id)
+        return [ids for ids in groups.values() if len(ids) > 1]
 
     def extended(self, extra: Sequence[bytes]) -> "Vocabulary":
         """The same vocabulary with further tokens at the end.
@@ -128,6 +172,7 @@ class Vocabulary:
             offsets=np.concatenate([self.offsets, self.offsets[-1] + ends]),
             is_special=np.concatenate([self.is_special, np.zeros(len(extra), dtype=np.bool_)]),
             name=self.name,
+            is_fallback=np.concatenate([self.is_fallback, np.zeros(len(extra), dtype=np.bool_)]),
         )
 
     @classmethod
@@ -180,9 +225,32 @@ class Vocabulary:
         """
         if isinstance(tokenizer, Vocabulary):
             return tokenizer
-        return cls._from_table(load_table(tokenizer, revision=revision, local_files_only=local_files_only))
+        return cls.from_table(load_table(tokenizer, revision=revision, local_files_only=local_files_only))
 
     @classmethod
-    def _from_table(cls, table: TokenTable) -> "Vocabulary":
-        data, offsets = encode_tokens(table)
-        return cls(data=data, offsets=offsets, is_special=np.diff(offsets) == 0, name=table.name)
+    def from_table(cls, table: TokenTable) -> "Vocabulary":
+        """The bytes of every token of a table; see `from_tokenizer`.
+
+        Raises:
+            VocabularyError: fewer than two tokens have text, or one holds a lone surrogate.
+        """
+        encoded = encode_tokens(table)
+        return cls(
+            data=encoded.data,
+            offsets=encoded.offsets,
+            is_special=np.diff(encoded.offsets) == 0,
+            name=table.name,
+            is_fallback=encoded.is_fallback,
+        )
+
+
+def _string_hashes(data: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+    """A 64-bit hash of every string; equal strings have equal hashes, others hardly ever."""
+    lengths = np.diff(offsets)
+    with np.errstate(over="ignore"):
+        powers = np.cumprod(np.full(int(lengths.max(initial=0)) + 1, 0x9E3779B97F4A7C15, dtype=np.uint64))
+        positions = np.arange(len(data)) - np.repeat(offsets[:-1], lengths)
+        running = np.zeros(len(data) + 1, dtype=np.uint64)
+        np.cumsum((data.astype(np.uint64) + np.uint64(1)) * powers[positions], out=running[1:])
+        hashes: npt.NDArray[np.uint64] = running[offsets[1:]] - running[offsets[:-1]]
+    return hashes

@@ -1,0 +1,132 @@
+"""The disk cache of binding: bound vectors by calibrator and vocabulary, and vocabularies by tokenizer file.
+
+Whatever is wrong with a cache file costs time and a warning, never a result: it is made again. The files carry a plain
+sum in place of a cryptographic hash, which finds truncation, zeroed pages and flipped bits at the speed of memory; they
+are mapped into memory, not read, so that loading takes milliseconds.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from calibfuse import hub
+from calibfuse._version import __version__
+from calibfuse.errors import CheckpointError, VocabularyError
+from calibfuse.vocabulary import SPELLING_VERSION, TokenizerLike, Vocabulary, load_table, quick_fingerprint
+
+logger = logging.getLogger(__name__)
+
+_VOCABULARY_FIELDS = ("data", "offsets", "is_special", "is_fallback")
+# The names sort so that the vectors come first: they are mapped where the file begins, and matrices that lie on a
+# cache line are multiplied faster, and to the same last bit as freshly composed ones.
+_VECTORS, _BIASES = "vectors", "vectors.biases"
+_ALIGNMENT = 64
+_LAYOUT = 4  # of the files here, and of what `compose_vocabulary` puts into them
+_CHECKSUM = "zz.checksum"
+_CHECKSUM_START = 0x5CA1AB1E  # not 0, or a file of zeroed pages would be whole
+
+
+def cache_folder() -> Path:
+    """Where bound vectors are kept: CALIBFUSE_CACHE, else $XDG_CACHE_HOME/calibfuse, else ~/.cache/calibfuse."""
+    explicit = os.environ.get("CALIBFUSE_CACHE")
+    if explicit:
+        return Path(explicit)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "calibfuse"
+
+
+def bound_path(calibrator_fingerprint: str, vocabulary: Vocabulary, dtype: torch.dtype, version: int) -> Path:
+    """The file of one calibrator's vectors for one vocabulary."""
+    # Byte strings and fallbacks: all that the bound vectors and biases depend on.
+    fallbacks = zlib.crc32(vocabulary.is_fallback.tobytes())
+    name = str(dtype).removeprefix("torch.")
+    key = f"{calibrator_fingerprint[:24]}-{vocabulary.fingerprint[:24]}-{fallbacks:08x}-{name}-v{version}.{_LAYOUT}"
+    return cache_folder() / "bound" / f"{key}.safetensors"
+
+
+def load_bound(path: Path, *, size: int, token_width: int, head_count: int) -> tuple[Tensor, Tensor] | None:
+    """Vectors [size, token_width] and biases [size, head_count], memory-mapped; None where there are no good ones."""
+    shapes = {_VECTORS: (size, token_width), _BIASES: (size, head_count), _CHECKSUM: (8,)}
+    tensors = _load(path, shapes, "composing the vocabulary again")
+    return None if tensors is None else (tensors[_VECTORS], tensors[_BIASES])
+
+
+def save_bound(path: Path, vectors: Tensor, biases: Tensor) -> None:
+    """Write what `load_bound` reads; where that is impossible, warn."""
+    _save(path, {_VECTORS: vectors, _BIASES: biases}, "The bound vocabulary")
+
+
+def vocabulary_of(tokenizer: TokenizerLike, *, use_disk_cache: bool = True) -> Vocabulary:
+    """`Vocabulary.from_tokenizer`, remembered on disk.
+
+    A path is known by the contents of its files. An object in memory may have changed since it was loaded, so its
+    tokens are read in any case; what is remembered is how they become bytes.
+
+    Args:
+        tokenizer: see `Vocabulary.from_tokenizer`.
+        use_disk_cache: False: read the tokenizer in any case, and remember nothing.
+
+    Returns:
+        The vocabulary.
+
+    Raises:
+        VocabularyError: it is no usable tokenizer.
+    """
+    if isinstance(tokenizer, Vocabulary) or not use_disk_cache:
+        return Vocabulary.from_tokenizer(tokenizer)
+    key, table = quick_fingerprint(tokenizer), None
+    if key is None:
+        table = load_table(tokenizer)
+        key = table.fingerprint()
+        if key is None:
+            return Vocabulary.from_table(table)
+    path = cache_folder() / "vocabularies" / f"{key[:32]}-{__version__}-{SPELLING_VERSION}.safetensors"
+    tensors = _load(path, None, "reading the tokenizer again")
+    if tensors is not None:
+        try:
+            arrays = {field: tensors[field].numpy() for field in _VOCABULARY_FIELDS}
+            return Vocabulary(**arrays, name=str(tokenizer) if table is None else table.name)
+        except (KeyError, VocabularyError) as error:
+            logger.warning("Ignoring the damaged cache file %s and reading the tokenizer again: %r", path, error)
+    vocabulary = Vocabulary.from_tokenizer(tokenizer) if table is None else Vocabulary.from_table(table)
+    read = {field: torch.from_numpy(getattr(vocabulary, field).copy()) for field in _VOCABULARY_FIELDS}
+    _save(path, read, "The vocabulary")
+    return vocabulary
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> Tensor:
+    """A sum over the bytes of tensors, with the names' order: uint8 [8]; finds damage, not malice."""
+    total = _CHECKSUM_START
+    for name in sorted(tensors):
+        flat = tensors[name].detach().reshape(-1).view(torch.uint8)
+        whole = len(flat) // 8 * 8
+        total = total * 31 + int(flat[:whole].view(torch.int64).sum()) + int(flat[whole:].sum())
+    return torch.tensor(list((total % (1 << 64)).to_bytes(8, "little")), dtype=torch.uint8)
+
+
+def _load(path: Path, shapes: Mapping[str, tuple[int, ...]] | None, instead: str) -> dict[str, Tensor] | None:
+    if not path.is_file():
+        return None
+    try:
+        tensors = hub.read_tensors(path, expected=shapes)
+        said = tensors.pop(_CHECKSUM, None)
+        if said is None or not torch.equal(said, checksum(tensors)):
+            raise CheckpointError("its contents do not add up to the sum saved with them")
+    except CheckpointError as error:
+        logger.warning("Ignoring the damaged cache file %s and %s: %s", path, instead, error)
+        return None
+    return tensors
+
+
+def _save(path: Path, tensors: Mapping[str, Tensor], what: str) -> None:
+    try:
+        contents = {**tensors, _CHECKSUM: checksum(tensors)}
+        hub.write_tensors(path, contents, fingerprint=False, durable=False, alignment=_ALIGNMENT)
+    except CheckpointError as error:
+        logger.warning("%s could not be cached; it will be made again next time: %s", what, error)

@@ -1,0 +1,121 @@
+"""Cuts text into the ids of whatever a user calls a tokenizer, for reports on text.
+
+`Vocabulary` knows the bytes of the ids of every kind of tokenizer, but not how text becomes ids; here the library that
+belongs to the kind does that. Left out: kinds of files that no installed library can encode with (.tiktoken ranks and
+tekken.json without their split pattern, llama2.c's tokenizer.bin).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+import tokenizers
+
+from calibfuse.errors import DataError, InputError, MissingDependencyError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Texts -> token ids of each, without begin and end marks.
+TextEncoder: TypeAlias = Callable[[list[str]], list[list[int]]]
+
+_UNKNOWN_WORD = "[UNK]"
+
+
+def text_encoder(
+    tokenizer: PreTrainedTokenizerBase | tokenizers.Tokenizer | str | os.PathLike[str],
+) -> TextEncoder:
+    """How a tokenizer cuts text.
+
+    Args:
+        tokenizer: a transformers tokenizer, a `tokenizers.Tokenizer`, or the path of a file: tokenizer.json, a
+            SentencePiece .model, or a WordPiece vocab.txt. A bare vocab.txt does not say whether its model lower-cases:
+            here it does unless the list has words with capitals.
+
+    Returns:
+        The encoder.
+
+    Raises:
+        InputError: a file that lists tokens without saying how text becomes tokens.
+        DataError: the file is damaged.
+        MissingDependencyError: a SentencePiece model, and the package sentencepiece is not installed.
+
+    Example:
+        >>> from tokenizers import Tokenizer, models, pre_tokenizers
+        >>> words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+        >>> words.pre_tokenizer = pre_tokenizers.Whitespace()
+        >>> text_encoder(words)(["b a", "c"])
+        [[1, 0], [2]]
+    """
+    if isinstance(tokenizer, tokenizers.Tokenizer):
+        return _library_encoder(tokenizer)
+    if isinstance(tokenizer, (str, os.PathLike)):
+        return _file_encoder(Path(os.fspath(tokenizer)).expanduser())
+    return lambda texts: [list(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts]
+
+
+def _library_encoder(tokenizer: tokenizers.Tokenizer) -> TextEncoder:
+    return lambda texts: [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+
+def _file_encoder(path: Path) -> TextEncoder:
+    try:
+        with path.open("rb") as file:
+            head = file.read(4096)
+    except OSError as error:
+        raise DataError(f"Cannot read the tokenizer file {path}: {error.strerror or error}.") from error
+    if head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"{":
+        try:
+            return _library_encoder(tokenizers.Tokenizer.from_file(str(path)))
+        except Exception as error:  # the library raises bare Exceptions
+            raise DataError(
+                f"{str(path)!r} cannot cut a text into tokens ({_first_line(error)}); a tokenizer.json is expected."
+            ) from error
+    if head[:1] == b"\x0a":
+        return _sentencepiece_encoder(path)
+    if path.suffix == ".txt":
+        return _word_piece_encoder(path)
+    raise InputError(
+        f"{str(path)!r} lists tokens, but does not say how a text is cut into them; give the folder of the tokenizer, "
+        "its tokenizer.json, SentencePiece .model or vocab.txt, or leave the text out."
+    )
+
+
+def _sentencepiece_encoder(path: Path) -> TextEncoder:
+    try:
+        import sentencepiece
+    except ImportError as error:
+        raise MissingDependencyError(
+            f"Cutting a text with the SentencePiece model {str(path)!r} needs the package sentencepiece: "
+            "pip install sentencepiece."
+        ) from error
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"{str(path)!r} is a damaged SentencePiece model: {_first_line(error)}.") from error
+    return lambda texts: [list(processor.encode(text)) for text in texts]
+
+
+def _word_piece_encoder(path: Path) -> TextEncoder:
+    """BERT's own tokenization: basic split, then greedy longest pieces."""
+    try:
+        lines = path.read_bytes().decode("utf-8").replace("\r\n", "\n").removesuffix("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{str(path)!r} is no WordPiece vocabulary: {error}.") from error
+    if _UNKNOWN_WORD not in lines:
+        raise DataError(
+            f"{str(path)!r} is no WordPiece vocabulary: expected one token a line, {_UNKNOWN_WORD} among them."
+        )
+    cased = any(line[:1].isalpha() and line != line.lower() for line in lines)
+    vocab = {line: token_id for token_id, line in enumerate(lines)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab, unk_token=_UNKNOWN_WORD))
+    tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=not cased)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    return _library_encoder(tokenizer)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:200]

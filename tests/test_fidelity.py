@@ -1,0 +1,171 @@
+"""Bits per byte, among all tokens and among candidates, and the scripts that compare them across vocabularies."""
+
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_calibrators import make_bound, make_calibrator, make_vocabulary
+
+from calibfuse.calibrator.fidelity import FrequentCandidates, measure_fidelity
+from calibfuse.vocabulary import Vocabulary
+
+SIZE = 96
+
+
+def random_sequences(count=6, seed=0):
+    generator = np.random.default_rng(seed)
+    return [generator.integers(0, SIZE, generator.integers(1, 9)).tolist() for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def bound():
+    return make_bound()
+
+
+@pytest.fixture(scope="module")
+def script(repository):
+    """examples/measure_fidelity.py, which imports its neighbour."""
+    folder = str(repository / "examples")
+    sys.path.insert(0, folder)
+    try:
+        spec = importlib.util.spec_from_file_location("measure_fidelity", repository / "examples/measure_fidelity.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        sys.path.remove(folder)
+
+
+@pytest.mark.parametrize("head", ["calibrator", "reference"])
+def test_both_figures_equal_a_slow_loop(bound, head):
+    sequences = random_sequences()
+    candidates = FrequentCandidates(sequences, SIZE, count=3)
+    result = measure_fidelity(bound, sequences, head=head, candidates=candidates, batch_size=2)
+    nats = restricted = byte_count = 0
+    for sequence in sequences:
+        ask = bound.log_probs if head == "calibrator" else bound.reference_log_probs
+        rows = torch.cat([bound.first_log_probs(head)[None], ask(torch.tensor([sequence]))[0]])
+        for place, token in enumerate(sequence):
+            if bound.vocabulary.is_special[token]:
+                continue
+            before = torch.tensor([sequence[place - 1] if place else -1])
+            allowed = set(candidates(before)[0].nonzero()[:, 0].tolist()) | {token}
+            allowed = [each for each in sorted(allowed) if not bound.vocabulary.is_special[each]]
+            nats -= float(rows[place, token])
+            restricted += float(rows[place, allowed].logsumexp(0) - rows[place, token])
+            byte_count += len(bound.vocabulary.token_bytes(token))
+    assert result.bytes == byte_count
+    assert result.nats == pytest.approx(nats, rel=1e-4)
+    assert result.restricted_nats == pytest.approx(restricted, rel=1e-4)
+    assert result.restricted_bits_per_byte == pytest.approx(restricted / byte_count / math.log(2), rel=1e-4)
+    assert measure_fidelity(bound, sequences).restricted_bits_per_byte is None
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 7), max_size=6), max_size=6), st.integers(1, 4))
+def test_candidates_are_the_frequent_tokens_and_followers(sequences, count):
+    candidates = FrequentCandidates(sequences, 8, count=count)
+    totals = np.bincount([token for sequence in sequences for token in sequence], minlength=8)
+    for before in range(-1, 8):
+        followers = np.zeros(8, dtype=int)
+        for sequence in sequences:
+            for one, other in zip([-1, *sequence], sequence, strict=False):
+                followers[other] += one == before
+        chosen = set(candidates(torch.tensor([before]))[0].nonzero()[:, 0].tolist())
+        frequent = set(np.argsort(-totals, kind="stable")[:count].tolist())
+        assert frequent <= chosen
+        most = sorted(followers[followers > 0], reverse=True)[:count]
+        assert sorted((followers[token] for token in chosen if followers[token]), reverse=True)[: len(most)] == most
+        assert all(followers[token] for token in chosen - frequent)
+
+
+def test_a_map_of_equal_strings_onto_the_same_vocabulary_is_the_calibrator_itself(script, bound):
+    sequences = [[token for token in sequence if token > 2] for sequence in random_sequences()]
+    counts = np.ones(SIZE, dtype=np.int64)
+    carried = script.EqualStrings(bound, bound.vocabulary, counts)
+    expected = measure_fidelity(bound, sequences)
+    # nothing is left for tokens without an equal one, and of special tokens neither says anything
+    assert carried.uncovered_mass == pytest.approx(0.0, abs=1e-9)
+    assert carried.nats(sequences, "calibrator") == pytest.approx(expected.nats, rel=2e-3)
+
+
+def test_a_map_of_equal_strings_is_a_distribution(script, bound):
+    tokens = [bound.vocabulary.token_bytes(i) or None for i in range(40)]
+    target = Vocabulary.from_byte_strings([*tokens, b"unheard of", b"a\xffb"])
+    counts = np.arange(len(target))
+    carried = script.EqualStrings(bound, target, counts)
+    total = sum(
+        math.exp(-carried.nats([[10, token]], "calibrator") + carried.nats([[10]], "calibrator"))
+        for token in range(len(target))
+        if not target.is_special[token]
+    )
+    assert total == pytest.approx(1.0, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_the_ceiling_scripts_train_and_compare(repository, sample_lines, byte_level_tokenizer, tmp_path):
+    from calibfuse.training.data import PassageStore, TextSource
+    from calibfuse.training.tokenizer_pool import PoolSpec, TokenizerPool
+
+    text = tmp_path / "text.jsonl"
+    rows = [json.dumps({"text": " ".join(sample_lines[i : i + 5])}) for i in range(len(sample_lines))]
+    text.write_text("\n".join(rows))
+    store = PassageStore.build([TextSource(str(text), True)], tmp_path, validation_share=0.2, show_progress=False)
+    TokenizerPool.train(
+        [row * 3 for row in rows], [PoolSpec(style="byte-level", vocab_size=300)], show_progress=False
+    ).save(tmp_path / "pool")
+    files = tmp_path / "tokenizers"
+    files.mkdir()
+    byte_level_tokenizer.save(str(files / "own.json"))
+
+    def run(script, *arguments):
+        command = [sys.executable, str(repository / "examples" / script), *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    common = ("--store", store.folder, "--steps", 4, "--rows", 2, "--slots", 32)
+    fair = json.loads(run("train_ceiling_lm.py", *common, "--pool", tmp_path / "pool", "--output", tmp_path / "fair"))
+    own = ("--tokenizer", files / "own.json", "--output", tmp_path / "own")
+    ceiling = json.loads(run("train_ceiling_lm.py", *common, *own, "--bytes-per-step", fair["bytes_per_step"]))
+    assert ceiling["steps"] == 4
+    assert ceiling["bytes"] == pytest.approx(fair["bytes"], rel=0.5)
+    out = run(
+        "measure_fidelity.py",
+        *("--calibrator", tmp_path / "fair", "--tokenizers", files, "--pool", tmp_path / "pool", "--bytes", 1500),
+        *("--store", store.folder, "--candidates", 5, "--equal-strings", "--counted-bytes", 2000),
+        *("--ceiling", f"own.json={tmp_path / 'own'}", "--fair", tmp_path / "fair"),
+    )
+    assert "| own.json | unseen | 600 |" in out
+    assert "ordinary | universal | difference" in out
+
+
+def test_a_vocabulary_of_its_own_reads_like_an_ordinary_table(script, tmp_path):
+    """A saved ceiling model says what its table and body say, and refuses another vocabulary."""
+    import train_ceiling_lm as ceiling
+
+    from calibfuse import hub
+    from calibfuse.calibrator.binding import BoundCalibrator
+
+    vocabulary = make_vocabulary()
+    calibrator = make_calibrator()
+    shape = calibrator.config
+    calibrator.composer = ceiling.OwnTable(SIZE, shape.token_width, len(shape.heads))
+    vectors, biases = calibrator.composer(ceiling.id_features(SIZE))
+    values = {"format": ceiling.FORMAT_NAME, "format_version": 1, "shape": shape.to_dict(), "tokenizer": "words"}
+    hub.write_checkpoint(
+        tmp_path, config={**values, "vocabulary": vocabulary.fingerprint}, tensors=calibrator.state_dict()
+    )
+    ids = torch.tensor([[5, 9, 20]])
+    expected = BoundCalibrator(calibrator, vocabulary, vectors.detach(), biases.detach()).log_probs(ids)
+    torch.testing.assert_close(ceiling.load_ceiling(tmp_path, vocabulary).log_probs(ids), expected)
+    with pytest.raises(ValueError, match="belongs to words, not to words"):
+        ceiling.load_ceiling(tmp_path, make_vocabulary(80))
