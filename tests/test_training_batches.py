@@ -61,6 +61,14 @@ def test_targets_and_frequent_tokens_are_always_candidates():
     assert (log_weights[np.isin(ids, [4000, 4500])] == 0).all()
 
 
+def test_ids_with_equal_bytes_count_for_one_together():
+    strings = [f"token{i}".encode() for i in range(4999)]
+    vocabulary = Vocabulary.from_byte_strings([None, *strings, *strings])
+    table = BatchVocabulary(vocabulary, np.zeros(9999, dtype=np.int64), bucket_count=512, candidate_count=4000)
+    _, log_weights = table.draw_candidates(np.array([1, 5000]), np.random.default_rng(0))
+    assert np.exp(log_weights.astype(np.float64)).sum() == pytest.approx(4999, rel=1e-4)
+
+
 def test_the_sampled_loss_estimates_the_full_one():
     """The mean over 200 draws of candidates is within 1 % of the full softmax."""
     torch.manual_seed(0)
@@ -83,12 +91,16 @@ def test_the_sampled_loss_estimates_the_full_one():
     assert sampled == pytest.approx(full, rel=0.01)
 
 
-def test_the_loss_is_the_mean_cross_entropy_of_the_bound_calibrator():
+@pytest.mark.parametrize("twins", [0, 20])
+def test_the_loss_is_the_mean_cross_entropy_of_the_bound_calibrator(twins):
+    """Also where ids have equal bytes, which share their probability."""
     torch.manual_seed(0)
     calibrator = Calibrator(SHAPE).eval()
     for head in calibrator.heads.values():
         torch.nn.init.normal_(head.query.weight)
-    vocabulary = vocabulary_of(60)
+    strings = [f"token{i}".encode() for i in range(59 - twins)]
+    vocabulary = Vocabulary.from_byte_strings([None, *strings, *strings[:twins]])
+    assert (vocabulary.log_shares < 0).sum() == 2 * twins
     table = BatchVocabulary(vocabulary, np.zeros(60, dtype=np.int64), bucket_count=512, candidate_count=100)
     ids = np.array([[BOUNDARY, 3, 4, 5, 6], [BOUNDARY, 9, 8, 7, 6]])
     flags = np.array([[True] * 5, [False] * 5])

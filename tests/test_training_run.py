@@ -50,8 +50,10 @@ def history(output: Path) -> list[dict[str, float]]:
 def test_training_lowers_the_loss_and_writes_a_loadable_calibrator_with_its_facts(text, tmp_path):
     output = train(text, tmp_path / "out", training={"steps": 60})
     rows = history(output)
-    assert rows[-1]["reference_nats"] < rows[0]["reference_nats"] - 0.5
-    assert rows[-1]["bits_per_byte"] < rows[0]["bits_per_byte"]
+    # single batches differ much in what they hold
+    for figure, least in (("reference_nats", 0.5), ("bits_per_byte", 0.0)):
+        first, last = (sum(row[figure] for row in part) / 5 for part in (rows[:5], rows[-5:]))
+        assert last < first - least, figure
     calibrator = Calibrator.from_pretrained(output)
     facts = calibrator.config.training
     assert set(facts["data"]["files"]) == {"clean.txt", "web.txt"}

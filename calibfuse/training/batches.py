@@ -36,7 +36,8 @@ class TrainingBatch:
         targets: int64 [rows, slots], index into `candidates`, or IGNORE where the next slot is a boundary.
         is_non_toxic: bool [rows, slots], whether the target belongs to a non-toxic passage.
         candidates: int64 [candidates], local token indices of the softmax.
-        log_weights: float32 [candidates], log of how many tokens of the vocabulary each stands for.
+        log_weights: float32 [candidates], log of how many tokens of the vocabulary each stands for, plus the log of its
+            share of the probability of its bytes.
         target_bytes: bytes of all targets.
     """
 
@@ -84,20 +85,26 @@ class BatchVocabulary:
     def draw_candidates(
         self, target_ids: NDArray[np.int64], rng: np.random.Generator
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Token ids of the softmax subset and the log of how many tokens each stands for."""
+        """Token ids of the softmax subset and what is added to their scores.
+
+        That is the log of how many tokens each stands for, and for ids with equal bytes the log of their share, as
+        binding adds it: the model is to learn the probability of the bytes.
+        """
+        shares = self.vocabulary.log_shares
         if len(self.covered_ids) <= self.candidate_count:
-            return self.covered_ids, np.zeros(len(self.covered_ids), dtype=np.float32)
+            return self.covered_ids, shares[self.covered_ids]
         certain = np.union1d(target_ids, self.frequent_ids)
         wanted = max(self.candidate_count - len(certain), self.candidate_count // 4)
         is_rest = ~self.vocabulary.is_special
         is_rest[certain] = False
         rest = np.flatnonzero(is_rest)
         if len(rest) <= wanted:
-            return self.covered_ids, np.zeros(len(self.covered_ids), dtype=np.float32)
+            return self.covered_ids, shares[self.covered_ids]
         drawn = rng.choice(rest, size=wanted, replace=False, shuffle=False)
-        log_weights = np.zeros(len(certain) + wanted, dtype=np.float32)
-        log_weights[len(certain) :] = np.log(len(rest) / wanted)
-        return np.concatenate([certain, drawn]), log_weights
+        candidates = np.concatenate([certain, drawn])
+        log_weights = shares[candidates]
+        log_weights[len(certain) :] += np.float32(np.log(len(rest) / wanted))
+        return candidates, log_weights
 
 
 def pack_rows(

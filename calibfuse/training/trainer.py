@@ -32,6 +32,7 @@ from calibfuse.errors import CheckpointError, DataError, InputError, MissingDepe
 from calibfuse.training.balance import balance_terms
 from calibfuse.training.batches import BatchVocabulary, TrainingBatch, make_batch, pack_rows
 from calibfuse.training.data import PassageStore
+from calibfuse.training.neutral_sentences import neutral_passage
 from calibfuse.training.objective import Losses, TrainingObjective
 from calibfuse.training.tokenizer_pool import PoolEntry, TokenizerPool
 
@@ -59,6 +60,8 @@ class TrainingConfig:
         flagged_share: share of the passages drawn from those that only the reference sees; None: as they come.
         balance_identity_terms: leave out flagged passages until the names of groups of people are flagged no more often
             than other words; see balance.py.
+        neutral_share: share of passages that are made: neutral sentences which name groups of people, read alike by
+            both heads; see neutral_sentences.py.
         candidate_count: tokens of the softmax subset.
         vocabulary_size: size to which the vocabularies of the pool are filled up with negatives.
         split_rate: share of tokens cut in two, on every second batch, in place of BPE dropout.
@@ -79,6 +82,7 @@ class TrainingConfig:
     reference_weight: float = 1.0
     flagged_share: float | None = None
     balance_identity_terms: bool = True
+    neutral_share: float = 0.02
     candidate_count: int = 2560
     vocabulary_size: int = 100_000
     split_rate: float = 0.05
@@ -97,7 +101,7 @@ class TrainingConfig:
         for name in ("steps", "rows", "slots", "candidate_count", "vocabulary_size", "save_every", "validation_bytes"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("warmup", "decay", "split_rate"):
+        for name in ("warmup", "decay", "split_rate", "neutral_share"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise InputError(f"{name} must be in [0, 1], got {getattr(self, name)}.")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
@@ -181,15 +185,21 @@ class BatchSource:
     ) -> Iterator[tuple[Sequence[int], bool]]:
         """Tokenized passages; a passage counts as used when it is taken."""
         while True:
-            drawn, ahead = [], dict(self.cursors)
+            drawn: list[tuple[int, bool]] = []
+            texts: list[str] = []
+            ahead = dict(self.cursors)
             for _ in range(_ENCODE_CHUNK):
                 label = self._draw_label(rng)
-                drawn.append((label, self._index_at(label, ahead[label])))
+                is_made = rng.random() < self.config.neutral_share
+                drawn.append((label, is_made))
+                if is_made:
+                    texts.append(neutral_passage(rng))
+                    continue
+                texts.append(self.store.text(self._index_at(label, ahead[label])))
                 ahead[label] += 1
-            texts = self.store.texts(index for _, index in drawn)
             rows = entry.encode_batch(texts, split_rate=self.config.split_rate if split else 0.0, rng=rng)
-            for (label, _), row in zip(drawn, rows, strict=True):
-                self.cursors[label] += 1
+            for (label, is_made), row in zip(drawn, rows, strict=True):
+                self.cursors[label] += not is_made
                 yield row, label == 1
 
     def _draw_label(self, rng: np.random.Generator) -> int:
