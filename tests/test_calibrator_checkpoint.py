@@ -12,6 +12,7 @@ from calibfuse import hub
 from calibfuse.calibrator import Calibrator, CalibratorConfig
 from calibfuse.calibrator import model as model_module
 from calibfuse.errors import CheckpointError, CheckpointFormatError, InputError
+from calibfuse.model_card import PLACEHOLDER
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +207,10 @@ def test_push_uploads_what_save_writes(calibrator, folder, monkeypatch):
         "branch",
         "secret",
     )
-    assert seen["files"] == contents(folder)
+    expected = contents(folder)
+    card = expected["README.md"].decode()
+    assert card.count(PLACEHOLDER)
+    assert seen["files"] == {**expected, "README.md": card.replace(PLACEHOLDER, "someone/calibrator").encode()}
 
 
 def test_the_hub_gets_revision_cache_and_offline_mode(calibrator, folder, monkeypatch, tmp_path):

@@ -12,9 +12,11 @@ MASK = 0xFFFFFFFF
 
 
 def words_of(*texts):
+    """Words of each text; repeated bytes of one character may be folded, which leaves bytes that are no UTF-8."""
     stream = split_words(texts)
     return [
-        [stream.word(i).decode() for i in range(len(stream)) if stream.text_index[i] == t] for t in range(len(texts))
+        [stream.word(i).decode(errors="surrogateescape") for i in range(len(stream)) if stream.text_index[i] == t]
+        for t in range(len(texts))
     ]
 
 
