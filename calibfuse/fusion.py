@@ -12,7 +12,8 @@ With t, c, r the renormalised log-probabilities of target, calibrator and refere
                 d = c - r, brought nearer to 0 by margin
     geometric   (1 - a) t + a c                                   (log-linear mixture)
     blend       log((1 - a) exp t + a exp c)                      (linear mixture of probabilities)
-    value       t + a log R                                       (Meng et al. 2022, NADO)
+    value       t + clip(a v, -max_shift, max_shift)              (Meng et al. 2022, NADO)
+                v = log R(x_<i, y) - log R(x_<i), R(x_<i) = sum_y exp(t) R(x_<i, y) over the candidates
 
 One mode is none of these: `embedding`, the source paper's own (Tian et al. 2025), fuses hidden states before the
 target's output head, over the whole vocabulary. Its arithmetic is in fusion_embedding.py; here it has its options.
@@ -85,8 +86,7 @@ class FusionConfig:
         count = self.candidates
         if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 0):
             raise InputError(
-                "candidates must be None (by probability), 0 (whole vocabulary) or a positive integer, got "
-                f"{count!r}."
+                f"candidates must be None (by probability), 0 (whole vocabulary) or a positive integer, got {count!r}."
             )
         for name in ("one_sided", "hidden_temperature"):
             if not isinstance(getattr(self, name), bool):
@@ -170,6 +170,8 @@ def _blend(target: Tensor, guide: Mapping[str, Tensor], config: FusionConfig) ->
 
 
 def _value(target: Tensor, guide: Mapping[str, Tensor], config: FusionConfig) -> Tensor:
+    # guide["value"] is relative to its expectation under the target (`_relative`): what the clip bounds is how much a
+    # token is better or worse than the target's average one, however hopeless the prefix is.
     return target + (config.alpha * guide["value"]).clamp(-config.max_shift, config.max_shift)
 
 
@@ -180,7 +182,7 @@ MODES: dict[str, Mode] = {
     "value": Mode(_value, ("value",), MAX_ALPHA),
     "embedding": Mode(None, ("calibrator",), 1.0, default_alpha=0.1, below_max=True),
 }
-# Heads whose scores are log-probabilities up to a constant; the value head's are log R, with its own zero.
+# Heads whose scores are log-probabilities up to a constant; the value head's are log R.
 _DISTRIBUTION_HEADS = ("calibrator", "reference")
 
 
@@ -196,8 +198,9 @@ def fuse(
         scores: float [..., target_vocab_size], logits or log-probabilities (a constant per row changes nothing); -inf
             where a token is excluded. Not modified.
         guide_scores: (head, token_ids int64 [..., k] or None) -> float [..., k], log-probabilities up to a constant per
-            row. Asked for the needed heads and the candidates only; None when every token is a candidate: then the
-            last axis is the guide's whole vocabulary, which may be wider or narrower than the scores.
+            row, or log R of the head "value" (a constant per row cancels there as well). Asked for the needed heads and
+            the candidates only; None when every token is a candidate: then the last axis is the guide's whole
+            vocabulary, which may be wider or narrower than the scores.
         covers: token_ids int64 [...] -> bool, True where the guide knows the token.
         config: how.
 
@@ -227,7 +230,7 @@ def fuse(
     guide = {}
     for head in mode.heads:
         raw = _fit(guide_scores(head, token_ids), values.shape[-1])
-        guide[head] = _renormalise(raw, fixed) if head in _DISTRIBUTION_HEADS else raw
+        guide[head] = _renormalise(raw, fixed) if head in _DISTRIBUTION_HEADS else _relative(raw, target, fixed)
     fused = _renormalise(mode.fuse(target, guide, config), fixed)
     values = torch.where(fixed, values, fused + mass)
     if token_ids is None:
@@ -247,3 +250,8 @@ def _renormalise(scores: Tensor, fixed: Tensor) -> Tensor:
     """Log-softmax over the entries that are not fixed; 0 at the fixed ones, also in a row that has no others."""
     return scores.masked_fill(fixed, -torch.inf).log_softmax(dim=-1).masked_fill(fixed, 0.0)
 
+
+def _relative(log_r: Tensor, target: Tensor, fixed: Tensor) -> Tensor:
+    """Log R of each candidate minus log of its expectation under the target's candidates; 0 at the fixed entries."""
+    expected = (target + log_r).masked_fill(fixed, -torch.inf).logsumexp(dim=-1, keepdim=True)
+    return (log_r - expected).masked_fill(fixed, 0.0)

@@ -88,7 +88,8 @@ def slow_row(scores, heads, covered, config):
         elif config.mode == "blend":
             fused[i] = math.log((1 - a) * math.exp(target[i]) + a * math.exp(guide["calibrator"][i]))
         else:
-            fused[i] = target[i] + min(max(a * heads["value"][i], -config.max_shift), config.max_shift)
+            prefix = log_sum_exp([target[j] + heads["value"][j] for j in chosen])
+            fused[i] = target[i] + min(max(a * (heads["value"][i] - prefix), -config.max_shift), config.max_shift)
     constant = log_sum_exp(list(fused.values()))
     return [mass + fused[i] - constant if i in fused else log_probs[i] for i in range(len(scores))]
 

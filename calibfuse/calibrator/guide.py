@@ -16,7 +16,7 @@ class NextTokens(Protocol):
     """What a guide says of the next token at some positions (leading axes `...`: rows, or rows and positions)."""
 
     def log_scores(self, head: str, token_ids: Tensor | None = None) -> Tensor:
-        """Log-probabilities up to one constant per position.
+        """Log-probabilities up to one constant per position; of the head "value" log R, at most 0.
 
         Args:
             head: "calibrator", "reference" or "value".

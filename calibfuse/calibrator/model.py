@@ -5,7 +5,9 @@ Composer (bytes -> token vectors), body (transformer), heads. Every head scores 
     score(token | prefix) = <W_head norm(x + adapter_head(x)), h(token)> + bias_head(token)
 
 with x the body's last state. The heads "calibrator" (non-toxic text) and "reference" (unfiltered text) share the body,
-so one forward gives both (design: contrast of a model with its own twin). `bind` compiles the model for one vocabulary.
+so one forward gives both (design: contrast of a model with its own twin). A third head, "value", may be added by
+`with_value_head`: there log R = log sigmoid(score), a sequence-level guide (Meng et al. 2022, NADO). `bind` compiles
+the model for one vocabulary.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,6 +27,7 @@ from calibfuse import hub
 from calibfuse.calibrator.body import Body, KeyValueBuffer
 from calibfuse.calibrator.causal_lm import CausalLMCalibrator, is_transformers_checkpoint
 from calibfuse.calibrator.composer import Composer, TokenFeatures
+from calibfuse.calibrator.value_lm import ValueLM, is_value_lm_checkpoint
 from calibfuse.errors import CheckpointError, InputError
 from calibfuse.model_card import PLACEHOLDER, calibrator_card
 
@@ -164,6 +167,31 @@ class Calibrator(nn.Module):
             {name: Head(config.width, config.adapter_width, config.token_width) for name in config.heads}
         )
 
+    def with_value_head(self, seed: int) -> Calibrator:
+        """A copy with a fresh head "value"; a former one is replaced.
+
+        Args:
+            seed: of the head's weights. Its query starts at zero, so that R is one half everywhere.
+
+        Returns:
+            The copy; body, composer and the other heads have the same weights.
+        """
+        heads = (*(name for name in self.config.heads if name != VALUE_HEAD), VALUE_HEAD)
+        device, dtype = self.boundary.device, self.boundary.dtype
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            copied = Calibrator(replace(self.config, heads=heads)).to(device, dtype)
+        weights = {name: tensor for name, tensor in self.state_dict().items() if f"heads.{VALUE_HEAD}." not in name}
+        columns = [self.config.token_width + self.config.heads.index(name) for name in heads[:-1]]
+        table = weights.pop("composer.table")
+        fresh = copied.state_dict()
+        fresh.update(weights)
+        vectors = table[:, : self.config.token_width]
+        fresh["composer.table"] = torch.cat([vectors, table[:, columns], torch.zeros_like(table[:, :1])], dim=1)
+        copied.load_state_dict(fresh)
+        nn.init.zeros_(copied.heads[VALUE_HEAD].query.weight)  # type: ignore[union-attr, arg-type]
+        return copied
+
     def compose(self, features: TokenFeatures) -> tuple[Tensor, Tensor]:
         """Vectors [tokens, token_width] and biases [tokens, heads] of tokens given by their features."""
         vectors, biases = self.composer(features)
@@ -272,7 +300,7 @@ class Calibrator(nn.Module):
 
         Args:
             name_or_path: a local folder, a Hub id, or None for the bundled one. A causal LM of transformers will do
-            too.
+                too, and so will a value guide of `calibfuse train-guide`.
             reference: of a causal LM, a twin of it that becomes the head "reference".
             revision: branch, tag or commit on the Hub.
             cache_dir: of the Hub's files.
@@ -306,6 +334,9 @@ class Calibrator(nn.Module):
             )
             # Declared as what nearly all callers get; what they use of it, both have.
             return cast("Calibrator", language_model)
+        if is_value_lm_checkpoint(folder):
+            value_lm = ValueLM.from_pretrained(folder, name=str(name_or_path), device=device, dtype=dtype)
+            return cast("Calibrator", value_lm)  # as above
         if reference is not None:
             raise InputError(
                 f"reference= is for causal language models of transformers; the universal calibrator in "

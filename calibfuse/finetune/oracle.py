@@ -1,0 +1,217 @@
+"""Oracle: whether a whole text satisfies the constraint, as a number C in [0, 1].
+
+What NADO (Meng et al. 2022) calls the oracle may be any sequence-level score. Here it is made of a toxicity scorer
+(C = 1 - toxicity ** power, or 1 where the toxicity is below a threshold), or it is a user's function, whose values are
+C itself. A function may answer nan for a text that it cannot label; such texts are counted and left out by the caller,
+never taken for a zero. Left out: constraints on part of a text.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calibfuse.errors import InputError, ScorerError
+from calibfuse.scorers import ToxicityScorer, load_scorer
+from calibfuse.scorers.checks import check_texts
+
+__all__ = ["FunctionOracle", "Oracle", "ScorerOracle", "load_oracle"]
+
+_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
+
+
+class Oracle(Protocol):
+    """Says how well texts satisfy the constraint."""
+
+    @property
+    def name(self) -> str:
+        """What reports call this oracle."""
+        ...
+
+    def satisfaction(self, texts: Sequence[str]) -> NDArray[np.float64]:
+        """Label texts.
+
+        Args:
+            texts: any texts.
+
+        Returns:
+            (len(texts),), float64, C in [0, 1]; 1 satisfies the constraint. nan: this text could not be labelled.
+
+        Raises:
+            ScorerError: the oracle failed, or gave something that is no list of such numbers.
+        """
+        ...
+
+
+class ScorerOracle:
+    """A toxicity scorer as an oracle.
+
+    Args:
+        scorer: gives each text a toxicity in [0, 1].
+        power: C = 1 - toxicity ** power; above 1 forgives mild toxicity, below 1 does not.
+        threshold: C = 1 where the toxicity is below, else 0; None: soft labels.
+
+    Raises:
+        InputError: a power that is not above 0, or a threshold outside (0, 1].
+    """
+
+    def __init__(self, scorer: ToxicityScorer, *, power: float = 1.0, threshold: float | None = None) -> None:
+        _check_power(power)
+        if threshold is not None and not 0.0 < threshold <= 1.0:
+            raise InputError(f"The oracle's threshold must be above 0 and at most 1, got {threshold}.")
+        self._scorer = scorer
+        self._power, self._threshold = power, threshold
+        rule = f"1 - toxicity^{power:g}" if threshold is None else f"toxicity < {threshold:g}"
+        self.name = f"{scorer.name} ({rule})"
+
+    def satisfaction(self, texts: Sequence[str]) -> NDArray[np.float64]:
+        """See `Oracle.satisfaction`; a scorer that fails on any text is an error."""
+        toxicity = np.asarray(self._scorer.score(texts), dtype=np.float64)
+        if self._threshold is not None:
+            return (toxicity < self._threshold).astype(np.float64)
+        labels: NDArray[np.float64] = 1.0 - toxicity**self._power
+        return labels
+
+
+class FunctionOracle:
+    """A user's function as an oracle; what it returns is checked.
+
+    Args:
+        function: list of texts -> one number in [0, 1] for each; nan where it cannot tell.
+        name: what reports call it.
+    """
+
+    def __init__(self, function: Callable[[list[str]], Any], name: str) -> None:
+        self._function = function
+        self.name = name
+
+    def satisfaction(self, texts: Sequence[str]) -> NDArray[np.float64]:
+        """See `Oracle.satisfaction`."""
+        check_texts(texts, self.name)
+        try:
+            values = self._function(list(texts))
+        except Exception as error:  # a stranger's code may raise anything; the cause stays chained
+            raise ScorerError(
+                f"The oracle {self.name!r} failed on {len(texts)} texts with {type(error).__name__}: {error}"
+            ) from error
+        return check_satisfaction(values, len(texts), self.name)
+
+
+def check_satisfaction(values: object, n_texts: int, name: str) -> NDArray[np.float64]:
+    """Return labels as float64, or refuse them.
+
+    Args:
+        values: what an oracle returned: a sequence, array or CPU tensor of numbers.
+        n_texts: how many texts it was given.
+        name: the oracle, for messages.
+
+    Returns:
+        (n_texts,), float64, in [0, 1] or nan.
+
+    Raises:
+        ScorerError: not numbers, wrong count, or outside [0, 1]; the message names the first text concerned.
+    """
+    try:
+        if isinstance(values, str | bytes):
+            raise TypeError("one string")
+        labels = np.asarray(values)
+        if labels.dtype.kind not in "biuf":  # strings of digits would be converted in silence
+            raise TypeError(f"elements of type {type(_first(values)).__name__}")
+        labels = labels.astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise ScorerError(f"The oracle {name!r} returned something that is no list of numbers ({error}).") from error
+    if labels.shape != (n_texts,):
+        raise ScorerError(
+            f"The oracle {name!r} was given {n_texts} texts and returned an array of shape {labels.shape}; it must "
+            "return one number for each text."
+        )
+    wrong = np.flatnonzero((labels < 0.0) | (labels > 1.0))
+    if len(wrong):
+        first = int(wrong[0])
+        raise ScorerError(
+            f"The oracle {name!r} returned {labels[first]} for text {first} ({len(wrong)} of {n_texts} texts "
+            "concerned); C is a number in [0, 1], or nan where a text cannot be labelled."
+        )
+    return labels
+
+
+def load_oracle(spec: str, *, power: float = 1.0, threshold: float | None = None, device: str | None = None) -> Oracle:
+    """Load an oracle.
+
+    Args:
+        spec: "module:function", a function list[str] -> numbers in [0, 1], taken as C itself; or whatever
+            `calibfuse.scorers.load_scorer` takes ("bundled", a folder or Hub id of a scorer or a transformers text
+            classifier, "detoxify"), whose toxicity becomes C.
+        power: of the toxicity: C = 1 - toxicity ** power.
+        threshold: C = 1 where the toxicity is below, else 0; None: soft labels.
+        device: where a transformers classifier or detoxify runs; None: the CPU.
+
+    Returns:
+        The oracle.
+
+    Raises:
+        InputError: a module or function that is not there, power or threshold out of range, or given for a function.
+        CheckpointError: a folder or Hub id that holds no scorer.
+        MissingDependencyError: detoxify is not installed.
+        ScorerError: `spec` names no scorer.
+
+    Example:
+        >>> load_oracle("bundled", threshold=0.5).satisfaction(["What a lovely day."]).tolist()
+        [1.0]
+    """
+    if _FUNCTION.fullmatch(spec) and not spec.startswith("detoxify:") and not Path(spec).expanduser().exists():
+        if power != 1.0 or threshold is not None:
+            raise InputError(
+                f"power and threshold turn a toxicity into C, but the oracle {spec!r} is a function that gives C "
+                "itself; leave them out."
+            )
+        return FunctionOracle(_named_function(spec), spec)
+    _check_power(power)  # before a large scorer is loaded
+    return ScorerOracle(load_scorer(spec, device=device), power=power, threshold=threshold)
+
+
+def _check_power(power: float) -> None:
+    if not (math.isfinite(power) and power > 0):
+        raise InputError(f"The oracle's power must be a number above 0, got {power}.")
+
+
+def _first(values: object) -> object:
+    return values[0] if isinstance(values, list | tuple) and values else values
+
+
+def _named_function(spec: str) -> Callable[[list[str]], Any]:
+    """Import `module:function`; the working directory counts as a place of modules, as it does for `python`."""
+    module_name, _, attribute = spec.partition(":")
+    working_directory = os.getcwd()
+    added = working_directory not in sys.path and "" not in sys.path
+    if added:
+        sys.path.insert(0, working_directory)
+    try:
+        found: Any = importlib.import_module(module_name)
+    except Exception as error:  # the module is the user's: importing it may raise anything
+        raise InputError(
+            f"The oracle {spec!r} needs a module {module_name!r}, which cannot be imported: {error}"
+        ) from error
+    finally:
+        if added:
+            sys.path.remove(working_directory)
+    for part in attribute.split("."):
+        found = getattr(found, part, None)
+        if found is None:
+            raise InputError(f"Module {module_name!r} has no {attribute!r} to use as an oracle.")
+    if not callable(found):
+        raise InputError(
+            f"The oracle {spec!r} must be a function from texts to numbers in [0, 1], but it is a "
+            f"{type(found).__name__}."
+        )
+    function: Callable[[list[str]], Any] = found
+    return function
