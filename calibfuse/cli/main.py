@@ -27,6 +27,8 @@ COMMANDS: tuple[tuple[str, str], ...] = (
     ("evaluate", "measure toxicity, fluency and speed with and without the calibrator"),
     ("align", "bind a calibrator to a tokenizer ahead of time, and report how much of it is covered"),
     ("inspect", "show what a calibrator holds, or what it did to a text, token by token"),
+    ("train-guide", "train a value guide: a sequence-level constraint of your own, decoded with mode value"),
+    ("finetune", "put the guidance into the weights: fine-tune a model under a sequence-level constraint"),
     ("push", "publish a trained calibrator on the Hugging Face Hub"),
 )
 

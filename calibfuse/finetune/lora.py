@@ -1,0 +1,123 @@
+"""LoRA through peft, an optional package: low-rank matrices learn, the model's own weights stay.
+
+Hu et al. 2022 (arXiv 2106.09685). Left out: every other kind of adapter, and quantised bases.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from calibfuse.errors import CheckpointError, InputError, MissingDependencyError
+
+ADAPTER = "adapter"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """The shape of an adapter.
+
+    Attributes:
+        rank: of the two matrices.
+        alpha: the product of the matrices is scaled by alpha / rank.
+        dropout: on the input of the matrices, in [0, 1).
+        targets: names of the layers that get one, as peft matches them; empty: all linear layers but the output head.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Validate.
+
+        Raises:
+            InputError: a value is out of range.
+        """
+        if self.rank < 1:
+            raise InputError(f"The rank of a LoRA adapter must be at least 1, got {self.rank}.")
+        if not self.alpha > 0:
+            raise InputError(f"The alpha of a LoRA adapter must be above 0, got {self.alpha}.")
+        if not 0.0 <= self.dropout < 1.0:
+            raise InputError(f"The dropout of a LoRA adapter must be in [0, 1), got {self.dropout}.")
+        object.__setattr__(self, "targets", tuple(self.targets))  # lists, as JSON has them
+
+
+def check_peft() -> None:
+    """Make sure that peft is there, before anything is loaded.
+
+    Raises:
+        MissingDependencyError: it is not.
+    """
+    _peft()
+
+
+def add_adapter(model: PreTrainedModel, settings: LoraSettings, *, seed: int) -> PreTrainedModel:
+    """Put a fresh adapter around a model, which afterwards gives the same outputs as before.
+
+    Args:
+        model: its weights are frozen in place.
+        settings: shape of the adapter.
+        seed: of its initial weights.
+
+    Returns:
+        peft's model, whose trainable parameters are those of the adapter.
+
+    Raises:
+        InputError: no layer has one of the names in `targets`.
+        MissingDependencyError: peft is not installed.
+    """
+    peft = _peft()
+    config = peft.LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=list(settings.targets) or "all-linear",
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            wrapped: PreTrainedModel = peft.get_peft_model(model, config)
+        except ValueError as error:
+            shown = ", ".join(settings.targets) or "linear layers"
+            raise InputError(f"A LoRA adapter for {shown} does not fit this model: {error}") from error
+    return wrapped
+
+
+def load_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """Put a saved adapter around the model that it was trained on, to train it further.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or belongs to another model.
+        MissingDependencyError: peft is not installed.
+    """
+    peft = _peft()
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise CheckpointError(f"There is no LoRA adapter in {str(folder)!r}.")
+    try:
+        wrapped: PreTrainedModel = peft.PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+    except Exception as error:  # peft, safetensors and torch each raise errors of their own
+        raise CheckpointError(f"The LoRA adapter in {str(folder)!r} cannot be loaded: {error}") from error
+    return wrapped
+
+
+def merge_adapter(model: PreTrainedModel) -> PreTrainedModel:
+    """Add the adapter's product to the weights; an ordinary model comes back, `model` is used up."""
+    wrapped: Any = model
+    merged: PreTrainedModel = wrapped.merge_and_unload()
+    merged.requires_grad_(True)
+    return merged
+
+
+def _peft() -> Any:  # noqa: ANN401
+    try:
+        import peft
+    except ImportError as error:
+        raise MissingDependencyError("LoRA needs the package peft: pip install 'calibfuse[lora]'.") from error
+    return peft

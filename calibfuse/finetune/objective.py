@@ -1,0 +1,80 @@
+"""The loss of attribute-controlled fine-tuning: cross-entropy on a corpus, and a closed-form KL on samples.
+
+For a base model p and R(x_<=i) = E_p[C | x_<=i], the closest distribution to p that satisfies the constraint C is
+q(y | x_<i) = p(y | x_<i) R(x_<i, y) / R(x_<i) (Meng et al. 2022, arXiv 2205.14219). Fine-tuning minimises
+CE(corpus; theta) + kl_weight * KL(q || p_theta) (Meng et al. 2024, arXiv 2410.05559). By the chain rule the KL of
+sequences is the expected sum of the KL of next-token distributions, and each of those is a sum over the vocabulary: no
+sampling noise but that of the prefixes.
+
+The prefixes are those of the samples, each continuation position with equal weight, as in the paper; weighting them by
+R as well would make the sum an estimate of the KL of sequences. Left out: where samples and R come from.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from calibfuse.errors import InputError
+
+
+def constrained_kl(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """KL(q || p) of next-token distributions, in closed form.
+
+    Args:
+        log_q: float [..., vocab], log-probabilities in nats; -inf where q is 0, which contributes 0.
+        log_p: float [..., vocab], likewise, of the model that learns.
+
+    Returns:
+        float [...], nats, at least 0 up to rounding; differentiable in `log_p`.
+
+    Raises:
+        InputError: the shapes differ.
+
+    Example:
+        >>> import torch
+        >>> half = torch.tensor([0.5, 0.5]).log()
+        >>> float(constrained_kl(torch.tensor([1.0, 0.0]).log(), half).exp())
+        2.0
+    """
+    if log_q.shape != log_p.shape:
+        raise InputError(
+            f"KL needs two distributions over one vocabulary, got shapes {list(log_q.shape)} and {list(log_p.shape)}."
+        )
+    q = log_q.exp()
+    # 0 * (-inf - x) would be nan
+    return torch.where(q > 0, q * (log_q - log_p), torch.zeros_like(q)).sum(dim=-1)
+
+
+def continuation_positions(lengths: Tensor, prompt_lengths: Tensor, length: int) -> Tensor:
+    """Where the next token is one of the continuation.
+
+    Args:
+        lengths: int [rows], tokens of prompt and continuation.
+        prompt_lengths: int [rows], tokens of the prompt, at least 1.
+        length: columns of the padded rows.
+
+    Returns:
+        bool [rows, length - 1]; entry i is True where token i + 1 belongs to the continuation.
+
+    Example:
+        >>> import torch
+        >>> continuation_positions(torch.tensor([4]), torch.tensor([2]), 5).tolist()
+        [[False, True, True, False]]
+    """
+    predicted = torch.arange(1, length, device=lengths.device)
+    return (predicted >= prompt_lengths[:, None]) & (predicted < lengths[:, None])
+
+
+def corpus_loss(logits: Tensor, input_ids: Tensor) -> Tensor:
+    """Mean cross-entropy of the next token, nats.
+
+    Args:
+        logits: float [rows, length, vocab].
+        input_ids: int64 [rows, length]; every token but the first is predicted.
+
+    Returns:
+        Scalar.
+    """
+    return functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), input_ids[:, 1:].flatten())

@@ -1,0 +1,291 @@
+"""Fine-tuning of one step of a schedule: so many optimiser steps on corpus blocks and, with a constraint, on samples.
+
+The optimiser's state and the place in the corpus go on from step to step, and the learning rate runs over all steps, so
+that with KL weight 0 the steps together are one plain fine-tuning. Left out: which models and samples; see roles.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from calibfuse.errors import InputError
+from calibfuse.finetune.auxiliary import AuxiliaryModel
+from calibfuse.finetune.constrained import constrained_log_probs
+from calibfuse.finetune.corpus import PackedCorpus
+from calibfuse.finetune.objective import constrained_kl, continuation_positions, corpus_loss
+from calibfuse.finetune.samples import SampleSet
+
+
+@dataclass(frozen=True, kw_only=True)
+class TuningConfig:
+    """How to fine-tune.
+
+    Attributes:
+        steps: optimiser steps of one iteration.
+        batch_size: corpus blocks per optimiser step.
+        sample_batch_size: samples per optimiser step, for the KL.
+        kl_weight: weight of KL(q || p_theta), nats per continuation token against nats per corpus token; 0: plain
+            fine-tuning.
+        strength: q is p * R ** strength; 1: the closest distribution to p that satisfies the constraint.
+        learning_rate: peak.
+        warmup: share of all optimiser steps (of all iterations) in which the rate rises from 0; then it falls to 0.
+        weight_decay: of matrices.
+        max_gradient_norm: longer gradients are shortened to this.
+        precision: "fp32", or "bf16" for autocast; weights stay as they were loaded.
+        seed: of the order of blocks and samples, and of dropout.
+    """
+
+    steps: int = 200
+    batch_size: int = 8
+    sample_batch_size: int = 32
+    kl_weight: float = 1.0
+    strength: float = 1.0
+    learning_rate: float = 1e-4
+    warmup: float = 0.05
+    weight_decay: float = 0.0
+    max_gradient_norm: float = 1.0
+    precision: str = "fp32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Validate.
+
+        Raises:
+            InputError: a value is out of range.
+        """
+        for name in ("steps", "batch_size", "sample_batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("learning_rate", "strength", "max_gradient_norm"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise InputError(f"{name} must be a positive number, got {getattr(self, name)}.")
+        for name in ("kl_weight", "weight_decay"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise InputError(f"{name} must be a number of at least 0, got {getattr(self, name)}.")
+        if not 0.0 <= self.warmup <= 1.0:
+            raise InputError(f"warmup must be in [0, 1], got {self.warmup}.")
+        if self.precision not in ("fp32", "bf16"):
+            raise InputError(f"precision must be 'fp32' or 'bf16', got {self.precision!r}.")
+
+    def rate_at(self, step: int, iterations: int) -> float:
+        """Learning rate of an optimiser step counted over all iterations: rises, then falls linearly to 0."""
+        total = self.steps * iterations
+        warmup_steps = max(1.0, self.warmup * total)
+        falling = (total - step) / max(1.0, total - warmup_steps)
+        return self.learning_rate * max(0.0, min(1.0, (step + 1) / warmup_steps, falling))
+
+
+@dataclass(frozen=True, eq=False)
+class Constraint:
+    """What the KL term draws the model towards.
+
+    Attributes:
+        base: p, frozen, in evaluation mode.
+        auxiliary: R, likewise.
+        samples: whose continuation positions are looked at; labels are not needed here.
+    """
+
+    base: PreTrainedModel
+    auxiliary: AuxiliaryModel
+    samples: SampleSet
+
+
+@dataclass(frozen=True)
+class TuningFigures:
+    """What one call of `tune` saw.
+
+    Attributes:
+        corpus_nats: cross-entropy per corpus token, mean over the last quarter of the optimiser steps.
+        kl_nats: KL(q || p_theta) per continuation token, likewise; nan without a constraint.
+        first_kl_nats: mean over the first eighth: how far the model was from q.
+        corpus_tokens: read.
+        sample_tokens: continuation tokens read.
+    """
+
+    corpus_nats: float
+    kl_nats: float
+    first_kl_nats: float
+    corpus_tokens: int
+    sample_tokens: int
+
+
+def make_optimizer(model: PreTrainedModel, config: TuningConfig) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters; biases and norms are not decayed."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [each for each in trained if each.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [each for each in trained if each.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.learning_rate)
+
+
+def optimizer_tensors(model: PreTrainedModel, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+    """The optimiser's state by names of parameters, for a file."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {
+        f"{names[id(parameter)]}|{key}": value
+        for parameter, values in optimizer.state.items()
+        for key, value in values.items()
+    }
+
+
+def load_optimizer(model: PreTrainedModel, optimizer: torch.optim.AdamW, tensors: dict[str, Tensor]) -> None:
+    """Inverse of `optimizer_tensors`; tensors of other parameters are an InputError."""
+    parameters = dict(model.named_parameters())
+    for full_name, tensor in tensors.items():
+        name, _, key = full_name.rpartition("|")
+        if name not in parameters:
+            raise InputError(f"The optimiser's state belongs to another model: it has {name}, which this one lacks.")
+        parameter = parameters[name]
+        optimizer.state[parameter][key] = tensor if key == "step" else tensor.to(parameter.device)
+
+
+def tune(
+    model: PreTrainedModel,
+    optimizer: torch.optim.AdamW,
+    corpus: PackedCorpus,
+    config: TuningConfig,
+    *,
+    iteration: int,
+    iterations: int,
+    constraint: Constraint | None = None,
+    show_progress: bool = False,
+) -> TuningFigures:
+    """Fine-tune a model for one iteration: CE(corpus) + kl_weight * KL(q || p_theta).
+
+    Args:
+        model: changed in place; left in evaluation mode, on its device.
+        optimizer: of `make_optimizer`, with the state of the iteration before.
+        corpus: the blocks.
+        config: how.
+        iteration: which, from 1; decides where in the corpus to read, and the learning rate.
+        iterations: of the whole run.
+        constraint: p, R and samples, on the model's device; without it, or with KL weight 0, only the corpus counts.
+        show_progress: draw a progress bar on standard error.
+
+    Returns:
+        Losses and counts.
+
+    Raises:
+        InputError: the loss is not finite any more, or the corpus has fewer blocks than one batch.
+    """
+    check_corpus(corpus, config)
+    constraint = constraint if config.kl_weight > 0 else None
+    first = (iteration - 1) * config.steps
+    blocks = islice(corpus.order(config.seed), first * config.batch_size, None)
+    rows = _sample_batches(constraint, config, iteration)
+    history: list[tuple[float, float]] = []
+    counts = [0, 0]
+    model.train()
+    devices = [model.device] if model.device.type == "cuda" else []
+    with (
+        torch.random.fork_rng(devices=devices),
+        tqdm(
+            total=config.steps, desc=f"tuning {iteration}", unit="step", leave=False, disable=not show_progress
+        ) as bar,
+    ):
+        torch.manual_seed(int(np.random.SeedSequence([config.seed, 23, iteration]).generate_state(1)[0]))
+        for step in range(first, first + config.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = config.rate_at(step, iterations)
+            chosen = list(islice(blocks, config.batch_size))
+            ids = corpus.train[chosen].to(model.device, torch.long)
+            with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
+                loss = corpus_loss(model(input_ids=ids, use_cache=False).logits, ids)
+            loss.backward()  # type: ignore[no-untyped-call]
+            divergence = math.nan
+            if constraint is not None:
+                # a second backward pass: the graphs of corpus and samples are never in memory together
+                divergence, positions = _add_kl_gradient(model, constraint, next(rows), config)
+                counts[1] += positions
+            history.append((float(loss.detach()), divergence))
+            counts[0] += ids[:, 1:].numel()
+            _check_finite(history[-1], step, constrained=constraint is not None)
+            torch.nn.utils.clip_grad_norm_(
+                [parameter for parameter in model.parameters() if parameter.requires_grad], config.max_gradient_norm
+            )
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            bar.set_postfix_str(f"corpus {history[-1][0]:.3f}, KL {divergence:.4f}", refresh=False)
+            bar.update()
+    model.eval()  # type: ignore[no-untyped-call]
+    return _figures(history, *counts)
+
+
+def check_corpus(corpus: PackedCorpus, config: TuningConfig) -> None:
+    """Refuse a corpus with fewer blocks than one batch.
+
+    Raises:
+        InputError: it is so short.
+    """
+    if len(corpus.train) < config.batch_size:
+        raise InputError(
+            f"The corpus has {len(corpus.train)} blocks of {corpus.block_length} tokens, fewer than one batch of "
+            f"{config.batch_size}. Give more text, or a smaller batch or block length."
+        )
+
+
+def _sample_batches(constraint: Constraint | None, config: TuningConfig, iteration: int) -> Iterator[Tensor]:
+    """Row numbers of samples without end, each epoch in an order of its own."""
+    epoch = 0
+    left = np.empty(0, dtype=np.int64)
+    while constraint is not None:
+        while len(left) < config.sample_batch_size:
+            rng = np.random.default_rng([config.seed, 22, iteration, epoch])
+            left = np.concatenate([left, rng.permutation(len(constraint.samples.lengths))])
+            epoch += 1
+        yield torch.from_numpy(left[: config.sample_batch_size])
+        left = left[config.sample_batch_size :]
+
+
+def _add_kl_gradient(
+    model: PreTrainedModel, constraint: Constraint, rows: Tensor, config: TuningConfig
+) -> tuple[float, int]:
+    """Add the gradient of the weighted KL on some samples; returns the KL and its number of positions."""
+    samples = constraint.samples
+    lengths, prompt_lengths = samples.lengths[rows], samples.prompt_lengths[rows]
+    longest = int(lengths.max())
+    ids = samples.input_ids[rows, :longest].to(model.device)
+    mask = (torch.arange(longest) < lengths[:, None]).long().to(model.device)
+    chosen = continuation_positions(lengths, prompt_lengths, longest).to(model.device)
+    positions = int(chosen.sum())
+    if not positions:
+        return 0.0, 0
+    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
+        with torch.no_grad():
+            base_logits = constraint.base(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            log_r = constraint.auxiliary(ids, mask)[:, :-1][chosen]
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    with torch.no_grad():
+        base_log_probs = torch.log_softmax(base_logits[:, :-1][chosen].float(), dim=-1)
+        log_q = constrained_log_probs(base_log_probs, config.strength * log_r.float())
+    log_p = torch.log_softmax(logits[:, :-1][chosen].float(), dim=-1)
+    divergence = constrained_kl(log_q, log_p).mean()
+    (config.kl_weight * divergence).backward()  # type: ignore[no-untyped-call]
+    return float(divergence.detach()), positions
+
+
+def _check_finite(losses: tuple[float, float], step: int, *, constrained: bool) -> None:
+    names = ("corpus loss", "KL") if constrained else ("corpus loss",)
+    for name, value in zip(names, losses, strict=False):
+        if not math.isfinite(value):
+            raise InputError(
+                f"The {name} became {value} at optimiser step {step + 1}: tuning has diverged. Choose a lower learning "
+                "rate."
+            )
+
+
+def _figures(history: list[tuple[float, float]], corpus_tokens: int, sample_tokens: int) -> TuningFigures:
+    values = np.asarray(history)
+    corpus_nats, kl_nats = values[-max(1, len(values) // 4) :].mean(axis=0).tolist()
+    first = float(values[: max(1, len(values) // 8), 1].mean())
+    return TuningFigures(corpus_nats, kl_nats, first, corpus_tokens, sample_tokens)

@@ -1,0 +1,262 @@
+"""Schedules: who reads whose products, in which order, together or not; processes that fail or are stopped."""
+
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from calibfuse.errors import CalibfuseError, CheckpointError, InputError, ScorerError
+from calibfuse.finetune.processes import Place, RoleProcesses, find_devices, share_out
+from calibfuse.finetune.roles import product_folder
+from calibfuse.finetune.running import STEP_NAME, execute
+from calibfuse.finetune.schedule import ROLES, Job, plan_stages
+
+FAKE = Path(__file__).with_name("fake_role.py")
+
+
+def reads(schedule, iterations):
+    """(role, step) -> what it reads, models of step 0 being the user's."""
+    return {(job.role, job.step): dict(job.reads) for stage in plan_stages(schedule, iterations) for job in stage.jobs}
+
+
+def test_sequential_runs_one_role_after_the_other():
+    order = [[(job.role, job.step) for job in stage.jobs] for stage in plan_stages("sequential", 2)]
+    assert order == [
+        [("samples", 1)],
+        [("auxiliary", 1)],
+        [("model", 1)],
+        [("samples", 2)],
+        [("auxiliary", 2)],
+        [("model", 2)],
+    ]
+
+
+def test_sequential_reads_what_was_just_made():
+    """NADO_i learns from samples of LM_(i-1), then LM_i from NADO_i; samples of step i are those of LM_(i-1)."""
+    for (role, step), found in reads("sequential", 4).items():
+        if role == "samples":
+            assert found == {"model": step - 1}
+        elif role == "auxiliary":
+            assert (found["samples"], found["model"]) == (step, step - 1)
+        else:
+            assert found == {"model": step - 1, "auxiliary": step, "samples": step}
+
+
+def test_parallel_runs_all_roles_at_once_after_the_pipeline_is_filled():
+    order = [[(job.role, job.step) for job in stage.jobs] for stage in plan_stages("parallel", 2)]
+    assert order == [
+        [("samples", 0)],
+        [("auxiliary", 0)],
+        [("samples", 1), ("auxiliary", 1), ("model", 1)],
+        [("samples", 2), ("auxiliary", 2), ("model", 2)],
+    ]
+
+
+def test_parallel_reads_only_products_of_the_step_before():
+    """In step i: NADO_i on samples of LM_(i-2), LM_i from NADO_(i-1), sampling of LM_(i-1)."""
+    found = reads("parallel", 5)
+    for (role, step), inputs in found.items():
+        if step == 0:
+            continue
+        if role == "samples":
+            assert inputs == {"model": step - 1}
+        elif role == "model":
+            assert inputs == {"model": step - 1, "auxiliary": step - 1, "samples": step - 1}
+        else:
+            sampled_from = found["samples", inputs["samples"]]["model"]
+            assert inputs["samples"] == step - 1
+            assert sampled_from == max(0, step - 2)
+            assert inputs["model"] == sampled_from, "R is the expectation under the model that was sampled"
+
+
+@pytest.mark.parametrize("schedule", ["sequential", "parallel"])
+def test_nothing_is_read_before_it_is_made(schedule):
+    made = {("model", 0)}
+    for stage in plan_stages(schedule, 4):
+        for job in stage.jobs:
+            assert {(kind, step) for kind, step in job.reads.items()} <= made, job
+        made |= {(job.role, job.step) for job in stage.jobs}
+    assert ("model", 4) in made
+
+
+def test_plain_fine_tuning_needs_no_other_role():
+    stages = plan_stages("parallel", 2, constrained=False)
+    assert [[(job.role, dict(job.reads)) for job in stage.jobs] for stage in stages] == [
+        [("model", {"model": 0})],
+        [("model", {"model": 1})],
+    ]
+
+
+def test_bad_plans_are_refused():
+    with pytest.raises(InputError, match="Unknown schedule 'both'; expected sequential or parallel"):
+        plan_stages("both", 1)
+    with pytest.raises(InputError, match="iterations must be at least 1, got 0"):
+        plan_stages("sequential", 0)
+
+
+class Recorder:
+    """Makes empty products, and can fail at one of them."""
+
+    def __init__(self, work, fails_at=None):
+        self.work, self.fails_at, self.stages = work, fails_at, []
+
+    @contextlib.contextmanager
+    def __call__(self):
+        yield self
+
+    def run(self, jobs):
+        self.stages.append([(job.role, job.step) for job in jobs])
+        records = {}
+        for job in jobs:
+            if (job.role, job.step) == self.fails_at:
+                raise ScorerError("the oracle returned strings")
+            folder = product_folder(self.work, job.role, job.step)
+            folder.mkdir(parents=True)
+            records[job.role] = {"seconds": 0.5, "figures": {}}
+            (folder / "role.json").write_text(json.dumps(records[job.role]))
+        return records
+
+
+@pytest.mark.parametrize("schedule", ["sequential", "parallel"])
+def test_stages_run_in_order_and_mark_complete_steps(schedule, tmp_path):
+    stages = plan_stages(schedule, 2)
+    recorder = Recorder(tmp_path)
+    execute(stages, tmp_path, recorder)
+    assert recorder.stages == [[(job.role, job.step) for job in stage.jobs] for stage in stages]
+    for step in {stage.step for stage in stages}:
+        assert json.loads((tmp_path / f"step-{step}" / STEP_NAME).read_text())["step"] == step
+    again = Recorder(tmp_path)
+    execute(stages, tmp_path, again)
+    assert again.stages == []
+
+
+def test_a_stopped_run_goes_on_with_the_first_missing_product(tmp_path):
+    stages = plan_stages("parallel", 2)
+    with pytest.raises(ScorerError, match="strings"):
+        execute(stages, tmp_path, Recorder(tmp_path, fails_at=("auxiliary", 1)))
+    assert not (tmp_path / "step-1" / STEP_NAME).exists()
+    recorder = Recorder(tmp_path)
+    execute(stages, tmp_path, recorder)
+    assert recorder.stages == [
+        [("auxiliary", 1), ("model", 1)],  # the samples were complete
+        [("samples", 2), ("auxiliary", 2), ("model", 2)],
+    ]
+    assert json.loads((tmp_path / "step-1" / STEP_NAME).read_text())["seconds"] >= 0.5
+
+
+# ---- processes
+
+
+def places(device="cpu"):
+    return {role: Place(device, 1) for role in ROLES}
+
+
+def start(folder, device="cpu"):
+    return RoleProcesses(folder, places(device), command=[sys.executable, str(FAKE)])
+
+
+def jobs(step):
+    return [Job(role, step, {}) for role in ROLES]
+
+
+def is_alive(folder, role):
+    stat = Path("/proc") / (folder / f"{role}.pid").read_text() / "stat"
+    return stat.exists() and stat.read_text().split(")")[-1].split()[0] != "Z"
+
+
+def test_roles_run_at_the_same_time(tmp_path):
+    with start(tmp_path) as processes:
+        records = processes.run(jobs(1))  # each waits for the other two
+    assert set(records) == set(ROLES)
+    assert not any(is_alive(tmp_path, role) for role in ROLES)
+
+
+def test_a_failing_role_stops_all_with_its_own_message(tmp_path):
+    began = time.monotonic()
+    with (
+        start(tmp_path) as processes,
+        pytest.raises(ScorerError, match="Role 'auxiliary' failed in step 2: the oracle returned nan"),
+    ):
+        processes.run(jobs(2))
+    assert time.monotonic() - began < 30, "the others would sleep for a minute"
+    assert not any(is_alive(tmp_path, role) for role in ROLES)
+
+
+def test_a_role_that_dies_without_a_word_is_an_error_with_its_exit_code(tmp_path):
+    with (
+        start(tmp_path) as processes,
+        pytest.raises(CalibfuseError, match="role 'auxiliary' ended in step 3 with exit code 7"),
+    ):
+        processes.run(jobs(3))
+
+
+def test_an_error_that_is_not_ours_is_named(tmp_path):
+    with (
+        start(tmp_path) as processes,
+        pytest.raises(CalibfuseError, match="Role 'auxiliary' failed in step 4: KeyError: 'speech'"),
+    ):
+        processes.run(jobs(4))
+
+
+def test_a_role_that_cannot_start_is_an_error(tmp_path):
+    with pytest.raises(CheckpointError, match="failed in start: no model here"):
+        start(tmp_path, "broken")
+
+
+class Interrupted:
+    """A queue at which Ctrl-C arrives."""
+
+    def get(self, timeout):
+        raise KeyboardInterrupt
+
+    def put(self, item):
+        pass
+
+
+def test_interrupt_stops_all_roles(tmp_path):
+    processes = start(tmp_path)
+    processes._replies = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        processes.run(jobs(5))
+    assert not any(is_alive(tmp_path, role) for role in ROLES)
+
+
+def test_roles_end_when_the_run_is_killed(tmp_path):
+    """Without this a killed run would go on writing next to the resumed one."""
+    script = (
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from calibfuse.finetune.processes import Place, RoleProcesses\n"
+        "RoleProcesses(Path(sys.argv[1]), {'samples': Place('cpu', 1)}, command=[sys.executable, sys.argv[2]])\n"
+        "print('started', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path), str(FAKE)],
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).resolve().parent.parent,
+    ) as parent:
+        assert parent.stdout.readline() == b"started\n"
+        assert is_alive(tmp_path, "samples")
+        parent.kill()
+        deadline = time.monotonic() + 10
+        while is_alive(tmp_path, "samples") and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert not is_alive(tmp_path, "samples")
+
+
+def test_devices_and_threads_are_shared_out():
+    assert share_out(["cpu"], 8) == {"samples": Place("cpu", 2), "auxiliary": Place("cpu", 2), "model": Place("cpu", 4)}
+    assert [place.threads for place in share_out(["cpu"], 1).values()] == [1, 1, 1]
+    assert [place.device for place in share_out(["a", "b"], 3).values()] == ["b", "b", "a"]
+    assert [place.device for place in share_out(["a", "b", "c"], 3).values()] == ["b", "c", "a"]
+
+
+def test_devices_that_are_not_there_are_refused():
+    assert find_devices("cpu, cpu") == ["cpu", "cpu"]
+    with pytest.raises(InputError, match="device 'abacus' cannot be used here"):
+        find_devices("cpu,abacus")
