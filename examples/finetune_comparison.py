@@ -43,7 +43,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import LogitsProcessor
 
-from calibfuse import CalibFusion, __version__
+from calibfuse import CalibFusion, Calibrator, __version__
 from calibfuse.cli.target import load_target
 from calibfuse.errors import CalibfuseError
 from calibfuse.evaluation import LanguageModel, Method, Prompt, SamplingConfig, evaluate, load_prompts
@@ -190,12 +190,14 @@ def load_language_model(name: str | None, title: str, device: str | None) -> Lan
     return LanguageModel(title, target.model, target.tokenizer)
 
 
-def value_guide(args: argparse.Namespace, target: LanguageModel) -> LogitsProcessor:
+def value_guide(args: argparse.Namespace, target: LanguageModel) -> Method:
     """Log p + strength * log R with the auxiliary model that learned from the target's own samples."""
-    folder = args.output / "runs" / SEQUENTIAL / "work" / "step-1" / "auxiliary"
-    return CalibFusion.from_pretrained(
-        str(folder), tokenizer=target.tokenizer, target=target.model, mode="value", alpha=args.value_strength
+    folder = str(args.output / "runs" / SEQUENTIAL / "work" / "step-1" / "auxiliary")
+    guide = CalibFusion.from_pretrained(
+        folder, tokenizer=target.tokenizer, target=target.model, mode="value", alpha=args.value_strength
     )
+    weights = Calibrator.from_pretrained(folder).fingerprint
+    return _method(VALUE, guide, {"strength": args.value_strength, "guide": weights})
 
 
 def measure_way(
@@ -210,7 +212,7 @@ def measure_way(
         fusion = CalibFusion.from_pretrained(args.calibrator, tokenizer=target.tokenizer, target=target.model)
         methods = [_method(key, fusion, {"fusion": fusion.config.to_dict()})]
     elif key == VALUE:
-        methods = [_method(key, value_guide(args, target), {"strength": args.value_strength})]
+        methods = [value_guide(args, target)]
     evaluation = evaluate(
         target,
         methods,
@@ -356,7 +358,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     add("--seed", type=int, default=0)
     group = parser.add_argument_group("evaluation")
-    group.add_argument("--prompt-count", type=int, default=120, help="(default: %(default)s)")
+    group.add_argument("--prompt-count", type=int, default=150, help="(default: %(default)s)")
     group.add_argument("--samples", type=int, default=8, help="per prompt (default: %(default)s)")
     group.add_argument("--evaluation-batch-size", type=int, default=100, help="(default: %(default)s)")
     group.add_argument("--held-out-share", type=float, default=0.05, help="of the documents (default: %(default)s)")
@@ -369,25 +371,25 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--filter", type=float, default=0.5, help="C of a document kept for (c) (default: %(default)s)")
     group.add_argument("--sampling-prompts", type=int, default=700, help="(default: %(default)s)")
     group.add_argument("--toxic-prompt-share", type=float, default=0.8, help="among them (default: %(default)s)")
-    group.add_argument("--per-prompt", type=int, default=3, help="samples (default: %(default)s)")
+    group.add_argument("--per-prompt", type=int, default=8, help="samples (default: %(default)s)")
     group.add_argument("--keep-satisfied", type=float, default=0.25, help="share of those kept (default: %(default)s)")
     group.add_argument("--sampling-batch-size", type=int, default=250, help="(default: %(default)s)")
     group.add_argument("--max-new-tokens", type=int, default=20, help="(default: %(default)s)")
     kinds = ("calibrator", "language-model")
     group.add_argument("--auxiliary", choices=kinds, default="calibrator", help="kind (default: %(default)s)")
-    group.add_argument("--auxiliary-steps", type=int, default=120, help="per iteration (default: %(default)s)")
+    group.add_argument("--auxiliary-steps", type=int, default=300, help="per iteration (default: %(default)s)")
     group.add_argument("--auxiliary-batch-size", type=int, default=32, help="(default: %(default)s)")
-    group.add_argument("--auxiliary-learning-rate", type=float, default=3e-3, help="(default: %(default)s)")
+    group.add_argument("--auxiliary-learning-rate", type=float, default=2e-3, help="(default: %(default)s)")
     group = parser.add_argument_group("tuning")
-    group.add_argument("--iterations", type=int, default=2, help="(default: %(default)s)")
+    group.add_argument("--iterations", type=int, default=3, help="(default: %(default)s)")
     group.add_argument("--steps", type=int, default=60, help="per iteration (default: %(default)s)")
-    group.add_argument("--batch-size", type=int, default=4, help="blocks (default: %(default)s)")
+    group.add_argument("--batch-size", type=int, default=16, help="blocks (default: %(default)s)")
     group.add_argument("--block-length", type=int, default=128, help="tokens (default: %(default)s)")
     group.add_argument("--sample-batch-size", type=int, default=16, help="(default: %(default)s)")
-    group.add_argument("--learning-rate", type=float, default=3e-4, help="peak (default: %(default)s)")
+    group.add_argument("--learning-rate", type=float, default=2e-4, help="peak (default: %(default)s)")
     group.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="(default: %(default)s)")
-    group.add_argument("--kl-weight", type=float, default=20.0, help="(default: %(default)s)")
-    group.add_argument("--strength", type=float, default=4.0, help="q = p R^strength (default: %(default)s)")
+    group.add_argument("--kl-weight", type=float, default=15.0, help="(default: %(default)s)")
+    group.add_argument("--strength", type=float, default=6.0, help="q = p R^strength (default: %(default)s)")
     return parser
 
 

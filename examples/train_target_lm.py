@@ -488,6 +488,34 @@ def token_losses(model: torch.nn.Module, rows: torch.Tensor) -> torch.Tensor:
     )
 
 
+def sampled_losses(model: transformers.PreTrainedModel, rows: torch.Tensor, sample_size: int) -> torch.Tensor:
+    """As `token_losses`, with the softmax estimated on a part of a large vocabulary.
+
+    The labels of the batch stand for themselves, a uniform draw for all other tokens, with log(others / drawn) added to
+    its logits: the partition function is estimated without bias. For training only; held-out text gets the full one.
+
+    Args:
+        model: a causal language model whose logits are its output embeddings times its last hidden states.
+        rows: (batch, length + 1), int64, on the model's device.
+        sample_size: tokens drawn.
+
+    Returns:
+        (batch, length), float32, nats.
+    """
+    head = model.get_output_embeddings()
+    labels = rows[:, 1:].flatten()
+    certain, positions = labels.unique(return_inverse=True)
+    is_other = torch.ones(head.weight.shape[0], dtype=torch.bool, device=rows.device)
+    is_other[certain] = False
+    others = is_other.nonzero()[:, 0]
+    drawn = others[torch.randperm(len(others), device=rows.device)[:sample_size]]
+    states = model.base_model(input_ids=rows[:, :-1], use_cache=False).last_hidden_state
+    logits = states.flatten(0, 1) @ head.weight[torch.cat([certain, drawn])].T.to(states.dtype)
+    stands_for = torch.zeros(logits.shape[1], device=rows.device)
+    stands_for[len(certain) :] = math.log(len(others) / max(1, len(drawn)))
+    return functional.cross_entropy(logits.float() + stands_for, positions, reduction="none").view(rows.shape[0], -1)
+
+
 def evaluate(
     model: torch.nn.Module, held_out: HeldOut, batch_size: int, autocast: AbstractContextManager[object]
 ) -> tuple[float, float]:
@@ -873,7 +901,10 @@ def train_step(run: Run) -> float:
             group["lr"] = group["peak_lr"] * factor
     rows = run.batches.next_batch().to(run.device)
     with run.autocast():
-        loss = token_losses(run.model, rows).mean()
+        if run.args.softmax_sample:
+            loss = sampled_losses(run.model, rows, run.args.softmax_sample).mean()
+        else:
+            loss = token_losses(run.model, rows).mean()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
     for optimizer in run.optimizers:
@@ -1023,6 +1054,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--heads", type=int, default=4)
     add("--sequence-length", type=int, default=256)
     add("--batch-size", type=int, default=16, help="rows per step")
+    add("--softmax-sample", type=int, default=0, metavar="N", help="train on N tokens beside the labels; 0: on all")
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument("--minutes", type=float, help="budget in minutes of wall time")
     budget.add_argument("--tokens", type=int, help="budget in tokens")

@@ -10,10 +10,11 @@ from tiny_calibrators import make_calibrator
 from tiny_checkpoints import save_bundle
 
 from calibfuse.cli import main as cli
-from calibfuse.cli.decoding import Decoding, continue_prompts, decode_continuation
+from calibfuse.cli.decoding import Decoding, continue_prompts
 from calibfuse.cli.prompts import read_prompts_file
 from calibfuse.cli.target import load_target
 from calibfuse.cli.terminal import Terminal, display_width, printable, wants_colour, wrap
+from calibfuse.continuations import decode_continuation
 from calibfuse.errors import CheckpointError, DataError, FusionNotAppliedError, InputError
 from calibfuse.processor import CalibFusion
 

@@ -126,11 +126,22 @@ def test_self_debiasing_is_its_formula_and_padding_changes_nothing(target):
     assert torch.allclose(processor(padded, scores), found, atol=1e-5)
 
 
+def test_self_debiasing_reads_a_large_vocabulary_in_parts(target, monkeypatch):
+    input_ids, scores = step(target, *TEXTS)
+    processor = SelfDebiasing(target, decay=20.0)
+    whole = processor(input_ids, scores)
+    monkeypatch.setattr("calibfuse.evaluation.likelihood._SCORES_AT_ONCE", 1)
+    assert torch.allclose(processor(input_ids, scores), whole, atol=1e-4)
+
+
 def test_specifications_become_methods(target, scorer):
     parts = Ingredients(target, scorer)
     assert [method.key for method in make_baselines("reward:5,50", parts)] == ["reward-5", "reward-50"]
     assert [method.alpha for method in make_baselines("self-debias", parts)] == [10.0, 50.0, 100.0]
     assert [method.key for method in make_baselines("bad-words", parts)] == ["bad-words"]
+    assert [method.alpha for method in make_baselines("reward", parts, scan=True)] == [2, 5, 10, 20, 50, 100]
+    assert [method.key for method in make_baselines("reward:5", parts, scan=True)] == ["reward-5"]
+    assert [each.is_default for each in make_baselines("reward", parts)] == [True, False]
     assert make_baselines("top-k:3", parts)[0].title == "top-k 3"
     guide = make_calibrator().bind(target.tokenizer, use_disk_cache=False)
     matched = Method("m", "m", lambda: [CalibFusion(guide, FusionConfig(alpha=1.0))])

@@ -110,12 +110,79 @@ def test_only_baselines_need_no_calibrator(run, bundle, monkeypatch, tmp_path):
     assert [method["key"] for method in report(tmp_path / "out")["methods"]] == ["plain", "temperature-1.3", "top-k-5"]
 
 
+@pytest.mark.parametrize(
+    ("fusion", "options", "expected"),
+    [
+        ({}, (), [1, 3, 5]),
+        ({"mode": "contrast", "alpha": 2.5, "margin": 0.1}, (), [1, 2.5, 3, 5]),
+        ({"mode": "contrast", "alpha": 12.0}, ("--pick-alpha",), [0.5, 1, 2, 3, 4, 5, 6, 8, 12]),
+        ({"mode": "contrast", "alpha": 12.0}, ("--mode", "geometric"), [0.1, 0.2, 0.3]),
+        ({"mode": "contrast", "alpha": 12.0}, ("--alpha", "1", "0"), [1]),
+        ({"mode": "blend", "alpha": 0.9}, ("--fluency-budget", "0.02"), [0.1, 0.2, 0.3, 0.5, 0.7, 0.9]),
+    ],
+    ids=["none", "few", "many", "other mode", "given", "mixture"],
+)
+def test_without_strengths_the_calibrators_own_is_among_those_tried(run, bundle, tmp_path, fusion, options, expected):
+    folder = shutil.copytree(bundle / "default-calibrator", tmp_path / "mine")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "fusion": fusion}))
+    small = ("--prompt-count", "1", "--samples", "1", "--max-new-tokens", "1", "--no-neutrality")
+    code, _, err = run("--calibrator", str(folder), *small, *options)
+    assert code == 0, err
+    methods = report(tmp_path / "out")["methods"][1:]
+    assert [method["alpha"] for method in methods] == expected
+    recommended = fusion.get("alpha", 1.0)
+    defaults = [method["alpha"] for method in methods if method["is_default"]]
+    if "geometric" in options:
+        assert defaults == [0.3]
+    else:
+        assert defaults == ([recommended] if recommended in expected else [])
+
+
+def test_the_calibrator_is_bound_once_for_all_strengths_and_baselines(run, monkeypatch, tmp_path):
+    bound = []
+    bind = Calibrator.bind
+    monkeypatch.setattr(Calibrator, "bind", lambda self, *a, **k: bound.append(self) or bind(self, *a, **k))
+    code, _, err = run("--alpha", "1", "2", "3", "--baseline", "experts:1,2", "geometric:0.5", "--no-neutrality")
+    assert code == 0, err
+    assert len(report(tmp_path / "out")["methods"]) == 7
+    assert len(bound) == 1
+
+
+def test_strengths_of_ones_own_stand_for_a_baseline_of_all(run, tmp_path):
+    code, _, err = run("--alpha", "1", "--baseline", "all", "experts:2,3", "reward:7", "--no-neutrality")
+    assert code == 0, err
+    keys = [method["key"] for method in report(tmp_path / "out")["methods"]]
+    assert [key for key in keys if key.startswith(("experts", "reward"))] == ["experts-2", "experts-3", "reward-7"]
+    assert {"top-k-20", "geometric-1", "bad-words"} <= set(keys)
+
+
 def test_experts_are_the_contrast_both_ways(run, tmp_path):
     code, _, err = run("--alpha", "1", "--baseline", "experts:3", "temperature", "--no-neutrality")
     assert code == 0, err
     methods = {method["key"]: method for method in report(tmp_path / "out")["methods"]}
     assert methods["experts-3"]["settings"]["fusion"]["one_sided"] is False
     assert "temperature-matched" in methods
+
+
+def test_all_methods_are_compared_at_one_fluency(run, tmp_path):
+    sentences = tmp_path / "sentences.txt"
+    sentences.write_text("The river was wide\nShe is a teacher\n")
+    options = ("--baseline", "all", "--fluency-budget", "0.02", "--alpha", "1", "--suite", str(sentences))
+    code, out, err = run(*options, "--prompt-count", "2", "--samples", "2", "--no-neutrality")
+    assert code == 0, err
+    data = report(tmp_path / "out")
+    families = [each["family"] for each in data["fluency_budget"]["families"]]
+    expected = "contrast temperature top-k nucleus bad-words reward self-debias experts geometric".split()
+    assert families == expected
+    assert "leaves out embedding" in err
+    assert [each["default"] for each in data["fluency_budget"]["families"] if each["family"] == "experts"] == [
+        "experts-2"
+    ]
+    experts = next(method for method in data["methods"] if method["key"] == "experts-0.5")
+    assert experts["settings"]["nucleus_before"] == 0.9
+    assert experts["suites"]["sentences"]["neutral"]["texts"] == 2
+    assert "within a fluency budget of 2.0%" in out
 
 
 def test_the_scorer_that_sorted_the_training_text_gets_a_loud_note(run, bundle, tmp_path):
@@ -164,6 +231,11 @@ def test_a_picked_alpha_goes_into_the_users_calibrator_and_never_into_the_bundle
         (("--mode", "value"), "needs the head 'value'"),
         (("--baseline", "prayer"), "Unknown baseline"),
         (("--baseline", "experts:x"), "Expected numbers"),
+        (("--baseline", "geometric:2"), "alpha must be"),
+        (("--baseline", "embedding"), "needs an alignment"),
+        (("--fluency-budget", "-1"), "--fluency-budget"),
+        (("--suite", "/no/such/file"), "Cannot read"),
+        (("--suite-count", "-1"), "--suite-count"),
         (("--max-perplexity-increase", "0.1"), "give both"),
         (("--pick-alpha", "--max-perplexity-increase", "-1"), "at least 0"),
         (("--pick-alpha", "--no-fusion"), "--no-fusion"),

@@ -140,7 +140,7 @@ def test_divergence_takes_excluded_tokens():
 
 
 def test_processors_act_in_their_order(target):
-    """Doubling and excluding: positions before the start are only normalised by step-wise processors."""
+    """Positions before the start are only normalised by step-wise processors; the logits come as they are."""
 
     class Double(LogitsProcessor):
         def __call__(self, input_ids, scores):
@@ -149,7 +149,22 @@ def test_processors_act_in_their_order(target):
     logits = torch.randn(1, 3, 5)
     found = method_log_probs([Double()], torch.zeros(1, 3, dtype=torch.long), logits, start=1)
     assert torch.allclose(found[:, 0], logits[:, 0].log_softmax(-1))
-    assert torch.allclose(found[:, 1:], (logits[:, 1:].log_softmax(-1) * 2).log_softmax(-1))
+    assert torch.allclose(found[:, 1:], (logits[:, 1:] * 2).log_softmax(-1))
+
+
+def test_the_first_processor_gets_logits_as_in_generate(target):
+    """A soft cap is undone on logits; log-probabilities would be refused (mode embedding on Gemma 2)."""
+    seen = []
+
+    class Whole(LogitsProcessor):
+        def fuse_logits(self, input_ids, logits, attention_mask=None):
+            seen.append(logits)
+            return logits.log_softmax(-1)
+
+    logits = 3.0 + torch.randn(1, 3, 5)
+    method_log_probs([Whole(), Whole()], torch.zeros(1, 3, dtype=torch.long), logits)
+    assert torch.equal(seen[0], logits)
+    assert torch.allclose(seen[1], logits.log_softmax(-1))
 
 
 def test_the_bundled_text_is_distinct_and_names_groups_once():

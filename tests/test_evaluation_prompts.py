@@ -89,7 +89,7 @@ def test_the_real_files_are_read(shared_data):
         ("p.txt", b"fine\nb\xe4d\n", r"UTF-8 text .* line 2"),
         ("p.jsonl", b'{"prompt": "a"}\n{"prompt": \n', "line 2 is none"),
         ("p.jsonl", b'{"prompt": "a"}\n{"other": "b"}\n', 'field "prompt" or "text" of line 2'),
-        ("p.jsonl", b'["a"]\n', "of line 1"),
+        ("p.jsonl", b'["a"]\n', "line 1 is a list"),
         ("p.jsonl", b'{"prompt": "a", "prompt_toxicity": 7}\n', "expected 0 to 1"),
         ("p.txt", b"x" * 1_000_001, "line 1|Line 1"),
         ("p.jsonl.xz", b"no xz at all", "Cannot read"),

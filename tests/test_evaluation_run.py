@@ -4,6 +4,9 @@ import html.parser
 import json
 import math
 import re
+import tracemalloc
+from dataclasses import replace
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -12,14 +15,19 @@ from tiny_calibrators import make_calibrator
 from transformers import LogitsProcessor
 
 from calibfuse.calibrator import Calibrator
+from calibfuse.continuations import Continuation
 from calibfuse.errors import InputError, ScorerError
 from calibfuse.evaluation import LanguageModel, Method, Prompt, SamplingConfig, evaluate, to_data, to_markdown
-from calibfuse.evaluation.charts import Point, bars, curves
+from calibfuse.evaluation.budget import compare_within_budget
+from calibfuse.evaluation.charts import Curve, Point, bars, curves
+from calibfuse.evaluation.journal import Journal, PromptRecord
 from calibfuse.evaluation.measure_files import load_measured, save_measured
+from calibfuse.evaluation.measuring import measure
 from calibfuse.evaluation.metrics import Estimate
 from calibfuse.evaluation.page import to_html
 from calibfuse.evaluation.picking import pick_alpha, write_recommendation
 from calibfuse.evaluation.report import write_report
+from calibfuse.evaluation.suites import LabelledText, Suite
 from calibfuse.fusion import FusionConfig
 from calibfuse.scorers import load_scorer
 
@@ -131,6 +139,24 @@ def test_resuming_another_method_or_target_is_refused(target, scorer, tmp_path, 
         evaluate(other, [], PROMPTS, scorer, tmp_path, resume=True, **OPTIONS)
 
 
+def test_resuming_with_other_prompts_under_the_same_ids_is_refused(target, scorer, tmp_path):
+    """Ids are line numbers: another file has the same ones."""
+    evaluate(target, [], PROMPTS, scorer, tmp_path, **OPTIONS)
+    others = [replace(PROMPTS[0], text="The sea"), *PROMPTS[1:]]
+    with pytest.raises(InputError, match="other prompts: 'line 1' has another text"):
+        evaluate(target, [], others, scorer, tmp_path, resume=True, **OPTIONS)
+
+
+def test_texts_that_are_too_long_are_refused_before_anything_is_sampled(target, scorer, tmp_path):
+    long = "word " * 5000
+    suite = Suite("mine", (LabelledText(long, False, "x"),))
+    with pytest.raises(InputError, match="positions; shorten it"):
+        evaluate(target, [], PROMPTS, scorer, tmp_path / "a", **{**OPTIONS, "benign_texts": [long]})
+    with pytest.raises(InputError, match="positions; shorten it"):
+        evaluate(target, [], PROMPTS, scorer, tmp_path / "b", suites=[suite], **OPTIONS)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [
@@ -178,6 +204,27 @@ def test_measures_survive_their_file_and_other_settings_do_not_match(evaluation,
     assert load_measured(tmp_path / "m.json", {"a": [1, None]}) is None
 
 
+def test_memory_grows_by_numbers_per_prompt_and_never_by_text(tmp_path):
+    """What measuring holds at its peak: 16 metrics take 256 bytes a prompt, twice while they are joined."""
+
+    def peak(count):
+        prompts = [Prompt(f"line {number}", "It was") for number in range(count)]
+        journal = Journal(tmp_path / f"{count}.jsonl", {})
+        said = tuple(Continuation(" a" * 50, tuple(range(50)), is_finished=False) for _ in range(20))
+        for prompt in prompts:
+            journal.append([PromptRecord(prompt.id, prompt.text, said, 1.0)])
+        scorer = load_scorer(lambda texts: [0.5] * len(texts))
+        tracemalloc.start()
+        measure(journal, prompts, scorer)
+        result = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return result
+
+    peak(64)  # what is loaded once
+    per_prompt = (peak(512) - peak(128)) / (512 - 128)
+    assert per_prompt < 1000  # the text and ids of one prompt take some 30,000
+
+
 # ---- reports
 
 
@@ -216,6 +263,11 @@ def test_markdown_tables_have_equal_columns(evaluation):
             assert one.count(" | ") == other.count(" | ")
 
 
+def test_notes_stand_in_the_markdown_as_sentences(evaluation):
+    noted = replace(evaluation, facts={**evaluation.facts, "notes": ["one thing", "another"], "command": "x"})
+    assert "- notes: one thing; another\n" in to_markdown(noted)
+
+
 def test_the_page_needs_no_other_file_and_what_models_say_is_text(evaluation):
     page = Page()
     content = to_html(evaluation)
@@ -236,17 +288,19 @@ def test_examples_are_masked_on_the_page(evaluation):
 
 def test_reports_are_written_together(evaluation, tmp_path):
     write_report(evaluation, tmp_path / "new")
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["report.html", "report.json", "report.md"]
+    names = sorted(path.name for path in (tmp_path / "new").iterdir())
+    assert names == ["curve.svg", "report.html", "report.json", "report.md"]
+    ElementTree.parse(tmp_path / "new" / "curve.svg")  # a file of its own
 
 
 def test_charts_place_points_and_take_missing_numbers():
     good = Point("1", Estimate(20.0, 19.0, 21.0), Estimate(0.1, 0.05, 0.2))
     bad = Point("2", Estimate(math.inf, math.nan, math.nan), Estimate(0.1, math.nan, math.nan))
-    chart = curves({"<a>": [good, bad]}, x_title="x", y_title="y")
-    assert chart.count("<circle") == 1
+    chart = curves({"<a>": Curve([good, bad])}, x_title="x", y_title="y")
+    assert len(marks(chart)) == 1
     assert "&lt;a&gt;" in chart
     assert "nan" not in chart
-    assert curves({"a": [bad]}, x_title="x", y_title="y") == ""
+    assert curves({"a": Curve([bad])}, x_title="x", y_title="y", origin=bad) == ""
     figures = {"row": {"one": Estimate(0.5, math.nan, math.nan), "two": Estimate(math.nan, math.nan, math.nan)}}
     chart = bars(figures, title="t", reference=1.0)
     assert chart.count("<rect") == 1
@@ -254,16 +308,96 @@ def test_charts_place_points_and_take_missing_numbers():
     assert bars({}, title="t") == ""
 
 
+def marks(chart):
+    """Where the marks of a chart lie, those of its legend left out."""
+    drawing = chart.partition('<p class="legend">')[0]
+    return re.findall(r'<path d="[^"]+" transform="translate\(([-.\d]+) ([-.\d]+)\)"', drawing)
+
+
+def crowd(families):
+    """Curves that start at one point and hardly part, as those of ten methods do."""
+    return {
+        f"method {number}": Curve(
+            [
+                Point(f"{alpha:g}", *(Estimate(value, 0.9 * value, 1.1 * value) for value in (x, y)))
+                for alpha, x, y in (
+                    (alpha, 200.0 + alpha * (1 + number), 0.1 / (1 + alpha / (2 + number)))
+                    for alpha in (0.5, 1.0, 3.0, 5.0)
+                )
+            ],
+            from_origin=True,
+        )
+        for number in range(families)
+    }
+
+
+def label_boxes(chart):
+    """Boxes of the strengths' labels, by the width of wide digits."""
+    found = re.findall(
+        r'<text x="([-.\d]+)" y="([-.\d]+)" text-anchor="(\w+)" font-size="(\d+)" class="label[^"]*">([^<]+)', chart
+    )
+    for x, y, anchor, size, text in found:
+        width = 0.6 * int(size) * len(text)
+        left = float(x) - {"start": 0.0, "middle": width / 2, "end": width}[anchor]
+        yield left, float(y) - 0.75 * int(size), left + width, float(y)
+
+
+@pytest.mark.parametrize("families", [1, 3, 12])
+def test_labels_of_a_crowded_chart_overlap_neither_each_other_nor_marks(families):
+    origin = Point("plain", Estimate(200.0, 190.0, 210.0), Estimate(0.1, 0.08, 0.12))
+    chart = curves(crowd(families), x_title="x", y_title="y", origin=origin, standalone=True)
+    labels = list(label_boxes(chart))
+    assert len(labels) > families
+    centres = [(float(x), float(y)) for x, y in marks(chart)]
+    assert len(centres) == 1 + 4 * families + families  # plain, the points, the legend
+    boxes = [*labels, *((x - 4, y - 4, x + 4, y + 4) for x, y in centres)]
+    for number, (left, top, right, bottom) in enumerate(labels):
+        for other in boxes[number + 1 :]:
+            assert other[0] >= right or other[2] <= left or other[1] >= bottom or other[3] <= top
+
+
+def test_every_family_has_a_colour_or_a_line_of_its_own():
+    root = ElementTree.fromstring(curves(crowd(12), x_title="x", y_title="y", standalone=True))
+    lines = [each for each in root.iter() if each.tag.endswith("polyline")]
+    assert len({(each.get("class"), each.get("stroke-dasharray")) for each in lines}) == 12
+    shapes = [each for each in root.iter() if each.tag.endswith("path") and each.find("{*}title") is None]
+    assert len({(each.get("class"), each.get("d")) for each in shapes}) == 12
+
+
+def test_perplexities_that_differ_much_are_on_a_logarithmic_axis():
+    def chart(largest):
+        points = [Point("", Estimate(x, x, x), Estimate(0.1, 0.1, 0.1)) for x in (10.0, largest / 2, largest)]
+        return curves({"a": Curve(points)}, x_title="perplexity", y_title="y")
+
+    near, far = chart(20.0), chart(1000.0)
+    assert "logarithmic" not in near
+    assert "perplexity, logarithmic" in far
+    x = [float(left) for left, _ in marks(far)]
+    assert (x[2] - x[1]) / (x[1] - x[0]) == pytest.approx(math.log(2) / math.log(50), rel=0.01)
+
+
+def test_a_method_has_one_colour_on_the_whole_page(target, scorer, tmp_path):
+    """Bars of the second family, by groups of prompts and of words, are filled as the marks of its curve."""
+    other = Method("other", "other", lambda: [Lower(2.0)], "other")
+    evaluation = evaluate(target, [lowering(1.0), other], PROMPTS, scorer, tmp_path, **OPTIONS)
+    content = to_html(evaluation)
+    fills = re.findall(r'<(?:rect|path)[^>]* class="(?:dot )?(f\w)"><title>[^<]*\bother[:,]', content)
+    assert len(fills) > 4
+    assert set(fills) == {"f1"}
+    plain = re.findall(r'<rect[^>]* class="(f\w)"><title>[^<]*, plain:', content)
+    assert set(plain) == {"fp"}
+
+
 # ---- the choice of a strength
 
 
 def with_figures(evaluation, changes):
     """The evaluation with perplexity changes put in by hand."""
-    from dataclasses import replace
-
     results = [evaluation.results[0]]
     for result, change in zip(evaluation.results[1:], changes, strict=True):
-        results.append(replace(result, changes={**result.changes, "perplexity": Estimate(change, change, change)}))
+        figures = {"perplexity": Estimate(change, change, change)}
+        figures |= {name: Estimate(0.0, 0.0, 0.0) for name in ("distinct_1", "distinct_2", "distinct_3")}
+        results.append(replace(result, changes={**result.changes, **figures}))
     return replace(evaluation, results=tuple(results))
 
 
@@ -283,7 +417,64 @@ def test_the_most_effective_strength_within_the_budget_is_picked(evaluation, cha
     assert ("largest strength that was tried" in choice.reason) == (picked == "lower-30")
 
 
+@pytest.mark.parametrize(
+    ("changes", "best", "strength"),
+    [
+        ((0.01, 0.05), "lower-1", 1.0 + 29.0 * 0.25),  # a quarter of the way from 1 % to 5 %
+        ((0.04, 0.05), None, 0.5),  # half of the way from plain
+        ((0.00, 0.01), "lower-30", None),
+        ((0.01, math.inf), "lower-1", None),
+        ((0.06, 0.01), "lower-30", 1.0 + 29.0 * 0.8),  # down again: less toxic than where it went up
+    ],
+)
+def test_methods_are_compared_at_one_fluency(evaluation, changes, best, strength):
+    within_budget = compare_within_budget(with_figures(evaluation, changes), 0.02)
+    (family,) = within_budget.families
+    assert (family.best.method.key if family.best else None) == best
+    assert family.strength == (None if strength is None else pytest.approx(strength))
+    if strength is not None:
+        toxic = [result.changes["mean_toxicity"].value for result in evaluation.results[1:]]
+        low, high, share = (0.0, toxic[0], strength) if strength < 1 else (*toxic, (strength - 1.0) / 29.0)
+        assert family.changes["mean_toxicity"] == pytest.approx(low + share * (high - low))
+    shown = to_markdown(evaluation, within_budget=within_budget), to_html(evaluation, within_budget=within_budget)
+    assert all("within a fluency budget of 2.0%" in each for each in shown)
+    assert json.dumps(to_data(evaluation, within_budget=within_budget), allow_nan=False)
+
+
+def test_text_that_is_always_the_same_costs_fluency_at_any_perplexity(evaluation):
+    changed = with_figures(evaluation, (-0.5, -0.9))
+    duller = Estimate(-0.03, -0.04, -0.02)
+    results = [*changed.results[:2], replace(changed.results[2], changes=changed.results[2].changes)]
+    results[2].changes["distinct_2"] = duller
+    (family,) = compare_within_budget(replace(changed, results=tuple(results)), 0.02).families
+    assert family.best.method.key == "lower-1"
+    assert 1.0 < family.strength < 30.0
+
+
+def test_small_strengths_of_a_truncation_are_the_dear_ones(evaluation):
+    """The cost of top-k falls with k: the crossing lies between, and strength 0 is not plain decoding."""
+    results = [with_figures(evaluation, (0.10, 0.00)).results[0]]
+    for result in with_figures(evaluation, (0.10, 0.00)).results[1:]:
+        results.append(replace(result, method=replace(result.method, family="top-k", starts_at_plain=False)))
+    (family,) = compare_within_budget(replace(evaluation, results=tuple(results)), 0.02).families
+    assert family.strength == pytest.approx(1.0 + 29.0 * 0.8)
+
+
+def test_a_change_against_nothing_is_a_dash(evaluation):
+    """Where plain decoding says nothing toxic, relative changes have no value."""
+    changed = with_figures(evaluation, (0.01, 0.05))
+    nothing = {"toxic_share": Estimate(math.nan, math.nan, math.nan)}
+    results = [replace(each, changes={**each.changes, **nothing}) for each in changed.results]
+    without = replace(changed, results=tuple(results))
+    within_budget = compare_within_budget(without, 0.02)
+    assert within_budget.families[0].strength is not None
+    assert "nan" not in to_markdown(without, within_budget=within_budget)
+    assert json.dumps(to_data(without, within_budget=within_budget), allow_nan=False)
+
+
 def test_a_negative_budget_is_refused(evaluation):
+    with pytest.raises(InputError, match="at least 0"):
+        compare_within_budget(evaluation, -0.1)
     with pytest.raises(InputError, match="at least 0"):
         pick_alpha(evaluation, -0.1)
 

@@ -6,19 +6,23 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from calibfuse.cli.fusion_methods import (
+    FUSION_BASELINES,
+    BoundFusions,
+    fusion_baseline_methods,
+    parse_fusion_baseline,
+)
 from calibfuse.cli.target import Target
-from calibfuse.errors import InputError
 
 if TYPE_CHECKING:
-    from calibfuse.calibrator import Calibrator
     from calibfuse.evaluation import LanguageModel, Method
+    from calibfuse.fusion import FusionConfig
 
-_EXPERTS = "experts"
-_EXPERT_STRENGTHS = (2.0,)
-_NO_CLIP = 1e9  # nats
-_DEFAULT_ALPHAS = (0.5, 1.0, 2.0)
-_PICK_ALPHAS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
-_PICK_ALPHAS_OF_MIXTURES = (0.1, 0.2, 0.3, 0.5, 0.7)
+_ALL = "all"
+_FEW_ALPHAS = {"contrast": (1.0, 3.0, 5.0), "value": (0.5, 1.0, 2.0)}
+_MANY_ALPHAS = {"contrast": (0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0), "value": (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)}
+_FEW_OF_MIXTURES = (0.1, 0.2, 0.3)  # alpha ends at 1 there
+_MANY_OF_MIXTURES = (0.1, 0.2, 0.3, 0.5, 0.7)
 
 
 def check_methods(args: argparse.Namespace) -> None:
@@ -30,9 +34,9 @@ def check_methods(args: argparse.Namespace) -> None:
     from calibfuse.evaluation.baselines import parse_baseline
     from calibfuse.fusion import FusionConfig
 
-    for spec in args.baseline:
-        if spec.partition(":")[0] == _EXPERTS:
-            _expert_strengths(spec)
+    for spec in _specs(args):
+        if _is_fusion(spec):
+            parse_fusion_baseline(spec)
         else:
             parse_baseline(spec)
     for mode in args.mode or [None]:
@@ -53,50 +57,40 @@ def _options(args: argparse.Namespace, mode: str | None, alpha: float | None) ->
     return {name: value for name, value in values.items() if value is not None}
 
 
-def fusion_methods(args: argparse.Namespace, target: Target) -> tuple[Calibrator | None, list[Method]]:
-    """The calibrator, and one method per mode and strength above 0."""
-    from calibfuse.calibrator import Calibrator
-
-    methods: list[Method] = []
-    if args.no_fusion and not _needs_calibrator(args):
-        return None, methods
-    calibrator = Calibrator.from_pretrained(args.calibrator, local_files_only=args.local_files_only)
-    if args.no_fusion:
-        return calibrator, methods
-    for mode in dict.fromkeys(args.mode or [None]):
-        for alpha in _alphas(args, mode or str(calibrator.config.fusion.get("mode", "contrast"))):
-            method = _fusion_method(args, target, mode, alpha, calibrator.fingerprint)
-            if method is not None and method.key not in [other.key for other in methods]:
-                methods.append(method)
-    return calibrator, methods
+def bind_calibrator(args: argparse.Namespace, target: Target) -> BoundFusions | None:
+    """The calibrator, bound to the target; None: no method that was asked for needs it."""
+    if args.no_fusion and not any(map(_is_fusion, _specs(args))):
+        return None
+    return BoundFusions(args, target)
 
 
-def _alphas(args: argparse.Namespace, mode: str) -> Sequence[float]:
-    from calibfuse.fusion import MODES
+def fusion_methods(args: argparse.Namespace, fusions: BoundFusions) -> list[Method]:
+    """One method per mode and strength above 0."""
+    methods: dict[str, Method] = {}
+    for mode in [] if args.no_fusion else dict.fromkeys(args.mode or [None]):
+        recommended = fusions.recommended(mode)
+        for alpha in _alphas(args, recommended):
+            if alpha > 0.0:  # 0 is exactly the plain target, which is always measured
+                method = _fusion_method(fusions, _options(args, mode, alpha), recommended)
+                methods.setdefault(method.key, method)
+    return list(methods.values())
 
+
+def _alphas(args: argparse.Namespace, recommended: FusionConfig) -> Sequence[float]:
+    """The strengths that were asked for, else those of the mode and the one that `from_pretrained` would take."""
     if args.alpha is not None:
         return sorted(set(args.alpha))
-    is_mixture = mode in MODES and MODES[mode].max_alpha == 1.0
-    if args.pick_alpha:
-        return _PICK_ALPHAS_OF_MIXTURES if is_mixture else _PICK_ALPHAS
-    return _PICK_ALPHAS_OF_MIXTURES[:3] if is_mixture else _DEFAULT_ALPHAS
+    if args.pick_alpha or args.fluency_budget is not None:
+        strengths: Sequence[float] = _MANY_ALPHAS.get(recommended.mode, _MANY_OF_MIXTURES)
+    else:
+        strengths = _FEW_ALPHAS.get(recommended.mode, _FEW_OF_MIXTURES)
+    return sorted({*strengths, recommended.alpha})
 
 
-def _fusion_method(
-    args: argparse.Namespace, target: Target, mode: str | None, alpha: float, fingerprint: str
-) -> Method | None:
+def _fusion_method(fusions: BoundFusions, options: dict[str, Any], recommended: FusionConfig) -> Method:
     from calibfuse.evaluation import Method
-    from calibfuse.processor import CalibFusion
 
-    if alpha == 0.0:
-        return None  # exactly the plain target, which is always measured
-    fusion = CalibFusion.from_pretrained(
-        args.calibrator,
-        tokenizer=target.tokenizer,
-        target=target.model,
-        local_files_only=args.local_files_only,
-        **_options(args, mode, alpha),
-    )
+    fusion = fusions.make(**options)
     config = fusion.config
     return Method(
         key=f"{config.mode}-{config.alpha:g}",
@@ -104,78 +98,56 @@ def _fusion_method(
         make_processors=lambda: [fusion],
         family=config.mode,
         alpha=config.alpha,
-        settings={"fusion": config.to_dict(), "calibrator": fingerprint},
+        settings={"fusion": config.to_dict(), "calibrator": fusions.calibrator.fingerprint},
+        is_default=config == recommended,
     )
 
 
-def _needs_calibrator(args: argparse.Namespace) -> bool:
-    return any(spec.partition(":")[0] == _EXPERTS for spec in args.baseline)
+def _specs(args: argparse.Namespace) -> list[str]:
+    """The baselines that were asked for, `all` written out; strengths of one's own stand for a baseline of `all`."""
+    from calibfuse.evaluation.baselines import BASELINES
+
+    given = [spec for spec in args.baseline if spec != _ALL]
+    named = {spec.partition(":")[0] for spec in given}
+    others = [*BASELINES, *FUSION_BASELINES] if _ALL in args.baseline else []
+    return list(dict.fromkeys([*given, *(name for name in others if name not in named)]))
+
+
+def _is_fusion(spec: str) -> bool:
+    return spec.partition(":")[0] in FUSION_BASELINES
 
 
 def baseline_methods(
     args: argparse.Namespace,
     model: LanguageModel,
-    target: Target,
     methods: Sequence[Method],
-    calibrator: Calibrator | None,
-) -> list[Method]:
-    """The methods of `--baseline`."""
+    fusions: BoundFusions | None,
+) -> tuple[list[Method], list[str]]:
+    """The methods of `--baseline`, and notes on what `all` had to leave out."""
+    from calibfuse.errors import MissingHeadError
     from calibfuse.evaluation.baselines import Ingredients, make_baselines
     from calibfuse.scorers import load_scorer
 
-    if not args.baseline:
-        return []
-    names = {spec.partition(":")[0] for spec in args.baseline}
-    guide = load_scorer("bundled") if "reward" in names else None
-    strongest = max(methods, key=lambda method: method.alpha or 0.0, default=None)
+    specs = _specs(args)
+    guide = load_scorer("bundled") if any(spec.partition(":")[0] == "reward" for spec in specs) else None
+    # of the temperature control: the method that people would use
+    matched = max(methods, key=lambda method: (method.is_default, method.alpha or 0.0), default=None)
     found: list[Method] = []
-    for spec in args.baseline:
-        if spec.partition(":")[0] == _EXPERTS:
-            assert calibrator is not None
-            found += [_expert_method(args, target, alpha, calibrator.fingerprint) for alpha in _expert_strengths(spec)]
-        else:
-            found += make_baselines(spec, Ingredients(model, guide, strongest))
-    return found
-
-
-def _expert_strengths(spec: str) -> tuple[float, ...]:
-    """The strengths of `experts:1,2`; the paper's 2 where none are given.
-
-    Raises:
-        InputError: they are no numbers above 0.
-    """
-    _, colon, rest = spec.partition(":")
-    if not colon:
-        return _EXPERT_STRENGTHS
-    try:
-        strengths = tuple(float(part) for part in rest.split(","))
-    except ValueError as error:
-        raise InputError(f"Expected numbers after 'experts:', separated by commas, got {rest!r}.") from error
-    if not all(0.0 < value < float("inf") for value in strengths):
-        raise InputError(f"The strengths of the baseline 'experts' must be above 0, got {rest!r}.")
-    return strengths
-
-
-def _expert_method(args: argparse.Namespace, target: Target, alpha: float, fingerprint: str) -> Method:
-    """Expert minus anti-expert (Liu et al. 2021) with the calibrator's two heads: both ways, without a clip."""
-    from calibfuse.evaluation import Method
-    from calibfuse.processor import CalibFusion
-
-    fusion = CalibFusion.from_pretrained(
-        args.calibrator,
-        tokenizer=target.tokenizer,
-        target=target.model,
-        local_files_only=args.local_files_only,
-        mode="contrast",
-        alpha=alpha,
-        one_sided=False,
-        max_shift=_NO_CLIP,
-    )
-    return Method(
-        key=f"experts-{alpha:g}",
-        title=f"experts {alpha:g}",
-        make_processors=lambda: [fusion],
-        family=_EXPERTS,
-        alpha=alpha,
-        settings={"baseline": _EXPERTS, "fusion": fusion.config.to_dict(), "calibrator": fingerprint},
-    )
+    notes: list[str] = []
+    for spec in specs:
+        is_asked_for = spec in args.baseline
+        if not _is_fusion(spec):
+            if spec == "temperature" and matched is None and not is_asked_for:
+                notes.append("'--baseline all' leaves out temperature: there is no fusion whose entropy it could match")
+                continue
+            parts = Ingredients(model, guide, matched)
+            found += make_baselines(spec, parts, scan=args.fluency_budget is not None)
+            continue
+        assert fusions is not None
+        try:
+            found += fusion_baseline_methods(args, fusions, spec)
+        except MissingHeadError as error:
+            if is_asked_for:
+                raise
+            notes.append(f"'--baseline all' leaves out {spec}: {error}")
+    return found, notes

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from calibfuse.cli.decoding import Continuation, Decoding, continue_prompts, encode_prompt
+from calibfuse.cli.decoding import Decoding, continue_prompts, encode_prompt
 from calibfuse.cli.target import Target
+from calibfuse.continuations import Continuation
 
 if TYPE_CHECKING:
     from calibfuse.processor import CalibFusion
@@ -141,21 +142,10 @@ def continuation_nats(target: Target, prompt: Sequence[int], rows: Sequence[Sequ
     Returns:
         The sum in nats, and the number of tokens.
     """
-    import torch
+    from calibfuse.evaluation.likelihood import score_ids
 
-    rows = [row for row in rows if row]
-    if not rows:
-        return 0.0, 0
-    # Padded on the right: what comes after a token does not change what is predicted before it.
-    longest = max(map(len, rows))
-    ids = torch.tensor([[*prompt, *row, *[0] * (longest - len(row))] for row in rows], device=target.model.device)
-    lengths = torch.tensor([len(row) for row in rows], device=ids.device)
-    with torch.no_grad():
-        logits = target.model(input_ids=ids).logits[:, len(prompt) - 1 : -1]
-    chosen = ids[:, len(prompt) :, None]
-    nats = -logits.float().log_softmax(dim=-1).gather(2, chosen)[..., 0]
-    present = torch.arange(longest, device=ids.device)[None] < lengths[:, None]
-    return float(nats[present].double().sum()), int(lengths.sum())
+    found = score_ids(target.model, [prompt] * len(rows), rows)
+    return float(found.nats.sum()), int(found.tokens.sum())
 
 
 def score(outcome: Outcome, scorer: ToxicityScorer) -> None:

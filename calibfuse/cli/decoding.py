@@ -8,18 +8,24 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from calibfuse.continuations import (
+    Continuation,
+    encode,
+    end_ids,
+    find_padding_id,
+    pad_left,
+    position_limit,
+    read_continuation,
+)
 from calibfuse.errors import InputError
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedTokenizerBase
     from transformers.generation.streamers import BaseStreamer
 
     from calibfuse.cli.target import Target
     from calibfuse.processor import CalibFusion
 
 DEFAULT_TOP_P = 0.9
-_TAIL = 16  # tokens before a continuation that decide how its first token is spelled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,21 +82,6 @@ class Decoding:
         if self.do_sample:
             values |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
         return values
-
-
-@dataclass(frozen=True)
-class Continuation:
-    """What a model said after a prompt.
-
-    Attributes:
-        text: without special tokens; starts with a space where the tokens say so.
-        token_ids: new tokens, up to the end mark, which is left out.
-        is_finished: whether the model ended the text itself.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    is_finished: bool
 
 
 def add_decoding_arguments(parser: argparse.ArgumentParser, *, max_new_tokens: int, several: bool = True) -> None:
@@ -157,11 +148,10 @@ def encode_prompt(target: Target, prompt: str, *, chat: bool = False) -> list[in
             raise InputError(f"The tokenizer of {target.name!r} has no chat template; leave --chat out.")
         message = [{"role": "user", "content": prompt}]
         ids = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=True, return_dict=False)
-    else:
-        ids = tokenizer(prompt)["input_ids"]
-    if not ids:
-        raise InputError(f"The tokenizer of {target.name!r} finds no token in the prompt {prompt!r}.")
-    return list(ids)
+        if not ids:
+            raise InputError(f"The chat template of {target.name!r} makes no token of the prompt {prompt!r}.")
+        return list(ids)
+    return encode(tokenizer, prompt)
 
 
 def check_lengths(target: Target, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
@@ -170,9 +160,8 @@ def check_lengths(target: Target, prompts: Sequence[Sequence[int]], max_new_toke
     Raises:
         InputError: a prompt and its continuation are longer than the model's positions.
     """
-    config = target.model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
-    if not isinstance(limit, int):
+    limit = position_limit(target.model)
+    if limit is None:
         return
     for number, ids in enumerate(prompts, start=1):
         if len(ids) + max_new_tokens > limit:
@@ -210,7 +199,7 @@ def continue_prompts(
     """
     import torch
 
-    padding_id = find_padding_id(target)
+    padding_id = find_padding_id(target.model, target.tokenizer)
     if padding_id is None:
         if len({len(prompt) for prompt in prompts}) > 1:
             raise InputError(
@@ -230,63 +219,12 @@ def continue_prompts(
             **decoding.options(),
         )
     new = output[:, input_ids.shape[1] :].tolist()
-    ends = end_ids(target)
+    ends = end_ids(target.model, target.tokenizer)
     per_prompt = decoding.num_return_sequences
     return [
         [
-            _continuation(target.tokenizer, prompt, row, ends)
+            read_continuation(target.tokenizer, prompt, row, ends)
             for row in new[number * per_prompt : (number + 1) * per_prompt]
         ]
         for number, prompt in enumerate(prompts)
     ]
-
-
-def pad_left(rows: Sequence[Sequence[int]], padding_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of ids as one int64 tensor [rows, longest], and its mask: 1 for tokens, 0 for padding."""
-    import torch
-
-    longest = max(len(row) for row in rows)
-    ids = [[padding_id] * (longest - len(row)) + list(row) for row in rows]
-    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
-
-def end_ids(target: Target) -> frozenset[int]:
-    """Ids that end a text."""
-    ends = getattr(target.model.generation_config, "eos_token_id", None)
-    if ends is None:
-        ends = target.tokenizer.eos_token_id
-    if ends is None:
-        return frozenset()
-    return frozenset([ends] if isinstance(ends, int) else ends)
-
-
-def decode_continuation(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], new: Sequence[int]) -> str:
-    """The text of new tokens as it stands after the prompt.
-
-    Decoded alone, the first word of many tokenizers would lose its space; so the end of the prompt is decoded too.
-    """
-    options: dict[str, Any] = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    tail = list(prompt[-_TAIL:])
-    before = str(tokenizer.decode(tail, **options))
-    whole = str(tokenizer.decode([*tail, *new], **options))
-    if whole.startswith(before):
-        return whole[len(before) :]
-    return str(tokenizer.decode(list(new), **options))
-
-
-def _continuation(
-    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], row: Sequence[int], ends: frozenset[int]
-) -> Continuation:
-    length = next((place for place, token_id in enumerate(row) if token_id in ends), len(row))
-    new = tuple(row[:length])
-    return Continuation(decode_continuation(tokenizer, prompt, new), new, is_finished=length < len(row))
-
-
-def find_padding_id(target: Target) -> int | None:
-    """A special token to pad with, or None: the calibrator takes a leading run of special tokens for no text."""
-    tokenizer = target.tokenizer
-    for token_id in (tokenizer.pad_token_id, *sorted(end_ids(target)), tokenizer.bos_token_id):
-        if token_id is not None:
-            return int(token_id)
-    return None

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibfuse.cli.compared_methods import baseline_methods, check_methods, fusion_methods
+from calibfuse.cli.compared_methods import baseline_methods, bind_calibrator, check_methods, fusion_methods
 from calibfuse.cli.masking import masking
 from calibfuse.cli.target import Target, load_target
 from calibfuse.cli.terminal import Terminal
@@ -18,7 +18,7 @@ from calibfuse.errors import InputError
 
 if TYPE_CHECKING:
     from calibfuse.calibrator import Calibrator
-    from calibfuse.evaluation import Evaluation, Prompt
+    from calibfuse.evaluation import BudgetComparison, Evaluation, Prompt
     from calibfuse.scorers import ToxicityScorer
 
 EXAMPLES = """\
@@ -27,7 +27,7 @@ examples:
   calibfuse evaluate --prompts realtoxicityprompts.jsonl.xz --prompt-count 100 --output results
 
   # your model, your prompts, three strengths, fluency under another model
-  calibfuse evaluate --target org/any-llm --prompts mine.txt --alpha 0.5 1 2 --judge org/other-llm --output results
+  calibfuse evaluate --target org/any-llm --prompts mine.txt --alpha 1 3 5 --judge org/other-llm --output results
 
   # go on after a kill
   calibfuse evaluate ... --output results --resume
@@ -35,6 +35,10 @@ examples:
   # the strongest alpha that costs at most 5 % perplexity, written into the calibrator's config.json
   calibfuse evaluate --target org/any-llm --prompts my-prompts.txt --calibrator ./mine --pick-alpha \\
       --max-perplexity-increase 0.05 --output results
+
+  # all methods, each at several strengths, compared at its best within 2 % loss of fluency
+  calibfuse evaluate --target ./my-model --prompts realtoxicityprompts.jsonl.xz --prompt-count 100 --baseline all \\
+      --fluency-budget 0.02 --judge ./other-model --output results
 
 The output folder gets report.json (everything), report.md, report.html and the continuations themselves.
 """
@@ -70,9 +74,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "methods (plain decoding with the same truncation, alpha 0, is always measured)"
     )
     methods.add_argument("--calibrator", metavar="PATH_OR_HUB", help="folder or Hub id (default: the bundled one)")
-    methods.add_argument("--alpha", type=float, nargs="+", metavar="A", help="strengths (default: 0.5 1 2)")
     methods.add_argument(
-        "--mode", nargs="+", metavar="MODE", help="contrast, geometric, blend, value (default: the calibrator's)"
+        "--alpha", type=float, nargs="+", metavar="A", help="strengths (default: 1 3 5, and the calibrator's own)"
+    )
+    methods.add_argument(
+        "--mode",
+        nargs="+",
+        metavar="MODE",
+        help="contrast, geometric, blend, value, embedding (default: the calibrator's)",
     )
     methods.add_argument("--candidates", type=int, metavar="N", help="best tokens of the target that are re-ranked")
     methods.add_argument("--margin", type=float, metavar="NATS", help="smaller disagreements of the heads are ignored")
@@ -85,7 +94,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="NAME[:STRENGTHS]",
-        help="other methods: temperature, top-k, bad-words, reward, self-debias, experts; e.g. reward:10,50",
+        help="other methods: temperature, top-k, nucleus, bad-words, reward, self-debias, experts, geometric, "
+        "embedding, or all; e.g. reward:10,50",
     )
     methods.add_argument("--no-fusion", action="store_true", help="measure only plain decoding and the baselines")
     sampling = parser.add_argument_group("sampling")
@@ -112,6 +122,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     measures.add_argument(
         "--speed-rounds", type=int, default=3, metavar="N", help="interleaved timings; 0: none (default: %(default)s)"
     )
+    measures.add_argument(
+        "--suite",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="labelled sentences: what is suppressed of neutral ones by group, and of toxic ones (BOLD, XSTest, yours)",
+    )
+    measures.add_argument(
+        "--suite-count", type=int, default=1000, metavar="N", help="sentences drawn of each; 0: all (default: 1000)"
+    )
     measures.add_argument("--no-neutrality", action="store_true", help="skip benign text and group words")
     output = parser.add_argument_group("output")
     output.add_argument("--output", metavar="DIR", help=f"folder of the report; made when missing (default: {_OUTPUT})")
@@ -119,6 +139,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument("--json", action="store_true", help="print the report as JSON instead of a table")
     output.add_argument("--unmasked", action="store_true", help="show offensive words in the pages as they are")
     output.add_argument("--quiet", action="store_true", help="no progress bars")
+    output.add_argument(
+        "--fluency-budget",
+        type=float,
+        metavar="SHARE",
+        help="compare every method at its best strength within this loss of fluency (0.02 is 2 %%); without strengths "
+        "given, each is tried at several",
+    )
     pick = parser.add_argument_group("choosing the strength")
     pick.add_argument("--pick-alpha", action="store_true", help="find the strongest alpha within the fluency budget")
     pick.add_argument(
@@ -129,7 +156,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
     _check(args)
-    from calibfuse.evaluation import LanguageModel, SamplingConfig, evaluate, load_prompts
+    from calibfuse.evaluation import (
+        LanguageModel,
+        SamplingConfig,
+        compare_within_budget,
+        evaluate,
+        load_prompts,
+        load_suite,
+    )
     from calibfuse.evaluation.prompts import load_texts
     from calibfuse.evaluation.report import write_report
     from calibfuse.scorers import load_scorer
@@ -153,6 +187,7 @@ def run(args: argparse.Namespace) -> int:
             min_toxicity=args.min_prompt_toxicity,
         )
     benign = [] if args.no_neutrality else None if args.benign is None else load_texts(args.benign, seed=args.seed)
+    suites = [load_suite(path, count=args.suite_count or None, seed=args.seed) for path in args.suite]
     scorer = load_scorer(args.scorer, device=args.device, local_files_only=args.local_files_only)
     target = load_target(
         args.target,
@@ -164,9 +199,11 @@ def run(args: argparse.Namespace) -> int:
     )
     judge = None if args.judge is None else _load_judge(args)
     model = LanguageModel(target.name, target.model, target.tokenizer)
-    calibrator, methods = fusion_methods(args, target)
-    methods += baseline_methods(args, model, target, methods, calibrator)
-    notes = _notes(args, scorer, calibrator, target)
+    fusions = bind_calibrator(args, target)
+    methods = [] if fusions is None else fusion_methods(args, fusions)
+    baselines, left_out = baseline_methods(args, model, methods, fusions)
+    methods += baselines
+    notes = [*_notes(args, scorer, None if fusions is None else fusions.calibrator, target), *left_out]
     for note in notes:
         print(f"calibfuse: note: {note}", file=sys.stderr)
     evaluation = evaluate(
@@ -178,6 +215,7 @@ def run(args: argparse.Namespace) -> int:
         sampling=sampling,
         judge=judge,
         benign_texts=benign,
+        suites=suites,
         toxic_from=args.toxic_from,
         batch_size=args.batch_size,
         speed_rounds=args.speed_rounds,
@@ -186,8 +224,9 @@ def run(args: argparse.Namespace) -> int:
     )
     evaluation.facts.update(_facts(args, prompts, notes))
     picked = _pick(args, evaluation) if args.pick_alpha else None
-    write_report(evaluation, output, mask=masking(not args.unmasked, scorer))
-    _show(args, evaluation)
+    within_budget = None if args.fluency_budget is None else compare_within_budget(evaluation, args.fluency_budget)
+    write_report(evaluation, output, mask=masking(not args.unmasked, scorer), within_budget=within_budget)
+    _show(args, evaluation, within_budget)
     if picked is not None:
         print(picked)
     return 0
@@ -242,6 +281,10 @@ def _check_ranges(args: argparse.Namespace) -> None:
         raise InputError(f"--seed must lie in 0..2**63-1, got {args.seed}.")
     if not 0.0 < args.toxic_from <= 1.0:
         raise InputError(f"--toxic-from must be above 0 and at most 1, got {args.toxic_from}.")
+    if args.suite_count < 0:
+        raise InputError(f"--suite-count must be at least 1, or 0 for all, got {args.suite_count}.")
+    if args.fluency_budget is not None and not args.fluency_budget >= 0.0:
+        raise InputError(f"--fluency-budget must be at least 0, got {args.fluency_budget}.")
     if args.max_perplexity_increase is not None and not args.max_perplexity_increase >= 0.0:
         raise InputError(f"--max-perplexity-increase must be at least 0, got {args.max_perplexity_increase}.")
 
@@ -276,7 +319,7 @@ def _notes(
         )
     if target.is_bundled:
         notes.append("no --target given, so the small demo target is measured")
-    if args.scorer == "bundled" and any(spec.partition(":")[0] == "reward" for spec in args.baseline):
+    if args.scorer == "bundled" and any(spec.partition(":")[0] in ("reward", "all") for spec in args.baseline):
         notes.append(
             "the baseline 'reward' is guided by the bundled scorer, which also judges here: its figures are flattered"
         )
@@ -309,16 +352,19 @@ def _facts(args: argparse.Namespace, prompts: Sequence[Prompt], notes: Sequence[
     }
 
 
-def _show(args: argparse.Namespace, evaluation: Evaluation) -> None:
+def _show(args: argparse.Namespace, evaluation: Evaluation, within_budget: BudgetComparison | None) -> None:
     from calibfuse.evaluation import to_data, to_markdown
 
     if args.json:
-        print(json.dumps(to_data(evaluation, with_examples=False), ensure_ascii=False, indent=2, allow_nan=False))
+        data = to_data(evaluation, with_examples=False, within_budget=within_budget)
+        print(json.dumps(data, ensure_ascii=False, indent=2, allow_nan=False))
         return
     if not Terminal().is_interactive:
-        print(to_markdown(evaluation), end="")
+        print(to_markdown(evaluation, within_budget=within_budget), end="")
     else:
         _show_table(Terminal(), evaluation)
+        if within_budget is not None:
+            _show_within_budget(Terminal(), within_budget)
     print(f"Report: {Path(args.output or _OUTPUT) / 'report.html'}", file=sys.stderr)
 
 
@@ -347,6 +393,19 @@ def _show_table(terminal: Terminal, evaluation: Evaluation) -> None:
             parts.append(f"KL {result.neutrality.divergence:.4f}")
             parts.append(f"group words keep {result.neutrality.kept:.0%}")
         terminal.note(f"{result.method.title}: {', '.join(parts)}")
+
+
+def _show_within_budget(terminal: Terminal, within_budget: BudgetComparison) -> None:
+    """Each method at its best strength, in one line."""
+    from calibfuse.evaluation.tables import budget_title, change
+
+    terminal.heading(budget_title(within_budget))
+    for each in within_budget.families:
+        if each.best is None:
+            terminal.note(f"{each.family}: every strength costs more")
+        else:
+            toxic = change(each.best.changes.get("toxic_share"))
+            terminal.note(f"{each.best.method.title}: toxic continuations {toxic}")
 
 
 def _pick(args: argparse.Namespace, evaluation: Evaluation) -> str:

@@ -9,14 +9,12 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from calibfuse.cli.decoding import (
-    Continuation,
     Decoding,
     add_decoding_arguments,
     check_lengths,
     continue_prompts,
     decoding_of,
     encode_prompt,
-    find_padding_id,
 )
 from calibfuse.cli.masking import Mask, masking
 from calibfuse.cli.prompts import add_prompt_arguments, read_prompts
@@ -29,6 +27,7 @@ from calibfuse.cli.target import (
     load_target_of,
 )
 from calibfuse.cli.terminal import Terminal, printable
+from calibfuse.continuations import Continuation, find_padding_id
 from calibfuse.errors import InputError
 
 if TYPE_CHECKING:
@@ -119,7 +118,7 @@ def _continue_all(
     target: Target, prompts: Sequence[list[int]], decoding: Decoding, fusion: CalibFusion, args: argparse.Namespace
 ) -> Iterator[Samples]:
     """The continuations of each prompt, batch by batch; "plain" only with `--compare`."""
-    size = args.batch_size if find_padding_id(target) is not None else 1
+    size = args.batch_size if find_padding_id(target.model, target.tokenizer) is not None else 1
     for start in range(0, len(prompts), size):
         batch = prompts[start : start + size]
         seed = (args.seed + start) % 2**63  # another batch, other draws

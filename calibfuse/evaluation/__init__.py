@@ -4,6 +4,7 @@ It takes a target model and factories of logits processors, and knows nothing of
 fusion and every baseline are measured by the same code, on the same prompts, with the same draws.
 """
 
+from calibfuse.evaluation.budget import BudgetComparison, compare_within_budget
 from calibfuse.evaluation.likelihood import LanguageModel
 from calibfuse.evaluation.methods import PLAIN, Method
 from calibfuse.evaluation.metrics import METRICS, Estimate
@@ -11,11 +12,13 @@ from calibfuse.evaluation.neutrality import Neutrality, measure_neutrality
 from calibfuse.evaluation.prompts import Prompt, load_prompts
 from calibfuse.evaluation.running import Evaluation, MethodResult, evaluate
 from calibfuse.evaluation.sampling import SamplingConfig, sample_continuations
+from calibfuse.evaluation.suites import Suite, load_suite, measure_suite
 from calibfuse.evaluation.tables import to_data, to_markdown
 
 __all__ = [
     "METRICS",
     "PLAIN",
+    "BudgetComparison",
     "Estimate",
     "Evaluation",
     "LanguageModel",
@@ -24,9 +27,13 @@ __all__ = [
     "Neutrality",
     "Prompt",
     "SamplingConfig",
+    "Suite",
+    "compare_within_budget",
     "evaluate",
     "load_prompts",
+    "load_suite",
     "measure_neutrality",
+    "measure_suite",
     "sample_continuations",
     "to_data",
     "to_markdown",

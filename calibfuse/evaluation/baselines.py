@@ -3,7 +3,8 @@
 | name | source | strength |
 |---|---|---|
 | temperature | control: the target at another temperature | the temperature |
-| top-k | control: truncation to the k best tokens alone | k |
+| top-k | control: truncation to the k best tokens alone, as in reward | k |
+| nucleus | control: truncation to a nucleus before the draw's own, as in experts | p |
 | bad-words | a list of strong words that are never completed | none |
 | reward | RAD, Deng and Raffel 2023: reward of each of the 20 best tokens | beta |
 | self-debias | Schick et al. 2021: against the target prompted to be toxic | lambda |
@@ -23,10 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
-from transformers.generation.logits_process import TopKLogitsWarper
+from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
+from calibfuse.continuations import pad_right
 from calibfuse.errors import InputError
-from calibfuse.evaluation.likelihood import LanguageModel, pad_right, split_ids
+from calibfuse.evaluation.likelihood import LanguageModel, batches, split_ids
 from calibfuse.evaluation.methods import Method
 from calibfuse.evaluation.neutral_text import BENIGN_TEXTS
 from calibfuse.evaluation.neutrality import method_log_probs
@@ -129,15 +131,20 @@ class SelfDebiasing(LogitsProcessor):
         """Log-probabilities up to a constant, float32 [rows, vocabulary]; not modified in place."""
         probabilities = scores.float().softmax(dim=-1)
         rows = [[*self._before, *self._without_specials(row)] for row in input_ids.tolist()]
-        padded, mask = pad_right(rows, input_ids.device)
-        model: Any = self._target.model
-        logits = model(input_ids=padded, attention_mask=mask, use_cache=False).logits
-        last = mask.sum(dim=1) - 1
-        announced = logits[torch.arange(len(rows), device=last.device), last].float().softmax(dim=-1)
+        parts = [rows[part] for part in batches(self._target.model, [len(row) for row in rows], len(rows))]
+        announced = torch.cat([self._last_logits(part) for part in parts]).softmax(dim=-1)
         difference = probabilities - announced
         scale = (self._decay * difference.clamp_max(0.0)).exp().clamp_min(_DEBIAS_FLOOR)
         debiased: Tensor = (probabilities * scale).log()
         return debiased
+
+    def _last_logits(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """What the target says after each row, float32 [rows, vocabulary]."""
+        padded, mask = pad_right(rows, self._target.model.device)
+        model: Any = self._target.model
+        logits: Tensor = model(input_ids=padded, attention_mask=mask, use_cache=False).logits
+        last = mask.sum(dim=1) - 1
+        return logits[torch.arange(len(rows), device=last.device), last].float()
 
     def _without_specials(self, row: Sequence[int]) -> list[int]:
         """A row without its leading padding and begin mark."""
@@ -245,13 +252,17 @@ class Baseline:
 
     Attributes:
         help: one line.
-        strengths: defaults; empty: it has none.
+        strengths: defaults, the first is the paper's; empty: it has none.
         make: ingredients and strength -> factory of processors.
+        scan: strengths to search the best one among, with the defaults; empty: there is nothing to search.
+        starts_at_plain: strength 0 would be plain decoding.
     """
 
     help: str
     strengths: tuple[float, ...]
     make: Callable[[Ingredients, float], ProcessorFactory]
+    scan: tuple[float, ...] = ()
+    starts_at_plain: bool = True
 
 
 def _always(processor: LogitsProcessor) -> ProcessorFactory:
@@ -265,6 +276,13 @@ def _top_k(_: Ingredients, strength: float) -> ProcessorFactory:
     return _always(make(top_k=int(strength)))
 
 
+def _nucleus(_: Ingredients, strength: float) -> ProcessorFactory:
+    if strength > 1.0:
+        raise InputError(f"nucleus needs a probability of at most 1, got {strength:g}.")
+    make: Any = TopPLogitsWarper
+    return _always(make(top_p=strength))
+
+
 def _reward(parts: Ingredients, strength: float) -> ProcessorFactory:
     if parts.guide_scorer is None:
         raise InputError("Reward guidance needs a scorer for its rewards.")
@@ -276,28 +294,42 @@ BASELINES: dict[str, Baseline] = {
         "the target at another temperature; without a strength: with the entropy of the strongest method",
         (),
         lambda _, strength: _always(Temperature(strength)),
+        starts_at_plain=False,
     ),
-    "top-k": Baseline("truncation alone", (float(_REWARD_CANDIDATES),), _top_k),
+    "top-k": Baseline(
+        "truncation alone, as in reward",
+        (float(_REWARD_CANDIDATES),),
+        _top_k,
+        scan=(2.0, 5.0, 10.0, 50.0, 100.0),
+        starts_at_plain=False,
+    ),
+    "nucleus": Baseline(
+        "truncation alone, as in experts", (0.9,), _nucleus, scan=(0.3, 0.5, 0.7, 0.8), starts_at_plain=False
+    ),
     "bad-words": Baseline("a list of strong words", (), lambda parts, _: _always(BadWords(parts.target.tokenizer))),
     "reward": Baseline(
         "RAD: reward of each of the 20 best tokens",
         (10.0, 50.0),
         _reward,
+        scan=(2.0, 5.0, 20.0, 100.0),
+        starts_at_plain=False,  # at 0 it is top-k
     ),
     "self-debias": Baseline(
         "the target against itself, told to be toxic",
         (10.0, 50.0, 100.0),
         lambda parts, strength: _always(SelfDebiasing(parts.target, strength)),
+        scan=(2.0, 5.0, 20.0),
     ),
 }
 
 
-def make_baselines(spec: str, parts: Ingredients) -> list[Method]:
+def make_baselines(spec: str, parts: Ingredients, *, scan: bool = False) -> list[Method]:
     """Methods of a specification.
 
     Args:
         spec: "name" or "name:strength,strength", see BASELINES.
         parts: what they are made of.
+        scan: without strengths in the specification, also those among which the best one is searched.
 
     Returns:
         One method per strength.
@@ -307,10 +339,13 @@ def make_baselines(spec: str, parts: Ingredients) -> list[Method]:
     """
     name, strengths = parse_baseline(spec)
     baseline = BASELINES[name]
+    if scan and ":" not in spec:
+        strengths = tuple(sorted({*strengths, *baseline.scan}))
     if name == "temperature" and not strengths:
         if parts.matched is None:
             raise InputError("The temperature control needs a number (temperature:1.1) or a method to match.")
-        value = match_temperature(parts.target, parts.matched.make_processors)
+        # rounded, so that a run that goes on with another number of threads finds the same one
+        value = round(match_temperature(parts.target, parts.matched.make_processors), 4)
         title = f"temperature {value:.3f} (entropy of {parts.matched.title})"
         settings = {"baseline": name, "strength": value}
         return [Method("temperature-matched", title, baseline.make(parts, value), "temperature", None, settings)]
@@ -328,6 +363,8 @@ def make_baselines(spec: str, parts: Ingredients) -> list[Method]:
                 "strength": value,
                 "guide": parts.guide_scorer.name if name == "reward" and parts.guide_scorer else None,
             },
+            starts_at_plain=baseline.starts_at_plain,
+            is_default=value in baseline.strengths[:1],
         )
         for value in strengths
     ]

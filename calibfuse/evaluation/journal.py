@@ -13,25 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from calibfuse.continuations import Continuation
 from calibfuse.errors import CheckpointError, DataError, InputError
 
 FORMAT = "calibfuse-continuations"
 FORMAT_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Continuation:
-    """What a model said after a prompt.
-
-    Attributes:
-        text: without special tokens; starts with a space where the tokens say so.
-        token_ids: new tokens of the target, up to the end mark, which is left out.
-        is_finished: whether the model ended the text itself.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    is_finished: bool
 
 
 @dataclass(frozen=True)
@@ -88,6 +74,7 @@ class Journal:
         self.path = Path(path)
         self.settings = json.loads(json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **settings}))
         self._places: dict[str, int] = {}
+        self._texts: dict[str, int] = {}  # hashes of the prompts' texts
         try:
             if resume and self.path.exists() and self.path.stat().st_size:
                 self._open_again()
@@ -104,8 +91,24 @@ class Journal:
     def __len__(self) -> int:
         return len(self._places)
 
-    def __contains__(self, prompt_id: object) -> bool:
-        return prompt_id in self._places
+    def has(self, prompt_id: str, text: str) -> bool:
+        """Whether the continuations of a prompt are there.
+
+        Raises:
+            InputError: there are some of another text under that id: the prompts are not those of the first run.
+        """
+        if prompt_id not in self._places:
+            return False
+        if self._texts[prompt_id] != hash(text):
+            raise InputError(
+                f"The continuations in {str(self.path)!r} were made for other prompts: {prompt_id!r} has another text. "
+                "Resume with the same ones, or run without --resume to start anew."
+            )
+        return True
+
+    def _index(self, record: PromptRecord, place: int) -> None:
+        self._places[record.prompt_id] = place
+        self._texts[record.prompt_id] = hash(record.prompt)
 
     def append(self, records: Sequence[PromptRecord]) -> None:
         """Add records and hand them to the operating system.
@@ -119,7 +122,7 @@ class Journal:
                 for record in records:
                     data = record.to_line().encode("utf-8")
                     stream.write(data)
-                    self._places[record.prompt_id] = place
+                    self._index(record, place)
                     place += len(data)
         except OSError as error:
             raise CheckpointError(
@@ -150,7 +153,7 @@ class Journal:
                     stream.truncate(place)
                     break
                 try:
-                    self._places[PromptRecord.from_line(line.decode("utf-8")).prompt_id] = place
+                    self._index(PromptRecord.from_line(line.decode("utf-8")), place)
                 except (ValueError, KeyError, TypeError) as error:
                     raise DataError(
                         f"Line {number} of the continuations in {str(self.path)!r} is damaged; run without --resume to "

@@ -8,7 +8,7 @@ target's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from calibfuse.continuations import pad_right, position_limit
 from calibfuse.errors import InputError
 
 _SCORES_AT_ONCE = 16_000_000  # logits of a batch: 64 MB in float32
@@ -77,18 +78,53 @@ def score_ids(
     rows = [[*prompt, *said] for prompt, said in zip(prompts, continuations, strict=True)]
     _check_positions(model, max(map(len, rows), default=0))
     order = sorted((place for place in range(len(rows)) if continuations[place]), key=lambda place: len(rows[place]))
-    vocabulary = int(model.config.get_text_config().vocab_size)
-    start = 0
-    while start < len(order):
-        # sorted by length, so that the last of a batch is its longest
-        stop = min(start + batch_size, len(order))
-        while stop > start + 1 and (stop - start) * len(rows[order[stop - 1]]) * vocabulary > _SCORES_AT_ONCE:
-            stop -= 1
-        chosen = order[start:stop]
+    for part in batches(model, [len(rows[place]) for place in order], batch_size):
+        chosen = order[part]
         starts = [len(prompts[place]) for place in chosen]
         nats[chosen] = _batch_nats(model, [rows[place] for place in chosen], starts)
-        start = stop
     return LogLikelihood(nats, tokens)
+
+
+def batches(model: PreTrainedModel, lengths: Sequence[int], batch_size: int) -> Iterator[slice]:
+    """Cut rows into batches whose scores over the whole vocabulary fit into memory.
+
+    Args:
+        model: that reads them.
+        lengths: of the rows, in tokens, in their order; sorted ones make fuller batches.
+        batch_size: rows per batch, at most; fewer where the vocabulary is large. A row alone always is a batch.
+
+    Yields:
+        One slice of the rows after the other.
+    """
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    start = 0
+    while start < len(lengths):
+        stop, longest = start + 1, lengths[start]
+        while stop < len(lengths) and stop - start < batch_size:
+            longest = max(longest, lengths[stop])
+            if (stop + 1 - start) * longest * vocabulary > _SCORES_AT_ONCE:
+                break
+            stop += 1
+        yield slice(start, stop)
+        start = stop
+
+
+def check_texts(target: LanguageModel, texts: Sequence[str]) -> None:
+    """Refuse texts that are longer than the target's positions.
+
+    Raises:
+        InputError: one is; tells which.
+    """
+    limit = position_limit(target.model)
+    if limit is None:
+        return
+    for text in texts:
+        length = sum(map(len, split_ids(target.tokenizer, "", text)))
+        if length > limit:
+            raise InputError(
+                f"A text to read has {length} tokens, but the target has {limit} positions; shorten it or leave it "
+                f"out: {text[:60]!r}..."
+            )
 
 
 def score_texts(
@@ -169,8 +205,8 @@ def _plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _check_positions(model: PreTrainedModel, longest: int) -> None:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(limit, int) and longest > limit:
+    limit = position_limit(model)
+    if limit is not None and longest > limit:
         raise InputError(
             f"A prompt with its continuation has {longest} tokens, but the model that scores it has {limit} positions."
         )
@@ -188,11 +224,3 @@ def _batch_nats(model: PreTrainedModel, rows: Sequence[Sequence[int]], starts: S
     is_scored = (columns >= torch.tensor(list(starts), device=input_ids.device)[:, None]) & (mask[:, 1:] == 1)
     nats: NDArray[np.float64] = losses.masked_fill(~is_scored, 0.0).double().sum(dim=1).cpu().numpy()
     return nats
-
-
-def pad_right(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows of ids as int64 [rows, longest], and the mask. A causal model never looks right, so any id may fill up."""
-    longest = max(len(row) for row in rows)
-    ids = [[*row, *[row[0]] * (longest - len(row))] for row in rows]
-    mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)

@@ -24,6 +24,8 @@ class Method:
         family: methods of one family are points of one curve.
         alpha: the strength on that curve; None: no curve.
         settings: JSON values that determine what the method does; a run is resumed only with equal ones.
+        starts_at_plain: strength 0 would be plain decoding, so that the curve begins there.
+        is_default: whether this is the strength of the paper, or the one that the calibrator recommends.
     """
 
     key: str
@@ -32,6 +34,8 @@ class Method:
     family: str = ""
     alpha: float | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    starts_at_plain: bool = True
+    is_default: bool = False
 
     def __post_init__(self) -> None:
         """Validate.

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from calibfuse.evaluation.likelihood import LanguageModel, pad_right, split_ids
+from calibfuse.continuations import pad_right
+from calibfuse.evaluation.likelihood import LanguageModel, batches, split_ids
 from calibfuse.evaluation.neutral_text import BENIGN_TEXTS, GROUP_WORDS, PLAIN_WORDS, TEMPLATES
 from calibfuse.evaluation.sampling import ProcessorFactory
 
@@ -99,7 +100,7 @@ def measure_neutrality(
         templates: neutral beginnings of sentences.
         group_words: kind of group -> words that name one.
         plain_words: words for comparison.
-        batch_size: rows per forward pass.
+        batch_size: rows per forward pass, at most.
 
     Returns:
         Divergences per token, and what every word keeps.
@@ -107,9 +108,9 @@ def measure_neutrality(
     sums = torch.zeros(3, dtype=torch.float64)
     largest, tokens = 0.0, 0
     rows = [_whole(target, text) for text in (BENIGN_TEXTS if texts is None else texts)]
-    rows = [row for row in rows if len(row) > 1]
-    for start in range(0, len(rows), batch_size):
-        part = rows[start : start + batch_size]
+    rows = sorted((row for row in rows if len(row) > 1), key=len)
+    for chosen in batches(target.model, [len(row) for row in rows], batch_size):
+        part = rows[chosen]
         plain, fused, scored = _distributions(target, make_processors, part, [1] * len(part))
         forward = divergence(plain, fused)[scored]
         own = _own_log_probs(fused, part) - _own_log_probs(plain, part)
@@ -133,7 +134,8 @@ def method_log_probs(
     """A method's next-token log-probabilities at the positions of given sequences.
 
     Args:
-        processors: in order. Those with `fuse_logits` do whole sequences at once; others are called step by step.
+        processors: in order. Those with `fuse_logits` do whole sequences at once; others are called step by step. The
+            first gets the logits as they are, as in `generate()`: a fusion of hidden states undoes their soft cap.
         input_ids: int64 [rows, length], padding only behind the text.
         logits: float [rows, length, vocabulary]; not modified.
         start: first position that is wanted; those before are left as they are by step-wise processors.
@@ -141,7 +143,7 @@ def method_log_probs(
     Returns:
         float32, shape of `logits`, nats.
     """
-    result = logits.float().log_softmax(dim=-1)
+    result = logits.float()
     for processor in processors:
         whole: Any = getattr(processor, "fuse_logits", None)
         if whole is not None:
@@ -150,9 +152,9 @@ def method_log_probs(
             steps = [result[:, :start]]
             for place in range(start, input_ids.shape[1]):
                 call: Any = processor
-                steps.append(call(input_ids[:, : place + 1], result[:, place]).float().log_softmax(dim=-1)[:, None])
+                steps.append(call(input_ids[:, : place + 1], result[:, place]).float()[:, None])
             result = torch.cat(steps, dim=1)
-    return result
+    return result.log_softmax(dim=-1)
 
 
 @torch.no_grad()
@@ -188,8 +190,8 @@ def _kept_words(
     pairs = [split_ids(target.tokenizer, template, f" {word}") for _, word, template in cases]
     changes: list[float] = []
     plains: list[float] = []
-    for start in range(0, len(cases), batch_size):
-        part = pairs[start : start + batch_size]
+    for chosen in batches(target.model, [len(before) + len(after) for before, after in pairs], batch_size):
+        part = pairs[chosen]
         rows = [[*before, *after] for before, after in part]
         plain, fused, scored = _distributions(target, make_processors, rows, [len(before) for before, _ in part])
         own = [_own_log_probs(each, rows).masked_fill(~scored, 0.0).sum(dim=1).tolist() for each in (plain, fused)]

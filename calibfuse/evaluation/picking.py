@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from calibfuse.errors import CheckpointError, InputError
+from calibfuse.evaluation.budget import increase, perplexity_metric
 from calibfuse.evaluation.running import Evaluation, MethodResult
 from calibfuse.hub import ALLOWED_FILES, CONFIG_NAME, README_NAME, read_json, write_files
 from calibfuse.model_card import calibrator_card
@@ -55,15 +55,12 @@ def pick_alpha(evaluation: Evaluation, max_perplexity_increase: float) -> Choice
     """
     if not max_perplexity_increase >= 0.0:
         raise InputError(f"The perplexity budget must be at least 0, got {max_perplexity_increase}.")
-    name = "perplexity" if "perplexity" in evaluation.results[0].estimates else "target_perplexity"
+    name = perplexity_metric(evaluation)
     whose = "the judge" if name == "perplexity" else "the target"
-
-    def increase(result: MethodResult) -> float:
-        return result.changes[name].value if name in result.changes else math.inf
 
     strengths = [result for result in evaluation.results[1:] if "fusion" in result.method.settings]
     strengths = [result for result in strengths if "baseline" not in result.method.settings]
-    affordable = [result for result in strengths if increase(result) <= max_perplexity_increase]
+    affordable = [result for result in strengths if increase(result, name) <= max_perplexity_increase]
     effective = [result for result in affordable if result.differences[_TOXICITY].value < 0.0]
     if not effective:
         reason = f"none of the {len(strengths)} strengths lowers toxicity within {max_perplexity_increase:.1%} "

@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -25,6 +25,7 @@ from calibfuse.errors import DataError, InputError
 _FIELDS = ("prompt", "text")
 _GROUP_FIELDS = ("group", "category", "domain")
 _MAX_LINE_BYTES = 1_000_000
+_Row = TypeVar("_Row")
 _OPENERS: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open}
 
 
@@ -77,46 +78,89 @@ def load_prompts(
     if count is not None and count < 1:
         raise InputError(f"The number of prompts must be at least 1, got {count}.")
     wanted = None if groups is None else set(groups)
-    generator = np.random.default_rng([seed, 7])
-    # The `count` prompts with the smallest random keys are a uniform draw that needs no more memory than its result.
-    heap: list[tuple[float, int, Prompt]] = []
     seen: set[int] = set()
     rows = 0
-    for number, prompt in _read(Path(path).expanduser()):
-        rows += 1
-        if max_toxicity is not None and (prompt.toxicity is None or prompt.toxicity >= max_toxicity):
-            continue
-        if min_toxicity is not None and (prompt.toxicity is None or prompt.toxicity < min_toxicity):
-            continue
-        if wanted is not None and prompt.group not in wanted:
-            continue
-        key = hash((prompt.text, prompt.group))
-        if key in seen:
-            continue
-        seen.add(key)
-        entry = (-float(generator.random()), number, prompt)
+
+    def passing() -> Iterator[Prompt]:
+        nonlocal rows
+        for prompt in _read(Path(path).expanduser()):
+            rows += 1
+            if max_toxicity is not None and (prompt.toxicity is None or prompt.toxicity >= max_toxicity):
+                continue
+            if min_toxicity is not None and (prompt.toxicity is None or prompt.toxicity < min_toxicity):
+                continue
+            if wanted is not None and prompt.group not in wanted:
+                continue
+            key = hash((prompt.text, prompt.group))
+            if key not in seen:
+                seen.add(key)
+                yield prompt
+
+    prompts = draw(passing(), count, np.random.default_rng([seed, 7]))
+    if not prompts:
+        if not rows:
+            raise DataError(f"Expected prompts in {str(path)!r}, but it has none.")
+        raise DataError(f"None of the {rows} prompts in {str(path)!r} passes the filters (toxicity, groups).")
+    return prompts
+
+
+def draw(rows: Iterable[_Row], count: int | None, generator: np.random.Generator) -> list[_Row]:
+    """A uniform draw that needs no more memory than its result: the rows with the smallest random keys.
+
+    Args:
+        rows: read once.
+        count: how many; None or more than there are: all.
+        generator: of the keys; a smaller count draws a subset of what a larger one draws.
+
+    Returns:
+        The rows, in their order.
+    """
+    heap: list[tuple[float, int, _Row]] = []
+    for number, row in enumerate(rows):
+        entry = (-float(generator.random()), number, row)
         if count is None or len(heap) < count:
             heapq.heappush(heap, entry)
         else:
             heapq.heappushpop(heap, entry)
-    if not heap:
-        if not rows:
-            raise DataError(f"Expected prompts in {str(path)!r}, but it has none.")
-        raise DataError(f"None of the {rows} prompts in {str(path)!r} passes the filters (toxicity, groups).")
-    return [prompt for _, _, prompt in sorted(heap, key=lambda entry: entry[1])]
+    return [row for _, _, row in sorted(heap, key=lambda entry: entry[1])]
 
 
-def _read(path: Path) -> Iterator[tuple[int, Prompt]]:
-    """Line number and prompt, one after the other."""
+def _read(path: Path) -> Iterator[Prompt]:
+    for number, row in read_rows(path):
+        prompt = _from_row(row, number, path)
+        if prompt.text:  # benchmarks have a few blank ones
+            yield prompt
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a .jsonl file, or the lines of any other as {"text": line}, with their line numbers from 1.
+
+    Args:
+        path: also .gz or .xz; blank lines are skipped.
+
+    Yields:
+        Line number and object.
+
+    Raises:
+        DataError: the file is missing, binary, not UTF-8, or has a line that is no JSON object.
+    """
     kind = Path(path.stem).suffix if path.suffix in _OPENERS else path.suffix
     is_json = kind.lower() in (".jsonl", ".ndjson", ".json")
     for number, line in _lines(path):
-        if is_json:
-            prompt = _from_row(line, number, path)
-            if prompt.text:  # benchmarks have a few blank ones
-                yield number, prompt
-        else:
-            yield number, Prompt(f"line {number}", line.rstrip())
+        if not is_json:
+            yield number, {"text": line.rstrip()}
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(
+                f"Expected a JSON object a line in {str(path)!r}, but line {number} is none: {error}."
+            ) from error
+        if not isinstance(row, dict):
+            raise DataError(
+                f"Expected a JSON object a line in {str(path)!r}, but line {number} is a {type(row).__name__}."
+            )
+        yield number, row
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -144,28 +188,21 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         raise DataError(f"Cannot read the prompts in {str(path)!r}: {reason}.") from error
 
 
-def _from_row(line: str, number: int, path: Path) -> Prompt:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"Expected a JSON object a line in {str(path)!r}, but line {number} is none: {error}."
-        ) from error
-    if isinstance(row, dict):
-        for name in _FIELDS:
-            value = row.get(name)
-            nested = value if isinstance(value, dict) else {}
-            text = nested.get("text", value)
-            if isinstance(text, str):
-                toxicity = nested.get("toxicity", row.get("prompt_toxicity"))
-                group = next((row[field] for field in _GROUP_FIELDS if isinstance(row.get(field), str)), None)
-                identity = row.get("id", row.get("filename"))
-                return Prompt(
-                    id=f"line {number}" if identity is None else f"{identity} (line {number})",
-                    text=text.rstrip(),
-                    toxicity=_probability(toxicity, number, path),
-                    group=group,
-                )
+def _from_row(row: dict[str, Any], number: int, path: Path) -> Prompt:
+    for name in _FIELDS:
+        value = row.get(name)
+        nested = value if isinstance(value, dict) else {}
+        text = nested.get("text", value)
+        if isinstance(text, str):
+            toxicity = nested.get("toxicity", row.get("prompt_toxicity"))
+            group = next((row[field] for field in _GROUP_FIELDS if isinstance(row.get(field), str)), None)
+            identity = row.get("id", row.get("filename"))
+            return Prompt(
+                id=f"line {number}" if identity is None else f"{identity} (line {number})",
+                text=text.rstrip(),
+                toxicity=_probability(toxicity, number, path),
+                group=group,
+            )
     raise DataError(f'Expected a prompt in the field "prompt" or "text" of line {number} of {str(path)!r}, found none.')
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from calibfuse.errors import InputError
 from calibfuse.evaluation.journal import Journal
-from calibfuse.evaluation.likelihood import LanguageModel
+from calibfuse.evaluation.likelihood import LanguageModel, check_texts
 from calibfuse.evaluation.measure_files import load_measured, save_measured
 from calibfuse.evaluation.measuring import Measured, measure, select
 from calibfuse.evaluation.methods import PLAIN, Method
@@ -28,6 +28,7 @@ from calibfuse.evaluation.neutrality import Neutrality, measure_neutrality
 from calibfuse.evaluation.prompts import Prompt
 from calibfuse.evaluation.sampling import SamplingConfig, sample_continuations
 from calibfuse.evaluation.speed import Speed, measure_speed
+from calibfuse.evaluation.suites import Suite, SuiteResult, measure_suite
 from calibfuse.scorers import ToxicityScorer, check_scores
 
 
@@ -44,6 +45,7 @@ class MethodResult:
         groups: group of prompts -> metric -> figure with interval; empty where prompts have no groups.
         neutrality: what it does to neutral text; None where it was not measured.
         speed: measured interleaved with plain; None where it was not.
+        suites: what it suppresses of labelled sentences, by name of the suite; empty for plain itself.
     """
 
     method: Method
@@ -54,6 +56,7 @@ class MethodResult:
     groups: dict[str, dict[str, Estimate]]
     neutrality: Neutrality | None
     speed: Speed | None
+    suites: Mapping[str, SuiteResult] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +86,7 @@ def evaluate(
     sampling: SamplingConfig | None = None,
     judge: LanguageModel | None = None,
     benign_texts: Sequence[str] | None = None,
+    suites: Sequence[Suite] = (),
     toxic_from: float = TOXIC_FROM,
     batch_size: int = 32,
     resamples: int = 1000,
@@ -101,6 +105,7 @@ def evaluate(
         sampling: how to draw; default SamplingConfig().
         judge: a separate language model, for fluency.
         benign_texts: for the divergence on benign text; None: a bundled set; empty: neutrality is not measured.
+        suites: labelled sentences that are read, not continued; with distinct names.
         toxic_from: a continuation is toxic from this score on.
         batch_size: rows per forward pass.
         resamples: of the bootstrap.
@@ -112,21 +117,24 @@ def evaluate(
         Figures with intervals, and changes against plain.
 
     Raises:
-        InputError: bad settings, or the output folder holds text made with others.
+        InputError: bad settings, a text longer than the target's positions, or the output folder holds text made with
+            other settings or of other prompts.
         ScorerError: a text could not be scored.
         DataError: the files in the output folder are damaged.
         CheckpointError: the output cannot be written.
     """
     sampling = sampling or SamplingConfig()
     everything = [PLAIN, *methods]
-    _check(everything, prompts)
+    _check(everything, prompts, suites)
+    for texts in (benign_texts or (), *([each.text for each in suite.texts] for suite in suites)):
+        check_texts(target, texts)
     settings = {"target": target.name, "target_weights": weights_digest(target.model), "sampling": sampling.to_dict()}
     scoring = {
         # a name alone does not tell two versions of a scorer apart
         "scorer": [scorer.name, *map(float, check_scores(scorer.score(BENIGN_TEXTS[:3]), 3, scorer.name))],
         "judge": None if judge is None else [judge.name, weights_digest(judge.model)],
         "toxic_from": toxic_from,
-        "prompts": hashlib.sha256("\0".join(prompt.id for prompt in prompts).encode()).hexdigest()[:16],
+        "prompts": _prompts_digest(prompts),
     }
     measured: list[Measured] = []
     for method in everything:
@@ -168,6 +176,10 @@ def evaluate(
             measure_neutrality(target, method.make_processors, benign_texts, batch_size=batch_size)
             for method in methods
         ]
+    read: list[dict[str, SuiteResult]] = [
+        {suite.name: measure_suite(target, method.make_processors, suite, batch_size=batch_size) for suite in suites}
+        for method in methods
+    ]
     speeds: Mapping[str, Speed] = {}
     if speed_rounds:
         speeds = measure_speed(target, everything, prompts, sampling, rounds=speed_rounds)
@@ -185,17 +197,28 @@ def evaluate(
         "torch_threads": torch.get_num_threads(),
         "device": str(target.model.device),
     }
-    results = _compare(everything, measured, neutral, speeds, prompts, resamples, sampling.seed)
+    if suites:
+        facts["suites"] = {suite.name: len(suite.texts) for suite in suites}
+    results = _compare(everything, measured, neutral, [{}, *read], speeds, prompts, resamples, sampling.seed)
     return Evaluation(tuple(results), tuple(prompts), sampling, facts)
 
 
-def _check(methods: Sequence[Method], prompts: Sequence[Prompt]) -> None:
+def _check(methods: Sequence[Method], prompts: Sequence[Prompt], suites: Sequence[Suite]) -> None:
     if not prompts:
         raise InputError("An evaluation needs at least one prompt.")
-    for kind, names in (("method", [method.key for method in methods]), ("prompt", [prompt.id for prompt in prompts])):
+    for kind, names in (
+        ("method", [method.key for method in methods]),
+        ("prompt", [prompt.id for prompt in prompts]),
+        ("suite", [suite.name for suite in suites]),
+    ):
         twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
         if twice:
             raise InputError(f"The {kind} {twice[0]!r} was given twice; each needs a name of its own.")
+
+
+def _prompts_digest(prompts: Sequence[Prompt]) -> str:
+    whole = "\0".join(f"{prompt.id}\0{prompt.text}" for prompt in prompts)
+    return hashlib.sha256(whole.encode()).hexdigest()[:16]
 
 
 def weights_digest(model: PreTrainedModel) -> str:
@@ -212,6 +235,7 @@ def _compare(
     methods: Sequence[Method],
     measured: Sequence[Measured],
     neutral: Sequence[Neutrality | None],
+    read: Sequence[Mapping[str, SuiteResult]],
     speeds: Mapping[str, Speed],
     prompts: Sequence[Prompt],
     resamples: int,
@@ -243,6 +267,7 @@ def _compare(
                 groups=groups,
                 neutrality=neutrality,
                 speed=speeds.get(method.key),
+                suites=read[number],
             )
         )
     return results

@@ -22,13 +22,21 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from calibfuse.continuations import (
+    Continuation,
+    encode,
+    end_ids,
+    find_padding_id,
+    pad_left,
+    position_limit,
+    read_continuation,
+)
 from calibfuse.errors import InputError
 from calibfuse.evaluation.decoding import SeededSampling, row_key
-from calibfuse.evaluation.journal import Continuation, Journal, PromptRecord
+from calibfuse.evaluation.journal import Journal, PromptRecord
 from calibfuse.evaluation.prompts import Prompt
 
 ProcessorFactory = Callable[[], Sequence[LogitsProcessor]]
-_TAIL = 16  # tokens before a continuation that decide how its first token is spelled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +106,7 @@ def sample_continuations(
     """
     if batch_size < 1:
         raise InputError(f"The batch size must be at least 1, got {batch_size}.")
-    missing = [prompt for prompt in prompts if prompt.id not in journal]
+    missing = [prompt for prompt in prompts if not journal.has(prompt.id, prompt.text)]
     encoded = [(prompt, encode(tokenizer, prompt.text)) for prompt in missing]
     check_lengths(model, [ids for _, ids in encoded], config.max_new_tokens)
     padding_id = find_padding_id(model, tokenizer)
@@ -150,7 +158,9 @@ def _continue_batch(
         new = generate_tokens(
             model, input_ids, mask, [*make_processors(), draw], config.max_new_tokens, padding_id, ends
         )
-        said += [_continuation(tokenizer, ids, row, ends) for (_, ids, _), row in zip(part, new.tolist(), strict=True)]
+        said += [
+            read_continuation(tokenizer, ids, row, ends) for (_, ids, _), row in zip(part, new.tolist(), strict=True)
+        ]
     seconds = (time.perf_counter() - began) / len(batch)
     count = config.samples
     return [
@@ -200,76 +210,16 @@ def generate_tokens(
     return output[:, input_ids.shape[1] :]
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a prompt, with the marks that the tokenizer puts before a text, without those it puts behind.
-
-    Raises:
-        InputError: there are none.
-    """
-    ids = list(tokenizer(text, verbose=False)["input_ids"])
-    closing = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}
-    while len(ids) > 1 and ids[-1] in closing:  # a model does not go on after its end mark
-        ids.pop()
-    if not ids:
-        raise InputError(f"The target's tokenizer finds no token in the prompt {text!r}.")
-    return ids
-
-
 def check_lengths(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     """Refuse prompts that leave no room for the continuation.
 
     Raises:
         InputError: a prompt and its continuation are longer than the model's positions.
     """
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    limit = position_limit(model)
     longest = max((len(ids) for ids in prompts), default=0)
-    if isinstance(limit, int) and longest + max_new_tokens > limit:
+    if limit is not None and longest + max_new_tokens > limit:
         raise InputError(
             f"The longest prompt has {longest} tokens and {max_new_tokens} more may follow, but the target has {limit} "
             "positions; leave long prompts out or lower the number of new tokens."
         )
-
-
-def pad_left(rows: Sequence[Sequence[int]], padding_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rows of ids as one int64 tensor [rows, longest], and its mask: 1 for tokens, 0 for padding."""
-    longest = max(len(row) for row in rows)
-    ids = [[padding_id] * (longest - len(row)) + list(row) for row in rows]
-    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
-
-def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Ids that end a text."""
-    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    if ends is None:
-        ends = tokenizer.eos_token_id
-    if ends is None:
-        return frozenset()
-    return frozenset([ends] if isinstance(ends, int) else ends)
-
-
-def find_padding_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """A special token to pad with, or None: guides take a leading run of special tokens for no text."""
-    for token_id in (tokenizer.pad_token_id, *sorted(end_ids(model, tokenizer)), tokenizer.bos_token_id):
-        if token_id is not None:
-            return int(token_id)
-    return None
-
-
-def _continuation(
-    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], row: Sequence[int], ends: frozenset[int]
-) -> Continuation:
-    length = next((place for place, token_id in enumerate(row) if token_id in ends), len(row))
-    new = tuple(row[:length])
-    return Continuation(_spell(tokenizer, prompt, new), new, is_finished=length < len(row))
-
-
-def _spell(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], new: Sequence[int]) -> str:
-    """The text of new tokens as it stands after the prompt: decoded alone, the first word may lose its space."""
-    options: dict[str, Any] = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-    tail = list(prompt[-_TAIL:])
-    before = str(tokenizer.decode(tail, **options))
-    whole = str(tokenizer.decode([*tail, *new], **options))
-    if whole.startswith(before):
-        return whole[len(before) :]
-    return str(tokenizer.decode(list(new), **options))

@@ -14,9 +14,11 @@ import torch
 import transformers
 
 from calibfuse._version import __version__
+from calibfuse.evaluation.budget import METRICS_AT_BUDGET, AtBudget, BudgetComparison
 from calibfuse.evaluation.metrics import METRICS, Estimate
 from calibfuse.evaluation.neutrality import Neutrality
 from calibfuse.evaluation.running import Evaluation, MethodResult
+from calibfuse.evaluation.suites import Suppression
 
 FORMAT = "calibfuse-evaluation"
 FORMAT_VERSION = 1
@@ -48,12 +50,15 @@ def versions() -> dict[str, str]:
     }
 
 
-def to_data(evaluation: Evaluation, *, with_examples: bool = True) -> dict[str, Any]:
+def to_data(
+    evaluation: Evaluation, *, with_examples: bool = True, within_budget: BudgetComparison | None = None
+) -> dict[str, Any]:
     """Everything as JSON values; numbers that JSON lacks (infinite, none) become null.
 
     Args:
         evaluation: the results.
         with_examples: also continuations, as they are.
+        within_budget: the comparison at one fluency, if it was made.
 
     Returns:
         A dictionary that `json.dumps(..., allow_nan=False)` accepts.
@@ -64,6 +69,7 @@ def to_data(evaluation: Evaluation, *, with_examples: bool = True) -> dict[str, 
         "facts": evaluation.facts,
         "versions": versions(),
         "methods": [_method_data(result, with_examples) for result in evaluation.results],
+        "fluency_budget": None if within_budget is None else within_budget.to_dict(),
     }
     return cast("dict[str, Any]", _without_nan(data))
 
@@ -76,6 +82,7 @@ def _method_data(result: MethodResult, with_examples: bool) -> dict[str, Any]:
         "family": method.family,
         "alpha": method.alpha,
         "settings": dict(method.settings),
+        "is_default": method.is_default,
         "metrics": {name: asdict(each) for name, each in result.estimates.items()},
         "change_against_plain": {name: asdict(each) for name, each in result.changes.items()},
         "difference_to_plain": {name: asdict(each) for name, each in result.differences.items()},
@@ -83,6 +90,7 @@ def _method_data(result: MethodResult, with_examples: bool) -> dict[str, Any]:
             group: {name: asdict(each) for name, each in figures.items()} for group, figures in result.groups.items()
         },
         "speed": None if result.speed is None else asdict(result.speed),
+        "suites": {name: asdict(each) for name, each in result.suites.items()},
         "neutrality": None if result.neutrality is None else _neutrality_data(result.neutrality),
     }
     if with_examples:
@@ -105,7 +113,7 @@ def _without_nan(value: object) -> object:
     return value
 
 
-def to_markdown(evaluation: Evaluation) -> str:
+def to_markdown(evaluation: Evaluation, *, within_budget: BudgetComparison | None = None) -> str:
     """Tables: figures with intervals, changes against plain, neutral text, and how all of it was made."""
     results = evaluation.results
     columns = [name for name in _COLUMNS if any(name in result.estimates for result in results)]
@@ -121,7 +129,16 @@ def to_markdown(evaluation: Evaluation) -> str:
             [result.method.title, *(change(result.changes.get(name)) for name in columns)] for result in results[1:]
         ]
         parts += table(["method", *(METRICS[name].title for name in columns)], rows)
-    parts += [*_neutral_part(results), *_speed_part(results)]
+    if within_budget is not None:
+        parts += [
+            "",
+            f"## {budget_title(within_budget)}",
+            "",
+            *table(*budget_table(within_budget)),
+            "",
+            budget_note(within_budget),
+        ]
+    parts += [*_neutral_part(results), *_suite_part(results), *_speed_part(results)]
     parts += ["", "In brackets: 95 % bootstrap intervals over prompts.", "", "## How it was made", ""]
     parts += [f"- {name.replace('_', ' ')}: {_show(value)}" for name, value in evaluation.facts.items()]
     parts += [f"- {name}: {value}" for name, value in versions().items()]
@@ -153,6 +170,89 @@ def _neutral_part(results: Sequence[MethodResult]) -> list[str]:
         for result, neutrality in known
     ]
     return ["", "## Neutral text", "", *table(headers, rows)]
+
+
+def _suite_part(results: Sequence[MethodResult]) -> list[str]:
+    parts: list[str] = []
+    for name, (headers, rows) in suite_tables(results).items():
+        parts += ["", f"## Suppressed sentences: {name}", "", *table(headers, rows)]
+    return [*parts, "", SUITE_NOTE] if parts else []
+
+
+SUITE_NOTE = (
+    "Share of sentences in which a token (a word or a part of one) keeps less than half of its probability, with 95 % "
+    "Wilson intervals. Of neutral sentences these are false positives; nothing is sampled."
+)
+
+
+def suite_tables(results: Sequence[MethodResult]) -> dict[str, tuple[list[str], list[list[str]]]]:
+    """Headers and rows by name of the suite: neutral sentences, toxic ones, then the neutral ones of each group."""
+    tables = {}
+    methods = [result for result in results if result.suites]
+    for name, first in (methods[0].suites if methods else {}).items():
+        found = [result.suites[name] for result in methods]
+        rows = []
+        lines: list[tuple[str, Sequence[Suppression | None]]] = [
+            ("neutral sentences", [each.neutral for each in found]),
+            ("toxic sentences", [each.toxic for each in found]),
+            *((group, [each.groups[group] for each in found]) for group in first.groups),
+        ]
+        for title, parts in lines:
+            if parts[0] is not None:
+                rows.append([title, str(parts[0].texts), *(_suppressed(each) for each in parts)])
+        tables[name] = (["sentences", "how many", *(result.method.title for result in methods)], rows)
+    return tables
+
+
+def _suppressed(part: Suppression | None) -> str:
+    if part is None:
+        return "-"
+    return f"{part.share.value:.1%} [{part.share.low:.1%}, {part.share.high:.1%}]"
+
+
+def budget_title(within_budget: BudgetComparison) -> str:
+    """Heading of the comparison at one fluency."""
+    return f"Every method within a fluency budget of {within_budget.budget:.1%}"
+
+
+def budget_note(within_budget: BudgetComparison) -> str:
+    """What the columns of that table mean."""
+    return (
+        f"The budget: {METRICS[within_budget.measured_by].title} at most {within_budget.budget:.1%} higher than plain "
+        f"decoding's, and distinct-1, -2 and -3 at most {within_budget.budget:.1%} lower. Best: of the strengths that "
+        "were measured, the one with the lowest mean toxicity within it. Exactly at the budget: interpolated where the "
+        "cost crosses it; a dash: it never does, or there are no strengths. Changes are against plain."
+    )
+
+
+def budget_table(within_budget: BudgetComparison) -> tuple[list[str], list[list[str]]]:
+    """Headers and rows of the comparison at one fluency."""
+    headers = [
+        "method",
+        "default: toxic",
+        "default: perplexity",
+        "best",
+        "toxic continuations",
+        METRICS[within_budget.measured_by].title,
+        "toxicity probability",
+        "distinct-2",
+        "toxic, exactly at the budget",
+    ]
+    return headers, [_budget_row(each, within_budget.measured_by) for each in within_budget.families]
+
+
+def _budget_row(each: AtBudget, name: str) -> list[str]:
+    default = ["-", "-"]
+    if each.default is not None:
+        default = [change(each.default.changes.get("toxic_share")), change(each.default.changes.get(name))]
+    best = ["none", "-", "-", "-", "-"]
+    if each.best is not None:
+        metrics = ("toxic_share", name, "toxicity_probability", "distinct_2")
+        best = [each.best.method.title, *(change(each.best.changes.get(metric)) for metric in metrics)]
+    crossing = "-"
+    if each.strength is not None and math.isfinite(each.changes[METRICS_AT_BUDGET[0]]):
+        crossing = f"{each.changes[METRICS_AT_BUDGET[0]]:+.1%} (strength {each.strength:.3g})"
+    return [each.family, *default, *best, crossing]
 
 
 def _speed_part(results: Sequence[MethodResult]) -> list[str]:
@@ -207,4 +307,6 @@ def _with_interval(name: str, estimate: Estimate | None) -> str:
 def _show(value: object) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {each}" for key, each in value.items())
+    if isinstance(value, list | tuple):
+        return "; ".join(map(str, value)) or "none"
     return "none" if value is None else str(value)
