@@ -26,6 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
+from numbers import Real
 from typing import Any, cast
 
 import torch
@@ -95,6 +96,8 @@ class FusionConfig:
             raise InputError(f"margin must be a number of nats, 0 or more, got {self.margin!r}.")
         if not _is_number(self.max_shift, allow_infinity=True) or not self.max_shift > 0:
             raise InputError(f"max_shift must be a positive number of nats, got {self.max_shift!r}.")
+        for name in ("alpha", "margin", "max_shift"):
+            object.__setattr__(self, name, float(getattr(self, name)))  # plain numbers, which JSON can hold
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready dictionary."""
@@ -115,7 +118,8 @@ class FusionConfig:
 
 
 def _is_number(value: object, *, allow_infinity: bool = False) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+    # Real: NumPy's numbers too, as a sweep over strengths gives them
+    if isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value):
         return False
     return allow_infinity or not math.isinf(value)
 

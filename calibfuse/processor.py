@@ -25,6 +25,7 @@ from calibfuse.fusion import MODES, FusionConfig, fuse
 from calibfuse.fusion_embedding import EmbeddingFusion
 from calibfuse.hub import resolve_checkpoint
 from calibfuse.output_head import find_output_head
+from calibfuse.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -131,6 +132,8 @@ class CalibFusion(LogitsProcessor):
         )
         if device is None and target is not None:
             device = target.device
+        if local_files_only and isinstance(source, str) and not os.path.exists(os.path.expanduser(source)):
+            source = Vocabulary.from_tokenizer(source, local_files_only=True)  # a Hub id, which `bind` would ask for
         guide = calibrator.bind(source, dtype=dtype, device=device)
         config = recommended_config(calibrator.config.fusion, options)
         alignment = None

@@ -459,6 +459,9 @@ class TestDiskCache:
     def test_where_it_is(self, monkeypatch, tmp_path):
         monkeypatch.setenv("CALIBFUSE_CACHE", str(tmp_path))
         assert cache_folder() == tmp_path
+        monkeypatch.setenv("HOME", str(tmp_path / "home"))
+        monkeypatch.setenv("CALIBFUSE_CACHE", "~/bound")
+        assert cache_folder() == tmp_path / "home" / "bound"
         monkeypatch.delenv("CALIBFUSE_CACHE")
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
         assert cache_folder() == tmp_path / "xdg" / "calibfuse"

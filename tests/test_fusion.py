@@ -1,7 +1,9 @@
 """The arithmetic of the fusion against slow loops, numbers worked by hand, and what must never change."""
 
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -336,6 +338,11 @@ def test_no_shift_is_larger_than_the_clip(limit):
         spread = change.amax(-1) - change.amin(-1)  # in which the constant of renormalisation cancels
         assert (spread <= width + 1e-4).all()
         assert (spread > 0.9 * width).any()
+
+
+def test_numbers_of_numpy_become_plain_ones():
+    config = FusionConfig(alpha=np.float32(1.5), margin=np.float64(0.25), max_shift=np.int64(4))
+    assert json.loads(json.dumps(config.to_dict())) == FusionConfig(alpha=1.5, margin=0.25, max_shift=4.0).to_dict()
 
 
 def test_more_alpha_lowers_a_disliked_token_further():

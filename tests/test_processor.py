@@ -5,6 +5,7 @@ import inspect
 import math
 import warnings
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
@@ -251,6 +252,25 @@ class TestLife:
         assert isinstance(fusion, transformers.LogitsProcessor)
         assert list(inspect.signature(fusion.__call__).parameters) == ["input_ids", "scores"]
 
+    def test_what_the_caller_switched_on_does_not_matter(self, bound):
+        """Inference mode, autocast and neither take turns; none changes a number, none breaks the cache."""
+        ids, scores = random_ids(length=12), random_scores()
+        modes = (
+            torch.inference_mode,
+            torch.no_grad,
+            lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+            torch.enable_grad,
+        )
+        fusion = CalibFusion(bound, CONFIG)
+        for length in range(3, 13):
+            with modes[length % 4]():
+                result = fusion(ids[:, :length].flip(0) if length > 8 else ids[:, :length], scores)
+            expected = CalibFusion(bound, CONFIG)(ids[:, :length].flip(0) if length > 8 else ids[:, :length], scores)
+            torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            log_probs = bound.log_probs(ids)
+        torch.testing.assert_close(log_probs, bound.log_probs(ids))
+
     def test_copies_are_independent(self, bound):
         fusion = CalibFusion(bound, CONFIG)
         fusion(random_ids(), random_scores())
@@ -328,6 +348,39 @@ class TestFromPretrained:
     def test_lower_precision(self, folder, byte_level_tokenizer):
         fusion = CalibFusion.from_pretrained(folder, tokenizer=byte_level_tokenizer, dtype=torch.bfloat16)
         assert fusion.guide._vectors.dtype == torch.bfloat16
+
+    def test_default_device_and_dtype_of_torch_do_not_matter(self, folder, byte_level_tokenizer, tmp_path, monkeypatch):
+        """The meta device stands for an accelerator: any tensor made there by accident has no numbers."""
+        monkeypatch.setenv("CALIBFUSE_CACHE", str(tmp_path / "cache"))
+        ids, scores = random_ids(), random_scores(width=500)
+        expected = CalibFusion.from_pretrained(folder, tokenizer=byte_level_tokenizer)(ids, scores)
+        monkeypatch.setenv("CALIBFUSE_CACHE", str(tmp_path / "other"))
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            for _ in range(2):  # freshly bound, and from the disk cache
+                with torch.device("meta"):
+                    fusion = CalibFusion.from_pretrained(folder, tokenizer=byte_level_tokenizer)
+                    assert torch.equal(fusion(ids, scores), expected)
+                    assert fusion.guide.log_probs(ids).dtype == torch.float32
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    def test_local_files_only_holds_for_the_tokenizer_too(self, folder, byte_level_tokenizer, tmp_path, monkeypatch):
+        byte_level_tokenizer.save(str(tmp_path / "tokenizer.json"))
+        asked = []
+
+        def download(repository, file, *, revision=None, local_files_only=False):
+            asked.append(local_files_only)
+            if not (tmp_path / file).is_file():
+                raise huggingface_hub.errors.EntryNotFoundError(f"404 {file}")
+            return str(tmp_path / file)
+
+        monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+        for only in (True, False):
+            asked.clear()
+            fusion = CalibFusion.from_pretrained(folder, tokenizer="some-org/some-model", local_files_only=only)
+            assert fusion.guide.target_vocab_size == byte_level_tokenizer.get_vocab_size()
+            assert set(asked) == {only}
 
     def test_the_targets_name_leads_to_its_tokenizer(
         self, folder, byte_level_tokenizer, wrap_tokenizer, tiny_gpt2, tmp_path

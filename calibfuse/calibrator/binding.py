@@ -25,6 +25,7 @@ from calibfuse.calibrator.body import KeyValueBuffer
 from calibfuse.calibrator.bound_files import bound_path, cache_folder, load_bound, save_bound, vocabulary_of
 from calibfuse.calibrator.composer import token_features
 from calibfuse.calibrator.model import CALIBRATOR_HEAD, FORMAT_VERSION, REFERENCE_HEAD, VALUE_HEAD
+from calibfuse.calibrator.undisturbed import undisturbed
 from calibfuse.errors import InputError, MissingHeadError, VocabularyMismatchError
 from calibfuse.prefix_cache import match_prefixes
 from calibfuse.vocabulary import Vocabulary
@@ -68,13 +69,13 @@ def bind(
     )
 
 
-@torch.no_grad()
+@undisturbed
 def compose_vocabulary(calibrator: Calibrator, vocabulary: Vocabulary, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Vectors [target_vocab_size, token_width] in `dtype`, biases [target_vocab_size, heads] in float32, on the CPU."""
     size = len(vocabulary)
     config = calibrator.config
-    vectors = torch.empty(size, config.token_width, dtype=dtype)
-    biases = torch.empty(size, len(config.heads))
+    vectors = torch.empty(size, config.token_width, dtype=dtype, device="cpu")
+    biases = torch.empty(size, len(config.heads), dtype=torch.float32, device="cpu")
     for start in range(0, size, _COMPOSE_CHUNK):  # in chunks: the features of 200,000 tokens would take 60 MB
         end = min(start + _COMPOSE_CHUNK, size)
         offsets = vocabulary.offsets[start : end + 1]
@@ -83,7 +84,7 @@ def compose_vocabulary(calibrator: Calibrator, vocabulary: Vocabulary, dtype: to
         vectors[start:end] = chunk_vectors.to("cpu", dtype)
         biases[start:end] = chunk_biases.to("cpu", torch.float32)
     # Ids with the same bytes have the same vector: of what the bytes get, each is given its share.
-    is_distribution = torch.tensor([head != VALUE_HEAD for head in config.heads])
+    is_distribution = torch.tensor([head != VALUE_HEAD for head in config.heads], device="cpu")
     biases += torch.from_numpy(vocabulary.log_shares)[:, None] * is_distribution
     return vectors, biases
 
@@ -104,7 +105,7 @@ class BoundCalibrator:
         self._vectors = vectors
         self._biases = biases
         # One entry more than ids: whatever lies beyond the vocabulary (a padded head) counts as special.
-        self._is_special = torch.ones(len(vocabulary) + 1, dtype=torch.bool)
+        self._is_special = torch.ones(len(vocabulary) + 1, dtype=torch.bool, device="cpu")
         self._is_special[:-1] = torch.from_numpy(vocabulary.is_special.copy())
 
     def to(self, device: torch.device | str) -> BoundCalibrator:
@@ -154,7 +155,7 @@ class BoundCalibrator:
         """A new session."""
         return LockStepSession(self)
 
-    @torch.no_grad()
+    @undisturbed
     def sequence(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> GuideStates:
         """All positions of whole sequences.
 
@@ -206,19 +207,19 @@ class BoundCalibrator:
         """
         return self._all_log_probs(REFERENCE_HEAD, input_ids, attention_mask)
 
-    @torch.no_grad()
+    @undisturbed
     def first_log_probs(self, head: str = CALIBRATOR_HEAD) -> Tensor:
         """Log-probabilities of a text's first token: float32 [target_vocab_size], nats."""
         empty = torch.zeros(1, 0, dtype=torch.int64, device=self.device)
         states, _ = self._advance(empty, None, None, None)
         return self.normalise(GuideStates(self, states[:, -1:]).log_scores(head))[0, 0]
 
-    @torch.no_grad()
+    @undisturbed
     def _all_log_probs(self, head: str, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         self._check_ids(input_ids)
         states = self.sequence(input_ids, attention_mask)
         batch, length = states.hidden.shape[:2]
-        result = torch.empty(batch, length, self.target_vocab_size, device=self.device)
+        result = torch.empty(batch, length, self.target_vocab_size, dtype=torch.float32, device=self.device)
         step = max(1, _SEQUENCE_CHUNK // (batch * self.target_vocab_size))
         for start in range(0, length, step):
             part = states.positions(start, start + step)
@@ -247,7 +248,7 @@ class BoundCalibrator:
                 "the calibrator bound to another tokenizer than the model's?"
             )
 
-    @torch.no_grad()
+    @undisturbed
     def _advance(
         self,
         new_ids: Tensor,
@@ -306,7 +307,7 @@ class GuideStates:
         """See `NextTokens.positions`."""
         return GuideStates(self.bound, self.hidden[:, start:stop])
 
-    @torch.no_grad()
+    @undisturbed
     def log_scores(self, head: str, token_ids: Tensor | None = None) -> Tensor:
         """See `NextTokens.log_scores`.
 
@@ -367,7 +368,7 @@ class LockStepSession:
         self._last_start: int | None = None
         self._last: GuideStates | None = None
 
-    @torch.no_grad()
+    @undisturbed
     def step(self, input_ids: Tensor, readings: Tensor) -> tuple[GuideStates, list[float]]:
         """See `GuideSession.step`."""
         bound = self._bound

@@ -37,7 +37,7 @@ def cache_folder() -> Path:
     """Where bound vectors are kept: CALIBFUSE_CACHE, else $XDG_CACHE_HOME/calibfuse, else ~/.cache/calibfuse."""
     explicit = os.environ.get("CALIBFUSE_CACHE")
     if explicit:
-        return Path(explicit)
+        return Path(explicit).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "calibfuse"
 
 
@@ -107,7 +107,7 @@ def checksum(tensors: Mapping[str, Tensor]) -> Tensor:
         flat = tensors[name].detach().reshape(-1).view(torch.uint8)
         whole = len(flat) // 8 * 8
         total = total * 31 + int(flat[:whole].view(torch.int64).sum()) + int(flat[whole:].sum())
-    return torch.tensor(list((total % (1 << 64)).to_bytes(8, "little")), dtype=torch.uint8)
+    return torch.tensor(list((total % (1 << 64)).to_bytes(8, "little")), dtype=torch.uint8, device="cpu")
 
 
 def _load(path: Path, shapes: Mapping[str, tuple[int, ...]] | None, instead: str) -> dict[str, Tensor] | None:

@@ -36,6 +36,7 @@ from calibfuse.calibrator.lm_checkpoint import (
 from calibfuse.calibrator.lock_step_lm import LMLogits, LockStepLM, LockStepLMSession
 from calibfuse.calibrator.own_text import MAX_WORD, OwnText
 from calibfuse.calibrator.projected_lm import ProjectedLM, ProjectedSequence, ProjectedSession
+from calibfuse.calibrator.undisturbed import undisturbed
 from calibfuse.errors import InputError, MissingHeadError, VocabularyError, VocabularyMismatchError
 from calibfuse.model_card import calibrator_card
 from calibfuse.vocabulary import Vocabulary
@@ -446,7 +447,7 @@ class BoundCausalLM:
             )
         return self._all_log_probs(HEADS[1], input_ids, attention_mask)
 
-    @torch.no_grad()
+    @undisturbed
     def first_log_probs(self, head: str = HEADS[0]) -> Tensor:
         """Log-probabilities of a text's first token: float32 [target_vocab_size], nats."""
         empty = torch.zeros(1, 0, dtype=torch.int64, device=self.device)
@@ -461,7 +462,7 @@ class BoundCausalLM:
             return scores
         return (scores + math.log1p(-SPECIAL_MASS)).masked_fill(self._uncovered, math.log(SPECIAL_MASS / count))
 
-    @torch.no_grad()
+    @undisturbed
     def _all_log_probs(self, head: str, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         size = self.target_vocab_size
         if input_ids.numel():
@@ -473,7 +474,7 @@ class BoundCausalLM:
                 )
         said = self.sequence(input_ids, attention_mask)
         batch, length = input_ids.shape
-        result = torch.empty(batch, length, size, device=self.device)
+        result = torch.empty(batch, length, size, dtype=torch.float32, device=self.device)
         step = max(1, _SEQUENCE_CHUNK // max(1, batch * size))
         for start in range(0, length, step):
             result[:, start : start + step] = self.normalise(said.positions(start, start + step).log_scores(head))

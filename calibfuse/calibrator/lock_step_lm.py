@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from calibfuse.calibrator.cached_lm import CachedLM
+from calibfuse.calibrator.undisturbed import undisturbed
 from calibfuse.prefix_cache import match_prefixes
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class LockStepLM:
         """A new session."""
         return LockStepLMSession(self)
 
-    @torch.no_grad()
+    @undisturbed
     def sequence(self, input_ids: Tensor, masked: Tensor | None) -> LMLogits:
         """All positions; bool `masked` [rows, length] is True for left padding."""
         rows, length = input_ids.shape
@@ -186,7 +187,7 @@ class LockStepLMSession:
         self._first = 0
         self._readers = {name: CachedLM(model) for name, model in self.guide.models.items()}
 
-    @torch.no_grad()
+    @undisturbed
     def step(self, input_ids: Tensor, readings: Tensor) -> tuple[LMLogits, list[float]]:
         """See `GuideSession.step`."""
         first = self.guide.first_read(input_ids.shape[1])

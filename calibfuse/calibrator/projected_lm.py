@@ -21,6 +21,7 @@ from torch import Tensor
 from calibfuse.calibrator.cached_lm import CachedLM
 from calibfuse.calibrator.own_text import OwnPrefix, OwnText, Spelling
 from calibfuse.calibrator.projection import Projection
+from calibfuse.calibrator.undisturbed import undisturbed
 from calibfuse.prefix_cache import match_prefixes
 
 if TYPE_CHECKING:
@@ -211,7 +212,7 @@ class ProjectedSession:
         self._slots: list[list[int]] = []  # and the slot of each
         self._width = 0
 
-    @torch.no_grad()
+    @undisturbed
     def step(self, input_ids: Tensor, readings: Tensor) -> tuple[ProjectedStates, list[float]]:
         """See `GuideSession.step`."""
         guide, text = self.guide, self.guide.own_text
