@@ -145,3 +145,11 @@ def test_a_closed_pipe_is_quiet():
     error = process.stderr.read()
     assert process.wait(timeout=60) == 141
     assert error == b""
+
+
+@pytest.mark.parametrize("command", ["generate", "inspect", "evaluate", "train-guide", "finetune"])
+def test_the_model_goes_by_both_names_everywhere(command):
+    """Papers say target, transformers says model; nobody should have to remember which command says which."""
+    shown = run(command, "--help").stdout
+    usual = re.sub(r" PATH_OR_HUB", "", shown)  # older Pythons repeat it after each name
+    assert "--model, --target" in usual or "--target, --model" in usual

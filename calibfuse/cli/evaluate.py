@@ -49,7 +49,9 @@ _OUTPUT = "calibfuse-evaluation"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments; imports nothing heavy."""
     target = parser.add_argument_group("target model")
-    target.add_argument("--target", metavar="PATH_OR_HUB", help="causal language model (default: the demo target)")
+    target.add_argument(
+        "--target", "--model", metavar="PATH_OR_HUB", help="causal language model (default: the demo target)"
+    )
     target.add_argument("--revision", help="branch, tag or commit of the target on the Hub")
     target.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     target.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")

@@ -51,7 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on with the complete products in --output")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     model = parser.add_argument_group("model")
-    model.add_argument("--model", metavar="PATH_OR_HUB", help="causal language model (default: the demo target)")
+    model.add_argument(
+        "--model", "--target", metavar="PATH_OR_HUB", help="causal language model (default: the demo target)"
+    )
     model.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
     model.add_argument("--device", help="cpu, cuda, or several for the parallel schedule: cuda:0,cuda:1")
     model.add_argument("--threads", type=int, metavar="N", help="CPU threads of all roles together")

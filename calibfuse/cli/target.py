@@ -47,7 +47,10 @@ def add_target_arguments(parser: argparse.ArgumentParser) -> None:
     """Add `--model` and what belongs to it."""
     group = parser.add_argument_group("target model")
     group.add_argument(
-        "--model", metavar="PATH_OR_HUB", help="folder or Hub id of a causal language model (default: the demo target)"
+        "--model",
+        "--target",
+        metavar="PATH_OR_HUB",
+        help="folder or Hub id of a causal language model (default: the demo target)",
     )
     group.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
     group.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")

@@ -35,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="go on with the samples and the checkpoint in --output")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     target = parser.add_argument_group("target model")
-    target.add_argument("--target", metavar="PATH_OR_HUB", help="causal language model (default: the demo target)")
+    target.add_argument(
+        "--target", "--model", metavar="PATH_OR_HUB", help="causal language model (default: the demo target)"
+    )
     target.add_argument("--revision", help="branch, tag or commit of the target on the Hub")
     target.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     target.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
