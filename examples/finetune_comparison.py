@@ -388,7 +388,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--sample-batch-size", type=int, default=16, help="(default: %(default)s)")
     group.add_argument("--learning-rate", type=float, default=2e-4, help="peak (default: %(default)s)")
     group.add_argument("--precision", choices=("fp32", "bf16"), default="bf16", help="(default: %(default)s)")
-    group.add_argument("--kl-weight", type=float, default=15.0, help="(default: %(default)s)")
+    group.add_argument("--kl-weight", type=float, default=9.0, help="(default: %(default)s)")
     group.add_argument("--strength", type=float, default=6.0, help="q = p R^strength (default: %(default)s)")
     return parser
 
