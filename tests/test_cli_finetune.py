@@ -405,7 +405,16 @@ def test_interrupt_ends_a_parallel_run_in_order(model_folder, texts):
     command += ["--oracle", "letter_oracle:no_letter_e", "--output", str(texts / "out"), "--iterations", "50"]
     paths = os.pathsep.join([str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, cwd=texts, env=environment, stdout=subprocess.PIPE, text=True) as run:
+    run = subprocess.Popen(
+        command,
+        cwd=texts,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        # a job that a shell started in the background ignores Ctrl-C, and so would its children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    with run:
         deadline = time.monotonic() + 600
         while not (texts / "out" / "work" / "step-0" / "samples").exists() and time.monotonic() < deadline:
             time.sleep(0.02)

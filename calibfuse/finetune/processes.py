@@ -76,11 +76,13 @@ class RoleProcesses:
     def __init__(self, work: Path, places: Mapping[str, Place], *, command: Sequence[str] | None = None) -> None:
         self._replies: queue.SimpleQueue[tuple[str, dict[str, Any] | None]] = queue.SimpleQueue()
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._listeners: list[threading.Thread] = []
         start = list(command or (sys.executable, "-m", "calibfuse.finetune.worker"))
         try:
             for role, place in places.items():
                 self._processes[role] = self._start([*start, str(work), role, place.device, str(place.threads)], place)
-                threading.Thread(target=self._listen, args=(role,), daemon=True).start()
+                self._listeners.append(threading.Thread(target=self._listen, args=(role,), daemon=True))
+                self._listeners[-1].start()
             self._gather(set(places), "ready", "start")
         except BaseException:
             self.stop()
@@ -126,6 +128,8 @@ class RoleProcesses:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        for listener in self._listeners:  # each has read the end of its stream by now, and closes it
+            listener.join(_GRACE_SECONDS)
 
     def _start(self, command: list[str], place: Place) -> subprocess.Popen[bytes]:
         # what this process can import, an oracle's module for instance, the other one can too
@@ -144,8 +148,9 @@ class RoleProcesses:
     def _listen(self, role: str) -> None:
         stream = self._processes[role].stdout
         assert stream is not None
-        for line in stream:
-            self._replies.put((role, json.loads(line)))
+        with stream:
+            for line in stream:
+                self._replies.put((role, json.loads(line)))
         self._replies.put((role, None))
 
     def _gather(self, roles: set[str], key: str, when: str) -> dict[str, dict[str, Any]]:
