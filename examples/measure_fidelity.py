@@ -254,7 +254,8 @@ def _measure(
     for name, passages in texts.items():
         ids = tokenizer.encode(passages)
         result = measure_fidelity(bound, ids, head=args.head, candidates=candidates)
-        figures = {"all": result.bits_per_byte, "skipped": result.skipped / (result.skipped + result.tokens)}
+        figures = {"all": result.bits_per_byte, "bytes per token": result.bytes / result.tokens}
+        figures |= {"skipped": result.skipped / (result.skipped + result.tokens)}
         if result.restricted_bits_per_byte is not None:
             figures["candidates"] = result.restricted_bits_per_byte
         if carried is not None:
@@ -270,14 +271,14 @@ def _print_table(rows: list[Row], text: str, *, with_candidates: bool, with_equa
         key: np.mean([r.texts[text][key] for r in rows if r.kind == "pool" and r.size > _SMALLEST_COMPARED] or [np.nan])
         for key in compared
     }
-    heads = ["tokenizer", "kind", "tokens"]
+    heads = ["tokenizer", "kind", "tokens", "bytes per token"]
     for key in compared:
         heads += [f"{key} (bits/byte)", "change"]
     heads += ["equal strings (bits/byte)", "share of its ids mapped"] if with_equal_strings else []
     print(f"\n{text}\n\n| " + " | ".join(heads) + " |\n|---|---|" + "---:|" * (len(heads) - 2))
     for row in rows:
         figures = row.texts[text]
-        cells = [row.name, row.kind, f"{row.size:,}"]
+        cells = [row.name, row.kind, f"{row.size:,}", f"{figures['bytes per token']:.2f}"]
         for key in compared:
             cells += [f"{figures[key]:.3f}", f"{100 * (figures[key] / base[key] - 1):+.1f} %"]
         if with_equal_strings:

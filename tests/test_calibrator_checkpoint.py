@@ -114,6 +114,8 @@ class TestRefused:
         ("changes", "message"),
         [
             ({"colour": "red"}, "Unknown keys in the calibrator's config: colour"),
+            ({"max_token_norm": 0}, "max_token_norm must be a positive number, got 0"),
+            ({"max_token_norm": float("inf")}, "max_token_norm must be a positive number, got inf"),
             ({"width": 0}, "width must be a positive integer, got 0"),
             ({"width": "32"}, "width must be a positive integer, got '32'"),
             ({"width": 30}, r"width \(30\) must be a multiple of twice head_count \(2\)"),

@@ -118,6 +118,22 @@ def test_vectors_are_weighted_sums_of_rows_and_a_residual_mlp(composer):
         torch.testing.assert_close(biases[index], bias, atol=1e-4, rtol=1e-4)
 
 
+def test_long_vectors_are_shortened_and_others_stay(composer):
+    features = features_of([b" the", b"The", b"\xe4\xb8\xad", b"-" * 112], 512)
+    with torch.no_grad():
+        plain, biases = composer(features)
+    norms = plain.norm(dim=1)
+    limit = float(norms.median()) + 1e-3
+    composer.max_norm = limit
+    vectors, same = composer(features)
+    torch.testing.assert_close(same, biases)
+    is_long = norms > limit
+    assert is_long.any()
+    assert not is_long.all()
+    torch.testing.assert_close(vectors[~is_long], plain[~is_long])
+    torch.testing.assert_close(vectors[is_long], plain[is_long] * (limit / norms[is_long])[:, None])
+
+
 def test_equal_bytes_give_equal_vectors(composer):
     vectors, biases = composer(features_of([b"ab", b"x", b"ab"], 512))
     torch.testing.assert_close(vectors[0], vectors[2])

@@ -10,12 +10,17 @@ Features of a token with bytes b (marks ^ and $ stand for its begin and end):
   * its shape: leading space, kinds of characters, capitalisation, length, weight 1;
   * every 3-gram and 4-gram of ^b$ and every lead-byte pair of UTF-8 (the script), weight 1/sqrt(their number).
 
+No vector is longer than a limit. That of a byte string unlike all of training (a tab and a word, 112 dashes, another
+script) can come out four times as long as those of words, and such a token then takes several percent of the
+probability in every context (docs/results.md).
+
 Related: fastText subwords (Bojanowski et al. 2017), hash embeddings (Svenstrup et al. 2017). Everything before the
 table is numpy over the concatenated bytes of all tokens at once; `slow_token_features` is the readable oracle.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -264,10 +269,14 @@ class Composer(nn.Module):
         token_width: width of a token's vector.
         hidden_width: width of the residual MLP's hidden layer.
         head_count: number of heads; each has its own bias column.
+        max_norm: Euclidean length above which a vector is shortened to it.
     """
 
-    def __init__(self, *, bucket_count: int, token_width: int, hidden_width: int, head_count: int) -> None:
+    def __init__(
+        self, *, bucket_count: int, token_width: int, hidden_width: int, head_count: int, max_norm: float = math.inf
+    ) -> None:
         super().__init__()
+        self.max_norm = max_norm
         self.token_width = token_width
         self.bucket_count = bucket_count
         # One table: the first `token_width` columns are vectors, the others the heads' biases.
@@ -299,4 +308,7 @@ class Composer(nn.Module):
         )
         vectors, biases = sums[:, : self.token_width], sums[:, self.token_width :]
         vectors = vectors + self.down(nn.functional.gelu(self.up(self.norm(vectors))))
+        if self.max_norm < math.inf:
+            norms = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
+            vectors = vectors * (self.max_norm / norms.clamp(min=self.max_norm))
         return vectors, biases

@@ -13,6 +13,7 @@ the model for one vocabulary.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -49,6 +50,7 @@ class CalibratorConfig:
         bucket_count: rows of the hashed feature table.
         token_width: width of a token's composed vector.
         composer_hidden_width: hidden width of the composer's MLP.
+        max_token_norm: longest that a token's composed vector can be; see calibfuse/calibrator/composer.py.
         width: width of the body.
         layer_count: blocks of the body.
         head_count: attention heads.
@@ -63,6 +65,7 @@ class CalibratorConfig:
     bucket_count: int = 32_768
     token_width: int = 128
     composer_hidden_width: int = 256
+    max_token_norm: float = 20.0
     width: int = 192
     layer_count: int = 3
     head_count: int = 4
@@ -79,6 +82,10 @@ class CalibratorConfig:
             value = getattr(self, item.name)
             if item.type == "int" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise InputError(f"CalibratorConfig.{item.name} must be a positive integer, got {value!r}.")
+        limit = self.max_token_norm
+        if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < math.inf:
+            raise InputError(f"CalibratorConfig.max_token_norm must be a positive number, got {limit!r}.")
+        object.__setattr__(self, "max_token_norm", float(limit))
         object.__setattr__(self, "heads", tuple(self.heads))
         if not self.heads or len(set(self.heads)) != len(self.heads):
             raise InputError(f"CalibratorConfig.heads must be distinct names and at least one, got {self.heads!r}.")
@@ -152,6 +159,7 @@ class Calibrator(nn.Module):
             token_width=config.token_width,
             hidden_width=config.composer_hidden_width,
             head_count=len(config.heads),
+            max_norm=config.max_token_norm,
         )
         self.token_in = nn.Linear(config.token_width, config.width, bias=False)
         nn.init.normal_(self.token_in.weight, std=0.1)
