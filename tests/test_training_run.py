@@ -65,6 +65,15 @@ def test_training_lowers_the_loss_and_writes_a_loadable_calibrator_with_its_fact
     assert "bits per byte" in card.lower()
 
 
+def test_words_of_the_reference_alone_are_minded(text, tmp_path):
+    Path(text.reference[0]).write_text("\n\n".join(f"What a nitwit number {i} is." for i in range(200)), "utf-8")
+    minded = Calibrator.from_pretrained(train(text, tmp_path / "on", training={"steps": 2})).config.words
+    assert minded["nitwit"] < -1.9
+    assert "the" not in minded
+    off = train(text, tmp_path / "off", training={"steps": 2, "mind_words": False})
+    assert Calibrator.from_pretrained(off).config.words == {}
+
+
 def test_a_resumed_run_ends_with_the_same_weights(text, tmp_path):
     whole = train(text, tmp_path / "whole")
     # 10 of 20 steps, then on: the schedule is that of 20 steps in both, so the first half is cut by a signal

@@ -9,14 +9,19 @@ covered: fusion never moves them, and `log_probs` gives all of them together the
 
 Ids with equal bytes share the probability of these bytes, alike, or nearly all of it to the ones that the tokenizer
 really uses (`Vocabulary.log_shares`). The differences that `contrast` adds are the same for all of them either way.
+
+Words that the calibrator minds by themselves lower the calibrator head's score of the tokens that complete them, in
+however many pieces they are spelled (minded_words.py).
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -24,6 +29,7 @@ from torch.nn import functional
 from calibfuse.calibrator.body import KeyValueBuffer
 from calibfuse.calibrator.bound_files import bound_path, cache_folder, load_bound, save_bound, vocabulary_of
 from calibfuse.calibrator.composer import token_features
+from calibfuse.calibrator.minded_words import REACH, Completions, MindedWords
 from calibfuse.calibrator.model import CALIBRATOR_HEAD, FORMAT_VERSION, REFERENCE_HEAD, VALUE_HEAD
 from calibfuse.calibrator.undisturbed import undisturbed
 from calibfuse.errors import InputError, MissingHeadError, VocabularyMismatchError
@@ -86,6 +92,9 @@ def compose_vocabulary(calibrator: Calibrator, vocabulary: Vocabulary, dtype: to
     # Ids with the same bytes have the same vector: of what the bytes get, each is given its share.
     is_distribution = torch.tensor([head != VALUE_HEAD for head in config.heads], device="cpu")
     biases += torch.from_numpy(vocabulary.log_shares)[:, None] * is_distribution
+    if config.words and CALIBRATOR_HEAD in config.heads:
+        whole = MindedWords(config.words, vocabulary).whole()
+        biases[torch.from_numpy(whole.token_ids), config.heads.index(CALIBRATOR_HEAD)] += torch.from_numpy(whole.shifts)
     return vectors, biases
 
 
@@ -107,6 +116,7 @@ class BoundCalibrator:
         # One entry more than ids: whatever lies beyond the vocabulary (a padded head) counts as special.
         self._is_special = torch.ones(len(vocabulary) + 1, dtype=torch.bool, device="cpu")
         self._is_special[:-1] = torch.from_numpy(vocabulary.is_special.copy())
+        self._words = MindedWords(calibrator.config.words, vocabulary)
 
     def to(self, device: torch.device | str) -> BoundCalibrator:
         """The same object where it is there already, else a copy on the device, with its own copy of the model."""
@@ -120,6 +130,7 @@ class BoundCalibrator:
             self._biases.to(device),
         )
         moved._is_special = self._is_special.to(device)
+        moved._words = self._words
         return moved
 
     @property
@@ -180,7 +191,16 @@ class BoundCalibrator:
                 )
             masked = attention_mask.to(self.device) == 0
         states, _ = self._advance(input_ids, None, None, masked)
-        return GuideStates(self, states[:, 1:])
+        readable = input_ids if masked is None else input_ids.masked_fill(masked, -1)
+        return GuideStates(self, states[:, 1:], self.spelled(readable.tolist()) if len(self._words) else None)
+
+    def spelled(self, rows: Sequence[Sequence[int]]) -> Spelled | None:
+        """What would complete a word after each token of some rows; places are (row, position)."""
+        return Spelled.of(
+            (row, place, self._words.after(ids[max(0, place + 1 - REACH) : place + 1]))
+            for row, ids in enumerate(rows)
+            for place in range(len(ids))
+        )
 
     def log_probs(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Next-token log-probabilities under the non-toxic head.
@@ -289,23 +309,79 @@ class BoundCalibrator:
         return torch.cat(parts, dim=1), starts
 
 
+class Spelled(NamedTuple):
+    """Tokens that would complete a minded word at some places: entries of a sparse [rows, positions, vocabulary].
+
+    Attributes:
+        rows: int64 [n].
+        positions: int64 [n].
+        token_ids: int64 [n].
+        shifts: float32 [n], nats, below 0.
+    """
+
+    rows: Tensor
+    positions: Tensor
+    token_ids: Tensor
+    shifts: Tensor
+
+    @classmethod
+    def of(cls, places: Iterable[tuple[int, int, Completions | None]]) -> Spelled | None:
+        """Gather (row, position, completions); None where nothing would complete a word."""
+        found = [(row, position, each) for row, position, each in places if each is not None]
+        if not found:
+            return None
+        counts = [len(each.shifts) for _, _, each in found]
+        return cls(
+            torch.tensor([row for row, _, _ in found]).repeat_interleave(torch.tensor(counts)),
+            torch.tensor([position for _, position, _ in found]).repeat_interleave(torch.tensor(counts)),
+            torch.cat([torch.from_numpy(each.token_ids) for _, _, each in found]),
+            torch.cat([torch.from_numpy(each.shifts) for _, _, each in found]),
+        )
+
+    def part(self, start: int, stop: int) -> Spelled | None:
+        """The entries of positions start to stop - 1, counted from start."""
+        inside = (self.positions >= start) & (self.positions < stop)
+        if not bool(inside.any()):
+            return None
+        return Spelled(self.rows[inside], self.positions[inside] - start, self.token_ids[inside], self.shifts[inside])
+
+    def add_to(self, scores: Tensor, token_ids: Tensor | None, vocab_size: int) -> None:
+        """Add the shifts to scores [rows, (positions,) k] of the given ids, or of the whole vocabulary, in place."""
+        width = scores.shape[1] if scores.ndim == 3 else 1
+        lines = scores.view(-1, scores.shape[-1])
+        # What needs counting is counted on the host, and no copy is waited for: the device need not stop.
+        flat = (self.rows * width + self.positions).numpy()
+        touched, line = (torch.from_numpy(each) for each in np.unique(flat, return_inverse=True))
+        touched, line, ids, shifts = (
+            each.to(scores.device, non_blocking=True) for each in (touched, line, self.token_ids, self.shifts)
+        )
+        dense = torch.zeros(len(touched), vocab_size, device=scores.device)
+        dense.index_put_((line, ids), shifts, accumulate=True)
+        if token_ids is not None:
+            dense = dense.gather(1, token_ids.reshape(-1, token_ids.shape[-1])[touched].clamp(0, vocab_size - 1))
+        lines.index_add_(0, touched, dense)
+
+
 class GuideStates:
     """`NextTokens` of a bound calibrator.
 
     Args:
         bound: the calibrator.
         hidden: [..., width], body states.
+        spelled: what would complete a minded word, with the same rows (and positions); None: nothing.
     """
 
-    def __init__(self, bound: BoundCalibrator, hidden: Tensor) -> None:
+    def __init__(self, bound: BoundCalibrator, hidden: Tensor, spelled: Spelled | None = None) -> None:
         self.bound = bound
         self.hidden = hidden
+        self._spelled = spelled
         self._queries: dict[str, Tensor] = {}
         self._picked: tuple[Tensor, Tensor, Tensor] | None = None
 
     def positions(self, start: int, stop: int) -> GuideStates:
         """See `NextTokens.positions`."""
-        return GuideStates(self.bound, self.hidden[:, start:stop])
+        spelled = self._spelled.part(start, stop) if self._spelled is not None else None
+        return GuideStates(self.bound, self.hidden[:, start:stop], spelled)
 
     @undisturbed
     def log_scores(self, head: str, token_ids: Tensor | None = None) -> Tensor:
@@ -331,6 +407,8 @@ class GuideStates:
         else:
             known, picked = self._pick(token_ids)
             scores = (picked * query[..., None, :]).sum(dim=-1).float() + biases[known]
+        if self._spelled is not None and head == CALIBRATOR_HEAD:
+            self._spelled.add_to(scores, token_ids, bound.target_vocab_size)
         return functional.logsigmoid(scores) if head == VALUE_HEAD else scores
 
     def _pick(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -372,20 +450,25 @@ class LockStepSession:
     def step(self, input_ids: Tensor, readings: Tensor) -> tuple[GuideStates, list[float]]:
         """See `GuideSession.step`."""
         bound = self._bound
+        tail = input_ids[:, -REACH:] if len(bound._words) else input_ids[:, :0]
+        readings = torch.cat([readings, tail.reshape(-1).to(readings.dtype)])
         if self._ids is None or self._starts is None or self._last is None:
-            return self._rebuild(input_ids), readings.tolist()
+            values, spelled = self._read_tail(readings.tolist(), tail)
+            return self._rebuild(input_ids, spelled), values
         cached_length = self._ids.shape[1]
         unknown = self._last_start is None
         if unknown:
-            readings = torch.cat([readings, self._starts.amax()[None]])
+            readings = torch.cat([self._starts.amax()[None].to(readings.dtype), readings])
         reuse, values = match_prefixes(self._ids, input_ids, readings)
-        if unknown and (last_start := int(values.pop())) < cached_length:
+        last_start = int(values.pop(0)) if unknown else 0
+        values, spelled = self._read_tail(values, tail)
+        if unknown and last_start < cached_length:
             self._last_start = last_start
         if reuse.unchanged:
             return self._last, values
         kept_slots = reuse.keep + 1
         if input_ids.shape[1] == 0 or not self._buffer.can_cut_to(kept_slots):
-            return self._rebuild(input_ids), values
+            return self._rebuild(input_ids, spelled), values
         self._buffer.cut(kept_slots, reuse.parents)
         starts = self._starts if reuse.parents is None else self._starts[reuse.parents]
         new_ids = input_ids[:, reuse.keep :]
@@ -397,14 +480,27 @@ class LockStepSession:
         if self._last_start is not None and new_ids.shape[1] == 1 and self._last_start <= self._buffer.oldest_visible:
             hiding = None
         hidden, _ = bound._advance(new_ids, hiding, self._buffer, None)
-        return self._remember(input_ids, starts, hidden), values
+        return self._remember(input_ids, starts, hidden, spelled), values
 
-    def _rebuild(self, input_ids: Tensor) -> GuideStates:
+    def _read_tail(self, values: list[float], tail: Tensor) -> tuple[list[float], Spelled | None]:
+        """Split what was read off the device into the caller's readings and what the last tokens would complete."""
+        rows, width = tail.shape
+        words = self._bound._words
+        if not len(words) or not rows:
+            return values, None
+        if not width:  # the beginning of a text
+            return values, Spelled.of((row, 0, words.after(())) for row in range(rows))
+        caller, last = values[: -rows * width], [int(value) for value in values[-rows * width :]]
+        return caller, Spelled.of((row, 0, words.after(last[row * width : (row + 1) * width])) for row in range(rows))
+
+    def _rebuild(self, input_ids: Tensor, spelled: Spelled | None) -> GuideStates:
         self.reset()
         hidden, starts = self._bound._advance(input_ids, None, self._buffer, None)
-        return self._remember(input_ids, starts, hidden)
+        return self._remember(input_ids, starts, hidden, spelled)
 
-    def _remember(self, input_ids: Tensor, starts: Tensor | None, hidden: Tensor) -> GuideStates:
+    def _remember(
+        self, input_ids: Tensor, starts: Tensor | None, hidden: Tensor, spelled: Spelled | None
+    ) -> GuideStates:
         self._ids, self._starts = input_ids.clone(), starts  # the caller may write into its ids later
-        self._last = GuideStates(self._bound, hidden[:, -1])
+        self._last = GuideStates(self._bound, hidden[:, -1], spelled)
         return self._last

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -40,6 +41,7 @@ FORMAT_NAME = "calibfuse-calibrator"
 FORMAT_VERSION = 1
 CALIBRATOR_HEAD, REFERENCE_HEAD, VALUE_HEAD = "calibrator", "reference", "value"
 WEIGHTS_FILE = "model.safetensors"
+_WORD = re.compile("[a-z]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,7 @@ class CalibratorConfig:
         window: tokens that attention looks back, the current one included.
         adapter_width: hidden width of each head's adapter.
         heads: names of the heads, in the order of the bias columns.
+        words: words that the calibrator minds by themselves -> shift in nats, below 0; see minded_words.py.
         fusion: recommended fusion options (keys of FusionConfig) for this calibrator.
         training: facts of the training, for the model card; any JSON values.
     """
@@ -73,6 +76,7 @@ class CalibratorConfig:
     window: int = 128
     adapter_width: int = 192
     heads: tuple[str, ...] = (CALIBRATOR_HEAD, REFERENCE_HEAD)
+    words: Mapping[str, float] = field(default_factory=dict)
     fusion: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
 
@@ -82,6 +86,13 @@ class CalibratorConfig:
             value = getattr(self, item.name)
             if item.type == "int" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise InputError(f"CalibratorConfig.{item.name} must be a positive integer, got {value!r}.")
+        for word, shift in self.words.items():
+            is_number = isinstance(shift, int | float) and not isinstance(shift, bool)
+            if not _WORD.fullmatch(word) or not is_number or not -math.inf < shift < 0:
+                raise InputError(
+                    "CalibratorConfig.words must give lower-case words of a to z and numbers below 0, got "
+                    f"{word!r}: {shift!r}."
+                )
         limit = self.max_token_norm
         if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < math.inf:
             raise InputError(f"CalibratorConfig.max_token_norm must be a positive number, got {limit!r}.")

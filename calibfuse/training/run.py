@@ -131,6 +131,7 @@ def run_training(
     figures = trainer.validate(training.validation_bytes * _FINAL_VALIDATION_FACTOR)
     config = replace(
         calibrator.config,
+        words=trainer.source.minded_words() if training.mind_words else {},
         training={**_facts(text, store, pool, training, trainer, figures), **(facts or {})},
     )
     calibrator.config = config

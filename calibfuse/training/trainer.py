@@ -35,6 +35,7 @@ from calibfuse.training.data import PassageStore
 from calibfuse.training.neutral_sentences import neutral_passage
 from calibfuse.training.objective import Losses, TrainingObjective
 from calibfuse.training.tokenizer_pool import PoolEntry, TokenizerPool
+from calibfuse.training.word_counts import word_shifts
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,8 @@ class TrainingConfig:
         flagged_share: share of the passages drawn from those that only the reference sees; None: as they come.
         balance_identity_terms: leave out flagged passages until the names of groups of people are flagged no more often
             than other words; see balance.py.
+        mind_words: let the calibrator also mind words by themselves, in whatever pieces a vocabulary spells them; see
+            word_counts.py.
         neutral_share: share of passages that are made: neutral sentences which name groups of people, read alike by
             both heads; see neutral_sentences.py.
         candidate_count: tokens of the softmax subset.
@@ -82,6 +85,7 @@ class TrainingConfig:
     reference_weight: float = 1.0
     flagged_share: float | None = None
     balance_identity_terms: bool = True
+    mind_words: bool = True
     neutral_share: float = 0.02
     candidate_count: int = 2560
     vocabulary_size: int = 100_000
@@ -179,6 +183,14 @@ class BatchSource:
         passages = self._passages(self.pool[index], rng, split=rng.random() < 0.5)
         ids, flags = pack_rows(passages, rows=config.rows, slots=config.slots)
         return make_batch(ids, flags, self.vocabularies[index], rng)
+
+    def minded_words(self) -> dict[str, float]:
+        """Words that are much rarer in what the calibrator reads; see `calibfuse.training.word_counts`."""
+        share = self.config.flagged_share
+        if share is None:
+            share = self._shares[0] / (self._shares[0] + self._shares[1])
+        excluded = self.balance.excluded if self.balance is not None else None
+        return word_shifts(self.store, flagged_share=share, excluded=excluded)
 
     def _passages(
         self, entry: PoolEntry, rng: np.random.Generator, *, split: bool

@@ -1,0 +1,166 @@
+"""Words that the training text tells apart by themselves, recognised in whatever pieces a vocabulary spells them.
+
+A vocabulary of many languages spells most rude words in pieces ("sh" + "it"), and then the guide must see the word
+coming: after "sh" it hardly does (docs/results.md: with Llama 2's tokenizer rude words moved by a fifth of what they
+move with GPT-2's). But how much rarer a word is in the non-toxic text is known before any model is trained:
+
+    shift(word) = log p(word | calibrator's text) - log p(word | reference's text), at most 0
+
+`calibfuse.training.word_counts` counts it. Here it is added to the calibrator head's score of each token that completes
+such a word: for a token that is the word, once and for all when binding (`whole`); for one that completes it, from the
+letters that stand before (`after`). Nothing is re-tokenised: the letters of the last few tokens are read off their
+bytes, and a dictionary holds the beginnings of all words.
+
+Left out: words of other letters than a to z, and words over more than `REACH` tokens.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calibfuse.vocabulary import Vocabulary
+
+REACH = 8
+"""How many tokens before the next one are looked at."""
+
+_MULTIPLIER = 0x9E3779B97F4A7C15
+_INVERSE = pow(_MULTIPLIER, -1, 1 << 64)
+_LEAST = -0.1  # a completion that adds less is none: "fuck" + "ing" after what "fuck" has cost
+
+
+class Completions(NamedTuple):
+    """Tokens that would complete a word.
+
+    Attributes:
+        token_ids: int64 [n].
+        shifts: float32 [n], nats, below 0.
+    """
+
+    token_ids: NDArray[np.int64]
+    shifts: NDArray[np.float32]
+
+
+class MindedWords:
+    """The words of one calibrator, in one vocabulary.
+
+    Args:
+        words: lower-case word of a to z -> shift in nats, below 0.
+        vocabulary: of the target.
+    """
+
+    def __init__(self, words: Mapping[str, float], vocabulary: Vocabulary) -> None:
+        self._shifts = {word.encode(): float(shift) for word, shift in words.items()}
+        self._vocabulary = vocabulary
+        self._longest = max(map(len, self._shifts), default=0)
+        self._tails: dict[int, tuple[bytes, bool]] = {}
+
+    def __len__(self) -> int:
+        """Number of words."""
+        return len(self._shifts)
+
+    def whole(self) -> Completions:
+        """The tokens that are a space and a word, perhaps with other characters than letters behind it."""
+        spaced, _ = self._tokens
+        pairs = [(token, self._shifts[run]) for run, ids in spaced.items() for token in ids if run in self._shifts]
+        return _completions(pairs)
+
+    def after(self, token_ids: Sequence[int]) -> Completions | None:
+        """The tokens that would complete a word after some text.
+
+        Args:
+            token_ids: the last tokens of the text, REACH or fewer, the latest last; special ones and ids outside the
+                vocabulary end a word.
+
+        Returns:
+            The completions; None where there are none.
+        """
+        letters = b""
+        for token in reversed(token_ids):
+            tail, is_all = self._tail(token)
+            letters = tail + letters
+            if not is_all or len(letters) >= self._longest:
+                break
+        return self._beginnings.get(letters)
+
+    def _tail(self, token: int) -> tuple[bytes, bool]:
+        """The letters at a token's end, in lower case, and whether it holds nothing else."""
+        known = self._tails.get(token)
+        if known is None:
+            inside = 0 <= token < len(self._vocabulary) and not self._vocabulary.is_special[token]
+            text = self._vocabulary.token_bytes(token).lower() if inside else b""
+            start = len(text)
+            while start and 97 <= text[start - 1] <= 122:
+                start -= 1
+            known = self._tails[token] = (text[start:], start == 0 and bool(text))
+        return known
+
+    @cached_property
+    def _beginnings(self) -> dict[bytes, Completions]:
+        """Letters that stand before -> what would complete a word; the empty string for text that ends in none."""
+        _, bare = self._tokens
+        found: dict[bytes, list[tuple[int, float]]] = defaultdict(list)
+        for word, shift in self._shifts.items():
+            for cut in range(len(word)):
+                beginning = word[:cut]
+                added = shift - self._shifts.get(beginning, 0.0)
+                if added < _LEAST:
+                    found[beginning] += [(token, added) for token in bare.get(word[cut:], ())]
+        return {beginning: _completions(pairs) for beginning, pairs in found.items() if pairs}
+
+    @cached_property
+    def _tokens(self) -> tuple[dict[bytes, list[int]], dict[bytes, list[int]]]:
+        """Ends of the words (and whole words) -> tokens whose first letters they are, behind a space and without one.
+
+        The letters of all tokens are hashed at once; only those whose hash is that of an end are looked at.
+        """
+        spaced: dict[bytes, list[int]] = defaultdict(list)
+        bare: dict[bytes, list[int]] = defaultdict(list)
+        ends = {word[cut:] for word in self._shifts for cut in range(len(word))}
+        starts, stops, hashes = _letter_runs(self._vocabulary)
+        wanted = np.array([_hash(end) for end in ends], dtype=np.uint64)
+        hits = np.flatnonzero(np.isin(hashes, wanted) & (stops > starts) & ~self._vocabulary.is_special)
+        data, offsets = self._vocabulary.data, self._vocabulary.offsets
+        for token in hits.tolist():
+            run = data[starts[token] : stops[token]].tobytes().lower()
+            if run in ends:
+                (spaced if starts[token] > offsets[token] else bare)[run].append(token)
+        return spaced, bare
+
+
+def _completions(pairs: Sequence[tuple[int, float]]) -> Completions:
+    return Completions(
+        np.array([token for token, _ in pairs], dtype=np.int64), np.array([s for _, s in pairs], dtype=np.float32)
+    )
+
+
+def _letter_runs(
+    vocabulary: Vocabulary,
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint64]]:
+    """First letters of each token, behind at most one space: where they start and stop in `data`, and their hash."""
+    data, offsets = np.asarray(vocabulary.data), np.asarray(vocabulary.offsets)
+    ends = offsets[1:]
+    if not len(data):
+        return offsets[:-1].copy(), ends.copy(), np.zeros(len(ends), dtype=np.uint64)
+    lower = np.where((data >= 65) & (data <= 90), data + 32, data)
+    is_letter = (lower >= 97) & (lower <= 122)
+    places = np.where(is_letter, len(data), np.arange(len(data)))
+    next_other = np.append(np.minimum.accumulate(places[::-1])[::-1], len(data))
+    has_space = (data[np.minimum(offsets[:-1], len(data) - 1)] == 32) & (ends > offsets[:-1])
+    starts = offsets[:-1] + has_space
+    stops = np.minimum(next_other[starts], ends)
+    powers = np.cumprod(np.full(len(data), _MULTIPLIER, dtype=np.uint64))
+    running = np.zeros(len(data) + 1, dtype=np.uint64)
+    np.cumsum(lower.astype(np.uint64) * powers, out=running[1:])
+    shift_back = np.append(np.uint64(1), np.cumprod(np.full(len(data), _INVERSE, dtype=np.uint64)))
+    return starts, stops, (running[stops] - running[starts]) * shift_back[starts]
+
+
+def _hash(text: bytes) -> int:
+    """The hash of one string; `_letter_runs` makes the same for all tokens at once."""
+    return sum(byte * pow(_MULTIPLIER, place + 1, 1 << 64) for place, byte in enumerate(text)) & ((1 << 64) - 1)

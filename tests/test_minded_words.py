@@ -1,0 +1,166 @@
+"""Words that a calibrator minds by themselves, in whatever tokens they are spelled."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from calibfuse.calibrator import Calibrator, CalibratorConfig
+from calibfuse.calibrator.minded_words import REACH, MindedWords
+from calibfuse.errors import InputError
+from calibfuse.vocabulary import Vocabulary
+from tests.tiny_calibrators import make_calibrator
+
+WORDS = {"shit": -4.0, "ass": -2.0, "asshole": -3.0, "idiot": -2.5}
+TOKENS = [None, b" ", b"s", b" s", b"sh", b" sh", b"it", b" shit", b"Shit", b"shit.", b" shirt", b"irt", b"a", b" as"]
+TOKENS += [b"ss", b" ass", b"hole", b"o", b"hol", b"e", b"idi", b"ot", b".", b"\n", b"i", b"t", b" The", "é".encode()]
+
+
+@pytest.fixture(scope="module")
+def vocabulary():
+    return Vocabulary.from_byte_strings(TOKENS, name="pieces")
+
+
+@pytest.fixture(scope="module")
+def words(vocabulary):
+    return MindedWords(WORDS, vocabulary)
+
+
+def slow_after(vocabulary, token_ids):
+    """Token -> shift by spelling: the letters that stand before, and the first letters of each token."""
+
+    def letters_at_end(text):
+        return text[len(text.rstrip(b"abcdefghijklmnopqrstuvwxyz")) :]
+
+    text = b""
+    for token in token_ids[-REACH:]:
+        text = b"" if vocabulary.is_special[token] else text + vocabulary.token_bytes(token).lower()
+    before = letters_at_end(text)
+    found = {}
+    for token in range(len(vocabulary)):
+        data = vocabulary.token_bytes(token).lower()
+        run = data[: len(data) - len(data.lstrip(b"abcdefghijklmnopqrstuvwxyz"))]
+        word = (before + run).decode()
+        shift = WORDS.get(word, 0.0) - WORDS.get(before.decode(), 0.0)
+        if run and word in WORDS and shift < -0.1:
+            found[token] = shift
+    return found
+
+
+def as_dictionary(completions):
+    if completions is None:
+        return {}
+    assert completions.token_ids.dtype == np.int64
+    assert completions.shifts.dtype == np.float32
+    return dict(zip(completions.token_ids.tolist(), completions.shifts.tolist(), strict=True))
+
+
+@settings(max_examples=300, deadline=None)
+@given(ids=st.lists(st.integers(0, len(TOKENS) - 1), max_size=REACH))
+def test_completions_are_those_of_the_spelling(ids, vocabulary, words):
+    # the fixtures do not change from one example to the next
+    assert as_dictionary(words.after(ids)) == pytest.approx(slow_after(vocabulary, ids))
+
+
+def test_words_in_pieces_are_found(vocabulary, words):
+    def after(*tokens):
+        return {TOKENS[i]: s for i, s in as_dictionary(words.after([TOKENS.index(t) for t in tokens])).items()}
+
+    assert after(b" sh") == {b"it": -4.0}
+    assert after(b" s") == {}
+    assert after(b" as", b"s") == pytest.approx({b"hole": -1.0})  # what "ass" has cost is not asked for again
+    assert after(b" as", b"s", b"hol") == {b"e": -3.0}
+    assert after(b" The") == {}
+    assert after(b".")[b"Shit"] == -4.0
+    assert after(b"\n")[b"shit."] == -4.0
+
+
+def test_tokens_that_are_a_word(vocabulary, words):
+    whole = as_dictionary(words.whole())
+    assert {TOKENS[token]: shift for token, shift in whole.items()} == {b" shit": -4.0, b" ass": -2.0}
+
+
+def test_special_and_unknown_ids_end_a_word(words):
+    sh = TOKENS.index(b" sh")
+    assert as_dictionary(words.after([sh, 0])) == as_dictionary(words.after([]))
+    assert as_dictionary(words.after([sh, -1])) == as_dictionary(words.after([]))
+    assert as_dictionary(words.after([sh, 10_000])) == as_dictionary(words.after([]))
+
+
+@pytest.fixture(scope="module")
+def pair(vocabulary):
+    """The same calibrator without and with words, bound."""
+    plain = make_calibrator(3)
+    minding = Calibrator(dataclasses.replace(plain.config, words=WORDS)).eval()
+    minding.load_state_dict(plain.state_dict())
+    return tuple(each.bind(vocabulary, use_disk_cache=False) for each in (plain, minding))
+
+
+def test_only_the_calibrator_head_and_only_completing_tokens_move(pair, vocabulary):
+    plain, minding = pair
+    ids = torch.tensor([[TOKENS.index(t) for t in (b" The", b" sh", b"it", b".", b" as", b"s", b"hol")]])
+    torch.testing.assert_close(plain.reference_log_probs(ids), minding.reference_log_probs(ids))
+    before = plain.sequence(ids).log_scores("calibrator")
+    after = minding.sequence(ids).log_scores("calibrator")
+    whole = {TOKENS.index(b" shit"): -4.0, TOKENS.index(b" ass"): -2.0}
+    for place in range(ids.shape[1]):
+        expected = whole | slow_after(vocabulary, ids[0, : place + 1].tolist())
+        moved = (after - before)[0, place]
+        wanted = torch.tensor([expected.get(token, 0.0) for token in range(len(vocabulary))])
+        torch.testing.assert_close(moved, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_asked_for_some_ids_it_says_the_same(pair):
+    _, minding = pair
+    torch.manual_seed(0)
+    ids = torch.randint(0, len(TOKENS), (4, 9))
+    said = minding.sequence(ids)
+    wanted = torch.randint(0, len(TOKENS) + 3, (4, 9, 7))
+    full = said.log_scores("calibrator")
+    some = minding.sequence(ids).log_scores("calibrator", wanted)
+    inside = wanted < len(TOKENS)
+    torch.testing.assert_close(
+        some[inside], full.gather(2, wanted.clamp(max=len(TOKENS) - 1))[inside], atol=1e-4, rtol=1e-4
+    )
+    torch.testing.assert_close(said.positions(2, 5).log_scores("calibrator"), full[:, 2:5])
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 0, 1], [1, 1, 0]])
+def test_steps_say_what_the_whole_sequence_says(pair, order):
+    """From an empty text, token by token, with rows reordered in between and a roll-back at the end."""
+    _, minding = pair
+    torch.manual_seed(1)
+    ids = torch.randint(0, len(TOKENS), (3, 12))
+    session = minding.session()
+    no_readings = torch.zeros(0)
+    for length in itertools.chain(range(13), (9, 10)):
+        if length == 6:
+            ids = ids[order]
+        said, _ = session.step(ids[:, :length], no_readings)
+        if length:
+            expected = minding.sequence(ids[:, :length]).positions(length - 1, length).log_scores("calibrator")[:, 0]
+            torch.testing.assert_close(said.log_scores("calibrator"), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_readings_come_back_unchanged(pair):
+    _, minding = pair
+    session = minding.session()
+    ids = torch.randint(0, len(TOKENS), (2, 5))
+    for length in (3, 4, 4, 5, 2):
+        _, values = session.step(ids[:, :length], torch.tensor([1.5, -2.0, 7.0]))
+        assert values == [1.5, -2.0, 7.0]
+
+
+def test_words_change_the_cached_vectors(pair):
+    plain, minding = pair
+    assert plain.calibrator.fingerprint != minding.calibrator.fingerprint
+
+
+@pytest.mark.parametrize("wrong", [{"Shit": -1.0}, {"a b": -1.0}, {"": -1.0}, {"shit": 1.0}, {"shit": float("-inf")}])
+def test_bad_words_are_refused(wrong):
+    with pytest.raises(InputError, match="words must give lower-case words of a to z and numbers below 0"):
+        CalibratorConfig(words=wrong)

@@ -1,0 +1,58 @@
+"""Word shifts counted from the two piles: the numbers of the formula, and what never becomes one."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from calibfuse.training.data import PassageStore, TextSource
+from calibfuse.training.word_counts import LARGEST_SHIFT, LEAST_PASSAGES, word_shifts
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> PassageStore:
+    """900 clean and 100 flagged passages; "nitwit" stands in all flagged ones and, spoken of, in 3 clean ones."""
+    lines = [f"A quiet day number {i} at the lake" + (", nitwit was said" if i < 3 else "") for i in range(900)]
+    for i in range(100):
+        shouted = " grumph" * 50 if i < LEAST_PASSAGES - 1 else ""
+        never = " Zounds-zounds" if i < LEAST_PASSAGES else ""
+        lines.append(f"you NITWIT at the lake, rotten{shouted}{never} day {i}")
+    (tmp_path / "text.txt").write_text("\n\n".join(lines), encoding="utf-8")
+
+    def sorter(passages):
+        return np.array(["rotten" not in passage for passage in passages])
+
+    return PassageStore.build(
+        [TextSource(str(tmp_path / "text.txt"), is_non_toxic=False)], tmp_path / "cache", sorter=sorter,
+        sorter_name="rotten", show_progress=False,
+    )  # fmt: skip
+
+
+def test_shifts_are_those_of_the_formula(store):
+    shifts = word_shifts(store, flagged_share=0.25, excluded=None)
+    train = set(store.train_indices.tolist())
+    texts = [(store.text(i).lower(), int(store.labels[i])) for i in train]
+    clean_passages = sum(label == 1 for _, label in texts)
+    flagged_passages = sum(label == 0 for _, label in texts)
+    clean = (sum(label == 1 and "nitwit" in text for text, label in texts) + 0.5) / clean_passages
+    flagged = sum(label == 0 and "nitwit" in text for text, label in texts) / flagged_passages
+    expected = math.log(clean / (0.75 * clean + 0.25 * flagged))
+    assert shifts["nitwit"] == pytest.approx(expected, abs=0.006)
+    assert shifts["rotten"] == pytest.approx(max(LARGEST_SHIFT, expected), abs=2.5)
+    assert list(shifts.values()) == sorted(shifts.values())
+
+
+def test_common_short_and_rare_words_are_not_minded(store):
+    shifts = word_shifts(store, flagged_share=0.25, excluded=None)
+    assert not {"day", "lake", "the", "at"} & set(shifts)  # alike in both piles
+    assert "grumph" not in shifts  # often, but in too few passages
+    assert all(len(word) >= 3 for word in shifts)
+
+
+def test_passages_left_out_do_not_count(store):
+    excluded = store.labels == 0
+    assert word_shifts(store, flagged_share=0.25, excluded=excluded) == {}
+    some = np.zeros(len(store), dtype=bool)
+    some[np.flatnonzero(store.labels == 0)[LEAST_PASSAGES - 5 :]] = True
+    assert word_shifts(store, flagged_share=0.25, excluded=some) == {}
