@@ -298,7 +298,8 @@ class Calibrator(nn.Module):
         """
         config = {"format": FORMAT_NAME, "format_version": FORMAT_VERSION, **self.config.to_dict()}
         tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in self.state_dict().items()}
-        card = calibrator_card({**config["training"], "fusion": config["fusion"]})
+        words = {"words_minded_by_themselves": len(self.config.words)} if self.config.words else {}
+        card = calibrator_card({**config["training"], **words, "fusion": config["fusion"]})
         hub.write_checkpoint(Path(folder), config=config, tensors=tensors, files={"README.md": card})
         return Path(folder)
 
