@@ -18,10 +18,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -29,7 +28,7 @@ from torch.nn import functional
 from calibfuse.calibrator.body import KeyValueBuffer
 from calibfuse.calibrator.bound_files import bound_path, cache_folder, load_bound, save_bound, vocabulary_of
 from calibfuse.calibrator.composer import token_features
-from calibfuse.calibrator.minded_words import REACH, Completions, MindedWords
+from calibfuse.calibrator.minded_words import REACH, MindedWords, Spelled
 from calibfuse.calibrator.model import CALIBRATOR_HEAD, FORMAT_VERSION, REFERENCE_HEAD, VALUE_HEAD
 from calibfuse.calibrator.undisturbed import undisturbed
 from calibfuse.errors import InputError, MissingHeadError, VocabularyMismatchError
@@ -307,59 +306,6 @@ class BoundCalibrator:
             buffer = KeyValueBuffer(config.layer_count, config.window)
         parts = [self.calibrator(part, starts, buffer) for part in torch.split(inputs, at_once, dim=1)]
         return torch.cat(parts, dim=1), starts
-
-
-class Spelled(NamedTuple):
-    """Tokens that would complete a minded word at some places: entries of a sparse [rows, positions, vocabulary].
-
-    Attributes:
-        rows: int64 [n].
-        positions: int64 [n].
-        token_ids: int64 [n].
-        shifts: float32 [n], nats, below 0.
-    """
-
-    rows: Tensor
-    positions: Tensor
-    token_ids: Tensor
-    shifts: Tensor
-
-    @classmethod
-    def of(cls, places: Iterable[tuple[int, int, Completions | None]]) -> Spelled | None:
-        """Gather (row, position, completions); None where nothing would complete a word."""
-        found = [(row, position, each) for row, position, each in places if each is not None]
-        if not found:
-            return None
-        counts = [len(each.shifts) for _, _, each in found]
-        return cls(
-            torch.tensor([row for row, _, _ in found]).repeat_interleave(torch.tensor(counts)),
-            torch.tensor([position for _, position, _ in found]).repeat_interleave(torch.tensor(counts)),
-            torch.cat([torch.from_numpy(each.token_ids) for _, _, each in found]),
-            torch.cat([torch.from_numpy(each.shifts) for _, _, each in found]),
-        )
-
-    def part(self, start: int, stop: int) -> Spelled | None:
-        """The entries of positions start to stop - 1, counted from start."""
-        inside = (self.positions >= start) & (self.positions < stop)
-        if not bool(inside.any()):
-            return None
-        return Spelled(self.rows[inside], self.positions[inside] - start, self.token_ids[inside], self.shifts[inside])
-
-    def add_to(self, scores: Tensor, token_ids: Tensor | None, vocab_size: int) -> None:
-        """Add the shifts to scores [rows, (positions,) k] of the given ids, or of the whole vocabulary, in place."""
-        width = scores.shape[1] if scores.ndim == 3 else 1
-        lines = scores.view(-1, scores.shape[-1])
-        # What needs counting is counted on the host, and no copy is waited for: the device need not stop.
-        flat = (self.rows * width + self.positions).numpy()
-        touched, line = (torch.from_numpy(each) for each in np.unique(flat, return_inverse=True))
-        touched, line, ids, shifts = (
-            each.to(scores.device, non_blocking=True) for each in (touched, line, self.token_ids, self.shifts)
-        )
-        dense = torch.zeros(len(touched), vocab_size, device=scores.device)
-        dense.index_put_((line, ids), shifts, accumulate=True)
-        if token_ids is not None:
-            dense = dense.gather(1, token_ids.reshape(-1, token_ids.shape[-1])[touched].clamp(0, vocab_size - 1))
-        lines.index_add_(0, touched, dense)
 
 
 class GuideStates:
