@@ -141,6 +141,9 @@ class MindedWords:
             letters = tail + letters
             if not is_all or len(letters) >= self._longest:
                 break
+        else:
+            if len(token_ids) >= REACH:
+                return None  # where the word begins is out of sight
         return self._beginnings.get(letters)
 
     def _tail(self, token: int) -> tuple[bytes, bool]:
