@@ -37,13 +37,15 @@ class Candidates(NamedTuple):
     is_candidate: Tensor | None
 
 
-def choose_candidates(log_probs: Tensor, count: int | None) -> Candidates:
+def choose_candidates(log_probs: Tensor, count: int | None, always: Tensor | None = None) -> Candidates:
     """Choose the candidates of each row.
 
     Args:
         log_probs: float32 [..., target_vocab_size], normalised, nats.
         count: how many of the best; 0: the whole vocabulary; None: all of MIN_PROBABILITY or more, and the best
             MIN_CANDIDATES.
+        always: int64 [n], ids below target_vocab_size that are candidates by probability whatever theirs is, unless it
+            is 0: an unsure target draws now and then from its tail, and some tokens are not to be met there.
 
     Returns:
         The candidates. What they are does not depend on the other rows (but for ties at the last place), how they are
@@ -55,7 +57,14 @@ def choose_candidates(log_probs: Tensor, count: int | None) -> Candidates:
     if count is not None:
         values, token_ids = best(log_probs, count)
         return Candidates(token_ids, values, None)
-    return _by_probability(log_probs)
+    if always is None or not len(always):
+        return _by_probability(log_probs)
+    searched = log_probs.clone()
+    own = searched[..., always]
+    searched[..., always] = torch.where(own > -torch.inf, own.clamp(min=math.log(MIN_PROBABILITY)), own)
+    found = _by_probability(searched)
+    values = log_probs if found.token_ids is None else log_probs.gather(-1, found.token_ids)
+    return Candidates(found.token_ids, values, found.is_candidate)
 
 
 def _by_probability(log_probs: Tensor) -> Candidates:

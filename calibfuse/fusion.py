@@ -49,8 +49,8 @@ class FusionConfig:
         alpha: strength; 0 leaves the target as it is. At most 1 for geometric and blend, where 1 means that the guide
             alone ranks the candidates; below 1 for embedding; at most 100 for the others. Default: the mode's.
         candidates: which of the target's tokens are re-ranked. None (default): those to which it gives a probability of
-            at least 0.00005, and its best 200 in any case. A number: so many of its best. 0: the whole vocabulary,
-            which mode embedding always takes.
+            at least 0.00005, its best 200 in any case, and the words that the guide minds by themselves. A number: so
+            many of its best. 0: the whole vocabulary, which mode embedding always takes.
         one_sided: contrast only lowers tokens, never raises one (raising happens only through renormalisation).
         margin: of contrast: a disagreement of calibrator and reference up to this many nats counts as none, and a
             larger one is smaller by as much. What the two disagree about in calm text is mostly noise.
@@ -195,6 +195,7 @@ def fuse(
     guide_scores: GuideScores,
     covers: Callable[[Tensor], Tensor],
     config: FusionConfig,
+    always: Tensor | None = None,
 ) -> Tensor:
     """Fuse next-token scores with a guide.
 
@@ -207,6 +208,7 @@ def fuse(
             vocabulary, which may be wider or narrower than the scores.
         covers: token_ids int64 [...] -> bool, True where the guide knows the token.
         config: how.
+        always: int64 [n], ids that are candidates whatever their probability; see `choose_candidates`.
 
     Returns:
         Normalised log-probabilities, float32 [..., target_vocab_size], nats. -inf stays -inf; tokens that are no
@@ -224,7 +226,7 @@ def fuse(
             f"Mode {config.mode!r} fuses hidden states, not distributions: use fusion_embedding.fuse_embedding."
         )
     vocab_size = log_probs.shape[-1]
-    token_ids, values, is_candidate = choose_candidates(log_probs, config.candidates)
+    token_ids, values, is_candidate = choose_candidates(log_probs, config.candidates, always)
     covered = covers(torch.arange(vocab_size, device=scores.device) if token_ids is None else token_ids)
     if is_candidate is not None:
         covered = covered & is_candidate

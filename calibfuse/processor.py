@@ -240,7 +240,9 @@ class CalibFusion(LogitsProcessor):
     def _fuse(self, scores: Tensor, said: NextTokens) -> Tensor:
         if self._embedding is not None:
             return self._embedding(scores, last_states(said))
-        return fuse(scores, said.log_scores, self.guide.covers, self.config)
+        return fuse(
+            scores, said.log_scores, self.guide.covers, self.config, always_candidates(self.guide, scores.shape[-1])
+        )
 
     def _readings(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """What `_check` judges, float32 [4] on the device: lowest and highest best score, lowest and highest id."""
@@ -274,6 +276,12 @@ class CalibFusion(LogitsProcessor):
                 f"of the scores and the {self.guide.target_vocab_size} of the tokenizer. Do ids, scores and tokenizer "
                 "belong to the same model?"
             )
+
+
+def always_candidates(guide: Guide, vocab_size: int) -> Tensor | None:
+    """Ids below `vocab_size` that are candidates whatever the target gives them; guides without such have none."""
+    minded_ids = getattr(guide, "minded_ids", None)
+    return minded_ids(vocab_size) if minded_ids is not None else None
 
 
 def recommended_config(recommended: Mapping[str, Any], options: Mapping[str, Any]) -> FusionConfig:

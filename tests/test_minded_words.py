@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from hypothesis import strategies as st
 
 from calibfuse.calibrator import Calibrator, CalibratorConfig
 from calibfuse.calibrator.minded_words import REACH, MindedWords
+from calibfuse.candidates import MIN_PROBABILITY
 from calibfuse.errors import InputError
+from calibfuse.fusion import FusionConfig, fuse
 from calibfuse.vocabulary import Vocabulary
 from tests.tiny_calibrators import make_calibrator
 
@@ -161,6 +164,44 @@ def test_readings_come_back_unchanged(pair):
     for length in (3, 4, 4, 5, 2):
         _, values = session.step(ids[:, :length], torch.tensor([1.5, -2.0, 7.0]))
         assert values == [1.5, -2.0, 7.0]
+
+
+def test_their_tokens_are_candidates_however_improbable():
+    """An unsure target gives each token less than a candidate needs; a word that is minded is moved all the same."""
+    size = 40_000
+    minded, other = 39_000, 39_001
+    scores = torch.zeros(1, size)
+    scores[0, :300] = 5.0
+    scores[0, other + 1] = -torch.inf
+
+    def guide_scores(head, token_ids):
+        full = torch.zeros(1, size)
+        full[0, minded] = -3.0 if head == "calibrator" else 0.0
+        return full if token_ids is None else full.gather(1, token_ids)
+
+    def covers(token_ids):
+        return torch.ones_like(token_ids, dtype=torch.bool)
+
+    config = FusionConfig(alpha=2.0, max_shift=4.0)
+    before = scores.log_softmax(-1)
+    assert before[0, minded] < math.log(MIN_PROBABILITY)
+    always = torch.tensor([minded, other + 1])
+    fused = fuse(scores, guide_scores, covers, config, always)
+    assert float((fused - before)[0, minded]) == pytest.approx(-4.0, abs=0.01)
+    assert float((fused - before)[0, other]) == 0.0
+    assert float(fused[0, other + 1]) == -math.inf
+    assert float(fused.double().exp().sum()) == pytest.approx(float(before.double().exp().sum()), abs=1e-6)
+    alone = fuse(scores, guide_scores, covers, config)
+    assert float((alone - before)[0, minded]) == 0.0
+
+
+def test_ids_beyond_a_narrower_head_are_left_out(pair):
+    plain, minding = pair
+    ids = [i for i, t in enumerate(TOKENS) if t is not None and t.strip(b" .").lower() in (b"shit", b"ass")]
+    assert minding.minded_ids(len(TOKENS)).tolist() == ids
+    assert minding.minded_ids(ids[-1]).tolist() == ids[:-1]
+    assert minding.minded_ids(ids[0]) is None
+    assert plain.minded_ids(len(TOKENS)) is None
 
 
 def test_words_change_the_cached_vectors(pair):

@@ -21,6 +21,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -116,6 +117,7 @@ class BoundCalibrator:
         self._is_special = torch.ones(len(vocabulary) + 1, dtype=torch.bool, device="cpu")
         self._is_special[:-1] = torch.from_numpy(vocabulary.is_special.copy())
         self._words = MindedWords(calibrator.config.words, vocabulary)
+        self._minded_ids: dict[int, Tensor | None] = {}
 
     def to(self, device: torch.device | str) -> BoundCalibrator:
         """The same object where it is there already, else a copy on the device, with its own copy of the model."""
@@ -192,6 +194,14 @@ class BoundCalibrator:
         states, _ = self._advance(input_ids, None, None, masked)
         readable = input_ids if masked is None else input_ids.masked_fill(masked, -1)
         return GuideStates(self, states[:, 1:], self.spelled(readable.tolist()) if len(self._words) else None)
+
+    def minded_ids(self, vocab_size: int) -> Tensor | None:
+        """Ids below `vocab_size` of the tokens that are a minded word, int64 [n]; None where there are none."""
+        if vocab_size not in self._minded_ids:
+            ids = self._words.token_ids
+            ids = ids[: np.searchsorted(ids, vocab_size)]
+            self._minded_ids[vocab_size] = torch.from_numpy(ids).to(self.device) if len(ids) else None
+        return self._minded_ids[vocab_size]
 
     def spelled(self, rows: Sequence[Sequence[int]]) -> Spelled | None:
         """What would complete a word after each token of some rows; places are (row, position)."""
@@ -397,14 +407,14 @@ class LockStepSession:
         """See `GuideSession.step`."""
         bound = self._bound
         tail = input_ids[:, -REACH:] if len(bound._words) else input_ids[:, :0]
-        readings = torch.cat([readings, tail.reshape(-1).to(readings.dtype)])
+        readings = torch.cat([readings.float(), tail.reshape(-1).float()])  # exact: ids are below 2 ** 24
         if self._ids is None or self._starts is None or self._last is None:
             values, spelled = self._read_tail(readings.tolist(), tail)
             return self._rebuild(input_ids, spelled), values
         cached_length = self._ids.shape[1]
         unknown = self._last_start is None
         if unknown:
-            readings = torch.cat([self._starts.amax()[None].to(readings.dtype), readings])
+            readings = torch.cat([self._starts.amax()[None].float(), readings])
         reuse, values = match_prefixes(self._ids, input_ids, readings)
         last_start = int(values.pop(0)) if unknown else 0
         values, spelled = self._read_tail(values, tail)

@@ -125,6 +125,12 @@ class MindedWords:
         pairs = [(token, self._shifts[run]) for run, ids in spaced.items() for token in ids if run in self._shifts]
         return _completions(pairs)
 
+    @cached_property
+    def token_ids(self) -> NDArray[np.int64]:
+        """All tokens that are one of the words, with a space before it or without; rising."""
+        found = (ids for runs in self._tokens for run, ids in runs.items() if run in self._shifts)
+        return np.unique(np.array([token for ids in found for token in ids], dtype=np.int64))
+
     def after(self, token_ids: Sequence[int]) -> Completions | None:
         """The tokens that would complete a word after some text.
 

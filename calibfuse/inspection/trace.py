@@ -19,6 +19,7 @@ from calibfuse.calibrator.model import CALIBRATOR_HEAD, REFERENCE_HEAD, VALUE_HE
 from calibfuse.candidates import choose_candidates
 from calibfuse.errors import InputError
 from calibfuse.inspection.spelling import TokenSpeller
+from calibfuse.processor import always_candidates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -227,7 +228,9 @@ class _Recorder(LogitsProcessor):
 
     def _movable(self, plain: Tensor) -> Tensor:
         """Bool [target_vocab_size]: the tokens that fusion re-ranks."""
-        token_ids, values, is_candidate = choose_candidates(plain, self.fusion.config.candidates)
+        token_ids, values, is_candidate = choose_candidates(
+            plain, self.fusion.config.candidates, always_candidates(self.fusion.guide, plain.shape[-1])
+        )
         if token_ids is None:
             among = torch.ones_like(plain, dtype=torch.bool) if is_candidate is None else is_candidate
         else:
