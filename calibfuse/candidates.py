@@ -71,13 +71,13 @@ def _by_probability(log_probs: Tensor) -> Candidates:
     vocab_size = log_probs.shape[-1]
     rows = log_probs.numel() // vocab_size
     enough = math.log(MIN_PROBABILITY)
-    if (
-        log_probs.device.type != "cpu"
-    ):  # counting would make the host wait, and a full head costs an accelerator nothing
+    if log_probs.device.type != "cpu":
+        # counting would make the host wait, and a full head costs an accelerator nothing
         return Candidates(None, log_probs, log_probs >= _least(log_probs).clamp(max=enough))
-    counts = (log_probs >= enough).sum(dim=-1)
     if not rows:
         return Candidates(None, log_probs, None)
+    is_candidate = log_probs >= enough
+    counts = is_candidate.sum(dim=-1)
     width = max(int(counts.max()), MIN_CANDIDATES)
     # Gathering a row of the head costs 0.27 us, streaming past one 0.12 us and 0.0175 us for each row of scores.
     is_few = 16 * rows * width <= vocab_size * (7 + rows)
@@ -85,10 +85,8 @@ def _by_probability(log_probs: Tensor) -> Candidates:
         values, token_ids = best(log_probs, width)
         return Candidates(token_ids, values, None)
     is_short = counts < MIN_CANDIDATES
-    limit: Tensor | float = enough
     if bool(is_short.any()):
-        limit = torch.where(is_short[..., None], _least(log_probs), enough)
-    is_candidate = log_probs >= limit
+        is_candidate = log_probs >= torch.where(is_short[..., None], _least(log_probs), enough)
     return _listed(log_probs, is_candidate) if is_few else Candidates(None, log_probs, is_candidate)
 
 

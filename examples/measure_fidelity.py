@@ -254,8 +254,11 @@ def _measure(
     for name, passages in texts.items():
         ids = tokenizer.encode(passages)
         result = measure_fidelity(bound, ids, head=args.head, candidates=candidates)
-        figures = {"all": result.bits_per_byte, "bytes per token": result.bytes / result.tokens}
-        figures |= {"skipped": result.skipped / (result.skipped + result.tokens)}
+        figures = {
+            "all": result.bits_per_byte,
+            "bytes per token": result.bytes / result.tokens,
+            "skipped": result.skipped / (result.skipped + result.tokens),
+        }
         if result.restricted_bits_per_byte is not None:
             figures["candidates"] = result.restricted_bits_per_byte
         if carried is not None:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from calibfuse.training.balance import TERMS, balance_terms, passages_with_terms
-from calibfuse.training.data import PassageStore, TextSource
+from calibfuse.training.data import PassageStore
+from tests.sorted_store import build_sorted_store
 
 
 @pytest.fixture
@@ -19,15 +20,7 @@ def store(tmp_path: Path) -> PassageStore:
         word, rate = (("Plumber", 0.4), ("baker", 0.1), ("gardener", 0.1))[i % 3]
         insult = "you rotten nitwit" if rng.random() < rate else "nice to meet you"
         lines.append(f"The {word} number {i} came along, {insult}.")
-    (tmp_path / "text.txt").write_text("\n\n".join(lines), encoding="utf-8")
-
-    def sorter(passages):
-        return np.array(["nitwit" not in passage for passage in passages])
-
-    return PassageStore.build(
-        [TextSource(str(tmp_path / "text.txt"), is_non_toxic=False)], tmp_path / "cache", sorter=sorter,
-        sorter_name="nitwit", show_progress=False,
-    )  # fmt: skip
+    return build_sorted_store(tmp_path, lines, "nitwit")
 
 
 def test_terms_are_found_as_whole_words_whatever_the_capitals(store):

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from calibfuse.training.data import PassageStore, TextSource
+from calibfuse.training.data import PassageStore
 from calibfuse.training.word_counts import LARGEST_SHIFT, LEAST_PASSAGES, word_shifts
+from tests.sorted_store import build_sorted_store
 
 
 @pytest.fixture
@@ -18,15 +19,7 @@ def store(tmp_path: Path) -> PassageStore:
         shouted = " grumph" * 50 if i < LEAST_PASSAGES - 1 else ""
         never = " Zounds-zounds" if i < LEAST_PASSAGES else ""
         lines.append(f"you NITWIT at the lake, rotten{shouted}{never} day {i}")
-    (tmp_path / "text.txt").write_text("\n\n".join(lines), encoding="utf-8")
-
-    def sorter(passages):
-        return np.array(["rotten" not in passage for passage in passages])
-
-    return PassageStore.build(
-        [TextSource(str(tmp_path / "text.txt"), is_non_toxic=False)], tmp_path / "cache", sorter=sorter,
-        sorter_name="rotten", show_progress=False,
-    )  # fmt: skip
+    return build_sorted_store(tmp_path, lines, "rotten")
 
 
 def test_shifts_are_those_of_the_formula(store):

@@ -67,17 +67,23 @@ def bind(
     if use_disk_cache:
         path = bound_path(calibrator.fingerprint, vocabulary, dtype, FORMAT_VERSION)
         tensors = load_bound(path, size=len(vocabulary), token_width=config.token_width, head_count=len(config.heads))
-    vectors, biases = tensors or compose_vocabulary(calibrator, vocabulary, dtype)
+    words = MindedWords(config.words, vocabulary)
+    vectors, biases = tensors or compose_vocabulary(calibrator, vocabulary, dtype, words)
     if path is not None and tensors is None:
         save_bound(path, vectors, biases)
-    return BoundCalibrator(calibrator, vocabulary, vectors, biases).to(
+    return BoundCalibrator(calibrator, vocabulary, vectors, biases, words).to(
         torch.device(device) if device is not None else calibrator.boundary.device
     )
 
 
 @undisturbed
-def compose_vocabulary(calibrator: Calibrator, vocabulary: Vocabulary, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Vectors [target_vocab_size, token_width] in `dtype`, biases [target_vocab_size, heads] in float32, on the CPU."""
+def compose_vocabulary(
+    calibrator: Calibrator, vocabulary: Vocabulary, dtype: torch.dtype, words: MindedWords | None = None
+) -> tuple[Tensor, Tensor]:
+    """Vectors [target_vocab_size, token_width] in `dtype`, biases [target_vocab_size, heads] in float32, on the CPU.
+
+    `words` are the calibrator's in this vocabulary, where the caller has them.
+    """
     size = len(vocabulary)
     config = calibrator.config
     vectors = torch.empty(size, config.token_width, dtype=dtype, device="cpu")
@@ -93,7 +99,7 @@ def compose_vocabulary(calibrator: Calibrator, vocabulary: Vocabulary, dtype: to
     is_distribution = torch.tensor([head != VALUE_HEAD for head in config.heads], device="cpu")
     biases += torch.from_numpy(vocabulary.log_shares)[:, None] * is_distribution
     if config.words and CALIBRATOR_HEAD in config.heads:
-        whole = MindedWords(config.words, vocabulary).whole()
+        whole = (MindedWords(config.words, vocabulary) if words is None else words).whole()
         biases[torch.from_numpy(whole.token_ids), config.heads.index(CALIBRATOR_HEAD)] += torch.from_numpy(whole.shifts)
     return vectors, biases
 
@@ -106,9 +112,17 @@ class BoundCalibrator:
         vocabulary: of the target.
         vectors: [target_vocab_size, token_width].
         biases: float32 [target_vocab_size, heads].
+        words: the calibrator's words in this vocabulary; None: made here.
     """
 
-    def __init__(self, calibrator: Calibrator, vocabulary: Vocabulary, vectors: Tensor, biases: Tensor) -> None:
+    def __init__(
+        self,
+        calibrator: Calibrator,
+        vocabulary: Vocabulary,
+        vectors: Tensor,
+        biases: Tensor,
+        words: MindedWords | None = None,
+    ) -> None:
         self.calibrator = calibrator
         self.vocabulary = vocabulary
         self._vectors = vectors
@@ -116,7 +130,7 @@ class BoundCalibrator:
         # One entry more than ids: whatever lies beyond the vocabulary (a padded head) counts as special.
         self._is_special = torch.ones(len(vocabulary) + 1, dtype=torch.bool, device="cpu")
         self._is_special[:-1] = torch.from_numpy(vocabulary.is_special.copy())
-        self._words = MindedWords(calibrator.config.words, vocabulary)
+        self._words = MindedWords(calibrator.config.words, vocabulary) if words is None else words
         self._minded_ids: dict[int, Tensor | None] = {}
 
     def to(self, device: torch.device | str) -> BoundCalibrator:
@@ -129,9 +143,9 @@ class BoundCalibrator:
             self.vocabulary,
             self._vectors.to(device),
             self._biases.to(device),
+            self._words,
         )
         moved._is_special = self._is_special.to(device)
-        moved._words = self._words
         return moved
 
     @property
@@ -442,12 +456,12 @@ class LockStepSession:
         """Split what was read off the device into the caller's readings and what the last tokens would complete."""
         rows, width = tail.shape
         words = self._bound._words
-        if not len(words) or not rows:
+        if not len(words):
             return values, None
-        if not width:  # the beginning of a text
-            return values, Spelled.of((row, 0, words.after(())) for row in range(rows))
-        caller, last = values[: -rows * width], [int(value) for value in values[-rows * width :]]
-        return caller, Spelled.of((row, 0, words.after(last[row * width : (row + 1) * width])) for row in range(rows))
+        split = len(values) - rows * width
+        last = [int(value) for value in values[split:]]
+        completions = (words.after(last[row * width : (row + 1) * width]) for row in range(rows))
+        return values[:split], Spelled.of((row, 0, each) for row, each in enumerate(completions))
 
     def _rebuild(self, input_ids: Tensor, spelled: Spelled | None) -> GuideStates:
         self.reset()

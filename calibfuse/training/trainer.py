@@ -186,11 +186,8 @@ class BatchSource:
 
     def minded_words(self) -> dict[str, float]:
         """Words that are much rarer in what the calibrator reads; see `calibfuse.training.word_counts`."""
-        share = self.config.flagged_share
-        if share is None:
-            share = self._shares[0] / (self._shares[0] + self._shares[1])
         excluded = self.balance.excluded if self.balance is not None else None
-        return word_shifts(self.store, flagged_share=share, excluded=excluded)
+        return word_shifts(self.store, flagged_share=self._flagged_share, excluded=excluded)
 
     def _passages(
         self, entry: PoolEntry, rng: np.random.Generator, *, split: bool
@@ -215,12 +212,16 @@ class BatchSource:
                 yield row, label == 1
 
     def _draw_label(self, rng: np.random.Generator) -> int:
-        share = self.config.flagged_share
-        if share is None:
-            share = self._shares[0] / (self._shares[0] + self._shares[1])
         if not self._shares[0]:
             return 1
-        return 0 if rng.random() < share else 1
+        return 0 if rng.random() < self._flagged_share else 1
+
+    @property
+    def _flagged_share(self) -> float:
+        """Share of the passages that are drawn from those that only the reference reads."""
+        if self.config.flagged_share is not None:
+            return self.config.flagged_share
+        return self._shares[0] / (self._shares[0] + self._shares[1])
 
     def _index_at(self, label: int, cursor: int) -> int:
         epoch, position = divmod(cursor, self._shares[label])
