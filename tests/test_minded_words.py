@@ -18,7 +18,8 @@ from calibfuse.fusion import FusionConfig, fuse
 from calibfuse.vocabulary import Vocabulary
 from tests.tiny_calibrators import make_calibrator
 
-WORDS = {"shit": -4.0, "ass": -2.0, "asshole": -3.0, "idiot": -2.5}
+# Above 0: names that are given something back, here so that they begin words of the other kind and end them.
+WORDS = {"shit": -4.0, "ass": -2.0, "asshole": -3.0, "idiot": -2.5, "as": 0.6, "hol": 0.4, "hole": 1.0, "assho": 0.3}
 TOKENS = [None, b" ", b"s", b" s", b"sh", b" sh", b"it", b" shit", b"Shit", b"shit.", b" shirt", b"irt", b"a", b" as"]
 TOKENS += [b"ss", b" ass", b"hole", b"o", b"hol", b"e", b"idi", b"ot", b".", b"\n", b"i", b"t", b" The", "é".encode()]
 
@@ -50,9 +51,10 @@ def slow_after(vocabulary, token_ids):
         data = vocabulary.token_bytes(token).lower()
         run = data[: len(data) - len(data.lstrip(b"abcdefghijklmnopqrstuvwxyz"))]
         word = (before + run).decode()
-        shift = WORDS.get(word, 0.0) - WORDS.get(before.decode(), 0.0)
-        if run and word in WORDS and shift < -0.1:
-            found[token] = shift
+        shift, begun = WORDS.get(word, 0.0), WORDS.get(before.decode(), 0.0)
+        added = shift - begun if (shift < 0) == (begun < 0) else shift
+        if run and ((shift < 0 and added < -0.1) or (shift > 0 and added > 0.1)):
+            found[token] = added
     return found
 
 
@@ -92,7 +94,11 @@ def test_a_word_that_begins_out_of_sight_is_left_alone(words):
 
 def test_tokens_that_are_a_word(vocabulary, words):
     whole = as_dictionary(words.whole())
-    assert {TOKENS[token]: shift for token, shift in whole.items()} == {b" shit": -4.0, b" ass": -2.0}
+    assert {TOKENS[token]: shift for token, shift in whole.items()} == pytest.approx(
+        {b" shit": -4.0, b" ass": -2.0, b" as": 0.6}
+    )
+    always = [TOKENS[token] for token in words.token_ids]  # what is to be suppressed must be among the candidates
+    assert always == [b" shit", b"Shit", b"shit.", b" ass"]
 
 
 def test_special_and_unknown_ids_end_a_word(words):
@@ -117,7 +123,7 @@ def test_only_the_calibrator_head_and_only_completing_tokens_move(pair, vocabula
     torch.testing.assert_close(plain.reference_log_probs(ids), minding.reference_log_probs(ids))
     before = plain.sequence(ids).log_scores("calibrator")
     after = minding.sequence(ids).log_scores("calibrator")
-    whole = {TOKENS.index(b" shit"): -4.0, TOKENS.index(b" ass"): -2.0}
+    whole = {TOKENS.index(b" shit"): -4.0, TOKENS.index(b" ass"): -2.0, TOKENS.index(b" as"): 0.6}
     for place in range(ids.shape[1]):
         expected = whole | slow_after(vocabulary, ids[0, : place + 1].tolist())
         moved = (after - before)[0, place]
@@ -209,7 +215,7 @@ def test_words_change_the_cached_vectors(pair):
     assert plain.calibrator.fingerprint != minding.calibrator.fingerprint
 
 
-@pytest.mark.parametrize("wrong", [{"Shit": -1.0}, {"a b": -1.0}, {"": -1.0}, {"shit": 1.0}, {"shit": float("-inf")}])
+@pytest.mark.parametrize("wrong", [{"Shit": -1.0}, {"a b": -1.0}, {"": -1.0}, {"shit": 0.0}, {"shit": float("inf")}])
 def test_bad_words_are_refused(wrong):
-    with pytest.raises(InputError, match="words must give lower-case words of a to z and numbers below 0"):
+    with pytest.raises(InputError, match="words must give lower-case words of a to z and finite numbers other than 0"):
         CalibratorConfig(words=wrong)

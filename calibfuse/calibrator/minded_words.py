@@ -6,10 +6,11 @@ move with GPT-2's). But how much rarer a word is in the non-toxic text is known 
 
     shift(word) = log p(word | calibrator's text) - log p(word | reference's text), at most 0
 
-`calibfuse.training.word_counts` counts it. Here it is added to the calibrator head's score of each token that completes
-such a word: for a token that is the word, once and for all when binding (`whole`); for one that completes it, from the
-letters that stand before (`after`). Nothing is re-tokenised: the letters of the last few tokens are read off their
-bytes, and a dictionary holds the beginnings of all words.
+`calibfuse.training.word_counts` counts it. Names of people and of groups of people get a shift above 0: what the heads
+would take from them (`calibfuse.training.spared_words`). Here the shift is added to the calibrator head's score of each
+token that completes such a word: for a token that is the word, once and for all when binding (`whole`); for one that
+completes it, from the letters that stand before (`after`). Nothing is re-tokenised: the letters of the last few tokens
+are read off their bytes, and a dictionary holds the beginnings of all words.
 
 Left out: words of other letters than a to z, and words over more than `REACH` tokens.
 """
@@ -33,7 +34,7 @@ REACH = 8
 
 _MULTIPLIER = 0x9E3779B97F4A7C15
 _INVERSE = pow(_MULTIPLIER, -1, 1 << 64)
-_LEAST = -0.1  # a completion that adds less is none: "fuck" + "ing" after what "fuck" has cost
+_LEAST = 0.1  # a completion that adds less is none: "fuck" + "ing" after what "fuck" has cost
 
 
 class Completions(NamedTuple):
@@ -41,7 +42,7 @@ class Completions(NamedTuple):
 
     Attributes:
         token_ids: int64 [n].
-        shifts: float32 [n], nats, below 0.
+        shifts: float32 [n], nats.
     """
 
     token_ids: NDArray[np.int64]
@@ -55,7 +56,7 @@ class Spelled(NamedTuple):
         rows: int64 [n].
         positions: int64 [n].
         token_ids: int64 [n].
-        shifts: float32 [n], nats, below 0.
+        shifts: float32 [n], nats.
     """
 
     rows: Tensor
@@ -105,7 +106,7 @@ class MindedWords:
     """The words of one calibrator, in one vocabulary.
 
     Args:
-        words: lower-case word of a to z -> shift in nats, below 0.
+        words: lower-case word of a to z -> shift in nats, other than 0.
         vocabulary: of the target.
     """
 
@@ -127,8 +128,8 @@ class MindedWords:
 
     @cached_property
     def token_ids(self) -> NDArray[np.int64]:
-        """All tokens that are one of the words, with a space before it or without; rising."""
-        found = (ids for runs in self._tokens for run, ids in runs.items() if run in self._shifts)
+        """All tokens that are a word with a shift below 0, with a space before it or without; rising."""
+        found = (ids for runs in self._tokens for run, ids in runs.items() if self._shifts.get(run, 0.0) < 0.0)
         return np.unique(np.array([token for ids in found for token in ids], dtype=np.int64))
 
     def after(self, token_ids: Sequence[int]) -> Completions | None:
@@ -172,8 +173,10 @@ class MindedWords:
         for word, shift in self._shifts.items():
             for cut in range(len(word)):
                 beginning = word[:cut]
-                added = shift - self._shifts.get(beginning, 0.0)
-                if added < _LEAST:
+                begun = self._shifts.get(beginning, 0.0)
+                # What a beginning of the same kind has brought is not brought again.
+                added = shift - begun if shift * begun > 0.0 else shift
+                if added * shift > 0.0 and abs(added) >= _LEAST:
                     found[beginning] += [(token, added) for token in bare.get(word[cut:], ())]
         return {beginning: _completions(pairs) for beginning, pairs in found.items() if pairs}
 

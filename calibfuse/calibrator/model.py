@@ -60,7 +60,8 @@ class CalibratorConfig:
         window: tokens that attention looks back, the current one included.
         adapter_width: hidden width of each head's adapter.
         heads: names of the heads, in the order of the bias columns.
-        words: words that the calibrator minds by themselves -> shift in nats, below 0; see minded_words.py.
+        words: word -> shift in nats: below 0 where the calibrator minds the word by itself, above 0 where a name is
+            given back what the heads take from it; see minded_words.py.
         fusion: recommended fusion options (keys of FusionConfig) for this calibrator.
         training: facts of the training, for the model card; any JSON values.
     """
@@ -88,9 +89,9 @@ class CalibratorConfig:
                 raise InputError(f"CalibratorConfig.{item.name} must be a positive integer, got {value!r}.")
         for word, shift in self.words.items():
             is_number = isinstance(shift, int | float) and not isinstance(shift, bool)
-            if not _WORD.fullmatch(word) or not is_number or not -math.inf < shift < 0:
+            if not _WORD.fullmatch(word) or not is_number or not math.isfinite(shift) or not shift:
                 raise InputError(
-                    "CalibratorConfig.words must give lower-case words of a to z and numbers below 0, got "
+                    "CalibratorConfig.words must give lower-case words of a to z and finite numbers other than 0, got "
                     f"{word!r}: {shift!r}."
                 )
         limit = self.max_token_norm
@@ -298,7 +299,9 @@ class Calibrator(nn.Module):
         """
         config = {"format": FORMAT_NAME, "format_version": FORMAT_VERSION, **self.config.to_dict()}
         tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in self.state_dict().items()}
-        words = {"words_minded_by_themselves": len(self.config.words)} if self.config.words else {}
+        minded = sum(shift < 0.0 for shift in self.config.words.values())
+        counts = {"words_minded_by_themselves": minded, "names_spared": len(self.config.words) - minded}
+        words = {name: count for name, count in counts.items() if count}
         card = calibrator_card({**config["training"], **words, "fusion": config["fusion"]})
         hub.write_checkpoint(Path(folder), config=config, tensors=tensors, files={"README.md": card})
         return Path(folder)

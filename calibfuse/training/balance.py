@@ -4,7 +4,8 @@ Sorting text by toxicity also sorts it by topic: passages that name a group are 
 (here: "gay" 40 %, all passages 11 %), so a model of the clean pile avoids the group's name, which is the known harm of
 detoxification (Xu et al. 2021). The remedy works on the training text, not on a word list at decoding time: for every
 term, flagged passages that hold it are left out at random until its flagged share is the text's overall share. Then the
-name by itself says nothing about the pile, and only what is said of the group does.
+name by itself says nothing about the pile, and only what is said of the group does. The names of politicians and others
+who are much argued about (names.py) are treated in the same way.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from calibfuse.scorers.identity import ADJECTIVES, PLURALS
 from calibfuse.training.data import PassageStore
+from calibfuse.training.names import suspected_names
 
 logger = logging.getLogger(__name__)
 
@@ -38,19 +40,21 @@ class Balance:
     Attributes:
         excluded: bool [passages].
         shares: term -> (flagged share before, after); only terms of which passages were left out.
+        holders: term -> sorted indices of the passages that hold it.
     """
 
     excluded: NDArray[np.bool_]
     shares: dict[str, tuple[float, float]]
+    holders: dict[str, NDArray[np.int64]]
 
 
-def balance_terms(store: PassageStore, seed: int, terms: Sequence[str] = TERMS) -> Balance:
+def balance_terms(store: PassageStore, seed: int, terms: Sequence[str] | None = None) -> Balance:
     """Choose the flagged passages to leave out.
 
     Args:
         store: labelled passages.
         seed: of the random choice.
-        terms: lower-case words of ASCII letters.
+        terms: lower-case words of ASCII letters; None: TERMS, and the names of the text that are flagged too often.
 
     Returns:
         The choice; nothing is left out where no passage is flagged, or all are.
@@ -59,8 +63,8 @@ def balance_terms(store: PassageStore, seed: int, terms: Sequence[str] = TERMS) 
     excluded = np.zeros(len(store), dtype=bool)
     base = float(flagged.mean())
     if base in (0.0, 1.0):
-        return Balance(excluded, {})
-    holders = passages_with_terms(store, terms)
+        return Balance(excluded, {}, {})
+    holders = passages_with_terms(store, sorted({*TERMS, *suspected_names(store)}) if terms is None else terms)
     keep = np.ones(len(store))
     for passages in holders.values():
         bad = passages[flagged[passages]]
@@ -80,7 +84,7 @@ def balance_terms(store: PassageStore, seed: int, terms: Sequence[str] = TERMS) 
         f"{flagged.sum():,}",
         len(shares),
     )
-    return Balance(excluded, shares)
+    return Balance(excluded, shares, holders)
 
 
 def passages_with_terms(store: PassageStore, terms: Sequence[str]) -> dict[str, NDArray[np.int64]]:

@@ -16,7 +16,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from calibfuse.training.batches import BatchVocabulary, TrainingBatch, make_batc
 from calibfuse.training.data import PassageStore
 from calibfuse.training.neutral_sentences import neutral_passage
 from calibfuse.training.objective import Losses, TrainingObjective
+from calibfuse.training.spared_words import spared_shifts
 from calibfuse.training.tokenizer_pool import PoolEntry, TokenizerPool
 from calibfuse.training.word_counts import word_shifts
 
@@ -42,6 +43,7 @@ logger = logging.getLogger(__name__)
 STATE_FORMAT = 1
 _ENCODE_CHUNK = 16  # passages tokenized at a time
 _NEGATIVES_SAMPLE_BYTES = 8_000_000
+_LEAST_USUAL_VOCABULARY = 8_000  # smaller ones, and plain bytes, spell names as no target does
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +61,10 @@ class TrainingConfig:
         weight_decay: of the body's matrices; the hashed table has none.
         reference_weight: weight of the reference head's loss.
         flagged_share: share of the passages drawn from those that only the reference sees; None: as they come.
-        balance_identity_terms: leave out flagged passages until the names of groups of people are flagged no more often
-            than other words; see balance.py.
-        mind_words: let the calibrator also mind words by themselves, in whatever pieces a vocabulary spells them; see
-            word_counts.py.
+        balance_identity_terms: leave out flagged passages until the names of groups of people, and other names that
+            are much argued about (names.py), are flagged no more often than other words; see balance.py.
+        mind_words: let the calibrator also mind words by themselves, and spare those names, in whatever pieces a
+            vocabulary spells them; see word_counts.py and spared_words.py.
         neutral_share: share of passages that are made: neutral sentences which name groups of people, read alike by
             both heads; see neutral_sentences.py.
         candidate_count: tokens of the softmax subset.
@@ -161,6 +163,7 @@ class BatchSource:
             )
         self.cursors = {1: 0, 0: 0}
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
+        self._show_progress = show_progress
         sample = list(store.sample_texts(_NEGATIVES_SAMPLE_BYTES, config.seed))
         negatives = pool.negatives(config.vocabulary_size, sample, config.seed)
         self.vocabularies = [
@@ -184,10 +187,31 @@ class BatchSource:
         ids, flags = pack_rows(passages, rows=config.rows, slots=config.slots)
         return make_batch(ids, flags, self.vocabularies[index], rng)
 
-    def minded_words(self) -> dict[str, float]:
-        """Words that are much rarer in what the calibrator reads; see `calibfuse.training.word_counts`."""
+    def words(self, calibrator: Calibrator) -> dict[str, float]:
+        """Words that the trained `calibrator` minds by themselves, and names that it spares: word -> shift, nats."""
         excluded = self.balance.excluded if self.balance is not None else None
-        return word_shifts(self.store, flagged_share=self._flagged_share, excluded=excluded)
+        minded = word_shifts(self.store, flagged_share=self._flagged_share, excluded=excluded)
+        return {**minded, **self._spared_names(calibrator)}
+
+    def _spared_names(self, calibrator: Calibrator) -> dict[str, float]:
+        """The larger shift of two vocabularies, one that spells most names in one token and one that does not."""
+        if self.balance is None or not self.balance.holders:
+            return {}
+        plain = Calibrator(replace(calibrator.config, words={})).to(calibrator.boundary.device)
+        plain.load_state_dict(calibrator.state_dict())
+        plain.eval()
+        sizes = {len(entry.vocabulary): entry for entry in self.pool}
+        usual = [size for size in sizes if size >= _LEAST_USUAL_VOCABULARY] or list(sizes)
+        spared: dict[str, float] = {}
+        for size in {max(usual), min(usual)}:
+            bound = plain.bind(sizes[size].vocabulary, use_disk_cache=False)
+            found = spared_shifts(
+                bound, sizes[size], self.store, self.balance.holders, excluded=self.balance.excluded,
+                seed=self.config.seed, show_progress=self._show_progress,
+            )  # fmt: skip
+            spared |= {name: max(shift, spared.get(name, 0.0)) for name, shift in found.items()}
+        logger.info("%d names are given something back", len(spared))
+        return dict(sorted(spared.items(), key=lambda item: (-item[1], item[0])))
 
     def _passages(
         self, entry: PoolEntry, rng: np.random.Generator, *, split: bool

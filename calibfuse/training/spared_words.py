@@ -1,0 +1,122 @@
+"""Names that a calibrator is to leave alone, and what it must give them back.
+
+The balance of the training text (balance.py) makes a name as frequent in flagged passages as text is flagged, but some
+of what the heads have learned of it by then, and what a composer that reads bytes carries over from words like it,
+stays: a shift in every context, and nearly the same one. So it is measured once, after training, where the name occurs
+in the training passages, and travels with the calibrator as a word with a shift above 0: calibrator/minded_words.py
+adds it wherever the name is completed, in whatever pieces a vocabulary spells it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm.auto import tqdm
+
+from calibfuse.calibrator.binding import BoundCalibrator, GuideStates
+from calibfuse.calibrator.model import CALIBRATOR_HEAD, REFERENCE_HEAD
+from calibfuse.training.data import PassageStore
+from calibfuse.training.tokenizer_pool import PoolEntry
+
+OCCURRENCES = 40
+"""Passages that are looked at for each name, at most; a name with fewer than LEAST_OCCURRENCES is left out."""
+LEAST_OCCURRENCES = 5
+QUANTILE = 0.25
+"""So many of the occurrences may keep a shift below 0."""
+LEAST_SHIFT = 0.1
+"""What is less is not given back, nats."""
+_CONTEXT_CHARACTERS = 400
+_BATCH = 16
+
+
+def spared_shifts(
+    bound: BoundCalibrator,
+    entry: PoolEntry,
+    store: PassageStore,
+    holders: Mapping[str, NDArray[np.int64]],
+    *,
+    excluded: NDArray[np.bool_] | None,
+    seed: int,
+    show_progress: bool = False,
+) -> dict[str, float]:
+    """Measure calibrator minus reference where names occur.
+
+    Args:
+        bound: the trained calibrator without words of its own, bound to the entry's vocabulary; with both heads.
+        entry: tokenizer of the pool.
+        store: labelled passages.
+        holders: lower-case name -> passages that hold it.
+        excluded: bool [passages], those left out of the training; None: none.
+        seed: of the choice of passages.
+        show_progress: show a progress bar.
+
+    Returns:
+        Name -> shift above 0, nats, rounded to 0.01: what brings all but QUANTILE of its occurrences to 0 or above.
+    """
+    is_used = np.zeros(len(store), dtype=bool)
+    is_used[store.train_indices] = True
+    if excluded is not None:
+        is_used &= ~excluded
+    rng = np.random.default_rng([seed, 6])
+    found: dict[str, float] = {}
+    for name, passages in tqdm(holders.items(), desc="names", unit="name", leave=False, disable=not show_progress):
+        chosen = rng.permutation(passages[is_used[passages]])[:OCCURRENCES]
+        shifts = _shifts(bound, list(_occurrences(name, store, entry, chosen)))
+        if len(shifts) < LEAST_OCCURRENCES:
+            continue
+        missing = -float(np.quantile(shifts, QUANTILE))
+        if missing >= LEAST_SHIFT:
+            found[name] = round(missing, 2)
+    return found
+
+
+def _occurrences(
+    name: str, store: PassageStore, entry: PoolEntry, passages: NDArray[np.int64]
+) -> Iterator[tuple[list[int], int]]:
+    """Token ids of a text that ends in the name, and how many of them stand before it."""
+    pattern = re.compile(rf"(?<![a-z]){name}(?![a-z])")
+    texts: list[str] = []
+    for index in passages.tolist():
+        text = store.text(index)
+        lower = text.lower()
+        match = pattern.search(lower)
+        if match is None or len(lower) != len(text):  # where lower-casing changes lengths, places do not fit
+            continue
+        start, end = match.span()
+        space = start - (text[start - 1 : start] == " ")
+        before = text[max(0, space - _CONTEXT_CHARACTERS) : space]
+        texts += [before, before + text[space:end]]
+    rows = entry.encode_batch(texts)
+    for before_ids, ids in zip(rows[::2], rows[1::2], strict=True):
+        length = len(before_ids)
+        if length and len(ids) > length and list(ids[:length]) == list(before_ids):
+            yield list(ids), length
+
+
+@torch.no_grad()
+def _shifts(bound: BoundCalibrator, occurrences: Sequence[tuple[list[int], int]]) -> NDArray[np.float64]:
+    """Calibrator minus reference of the names, summed over their tokens, nats: [occurrences]."""
+    result: list[float] = []
+    ordered = sorted(occurrences, key=lambda each: len(each[0]))
+    for start in range(0, len(ordered), _BATCH):
+        group = ordered[start : start + _BATCH]
+        width = len(group[-1][0])
+        ids = torch.tensor([row + [0] * (width - len(row)) for row, _ in group])
+        hidden = bound.sequence(ids).hidden
+        # Each token of a name is scored at the position before it.
+        places = [(row, place) for row, (tokens, before) in enumerate(group) for place in range(before, len(tokens))]
+        rows, columns = torch.tensor(places).T
+        states = GuideStates(bound, hidden[rows, columns - 1])
+        calibrator, reference = (
+            bound.normalise(states.log_scores(head)).gather(1, ids[rows, columns].to(hidden.device)[:, None])[:, 0]
+            for head in (CALIBRATOR_HEAD, REFERENCE_HEAD)
+        )
+        sums = torch.zeros(len(group), device=hidden.device).index_add_(
+            0, rows.to(hidden.device), calibrator - reference
+        )
+        result += sums.tolist()
+    return np.array(result)

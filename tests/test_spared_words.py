@@ -1,0 +1,98 @@
+"""What names are given back: measured where they occur, one by one in the oracle."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from calibfuse.training.data import PassageStore
+from calibfuse.training.spared_words import LEAST_OCCURRENCES, LEAST_SHIFT, QUANTILE, spared_shifts
+from calibfuse.training.tokenizer_pool import PoolEntry, PoolSpec, TokenizerPool
+from tests.sorted_store import build_sorted_store
+from tests.tiny_calibrators import make_calibrator
+
+LINES = [
+    f"{start} the {'Zorbo' if i % 3 else 'quiblet'} came {i} times, {'nitwit' if i % 4 == 0 else 'friend'}."
+    for i in range(120)
+    for start in ("Yesterday", "We heard that")
+]
+LINES += ["Zorbo stands first in this passage, which says nothing of what comes before it.", "Once a wuggle came by."]
+
+NAMES = ("zorbo", "quiblet", "the", "came", "times")
+
+
+def _holders(store, name):
+    return np.array([i for i in store.train_indices if name in store.text(int(i)).lower()], dtype=np.int64)[:30]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> PassageStore:
+    return build_sorted_store(tmp_path, LINES, "nitwit")
+
+
+@pytest.fixture(scope="module")
+def entry() -> PoolEntry:
+    specs = (PoolSpec(style="byte-level", vocab_size=300),)
+    return next(iter(TokenizerPool.train(LINES, specs, show_progress=False)))
+
+
+@pytest.fixture(scope="module")
+def bound(entry):
+    """Heads that differ: the calibrator's biases push every token that is not a letter or a space."""
+    calibrator = make_calibrator()
+    with torch.no_grad():
+        width = calibrator.config.token_width
+        calibrator.composer.table[:, width] += torch.randn(len(calibrator.composer.table)) * 0.5
+    return calibrator.bind(entry.vocabulary, use_disk_cache=False)
+
+
+def slow_shift(bound, entry, store, name, passages):
+    """The same by whole sequences of log-probabilities, one passage at a time."""
+    shifts = []
+    for index in passages:
+        text = store.text(int(index))
+        start = text.lower().index(name)
+        before, upto = text[:start].rstrip(" "), text[: start + len(name)]
+        first, ids = (entry.encode_batch([each])[0] for each in (before, upto))
+        if not len(first):
+            continue
+        assert list(ids[: len(first)]) == list(first)
+        row = torch.tensor([list(ids)])
+        difference = (bound.log_probs(row) - bound.reference_log_probs(row))[0]
+        shifts.append(sum(float(difference[place - 1, ids[place]]) for place in range(len(first), len(ids))))
+    return -float(np.quantile(shifts, QUANTILE))
+
+
+def test_a_name_is_given_back_what_its_occurrences_lack(bound, entry, store):
+    holders = {name: _holders(store, name) for name in NAMES}
+    found = spared_shifts(bound, entry, store, holders, excluded=None, seed=0)
+    expected = {name: slow_shift(bound, entry, store, name, passages) for name, passages in holders.items()}
+    assert min(expected.values()) < LEAST_SHIFT < max(expected.values())  # both kinds are there
+    assert found == {name: pytest.approx(value, abs=0.006) for name, value in expected.items() if value >= LEAST_SHIFT}
+
+
+def test_rare_names_and_passages_left_out_do_not_count(bound, entry, store):
+    everywhere = np.arange(len(store))
+    holders = {"wuggle": np.array([i for i in everywhere if "wuggle" in store.text(int(i))]), "came": everywhere}
+    assert "wuggle" not in spared_shifts(bound, entry, store, holders, excluded=None, seed=0)
+    excluded = np.ones(len(store), dtype=bool)
+    excluded[store.train_indices[: LEAST_OCCURRENCES - 1]] = False
+    assert spared_shifts(bound, entry, store, holders, excluded=excluded, seed=0) == {}
+
+
+def test_with_the_shift_a_name_is_spared(bound, entry, store):
+    """Bound again with what was found, the same occurrences lack nothing that would be given back."""
+    holders = {name: _holders(store, name) for name in NAMES}
+    found = spared_shifts(bound, entry, store, holders, excluded=None, seed=0)
+    model = bound.calibrator
+    plain = model.config
+    model.config = dataclasses.replace(plain, words=found)
+    try:
+        again = model.bind(entry.vocabulary, use_disk_cache=False)
+        rest = spared_shifts(again, entry, store, {name: holders[name] for name in found}, excluded=None, seed=0)
+    finally:
+        model.config = plain
+    assert found
+    assert sum(rest.values()) < 0.5 * sum(found.values())  # not all of it: what one name gains the others lose
