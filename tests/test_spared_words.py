@@ -40,28 +40,32 @@ def entry() -> PoolEntry:
 
 @pytest.fixture(scope="module")
 def bound(entry):
-    """Heads that differ: the calibrator's biases push every token that is not a letter or a space."""
-    calibrator = make_calibrator()
+    """Heads that disagree by a nat or so."""
+    calibrator = make_calibrator(1, strength=0.1)
     with torch.no_grad():
-        width = calibrator.config.token_width
-        calibrator.composer.table[:, width] += torch.randn(len(calibrator.composer.table)) * 0.5
+        calibrator.composer.table[:, calibrator.config.token_width :] *= 0.3
     return calibrator.bind(entry.vocabulary, use_disk_cache=False)
 
 
 def slow_shift(bound, entry, store, name, passages):
     """The same by whole sequences of log-probabilities, one passage at a time."""
+    return max(_slow_shift(bound, entry, store, name, passages, change) for change in (str, str.lower))
+
+
+def _slow_shift(bound, entry, store, name, passages, change):
     shifts = []
     for index in passages:
         text = store.text(int(index))
         start = text.lower().index(name)
-        before, upto = text[:start].rstrip(" "), text[: start + len(name)]
+        before, upto = text[:start].rstrip(" "), text[:start] + change(text[start : start + len(name)])
         first, ids = (entry.encode_batch([each])[0] for each in (before, upto))
         if not len(first):
             continue
         assert list(ids[: len(first)]) == list(first)
         row = torch.tensor([list(ids)])
         difference = (bound.log_probs(row) - bound.reference_log_probs(row))[0]
-        shifts.append(sum(float(difference[place - 1, ids[place]]) for place in range(len(first), len(ids))))
+        assert len(ids) > len(first)
+        shifts.append(float(difference[len(ids) - 2, ids[-1]]))
     return -float(np.quantile(shifts, QUANTILE))
 
 
@@ -91,8 +95,9 @@ def test_with_the_shift_a_name_is_spared(bound, entry, store):
     model.config = dataclasses.replace(plain, words=found)
     try:
         again = model.bind(entry.vocabulary, use_disk_cache=False)
-        rest = spared_shifts(again, entry, store, {name: holders[name] for name in found}, excluded=None, seed=0)
+        rest = {name: slow_shift(again, entry, store, name, holders[name]) for name in found}
     finally:
         model.config = plain
     assert found
-    assert sum(rest.values()) < 0.5 * sum(found.values())  # not all of it: what one name gains the others lose
+    # not all of it: what one name gains the others lose
+    assert sum(max(0.0, shift) for shift in rest.values()) < 0.2 * sum(found.values())

@@ -4,7 +4,8 @@ The balance of the training text (balance.py) makes a name as frequent in flagge
 of what the heads have learned of it by then, and what a composer that reads bytes carries over from words like it,
 stays: a shift in every context, and nearly the same one. So it is measured once, after training, where the name occurs
 in the training passages, and travels with the calibrator as a word with a shift above 0: calibrator/minded_words.py
-adds it wherever the name is completed, in whatever pieces a vocabulary spells it.
+adds it wherever the name is completed, in whatever pieces a vocabulary spells it. What the earlier pieces cost is not
+given back: they begin other words, too.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from calibfuse.calibrator.binding import BoundCalibrator, GuideStates
@@ -55,7 +57,8 @@ def spared_shifts(
         show_progress: show a progress bar.
 
     Returns:
-        Name -> shift above 0, nats, rounded to 0.01: what brings all but QUANTILE of its occurrences to 0 or above.
+        Name -> shift above 0, nats, rounded to 0.01: what brings all but QUANTILE of its occurrences to 0 or above, as
+        they are written and in small letters.
     """
     is_used = np.zeros(len(store), dtype=bool)
     is_used[store.train_indices] = True
@@ -65,58 +68,53 @@ def spared_shifts(
     found: dict[str, float] = {}
     for name, passages in tqdm(holders.items(), desc="names", unit="name", leave=False, disable=not show_progress):
         chosen = rng.permutation(passages[is_used[passages]])[:OCCURRENCES]
-        shifts = _shifts(bound, list(_occurrences(name, store, entry, chosen)))
-        if len(shifts) < LEAST_OCCURRENCES:
-            continue
-        missing = -float(np.quantile(shifts, QUANTILE))
-        if missing >= LEAST_SHIFT:
-            found[name] = round(missing, 2)
+        # Small letters are other bytes, and what they bring along may be worse: "jewish".
+        for lower in (False, True):
+            shifts = _shifts(bound, list(_occurrences(name, store, entry, chosen, lower=lower)))
+            missing = -float(np.quantile(shifts, QUANTILE)) if len(shifts) >= LEAST_OCCURRENCES else 0.0
+            if missing >= max(LEAST_SHIFT, found.get(name, 0.0)):
+                found[name] = round(missing, 2)
     return found
 
 
 def _occurrences(
-    name: str, store: PassageStore, entry: PoolEntry, passages: NDArray[np.int64]
-) -> Iterator[tuple[list[int], int]]:
-    """Token ids of a text that ends in the name, and how many of them stand before it."""
+    name: str, store: PassageStore, entry: PoolEntry, passages: NDArray[np.int64], *, lower: bool
+) -> Iterator[list[int]]:
+    """Token ids of texts that end in the name, as it is written or in small letters."""
     pattern = re.compile(rf"(?<![a-z]){name}(?![a-z])")
     texts: list[str] = []
     for index in passages.tolist():
         text = store.text(index)
-        lower = text.lower()
-        match = pattern.search(lower)
-        if match is None or len(lower) != len(text):  # where lower-casing changes lengths, places do not fit
+        folded = text.lower()
+        match = pattern.search(folded)
+        if match is None or len(folded) != len(text):  # where lower-casing changes lengths, places do not fit
             continue
         start, end = match.span()
         space = start - (text[start - 1 : start] == " ")
         before = text[max(0, space - _CONTEXT_CHARACTERS) : space]
-        texts += [before, before + text[space:end]]
+        texts += [before, before + (folded if lower else text)[space:end]]
     rows = entry.encode_batch(texts)
     for before_ids, ids in zip(rows[::2], rows[1::2], strict=True):
         length = len(before_ids)
         if length and len(ids) > length and list(ids[:length]) == list(before_ids):
-            yield list(ids), length
+            yield list(ids)
 
 
 @torch.no_grad()
-def _shifts(bound: BoundCalibrator, occurrences: Sequence[tuple[list[int], int]]) -> NDArray[np.float64]:
-    """Calibrator minus reference of the names, summed over their tokens, nats: [occurrences]."""
-    result: list[float] = []
-    ordered = sorted(occurrences, key=lambda each: len(each[0]))
+def _shifts(bound: BoundCalibrator, sequences: Sequence[list[int]]) -> NDArray[np.float64]:
+    """Calibrator minus reference of each sequence's last token, which completes the name, nats: [sequences]."""
+    result: list[Tensor] = []
+    ordered = sorted(sequences, key=len)
     for start in range(0, len(ordered), _BATCH):
         group = ordered[start : start + _BATCH]
-        width = len(group[-1][0])
-        ids = torch.tensor([row + [0] * (width - len(row)) for row, _ in group])
-        hidden = bound.sequence(ids).hidden
-        # Each token of a name is scored at the position before it.
-        places = [(row, place) for row, (tokens, before) in enumerate(group) for place in range(before, len(tokens))]
-        rows, columns = torch.tensor(places).T
-        states = GuideStates(bound, hidden[rows, columns - 1])
+        width = len(group[-1])
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in group])
+        last = torch.tensor([len(row) - 1 for row in group])
+        rows = torch.arange(len(group))
+        states = GuideStates(bound, bound.sequence(ids).hidden[rows, last - 1])
+        own = ids[rows, last].to(bound.device)[:, None]
         calibrator, reference = (
-            bound.normalise(states.log_scores(head)).gather(1, ids[rows, columns].to(hidden.device)[:, None])[:, 0]
-            for head in (CALIBRATOR_HEAD, REFERENCE_HEAD)
+            bound.normalise(states.log_scores(head)).gather(1, own)[:, 0] for head in (CALIBRATOR_HEAD, REFERENCE_HEAD)
         )
-        sums = torch.zeros(len(group), device=hidden.device).index_add_(
-            0, rows.to(hidden.device), calibrator - reference
-        )
-        result += sums.tolist()
-    return np.array(result)
+        result.append((calibrator - reference).cpu())
+    return torch.cat(result).double().numpy() if result else np.zeros(0)
