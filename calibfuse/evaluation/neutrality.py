@@ -122,6 +122,37 @@ def measure_neutrality(
     return Neutrality(means[0], means[1], largest, means[2], tokens, tuple(words))
 
 
+@torch.no_grad()
+def divergence_by_token(
+    target: LanguageModel, make_processors: ProcessorFactory, texts: Sequence[str] | None = None
+) -> Tensor:
+    """Which tokens the divergence on benign text comes from.
+
+    With d = log q - log p less its largest value at a position (what the method says of a token it leaves alone),
+    KL(p || q) is the sum over tokens of p (exp(d) - 1 - d), up to the square of the probability that is taken there.
+
+    Args:
+        target: the model.
+        make_processors: of the method.
+        texts: benign text; None: the bundled sentences.
+
+    Returns:
+        float64 [vocabulary], nats per token of text; infinite for tokens that the method forbids.
+    """
+    parts, positions = torch.zeros(1, dtype=torch.float64), 0
+    for text in BENIGN_TEXTS if texts is None else texts:
+        row = _whole(target, text)
+        if len(row) > 1:
+            plain, fused, scored = (each[0] for each in _distributions(target, make_processors, [row], [1]))
+            before, after = plain[scored], fused[scored]
+            shift = torch.where(before == -torch.inf, -torch.inf, after - before)
+            shift = shift - shift.amax(dim=-1, keepdim=True)
+            taken = before.exp() * (shift.exp() - 1.0 - shift)
+            parts = parts + taken.masked_fill(before == -torch.inf, 0.0).sum(dim=0).double().cpu()
+            positions += int(scored.sum())
+    return parts / max(1, positions)
+
+
 def divergence(first: Tensor, second: Tensor) -> Tensor:
     """KL(first || second) along the last axis, nats; from log-probabilities [..., vocabulary], -inf allowed."""
     terms = first.exp() * (first - second)
