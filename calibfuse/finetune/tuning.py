@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from calibfuse.calibrator.mixed_precision import mixed_precision
 from calibfuse.errors import InputError
 from calibfuse.finetune.auxiliary import AuxiliaryModel
 from calibfuse.finetune.constrained import constrained_log_probs
@@ -199,7 +200,7 @@ def tune(
                 group["lr"] = config.rate_at(step, iterations)
             chosen = list(islice(blocks, config.batch_size))
             ids = corpus.train[chosen].to(model.device, torch.long)
-            with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
+            with mixed_precision(model.device, config.precision):
                 loss = corpus_loss(model(input_ids=ids, use_cache=False).logits, ids)
             loss.backward()  # type: ignore[no-untyped-call]
             divergence = math.nan
@@ -260,7 +261,7 @@ def _add_kl_gradient(
     positions = int(chosen.sum())
     if not positions:
         return 0.0, 0
-    with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
+    with mixed_precision(model.device, config.precision):
         with torch.no_grad():
             base_logits = constraint.base(input_ids=ids, attention_mask=mask, use_cache=False).logits
             log_r = constraint.auxiliary(ids, mask)[:, :-1][chosen]

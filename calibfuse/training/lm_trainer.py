@@ -28,6 +28,7 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from calibfuse import hub
+from calibfuse.calibrator.mixed_precision import mixed_precision
 from calibfuse.errors import CheckpointError, DataError, InputError
 from calibfuse.training.data import PassageStore
 from calibfuse.training.trainer import TrainingConfig, best_device
@@ -199,7 +200,7 @@ class LMTrainer:
             group["lr"] = config.rate_at(self.step)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(config.seed * 1_000_003 + self.step)  # dropout
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
+            with mixed_precision(device, config.precision):
                 logits = self.model(input_ids=ids.to(device), use_cache=False).logits[:, :-1]
             loss = functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
             loss.backward()  # type: ignore[no-untyped-call]

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 
 from calibfuse import hub
 from calibfuse.calibrator.fidelity import measure_fidelity
+from calibfuse.calibrator.mixed_precision import mixed_precision
 from calibfuse.calibrator.model import CALIBRATOR_HEAD, REFERENCE_HEAD, Calibrator, CalibratorConfig
 from calibfuse.errors import CheckpointError, DataError, InputError, MissingDependencyError
 from calibfuse.training.balance import balance_terms
@@ -361,7 +362,7 @@ class Trainer:
         rate = config.rate_at(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
+        with mixed_precision(self.device, config.precision):
             losses: Losses = self.objective(batch.to(self.device))
         if self._accelerator:
             self._accelerator.backward(losses.total)
