@@ -131,6 +131,16 @@ def test_only_the_calibrator_head_and_only_completing_tokens_move(pair, vocabula
         torch.testing.assert_close(moved, wanted, atol=1e-4, rtol=1e-4)
 
 
+def test_the_first_token_of_a_text_may_be_a_word(pair, vocabulary):
+    plain, minding = pair
+    moved = (minding.first_log_probs() - plain.first_log_probs()).exp()
+    expected = {TOKENS.index(b" shit"): -4.0, TOKENS.index(b" ass"): -2.0, TOKENS.index(b" as"): 0.6}
+    expected |= slow_after(vocabulary, [])
+    assert {TOKENS.index(b"Shit"), TOKENS.index(b"shit.")} < set(expected)
+    wanted = torch.tensor([expected.get(token, 0.0) for token in range(1, len(vocabulary))]).exp()
+    torch.testing.assert_close(moved[1:] / moved[1], wanted / wanted[0], atol=1e-4, rtol=1e-3)  # but for the normaliser
+
+
 def test_asked_for_some_ids_it_says_the_same(pair):
     _, minding = pair
     torch.manual_seed(0)

@@ -255,7 +255,8 @@ class BoundCalibrator:
         """Log-probabilities of a text's first token: float32 [target_vocab_size], nats."""
         empty = torch.zeros(1, 0, dtype=torch.int64, device=self.device)
         states, _ = self._advance(empty, None, None, None)
-        return self.normalise(GuideStates(self, states[:, -1:]).log_scores(head))[0, 0]
+        spelled = Spelled.of([(0, 0, self._words.after(()))])
+        return self.normalise(GuideStates(self, states[:, -1:], spelled).log_scores(head))[0, 0]
 
     @undisturbed
     def _all_log_probs(self, head: str, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
