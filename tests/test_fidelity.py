@@ -24,9 +24,19 @@ def random_sequences(count=6, seed=0):
     return [generator.integers(0, SIZE, generator.integers(1, 9)).tolist() for _ in range(count)]
 
 
+WORDS = {first + second: -2.0 for first in "abcdefgh" for second in "abcdefghijklmnop"} | {"a": 1.0, "b": -1.0}
+
+
 @pytest.fixture(scope="module")
 def bound():
     return make_bound()
+
+
+@pytest.fixture(scope="module")
+def minding():
+    """With words that most random sequences complete."""
+    calibrator = make_calibrator(words=WORDS)
+    return calibrator.bind(make_vocabulary(SIZE), use_disk_cache=False)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +55,9 @@ def script(repository):
 
 
 @pytest.mark.parametrize("head", ["calibrator", "reference"])
-def test_both_figures_equal_a_slow_loop(bound, head):
+@pytest.mark.parametrize("name", ["bound", "minding"])
+def test_both_figures_equal_a_slow_loop(name, head, request):
+    bound = request.getfixturevalue(name)
     sequences = random_sequences()
     candidates = FrequentCandidates(sequences, SIZE, count=3)
     result = measure_fidelity(bound, sequences, head=head, candidates=candidates, batch_size=2)

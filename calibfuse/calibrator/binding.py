@@ -207,7 +207,7 @@ class BoundCalibrator:
             masked = attention_mask.to(self.device) == 0
         states, _ = self._advance(input_ids, None, None, masked)
         readable = input_ids if masked is None else input_ids.masked_fill(masked, -1)
-        return GuideStates(self, states[:, 1:], self.spelled(readable.tolist()) if len(self._words) else None)
+        return GuideStates(self, states[:, 1:], self.spelled(readable.tolist()))
 
     def minded_ids(self, vocab_size: int) -> Tensor | None:
         """Ids below `vocab_size` of the tokens that are a minded word, int64 [n]; None where there are none."""
@@ -218,7 +218,9 @@ class BoundCalibrator:
         return self._minded_ids[vocab_size]
 
     def spelled(self, rows: Sequence[Sequence[int]]) -> Spelled | None:
-        """What would complete a word after each token of some rows; places are (row, position)."""
+        """What would complete a word after each token of some rows; places are (row, position). None: nothing."""
+        if not len(self._words):
+            return None
         return Spelled.of(
             (row, place, self._words.after(ids[max(0, place + 1 - REACH) : place + 1]))
             for row, ids in enumerate(rows)

@@ -143,8 +143,10 @@ def measure_fidelity(
         hidden, _ = bound._advance(ids, None, None, None)
         scored = present & bound.covers(ids)
         targets = ids[scored]
-        before = torch.cat([torch.full_like(ids[:, :1], -1), ids[:, :-1]], dim=1)[scored]
-        token_nats = _token_nats(bound, hidden[:, :-1][scored], targets, head, candidates, before)
+        before = torch.cat([torch.full_like(ids[:, :1], -1), ids[:, :-1]], dim=1)
+        # What precedes each token: nothing, which ends a word as an unknown id does, then the others.
+        states = GuideStates(bound, hidden[:, :-1], bound.spelled(before.tolist()))
+        token_nats = _token_nats(states, scored, ids, before, head, candidates)
         nats += float(token_nats[0].double().sum())
         restricted += float(token_nats[1].double().sum())
         byte_count += int(lengths[targets].sum())
@@ -156,22 +158,34 @@ def measure_fidelity(
 
 
 def _token_nats(
-    bound: BoundCalibrator, hidden: Tensor, targets: Tensor, head: str, candidates: Candidates | None, before: Tensor
+    states: GuideStates, scored: Tensor, ids: Tensor, before: Tensor, head: str, candidates: Candidates | None
 ) -> Tensor:
-    """Negative log-probability of each target, among all tokens and among the candidates: float32 [2, positions]."""
-    step = max(1, _BLOCK_ELEMENTS // bound.target_vocab_size)
-    special = (~bound.covers(torch.arange(bound.target_vocab_size, device=hidden.device))).nonzero()[:, 0]
+    """Negative log-probability of each scored token, among all tokens and among the candidates: float32 [2, tokens].
+
+    Args:
+        states: what is said before each token, [rows, positions].
+        scored: bool [rows, positions].
+        ids: int64 [rows, positions].
+        before: likewise, the token before, -1 where a text begins.
+        head: which distribution.
+        candidates: see `measure_fidelity`.
+    """
+    bound = states.bound
+    step = max(1, _BLOCK_ELEMENTS // (len(ids) * bound.target_vocab_size))
+    special = (~bound.covers(torch.arange(bound.target_vocab_size, device=ids.device))).nonzero()[:, 0]
     log_rest = math.log1p(-SPECIAL_MASS) if len(special) else 0.0  # what `normalise` leaves to the others
-    parts = [hidden.new_zeros(2, 0)]
-    for start in range(0, len(targets), step):
+    parts = [torch.zeros(2, 0, device=ids.device)]
+    for start in range(0, ids.shape[1], step):
         block = slice(start, start + step)
+        wanted = scored[:, block]
+        targets = ids[:, block][wanted]
         # In place, on the scores: a pass over this block costs as much as computing it.
-        scores = GuideStates(bound, hidden[block]).log_scores(head).index_fill_(1, special, -torch.inf)
-        chosen = scores.gather(1, targets[block, None])[:, 0]
-        part = torch.zeros(2, len(chosen), device=hidden.device)
+        scores = states.positions(start, start + step).log_scores(head)[wanted].index_fill_(1, special, -torch.inf)
+        chosen = scores.gather(1, targets[:, None])[:, 0]
+        part = torch.zeros(2, len(chosen), device=ids.device)
         part[0] = scores.logsumexp(dim=1) - chosen - log_rest
         if candidates is not None:
-            mask = candidates(before[block]).scatter_(1, targets[block, None], True)
+            mask = candidates(before[:, block][wanted]).scatter_(1, targets[:, None], True)
             part[1] = scores.masked_fill_(mask.logical_not_(), -torch.inf).logsumexp(dim=1) - chosen
         parts.append(part)
     return torch.cat(parts, dim=1)
