@@ -86,9 +86,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", type=Path, required=True, metavar="DIR", help="passage store of a training run")
     parser.add_argument("--pool", type=Path, required=True, metavar="DIR", help="its tokenizer pool")
-    parser.add_argument(
-        "--tokenizers", type=Path, required=True, metavar="DIR", help=f"folder with {', '.join(UNSEEN)}"
-    )
+    parser.add_argument("--tokenizers", type=Path, required=True, metavar="DIR", help="folder with the files below")
+    parser.add_argument("--files", nargs="+", default=list(UNSEEN), metavar="FILE", help="(default: %(default)s)")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--only", nargs="+", choices=tuple(VARIANTS), default=list(VARIANTS), help="some variants")
     parser.add_argument("--steps", type=int, default=600, help="of 8 x 128 tokens (default: %(default)s)")
@@ -104,7 +103,7 @@ def main() -> None:
     passages = passages_of(store, args.bytes)
     own = next(iter(pool))
     measured = [(f"{own.name} (pool)", own.vocabulary, own.encode_batch(passages))]
-    for name in UNSEEN:
+    for name in args.files:
         path = args.tokenizers / name
         measured.append((name, Vocabulary.from_tokenizer(path), text_encoder(path)(passages)))
     lines = [f"| variant | {' | '.join(name for name, _, _ in measured)} | change, unseen, mean |"]

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import re
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from tiny_calibrators import make_bound, make_calibrator, make_vocabulary
 
 from calibfuse.calibrator.fidelity import FrequentCandidates, measure_fidelity
@@ -158,6 +160,15 @@ def test_the_ceiling_scripts_train_and_compare(repository, sample_lines, byte_le
     )
     assert "| own.json | unseen | 600 |" in out
     assert "ordinary | universal | difference" in out
+    parts = ("--tokenizers", files, "--files", "own.json", "--output", tmp_path / "parts", "--only", "all", "no-bias")
+    out = run("ablate_fidelity.py", *common[:4], "--pool", tmp_path / "pool", *parts, "--bytes", 1500)
+    assert re.search(r"\| everything \| \d\.\d+ \| \d\.\d+ \| \+0\.0 % \|", out)
+    biases = {
+        key: load_file(tmp_path / "parts" / key / "model.safetensors")["composer.table"][:, 128:]
+        for key in ("all", "no-bias")
+    }
+    assert biases["all"].any()
+    assert not biases["no-bias"].any()
 
 
 def test_a_vocabulary_of_its_own_reads_like_an_ordinary_table(script, tmp_path):
