@@ -257,7 +257,7 @@ class BoundCalibrator:
         """Log-probabilities of a text's first token: float32 [target_vocab_size], nats."""
         empty = torch.zeros(1, 0, dtype=torch.int64, device=self.device)
         states, _ = self._advance(empty, None, None, None)
-        spelled = Spelled.of([(0, 0, self._words.after(()))])
+        spelled = self.spelled([[-1]])  # an unknown id ends a word as the beginning of a text does
         return self.normalise(GuideStates(self, states[:, -1:], spelled).log_scores(head))[0, 0]
 
     @undisturbed

@@ -58,6 +58,6 @@ def suspected_names(store: PassageStore) -> tuple[str, ...]:
             if len(word) >= _SHORTEST
             and flagged >= LEAST_PASSAGES
             and flagged > LEAST_EXCESS * base * (flagged + holders[1][word])
-            and capital[word] >= LEAST_CAPITALS * max(1, capital[word] + small[word.lower()])
+            and capital[word] >= LEAST_CAPITALS * max(1, capital[word] + small[word])
         )
     )

@@ -129,10 +129,9 @@ def run_training(
     if not trainer.is_main:
         return output
     figures = trainer.validate(training.validation_bytes * _FINAL_VALIDATION_FACTOR)
-    words = trainer.source.words(calibrator) if training.mind_words else {}
     config = replace(
         calibrator.config,
-        words=words,
+        words=trainer.source.words(calibrator) if training.mind_words else {},
         training={**_facts(text, store, pool, training, trainer, figures), **(facts or {})},
     )
     calibrator.config = config

@@ -11,7 +11,7 @@ given back: they begin other words, too.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -69,8 +69,8 @@ def spared_shifts(
     for name, passages in tqdm(holders.items(), desc="names", unit="name", leave=False, disable=not show_progress):
         chosen = rng.permutation(passages[is_used[passages]])[:OCCURRENCES]
         # Small letters are other bytes, and what they bring along may be worse: "jewish".
-        for lower in (False, True):
-            shifts = _shifts(bound, list(_occurrences(name, store, entry, chosen, lower=lower)))
+        for sequences in _occurrences(name, store, entry, chosen):
+            shifts = _shifts(bound, sequences)
             missing = -float(np.quantile(shifts, QUANTILE)) if len(shifts) >= LEAST_OCCURRENCES else 0.0
             if missing >= max(LEAST_SHIFT, found.get(name, 0.0)):
                 found[name] = round(missing, 2)
@@ -78,9 +78,9 @@ def spared_shifts(
 
 
 def _occurrences(
-    name: str, store: PassageStore, entry: PoolEntry, passages: NDArray[np.int64], *, lower: bool
-) -> Iterator[list[int]]:
-    """Token ids of texts that end in the name, as it is written or in small letters."""
+    name: str, store: PassageStore, entry: PoolEntry, passages: NDArray[np.int64]
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids of texts that end in the name: as it is written, and in small letters."""
     pattern = re.compile(rf"(?<![a-z]){name}(?![a-z])")
     texts: list[str] = []
     for index in passages.tolist():
@@ -92,12 +92,14 @@ def _occurrences(
         start, end = match.span()
         space = start - (text[start - 1 : start] == " ")
         before = text[max(0, space - _CONTEXT_CHARACTERS) : space]
-        texts += [before, before + (folded if lower else text)[space:end]]
-    rows = entry.encode_batch(texts)
-    for before_ids, ids in zip(rows[::2], rows[1::2], strict=True):
-        length = len(before_ids)
-        if length and len(ids) > length and list(ids[:length]) == list(before_ids):
-            yield list(ids)
+        texts += [before, before + text[space:end], before + folded[space:end]]
+    rows = [list(ids) for ids in entry.encode_batch(texts)]
+
+    def continuing(endings: Sequence[list[int]]) -> list[list[int]]:
+        pairs = zip(rows[::3], endings, strict=True)
+        return [ids for before, ids in pairs if before and len(ids) > len(before) and ids[: len(before)] == before]
+
+    return continuing(rows[1::3]), continuing(rows[2::3])
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ works on its share of the rows, so the loss curve does not depend on the number 
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import logging
 import math
@@ -198,9 +199,8 @@ class BatchSource:
         """The larger shift of two vocabularies, one that spells most names in one token and one that does not."""
         if self.balance is None or not self.balance.holders:
             return {}
-        plain = Calibrator(replace(calibrator.config, words={})).to(calibrator.boundary.device)
-        plain.load_state_dict(calibrator.state_dict())
-        plain.eval()
+        plain = copy.copy(calibrator).eval()  # shares the weights
+        plain.config = replace(calibrator.config, words={})
         sizes = {len(entry.vocabulary): entry for entry in self.pool}
         usual = [size for size in sizes if size >= _LEAST_USUAL_VOCABULARY] or list(sizes)
         spared: dict[str, float] = {}
