@@ -29,6 +29,9 @@ examples:
   # your model, your prompts, three strengths, fluency under another model
   calibfuse evaluate --target org/any-llm --prompts mine.txt --alpha 1 3 5 --judge org/other-llm --output results
 
+  # by two scorers: the first one's figures lead, the second's are shown beside them
+  calibfuse evaluate --prompts mine.txt --scorer bundled org/toxicity-classifier --output results
+
   # go on after a kill
   calibfuse evaluate ... --output results --resume
 
@@ -112,7 +115,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument("--batch-size", type=int, default=64, metavar="ROWS", help="(default: %(default)s)")
     measures = parser.add_argument_group("measures")
     measures.add_argument(
-        "--scorer", default="bundled", help="of toxicity: bundled, a model, detoxify, module:function"
+        "--scorer",
+        nargs="+",
+        default=["bundled"],
+        metavar="SCORER",
+        help="of toxicity: bundled, a model, detoxify, module:function; of several the first one leads, the others are "
+        "second opinions (default: bundled)",
     )
     measures.add_argument(
         "--toxic-from", type=float, default=0.5, metavar="P", help="toxic from this score (default: 0.5)"
@@ -190,7 +198,7 @@ def run(args: argparse.Namespace) -> int:
         )
     benign = [] if args.no_neutrality else None if args.benign is None else load_texts(args.benign, seed=args.seed)
     suites = [load_suite(path, count=args.suite_count or None, seed=args.seed) for path in args.suite]
-    scorer = load_scorer(args.scorer, device=args.device, local_files_only=args.local_files_only)
+    scorers = [load_scorer(each, device=args.device, local_files_only=args.local_files_only) for each in args.scorer]
     target = load_target(
         args.target,
         device=args.device,
@@ -205,15 +213,16 @@ def run(args: argparse.Namespace) -> int:
     methods = [] if fusions is None else fusion_methods(args, fusions)
     baselines, left_out = baseline_methods(args, model, methods, fusions)
     methods += baselines
-    notes = [*_notes(args, scorer, None if fusions is None else fusions.calibrator, target), *left_out]
+    notes = [*_notes(args, scorers, None if fusions is None else fusions.calibrator, target), *left_out]
     for note in notes:
         print(f"calibfuse: note: {note}", file=sys.stderr)
     evaluation = evaluate(
         model,
         methods,
         prompts,
-        scorer,
+        scorers[0],
         output,
+        other_scorers=scorers[1:],
         sampling=sampling,
         judge=judge,
         benign_texts=benign,
@@ -227,7 +236,7 @@ def run(args: argparse.Namespace) -> int:
     evaluation.facts.update(_facts(args, prompts, notes))
     picked = _pick(args, evaluation) if args.pick_alpha else None
     within_budget = None if args.fluency_budget is None else compare_within_budget(evaluation, args.fluency_budget)
-    write_report(evaluation, output, mask=masking(not args.unmasked, scorer), within_budget=within_budget)
+    write_report(evaluation, output, mask=masking(not args.unmasked, scorers[0]), within_budget=within_budget)
     _show(args, evaluation, within_budget)
     if picked is not None:
         print(picked)
@@ -305,23 +314,24 @@ def _load_judge(args: argparse.Namespace) -> Any:  # noqa: ANN401
 
 
 def _notes(
-    args: argparse.Namespace, scorer: ToxicityScorer, calibrator: Calibrator | None, target: Target
+    args: argparse.Namespace, scorers: Sequence[ToxicityScorer], calibrator: Calibrator | None, target: Target
 ) -> list[str]:
     """What a reader of the figures must know."""
     notes = []
     sorters = _sorters(calibrator.config.training) if calibrator is not None else []
-    if any(name == scorer.name or name.startswith(f"{scorer.name},") for name in sorters):
-        notes.append(
-            f"THE SCORER {scorer.name!r} ALSO SORTED THE CALIBRATOR'S TRAINING TEXT: the toxicity figures flatter the "
-            "calibrator. Use another one with --scorer."
-        )
-    elif calibrator is not None and not sorters:
+    for scorer in scorers:
+        if any(name == scorer.name or name.startswith(f"{scorer.name},") for name in sorters):
+            notes.append(
+                f"THE SCORER {scorer.name!r} ALSO SORTED THE CALIBRATOR'S TRAINING TEXT: its toxicity figures flatter "
+                "the calibrator. Use another one with --scorer."
+            )
+    if calibrator is not None and not sorters:
         notes.append(
             "the calibrator does not tell which scorer sorted its training text; make sure that it is not this one."
         )
     if target.is_bundled:
         notes.append("no --target given, so the small demo target is measured")
-    if args.scorer == "bundled" and any(spec.partition(":")[0] in ("reward", "all") for spec in args.baseline):
+    if "bundled" in args.scorer and any(spec.partition(":")[0] in ("reward", "all") for spec in args.baseline):
         notes.append(
             "the baseline 'reward' is guided by the bundled scorer, which also judges here: its figures are flattered"
         )

@@ -14,10 +14,11 @@ import numpy as np
 
 from calibfuse.evaluation.measuring import Example, Measured
 from calibfuse.evaluation.metrics import Sums
+from calibfuse.evaluation.opinions import Opinion
 from calibfuse.hub import write_files
 
 FORMAT = "calibfuse-measures"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def save_measured(path: str | os.PathLike[str], measured: Measured, settings: Mapping[str, Any]) -> None:
@@ -36,7 +37,8 @@ def save_measured(path: str | os.PathLike[str], measured: Measured, settings: Ma
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "settings": settings,
-        "sums": {name: [each.numerator.tolist(), each.denominator.tolist()] for name, each in measured.sums.items()},
+        "sums": _to_json(measured.sums),
+        "opinions": [[each.scorer, each.toxic_from, _to_json(sums)] for each, sums in measured.opinions.items()],
         "first": [asdict(each) for each in measured.first],
         "worst": [asdict(each) for each in measured.worst],
     }
@@ -60,11 +62,21 @@ def load_measured(path: str | os.PathLike[str], settings: Mapping[str, Any]) -> 
             return None
         if data["settings"] != json.loads(json.dumps(settings)):
             return None
-        sums = {name: Sums(np.asarray(pair[0]), np.asarray(pair[1])) for name, pair in data["sums"].items()}
-        lengths = {len(part) for each in sums.values() for part in (each.numerator, each.denominator)}
-        if len(lengths) != 1 or not all(math.isfinite(float(each.numerator.sum())) for each in sums.values()):
+        sums = _from_json(data["sums"])
+        opinions = {Opinion(scorer, start): _from_json(each) for scorer, start, each in data["opinions"]}
+        every = [each for found in (sums, *opinions.values()) for each in found.values()]
+        lengths = {len(part) for each in every for part in (each.numerator, each.denominator)}
+        if len(lengths) != 1 or not all(math.isfinite(float(each.numerator.sum())) for each in every):
             return None
         first, worst = ([Example(**each) for each in data[name]] for name in ("first", "worst"))
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return None
-    return Measured(sums, tuple(first), tuple(worst))
+    return Measured(sums, tuple(first), tuple(worst), opinions)
+
+
+def _to_json(sums: Mapping[str, Sums]) -> dict[str, list[list[float]]]:
+    return {name: [each.numerator.tolist(), each.denominator.tolist()] for name, each in sums.items()}
+
+
+def _from_json(data: Mapping[str, Any]) -> dict[str, Sums]:
+    return {name: Sums(np.asarray(pair[0]), np.asarray(pair[1])) for name, pair in data.items()}

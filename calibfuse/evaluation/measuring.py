@@ -6,7 +6,7 @@ Memory holds a block of prompts and a few numbers per prompt, never all text.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import numpy as np
@@ -18,6 +18,7 @@ from calibfuse.errors import ScorerError
 from calibfuse.evaluation.journal import Journal, PromptRecord
 from calibfuse.evaluation.likelihood import LanguageModel, LogLikelihood, score_ids, score_texts
 from calibfuse.evaluation.metrics import TOXIC_FROM, Sums, distinct_counts, is_refusal, repetition, toxicity_sums
+from calibfuse.evaluation.opinions import OpinionSums, join_blocks, opinion_sums
 from calibfuse.evaluation.prompts import Prompt
 from calibfuse.scorers import ToxicityScorer, check_scores
 
@@ -49,11 +50,13 @@ class Measured:
         sums: by metric (keys of METRICS), all [prompts].
         first: the first continuation of each of the first prompts, as examples.
         worst: the most toxic continuations.
+        opinions: toxic continuations by every scorer, from several scores on.
     """
 
     sums: dict[str, Sums]
     first: tuple[Example, ...]
     worst: tuple[Example, ...]
+    opinions: OpinionSums = field(default_factory=dict)
 
 
 def measure(
@@ -61,6 +64,7 @@ def measure(
     prompts: Sequence[Prompt],
     scorer: ToxicityScorer,
     *,
+    other_scorers: Sequence[ToxicityScorer] = (),
     target: LanguageModel | None = None,
     judge: LanguageModel | None = None,
     toxic_from: float = TOXIC_FROM,
@@ -75,6 +79,7 @@ def measure(
         journal: with a record of every prompt.
         prompts: which, in the order of the results.
         scorer: scores each continuation alone, without its prompt.
+        other_scorers: second opinions, with other names.
         target: the model that the continuations come from, for their perplexity under it without any processor.
         judge: a separate language model.
         toxic_from: a continuation is toxic from this score on.
@@ -91,6 +96,7 @@ def measure(
         InputError: a text is longer than a model's positions.
     """
     blocks: list[dict[str, NDArray[np.float64]]] = []
+    opinions: list[OpinionSums] = []
     first: list[Example] = []
     worst: list[Example] = []
     records = journal.records([prompt.id for prompt in prompts])
@@ -99,6 +105,10 @@ def measure(
             texts = [said.text for record in block for said in record.continuations]
             scores = _score(scorer, texts).reshape(len(block), -1)
             columns = _columns(block)
+            opinion = opinion_sums(scorer.name, scores)
+            for other in other_scorers:
+                opinion |= opinion_sums(other.name, _score(other, texts).reshape(len(block), -1))
+            opinions.append(opinion)
             for name, each in toxicity_sums(scores, toxic_from=toxic_from).items():
                 columns[f"{name}/"], columns[f"/{name}"] = each.numerator, each.denominator
             repeated = [record.prompt for record in block for _ in record.continuations]
@@ -123,14 +133,14 @@ def measure(
             progress.update(len(block))
     joined = {name: np.concatenate([columns[name] for columns in blocks]) for name in blocks[0]}
     sums = {name[:-1]: Sums(joined[name], joined[f"/{name[:-1]}"]) for name in joined if name.endswith("/")}
-    return Measured(sums, tuple(first), tuple(worst))
+    return Measured(sums, tuple(first), tuple(worst), join_blocks(opinions))
 
 
 def select(measured: Measured, places: Sequence[int]) -> Measured:
     """The measures of some of the prompts, without examples."""
     chosen = np.asarray(places, dtype=np.int64)
     sums = {name: Sums(each.numerator[chosen], each.denominator[chosen]) for name, each in measured.sums.items()}
-    return replace(measured, sums=sums, first=(), worst=())
+    return replace(measured, sums=sums, first=(), worst=(), opinions={})
 
 
 def _score(scorer: ToxicityScorer, texts: list[str]) -> NDArray[np.float64]:

@@ -14,12 +14,15 @@ from calibfuse.evaluation.metrics import METRICS, Estimate
 from calibfuse.evaluation.page_style import PAGE_STYLE
 from calibfuse.evaluation.running import Evaluation, MethodResult
 from calibfuse.evaluation.tables import (
+    OPINIONS_NOTE,
+    OPINIONS_TITLE,
     SUITE_NOTE,
     budget_note,
     budget_table,
     budget_title,
     change,
     figure,
+    opinions_table,
     suite_tables,
     versions,
 )
@@ -72,6 +75,7 @@ def to_html(evaluation: Evaluation, *, mask: Mask | None = None, within_budget: 
         *_curve_part(evaluation.results),
         _budget_part(within_budget),
         _figures_part(evaluation.results),
+        _opinions_part(evaluation.results),
         _neutral_part(evaluation.results, shown, colours),
         *_suite_part(evaluation.results, shown, colours),
         _group_part(shown, colours),
@@ -246,6 +250,12 @@ def _verdict(name: str, against: Estimate) -> str:
     if better is None or not math.isfinite(against.low) or against.low <= 0.0 <= against.high:
         return ""
     return ' class="good"' if (against.high < 0.0) == better else ' class="bad"'
+
+
+def _opinions_part(results: Sequence[MethodResult]) -> list[str]:
+    headers, rows = opinions_table(results)
+    cells = [[*map(_escape, row[:2]), *map(_in_two_lines, row[2:])] for row in rows]
+    return [f"<h2>{OPINIONS_TITLE}</h2>", _table(headers, cells), f"<p>{_escape(OPINIONS_NOTE)}</p>"]
 
 
 def _neutral_part(results: Sequence[MethodResult], shown: Sequence[MethodResult], colours: Colours) -> list[str]:

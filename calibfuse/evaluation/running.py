@@ -25,6 +25,7 @@ from calibfuse.evaluation.methods import PLAIN, Method
 from calibfuse.evaluation.metrics import TOXIC_FROM, Estimate, resample
 from calibfuse.evaluation.neutral_text import BENIGN_TEXTS
 from calibfuse.evaluation.neutrality import Neutrality, measure_neutrality
+from calibfuse.evaluation.opinions import Opinion, OpinionFigures, compare_opinions
 from calibfuse.evaluation.prompts import Prompt
 from calibfuse.evaluation.sampling import SamplingConfig, sample_continuations
 from calibfuse.evaluation.speed import Speed, measure_speed
@@ -46,6 +47,7 @@ class MethodResult:
         neutrality: what it does to neutral text; None where it was not measured.
         speed: measured interleaved with plain; None where it was not.
         suites: what it suppresses of labelled sentences, by name of the suite; empty for plain itself.
+        opinions: toxic continuations by every scorer, from several scores on.
     """
 
     method: Method
@@ -57,6 +59,7 @@ class MethodResult:
     neutrality: Neutrality | None
     speed: Speed | None
     suites: Mapping[str, SuiteResult] = field(default_factory=dict)
+    opinions: Mapping[Opinion, OpinionFigures] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +86,7 @@ def evaluate(
     scorer: ToxicityScorer,
     output: str | os.PathLike[str],
     *,
+    other_scorers: Sequence[ToxicityScorer] = (),
     sampling: SamplingConfig | None = None,
     judge: LanguageModel | None = None,
     benign_texts: Sequence[str] | None = None,
@@ -102,6 +106,7 @@ def evaluate(
         prompts: with distinct ids, at least one.
         scorer: of continuations; should not be the one that sorted a calibrator's training text.
         output: folder of the continuations; made when missing.
+        other_scorers: second opinions on toxicity, with distinct names; `scorer` leads.
         sampling: how to draw; default SamplingConfig().
         judge: a separate language model, for fluency.
         benign_texts: for the divergence on benign text; None: a bundled set; empty: neutrality is not measured.
@@ -125,13 +130,13 @@ def evaluate(
     """
     sampling = sampling or SamplingConfig()
     everything = [PLAIN, *methods]
-    _check(everything, prompts, suites)
+    _check(everything, prompts, suites, [scorer, *other_scorers])
     for texts in (benign_texts or (), *([each.text for each in suite.texts] for suite in suites)):
         check_texts(target, texts)
     settings = {"target": target.name, "target_weights": weights_digest(target.model), "sampling": sampling.to_dict()}
     scoring = {
-        # a name alone does not tell two versions of a scorer apart
-        "scorer": [scorer.name, *map(float, check_scores(scorer.score(BENIGN_TEXTS[:3]), 3, scorer.name))],
+        "scorer": _fingerprint(scorer),
+        "other_scorers": [_fingerprint(each) for each in other_scorers],
         "judge": None if judge is None else [judge.name, weights_digest(judge.model)],
         "toxic_from": toxic_from,
         "prompts": _prompts_digest(prompts),
@@ -161,6 +166,7 @@ def evaluate(
                 journal,
                 prompts,
                 scorer,
+                other_scorers=other_scorers,
                 target=target,
                 judge=judge,
                 toxic_from=toxic_from,
@@ -188,6 +194,7 @@ def evaluate(
         "target_weights": settings["target_weights"],
         "target_parameters": target.model.num_parameters(),
         "scorer": scorer.name,
+        "other_scorers": [each.name for each in other_scorers],
         "judge": None if judge is None else judge.name,
         "toxic_from": toxic_from,
         "prompt_count": len(prompts),
@@ -203,13 +210,21 @@ def evaluate(
     return Evaluation(tuple(results), tuple(prompts), sampling, facts)
 
 
-def _check(methods: Sequence[Method], prompts: Sequence[Prompt], suites: Sequence[Suite]) -> None:
+def _fingerprint(scorer: ToxicityScorer) -> list[str | float]:
+    """Its name and a few of its scores: a name alone does not tell two versions apart."""
+    return [scorer.name, *map(float, check_scores(scorer.score(BENIGN_TEXTS[:3]), 3, scorer.name))]
+
+
+def _check(
+    methods: Sequence[Method], prompts: Sequence[Prompt], suites: Sequence[Suite], scorers: Sequence[ToxicityScorer]
+) -> None:
     if not prompts:
         raise InputError("An evaluation needs at least one prompt.")
     for kind, names in (
         ("method", [method.key for method in methods]),
         ("prompt", [prompt.id for prompt in prompts]),
         ("suite", [suite.name for suite in suites]),
+        ("scorer", [scorer.name for scorer in scorers]),
     ):
         twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
         if twice:
@@ -268,6 +283,9 @@ def _compare(
                 neutrality=neutrality,
                 speed=speeds.get(method.key),
                 suites=read[number],
+                opinions=compare_opinions(
+                    each.opinions, measured[0].opinions if number else None, resamples=resamples, seed=seed
+                ),
             )
         )
     return results

@@ -91,6 +91,7 @@ def _method_data(result: MethodResult, with_examples: bool) -> dict[str, Any]:
         },
         "speed": None if result.speed is None else asdict(result.speed),
         "suites": {name: asdict(each) for name, each in result.suites.items()},
+        "opinions": [{**asdict(opinion), **asdict(figures)} for opinion, figures in result.opinions.items()],
         "neutrality": None if result.neutrality is None else _neutrality_data(result.neutrality),
     }
     if with_examples:
@@ -138,6 +139,7 @@ def to_markdown(evaluation: Evaluation, *, within_budget: BudgetComparison | Non
             "",
             budget_note(within_budget),
         ]
+    parts += ["", f"## {OPINIONS_TITLE}", "", *table(*opinions_table(results)), "", OPINIONS_NOTE]
     parts += [*_neutral_part(results), *_suite_part(results), *_speed_part(results)]
     parts += ["", "In brackets: 95 % bootstrap intervals over prompts.", "", "## How it was made", ""]
     parts += [f"- {name.replace('_', ' ')}: {_show(value)}" for name, value in evaluation.facts.items()]
@@ -170,6 +172,29 @@ def _neutral_part(results: Sequence[MethodResult]) -> list[str]:
         for result, neutrality in known
     ]
     return ["", "## Neutral text", "", *table(headers, rows)]
+
+
+OPINIONS_TITLE = "Toxic continuations by threshold and scorer"
+OPINIONS_NOTE = (
+    "Share of continuations that a scorer gives this score or more, and its change against plain. The figures above "
+    "are the first scorer's. Every scorer flags some harmless text, the more the lower the threshold, and no method "
+    "can remove that."
+)
+
+
+def opinions_table(results: Sequence[MethodResult]) -> tuple[list[str], list[list[str]]]:
+    """Headers and rows: a line for each scorer and threshold."""
+    rows = []
+    for opinion in results[0].opinions:
+        cells = [opinion.scorer, f"{opinion.toxic_from:g}"]
+        for result in results:
+            figures = result.opinions[opinion]
+            cell = figure("toxic_share", figures.estimates["toxic_share"].value)
+            if figures.changes:
+                cell += f" ({change(figures.changes['toxic_share'])})"
+            cells.append(cell)
+        rows.append(cells)
+    return ["scorer", "toxic from", *(result.method.title for result in results)], rows
 
 
 def _suite_part(results: Sequence[MethodResult]) -> list[str]:
