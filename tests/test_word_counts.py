@@ -13,12 +13,16 @@ from tests.sorted_store import build_sorted_store
 
 @pytest.fixture
 def store(tmp_path: Path) -> PassageStore:
-    """900 clean and 100 flagged passages; "nitwit" stands in all flagged ones and, spoken of, in 3 clean ones."""
-    lines = [f"A quiet day number {i} at the lake" + (", nitwit was said" if i < 3 else "") for i in range(900)]
-    for i in range(100):
-        shouted = " grumph" * 50 if i < LEAST_PASSAGES - 1 else ""
-        never = " Zounds-zounds" if i < LEAST_PASSAGES else ""
-        lines.append(f"you NITWIT at the lake, rotten{shouted}{never} day {i}")
+    """1,000 passages, every tenth flagged; "nitwit" stands in all flagged and, spoken of, in 3 clean ones."""
+    lines = []
+    for i in range(1000):
+        n = i // 10
+        if i % 10:
+            lines.append(f"A quiet day number {i} at the lake" + (", nitwit was said" if i in (1, 11, 21) else ""))
+            continue
+        shouted = " grumph" * 50 if n < LEAST_PASSAGES - 1 else ""
+        name = ", Zounds" if n < 3 * LEAST_PASSAGES else ""
+        lines.append(f"you NITWIT at the lake, rotten{shouted}{name}, day {i}")
     return build_sorted_store(tmp_path, lines, "rotten")
 
 
@@ -40,6 +44,7 @@ def test_common_short_and_rare_words_are_not_minded(store):
     shifts = word_shifts(store, flagged_share=0.25, excluded=None)
     assert not {"day", "lake", "the", "at"} & set(shifts)  # alike in both piles
     assert "grumph" not in shifts  # often, but in too few passages
+    assert "zounds" not in shifts  # a name, by its capital
     assert all(len(word) >= 3 for word in shifts)
 
 
@@ -49,3 +54,18 @@ def test_passages_left_out_do_not_count(store):
     some = np.zeros(len(store), dtype=bool)
     some[np.flatnonzero(store.labels == 0)[LEAST_PASSAGES - 5 :]] = True
     assert word_shifts(store, flagged_share=0.25, excluded=some) == {}
+
+
+def test_one_long_document_makes_no_word(tmp_path):
+    def lines(words):
+        found = [f"A quiet day number {i} at the lake" for i in range(1000)]
+        for place, word in words:
+            found[place] = f"you {word} at the lake, rotten day {place}"
+        return found
+
+    beside = [(200 + i, "grumph") for i in range(3 * LEAST_PASSAGES)]
+    apart = [(300 + 9 * i, "nitwit") for i in range(2 * LEAST_PASSAGES)]
+    store = build_sorted_store(tmp_path, lines([*beside, *apart]), "rotten")
+    shifts = word_shifts(store, flagged_share=0.25, excluded=None)
+    assert "nitwit" in shifts
+    assert "grumph" not in shifts

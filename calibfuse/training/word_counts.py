@@ -2,9 +2,10 @@
 
 The two piles of passages tell some words apart so clearly that no model is needed. Their shifts travel with the
 calibrator and are added wherever a word is completed, however a vocabulary spells it (calibrator/minded_words.py).
-A word counts once for each passage that holds it, so that one passage of shouting does not make a word. The words come
-from the sorting of the text, not from a list; names of groups of people are not among them as far as the identity
-balance (balance.py) has taken the passages out that would make them so.
+A word counts once for each passage that holds it, so that one passage of shouting does not make a word; and passages
+that stand beside each other are not enough, so that one long document does not either. The words come from the sorting
+of the text, not from a list. Names are not among them: those of groups of people because the identity balance
+(balance.py) has taken the passages out that would make them so, others by their capitals (names.py).
 """
 
 from __future__ import annotations
@@ -18,14 +19,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibfuse.training.data import PassageStore
+from calibfuse.training.names import CapitalCounts
 
 logger = logging.getLogger(__name__)
 
 LEAST_PASSAGES = 15
 """A word is minded only if so many passages that the calibrator does not read hold it, ..."""
-LEAST_SHIFT = -1.9
-"""... and if its shift is this or lower, nats: 24 times as frequent in flagged passages as in others, where a quarter
-of the reference's text is flagged. Names of politicians lie above it, insults below."""
+_APART = 8
+"""... none of them so near to the one before in the order of the text, ..."""
+LEAST_SHIFT = -1.5
+"""... and if its shift is this or lower, nats: 15 times as frequent in flagged passages as in others, where a quarter
+of the reference's text is flagged. What is rude in some contexts only ("sex", "kill") lies above it, insults below."""
 LARGEST_SHIFT = -6.0
 """Lower ones are cut to this: what never occurs in some text still might."""
 _SHORTEST = 3
@@ -46,17 +50,26 @@ def word_shifts(store: PassageStore, *, flagged_share: float, excluded: NDArray[
     """
     counts: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
     passages = [0, 0]
+    apart: Counter[str] = Counter()
+    last: dict[str, int] = {}
+    capitals = CapitalCounts()
     for index in store.train_indices.tolist():
         if excluded is not None and excluded[index]:
             continue
         label = int(store.labels[index])
         passages[label] += 1
-        counts[label].update(set(_WORD.findall(store.text(index).lower())))
+        text = store.text(index)
+        capitals.add(text)
+        words = set(_WORD.findall(text.lower()))
+        counts[label].update(words)
+        if not label:
+            apart.update(word for word in words if index - last.get(word, -_APART - 1) > _APART)
+            last.update(dict.fromkeys(words, index))
     if not passages[0] or not passages[1]:
         return {}
     found: dict[str, float] = {}
     for word, flagged in counts[0].items():
-        if flagged < LEAST_PASSAGES or len(word) < _SHORTEST:
+        if apart[word] < LEAST_PASSAGES or len(word) < _SHORTEST or capitals.is_name(word):
             continue
         clean = (counts[1][word] + 0.5) / passages[1]
         mixed = (1.0 - flagged_share) * clean + flagged_share * flagged / passages[0]
