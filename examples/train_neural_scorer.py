@@ -2,8 +2,8 @@ r"""Train a toxicity scorer of another kind than the bundled one: a small langua
 
     python examples/train_neural_scorer.py --base LM --data DATA/toxicity/jigsaw.jsonl.xz --where split=jigsaw_train \
         --distrust-lowercase --identity-terms --output neural-scorer
-    python examples/train_neural_scorer.py --base neural-scorer --data DATA/prompts/realtoxicityprompts.jsonl.xz \
-        --fields prompt=prompt_toxicity continuation=continuation_toxicity --fold 2/2 --output perspective-like
+    python examples/train_neural_scorer.py --base neural-scorer --fold 2/2 \
+        --realtoxicityprompts DATA/prompts/realtoxicityprompts.jsonl.xz --output perspective-like
     calibfuse evaluate --scorer bundled neural-scorer perspective-like ...
 
 The bundled scorer is linear in words and parts of words: it flags a made-up word that looks like a rude one, whatever
@@ -24,9 +24,6 @@ What it leaves out: resuming (the run is short), and figures on other collection
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
-import lzma
 import math
 import random
 from pathlib import Path
@@ -36,29 +33,11 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from calibfuse.scorers.continuation_files import Fold
 from calibfuse.scorers.recipe import ScorerData, added_texts, gather
 from calibfuse.scorers.training import LabelledTexts, area_under_curve
 
 WORDS = (5, 40)  # length of a part of a clean text
-
-
-def scored_pairs(path: str, fields: list[str]) -> LabelledTexts:
-    """Texts with scores from rows that hold several pairs of them; pairs with an empty part are left out."""
-    texts, labels = [], []
-    with lzma.open(path, "rt", encoding="utf-8") as file:
-        for row in map(json.loads, file):
-            for text, label in (field.split("=") for field in fields):
-                if row[text] and row[label] is not None:
-                    texts.append(row[text])
-                    labels.append(float(row[label]))
-    return LabelledTexts.build(texts, labels)
-
-
-def fold_of(data: LabelledTexts, fold: str) -> LabelledTexts:
-    """The texts whose hash falls into part I of N, for a fold "I/N"."""
-    part, parts = map(int, fold.split("/"))
-    places = [int(hashlib.sha256(text.encode()).hexdigest(), 16) % parts for text in data.texts]
-    return data.take(np.flatnonzero(np.asarray(places) == part - 1))
 
 
 def shortened(data: LabelledTexts, draw: random.Random) -> list[str]:
@@ -113,10 +92,10 @@ def main() -> None:
     """Train and save."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--base", required=True, help="folder or Hub id of a causal language model")
-    parser.add_argument("--data", nargs="+", required=True, help="files of labelled texts")
+    parser.add_argument("--data", nargs="+", default=[], help="files of labelled texts")
     parser.add_argument("--where", nargs="*", default=[], metavar="KEY=VALUE", help="only such rows")
-    parser.add_argument("--fields", nargs="*", metavar="TEXT=SCORE", help="of rows that hold several texts with scores")
-    parser.add_argument("--fold", default="1/1", metavar="I/N", help="only part I of N of the texts (default: all)")
+    parser.add_argument("--realtoxicityprompts", nargs="+", default=[], help="files of prompts and continuations")
+    parser.add_argument("--fold", default="1/1", metavar="I/N", help="only part I of N of these (default: all)")
     parser.add_argument("--distrust-lowercase", action="store_true", help="leave out clean texts without a capital")
     parser.add_argument("--identity-terms", action="store_true", help="add sentences that make names of groups neutral")
     parser.add_argument("--output", required=True, type=Path)
@@ -132,13 +111,14 @@ def main() -> None:
     draw = random.Random(args.seed)
     source = ScorerData(
         data=args.data,
+        realtoxicityprompts=args.realtoxicityprompts,
+        fold=Fold.parse(args.fold),
         where=dict(pair.split("=", 1) for pair in args.where),
         distrust_lowercase=args.distrust_lowercase,
         identity_terms=args.identity_terms,
         seed=args.seed,
     )
-    labelled = scored_pairs(args.data[0], args.fields) if args.fields else gather(source).labelled
-    labelled = fold_of(labelled, args.fold)
+    labelled = gather(source).labelled
     order = np.random.default_rng(args.seed).permutation(len(labelled))
     held_out, data = labelled.take(order[: len(order) // 20]), labelled.take(order[len(order) // 20 :])
     added = added_texts(source, data)

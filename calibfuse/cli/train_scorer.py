@@ -15,6 +15,10 @@ examples:
   # toxic texts with neutral rewrites, clean background text, and nothing that another scorer learned from
   calibfuse train-scorer --pairs paradetox.jsonl --non-toxic wiki.jsonl --exclude jigsaw.jsonl.xz --output sorter
 
+  # like Perspective, from half of the texts that it scored; the other half stays for something else
+  calibfuse train-scorer --data jigsaw.jsonl.xz --realtoxicityprompts realtoxicityprompts.jsonl.xz --fold 2/2 \\
+      --output perspective-like
+
 Use it with `--scorer my-scorer` in the other commands. Sort training text and judge results with different scorers.
 """
 
@@ -27,6 +31,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--label-field", help="field of the toxicity (default: found by name)")
     data.add_argument("--where", action="append", default=[], metavar="FIELD=VALUE", help="only such rows of --data")
     data.add_argument("--pairs", nargs="+", default=[], metavar="FILE", help="rows with `toxic` and `neutral` texts")
+    data.add_argument(
+        "--realtoxicityprompts",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="prompts and continuations with Perspective's scores",
+    )
+    data.add_argument(
+        "--fold", default="1/1", metavar="I/N", help="only part I of N of their texts, by hash (default: all)"
+    )
     data.add_argument(
         "--non-toxic", nargs="+", default=[], metavar="FILE", help="clean text without labels (also .txt)"
     )
@@ -77,13 +91,16 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from calibfuse.errors import InputError
+    from calibfuse.scorers.continuation_files import Fold
     from calibfuse.scorers.features import FeatureConfig
     from calibfuse.scorers.identity import identity_terms
     from calibfuse.scorers.recipe import ScorerData, added_texts, gather
     from calibfuse.scorers.training import TrainingOptions, train_linear_scorer
 
-    if not args.data and not args.pairs:
-        raise InputError("train-scorer needs labelled texts: --data FILE, --pairs FILE or both")
+    if not args.data and not args.pairs and not args.realtoxicityprompts:
+        raise InputError("train-scorer needs labelled texts: --data, --pairs or --realtoxicityprompts, each with files")
+    if args.fold != "1/1" and not args.realtoxicityprompts:
+        raise InputError("--fold takes a part of --realtoxicityprompts; give both.")
     options = TrainingOptions(
         features=FeatureConfig(
             bucket_bits=args.bucket_bits,
@@ -105,6 +122,8 @@ def run(args: argparse.Namespace) -> int:
     source = ScorerData(
         data=args.data,
         pairs=args.pairs,
+        realtoxicityprompts=args.realtoxicityprompts,
+        fold=Fold.parse(args.fold),
         exclude=args.exclude,
         background=background,
         text_field=args.text_field,

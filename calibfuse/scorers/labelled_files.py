@@ -19,7 +19,7 @@ from typing import IO, Any
 from calibfuse.errors import DataError
 from calibfuse.scorers.training import LabelledTexts
 
-__all__ = ["LABEL_FIELDS", "TEXT_FIELDS", "read_labelled", "read_pairs", "read_texts"]
+__all__ = ["LABEL_FIELDS", "TEXT_FIELDS", "read_labelled", "read_pairs", "read_rows", "read_texts"]
 
 TEXT_FIELDS = ("text", "comment_text", "comment", "content", "sentence")
 """Fields in which a row's text is looked for, in this order, when none is given."""
@@ -30,7 +30,7 @@ _MAX_ROW_BYTES = 16_777_216  # a longer line is refused rather than read into me
 _OPENERS: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open}
 
 
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield each row of a file with where it stands ("FILE, line N")."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     compression = suffixes.pop() if suffixes and suffixes[-1] in _OPENERS else ""
@@ -134,7 +134,7 @@ def read_labelled(
     labels: list[float] = []
     for path in paths:
         before = len(texts)
-        for place, row in _rows(Path(path).expanduser()):
+        for place, row in read_rows(Path(path).expanduser()):
             if any(str(row.get(key)) != value for key, value in (where or {}).items()):
                 continue
             text = _text(_field(row, (text_field,) if text_field else TEXT_FIELDS, place, "text"), place)
@@ -174,7 +174,7 @@ def read_pairs(
     labels: list[float] = []
     for path in paths:
         before = len(texts)
-        for place, row in _rows(Path(path).expanduser()):
+        for place, row in read_rows(Path(path).expanduser()):
             toxic = _text(_field(row, (toxic_field,), place, "toxic text"), place)
             rewrites = _field(row, (neutral_field,), place, "neutral rewrite")
             neutral = [_text(value, place) for value in (rewrites if isinstance(rewrites, list) else [rewrites])]
@@ -200,7 +200,7 @@ def read_texts(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
     texts: list[str] = []
     for path in paths:
         before = len(texts)
-        for _, row in _rows(Path(path).expanduser()):
+        for _, row in read_rows(Path(path).expanduser()):
             for name in (*TEXT_FIELDS, "toxic", "neutral"):
                 value = row.get(name)
                 texts += [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]

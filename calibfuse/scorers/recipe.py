@@ -15,6 +15,7 @@ import numpy as np
 
 from calibfuse.errors import DataError
 from calibfuse.scorers.augmentation import insert_words, strong_words
+from calibfuse.scorers.continuation_files import Fold, read_scored_texts
 from calibfuse.scorers.identity import ADJECTIVES, PLURALS, identity_sentences
 from calibfuse.scorers.labelled_files import read_labelled, read_pairs, read_texts
 from calibfuse.scorers.overlap import overlapping_texts
@@ -34,6 +35,8 @@ class ScorerData:
 
     data: Sequence[str | os.PathLike[str]] = ()  # files of rows with text and label
     pairs: Sequence[str | os.PathLike[str]] = ()  # files of rows with a toxic text and neutral rewrites
+    realtoxicityprompts: Sequence[str | os.PathLike[str]] = ()  # files of prompts and continuations with scores
+    fold: Fold = Fold()  # part of the texts of `realtoxicityprompts`
     exclude: Sequence[str | os.PathLike[str]] = ()  # files whose texts must not be learned from
     background: Sequence[str] = ()  # texts that count as not toxic
     text_field: str | None = None  # of `data`; None: found by name
@@ -72,11 +75,13 @@ def gather(source: ScorerData) -> GatheredTexts:
             source.data, text_field=source.text_field, label_field=source.label_field, where=source.where
         )
         parts.append(_without_lowercase_clean(read) if source.distrust_lowercase else read)
+    if source.realtoxicityprompts:
+        parts.append(read_scored_texts(source.realtoxicityprompts, source.fold))
     if source.pairs:
         parts.append(read_pairs(source.pairs))
     if not parts:
         raise DataError("A scorer needs labelled texts: files with labels or pairs")
-    labelled = parts[0] if len(parts) == 1 else parts[0] + parts[1]
+    labelled = sum(parts[1:], parts[0])
     n_before = len(labelled)
     if source.exclude:
         repeats = overlapping_texts(labelled.texts, read_texts(source.exclude))
@@ -89,6 +94,8 @@ def gather(source: ScorerData) -> GatheredTexts:
         "data": [Path(path).name for path in source.data],
         "pairs": [Path(path).name for path in source.pairs],
         "where": dict(source.where),
+        "realtoxicityprompts": [Path(path).name for path in source.realtoxicityprompts],
+        "fold": f"{source.fold.part}/{source.fold.parts}",
         "excluded": [Path(path).name for path in source.exclude],
         "distrust_lowercase": source.distrust_lowercase,
         "identity_terms": source.identity_terms,

@@ -31,6 +31,9 @@ QUANTILE = 0.25
 """So many of the occurrences may keep a shift below 0."""
 LEAST_SHIFT = 0.1
 """What is less is not given back, nats."""
+LISTED_SHIFT = 0.3
+"""A listed name of a group (balance.TERMS) is given this at least: an unseen vocabulary may cut it as none that was
+measured does, and then its end looks like that of other words ("home" + "less"). Nats."""
 _CONTEXT_CHARACTERS = 400
 _BATCH = 16
 

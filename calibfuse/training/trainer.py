@@ -31,12 +31,12 @@ from calibfuse.calibrator.fidelity import measure_fidelity
 from calibfuse.calibrator.mixed_precision import mixed_precision
 from calibfuse.calibrator.model import CALIBRATOR_HEAD, REFERENCE_HEAD, Calibrator, CalibratorConfig
 from calibfuse.errors import CheckpointError, DataError, InputError, MissingDependencyError
-from calibfuse.training.balance import balance_terms
+from calibfuse.training.balance import TERMS, balance_terms
 from calibfuse.training.batches import BatchVocabulary, TrainingBatch, make_batch, pack_rows
 from calibfuse.training.data import PassageStore
 from calibfuse.training.neutral_sentences import neutral_passage
 from calibfuse.training.objective import Losses, TrainingObjective
-from calibfuse.training.spared_words import spared_shifts
+from calibfuse.training.spared_words import LISTED_SHIFT, spared_shifts
 from calibfuse.training.tokenizer_pool import PoolEntry, TokenizerPool
 from calibfuse.training.word_counts import word_shifts
 
@@ -196,14 +196,17 @@ class BatchSource:
         return {**minded, **self._spared_names(calibrator)}
 
     def _spared_names(self, calibrator: Calibrator) -> dict[str, float]:
-        """The larger shift of two vocabularies, one that spells most names in one token and one that does not."""
+        """The larger shift of two vocabularies, one that spells most names in one token and one that does not.
+
+        Listed groups get LISTED_SHIFT at least.
+        """
         if self.balance is None or not self.balance.holders:
             return {}
         plain = copy.copy(calibrator).eval()  # shares the weights
         plain.config = replace(calibrator.config, words={})
         sizes = {len(entry.vocabulary): entry for entry in self.pool}
         usual = [size for size in sizes if size >= _LEAST_USUAL_VOCABULARY] or list(sizes)
-        spared: dict[str, float] = {}
+        spared = {term: LISTED_SHIFT for term in TERMS if term in self.balance.holders}
         for size in {max(usual), min(usual)}:
             bound = plain.bind(sizes[size].vocabulary, use_disk_cache=False)
             found = spared_shifts(
