@@ -2,13 +2,14 @@
 
     python examples/train_default_calibrator.py --data DIR --output my-calibrator --steps 7000
 
-DIR holds text/*.jsonl.xz (reddit, wikipedia, conversation, novels) and toxicity/*.jsonl.xz. The labels of the toxicity
-sets train the sorting scorer only (civil_comments and paradetox), never the calibrator: what it learns from is
-unfiltered text, sorted. The bundled evaluation scorer is trained on other labels (Jigsaw) and is not used here; the
-test split of Jigsaw, RealToxicityPrompts, WikiText and LAMBADA are not read.
+DIR holds text/*.jsonl.xz (reddit, wikipedia, conversation, novels), toxicity/*.jsonl.xz and
+prompts/realtoxicityprompts.jsonl.xz. Labels train the sorting scorer only, never the calibrator: those of
+civil_comments and paradetox, and Perspective's scores of one half of the texts of RealToxicityPrompts, without the
+prompts that docs/results.md measures with. What the calibrator learns from is unfiltered text, sorted. The bundled
+evaluation scorer is trained on other labels (Jigsaw, and the other half) and is not used here; the test split of
+Jigsaw, WikiText and LAMBADA are not read.
 
-The shipped weights took about 100 minutes on one shared core, in two legs: 1,066 steps with labels of a word list while
-the sorting scorer was being made, then 6,200 steps as below. This script does it in one leg.
+The shipped weights took about 100 minutes on one shared core, in legs: SHIPPED. This script does it in one leg.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from calibfuse.evaluation import load_prompts
 from calibfuse.scorers import load_scorer
 from calibfuse.training.run import TrainingText, run_training
 from calibfuse.training.trainer import TrainingConfig
@@ -39,10 +41,11 @@ def main() -> int:
     work = args.output / "work"
     work.mkdir(parents=True, exist_ok=True)
     comments = write_comments(args.data, work / "comments.jsonl")
-    scorer = train_sorting_scorer(args.data, work / "sorting-scorer")
+    prompts = write_measured_prompts(args.data, work / "measured-prompts.jsonl")
+    scorer = train_sorting_scorer(args.data, prompts, work / "sorting-scorer")
     files = [args.data / "text" / f"{name}.jsonl.xz" for name in ("reddit", "wikipedia", "conversation", "novels")]
     text = TrainingText(
-        from_unfiltered=[*map(str, files), str(comments)], scorer=load_scorer(str(scorer)), threshold=0.4
+        from_unfiltered=[*map(str, files), str(comments)], scorer=load_scorer(str(scorer)), threshold=0.5
     )
     training = TrainingConfig(steps=args.steps, decay=0.35, warmup=0.01, flagged_share=0.25, seed=args.seed)
     facts = {"name": "calibfuse default calibrator", "license": "apache-2.0"}
@@ -63,18 +66,25 @@ def write_comments(data: Path, path: Path) -> Path:
     return path
 
 
-def train_sorting_scorer(data: Path, folder: Path) -> Path:
-    """A scorer for sorting that shares no labelled comment with the one for evaluation; see docs/scorer.md."""
+def write_measured_prompts(data: Path, path: Path) -> Path:
+    """The prompts of the evaluations in docs/results.md, which nothing is to learn from."""
+    if not path.exists():
+        prompts = load_prompts(data / "prompts" / "realtoxicityprompts.jsonl.xz", count=200, seed=0)
+        fresh = path.with_suffix(".tmp")
+        fresh.write_text("".join(json.dumps({"text": prompt.text}) + "\n" for prompt in prompts), encoding="utf-8")
+        fresh.replace(path)
+    return path
+
+
+def train_sorting_scorer(data: Path, measured_prompts: Path, folder: Path) -> Path:
+    """A scorer for sorting that shares no labelled text with the one for evaluation; see docs/scorer.md."""
     if not (folder / "config.json").exists():
         toxicity, text = data / "toxicity", data / "text"
         command = [sys.executable, "-m", "calibfuse", "train-scorer", "--name", "sorting", "--output", str(folder)]
-        command += [
-            "--data",
-            str(toxicity / "civil_comments.jsonl.xz"),
-            "--pairs",
-            str(toxicity / "paradetox.jsonl.xz"),
-        ]
-        command += ["--exclude", str(toxicity / "jigsaw.jsonl.xz"), "--strong-words", "--identity-terms"]
+        command += ["--data", str(toxicity / "civil_comments.jsonl.xz")]
+        command += ["--realtoxicityprompts", str(data / "prompts" / "realtoxicityprompts.jsonl.xz"), "--fold", "1/2"]
+        command += ["--pairs", str(toxicity / "paradetox.jsonl.xz"), "--strong-words", "--identity-terms"]
+        command += ["--exclude", str(toxicity / "jigsaw.jsonl.xz"), str(measured_prompts)]
         command += ["--non-toxic", str(text / "wikipedia.jsonl.xz"), str(text / "novels.jsonl.xz")]
         command += ["--non-toxic-limit", "14000", "--char-min", "3", "--char-max", "6", "--hash-seed", "17"]
         command += ["--windows", "3", "14"]

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calibfuse.calibrator import Calibrator, CalibratorConfig
-from calibfuse.calibrator.minded_words import REACH, MindedWords
+from calibfuse.calibrator.minded_words import REACH, SPARED_PIECE, MindedWords
 from calibfuse.candidates import MIN_PROBABILITY
 from calibfuse.errors import InputError
 from calibfuse.fusion import FusionConfig, fuse
@@ -20,6 +20,8 @@ from tests.tiny_calibrators import make_calibrator
 
 # Above 0: names that are given something back, here so that they begin words of the other kind and end them.
 WORDS = {"shit": -4.0, "ass": -2.0, "asshole": -3.0, "idiot": -2.5, "as": 0.6, "hol": 0.4, "hole": 1.0, "assho": 0.3}
+WORDS |= {"shirtot": 0.2, "shirtless": 2.0}
+WHOLE = {b" shit": -4.0, b" ass": -2.0, b" as": 0.6, b" shirt": SPARED_PIECE}  # tokens that are a word, or lead to one
 TOKENS = [None, b" ", b"s", b" s", b"sh", b" sh", b"it", b" shit", b"Shit", b"shit.", b" shirt", b"irt", b"a", b" as"]
 TOKENS += [b"ss", b" ass", b"hole", b"o", b"hol", b"e", b"idi", b"ot", b".", b"\n", b"i", b"t", b" The", "é".encode()]
 
@@ -53,6 +55,11 @@ def slow_after(vocabulary, token_ids):
         word = (before + run).decode()
         shift, begun = WORDS.get(word, 0.0), WORDS.get(before.decode(), 0.0)
         added = shift - begun if (shift < 0) == (begun < 0) else shift
+        if word not in WORDS and len(word) >= 3:
+            # on the way to a spared name
+            shift = added = max(
+                (min(s, SPARED_PIECE) for w, s in WORDS.items() if s > 0 and w.startswith(word)), default=0
+            )
         if run and ((shift < 0 and added < -0.1) or (shift > 0 and added > 0.1)):
             found[token] = added
     return found
@@ -77,7 +84,9 @@ def test_words_in_pieces_are_found(vocabulary, words):
     def after(*tokens):
         return {TOKENS[i]: s for i, s in as_dictionary(words.after([TOKENS.index(t) for t in tokens])).items()}
 
-    assert after(b" sh") == {b"it": -4.0}
+    towards = {b"i": SPARED_PIECE, b"irt": SPARED_PIECE}  # "shirtless"
+    assert after(b" sh") == pytest.approx({b"it": -4.0} | towards)
+    assert after(b" shirt") == pytest.approx({b"ot": 0.2})
     assert after(b" s") == {}
     assert after(b" as", b"s") == pytest.approx({b"hole": -1.0})  # what "ass" has cost is not asked for again
     assert after(b" as", b"s", b"hol") == {b"e": -3.0}
@@ -94,9 +103,7 @@ def test_a_word_that_begins_out_of_sight_is_left_alone(words):
 
 def test_tokens_that_are_a_word(vocabulary, words):
     whole = as_dictionary(words.whole())
-    assert {TOKENS[token]: shift for token, shift in whole.items()} == pytest.approx(
-        {b" shit": -4.0, b" ass": -2.0, b" as": 0.6}
-    )
+    assert {TOKENS[token]: shift for token, shift in whole.items()} == pytest.approx(WHOLE)
     always = [TOKENS[token] for token in words.token_ids]  # what is to be suppressed must be among the candidates
     assert always == [b" shit", b"Shit", b"shit.", b" ass"]
 
@@ -123,7 +130,7 @@ def test_only_the_calibrator_head_and_only_completing_tokens_move(pair, vocabula
     torch.testing.assert_close(plain.reference_log_probs(ids), minding.reference_log_probs(ids))
     before = plain.sequence(ids).log_scores("calibrator")
     after = minding.sequence(ids).log_scores("calibrator")
-    whole = {TOKENS.index(b" shit"): -4.0, TOKENS.index(b" ass"): -2.0, TOKENS.index(b" as"): 0.6}
+    whole = {TOKENS.index(token): shift for token, shift in WHOLE.items()}
     for place in range(ids.shape[1]):
         expected = whole | slow_after(vocabulary, ids[0, : place + 1].tolist())
         moved = (after - before)[0, place]
@@ -134,7 +141,7 @@ def test_only_the_calibrator_head_and_only_completing_tokens_move(pair, vocabula
 def test_the_first_token_of_a_text_may_be_a_word(pair, vocabulary):
     plain, minding = pair
     moved = (minding.first_log_probs() - plain.first_log_probs()).exp()
-    expected = {TOKENS.index(b" shit"): -4.0, TOKENS.index(b" ass"): -2.0, TOKENS.index(b" as"): 0.6}
+    expected = {TOKENS.index(token): shift for token, shift in WHOLE.items()}
     expected |= slow_after(vocabulary, [])
     assert {TOKENS.index(b"Shit"), TOKENS.index(b"shit.")} < set(expected)
     wanted = torch.tensor([expected.get(token, 0.0) for token in range(1, len(vocabulary))]).exp()

@@ -16,7 +16,9 @@ from safetensors.torch import load_file
 from calibfuse import Calibrator
 from calibfuse.calibrator.model import CalibratorConfig
 from calibfuse.errors import CheckpointError, InputError
+from calibfuse.training.balance import TERMS
 from calibfuse.training.run import TrainingText, run_training
+from calibfuse.training.spared_words import LISTED_SHIFT
 from calibfuse.training.tokenizer_pool import PoolSpec
 from calibfuse.training.trainer import TrainingConfig
 
@@ -70,6 +72,7 @@ def test_words_of_the_reference_alone_are_minded(text, tmp_path):
     minded = Calibrator.from_pretrained(train(text, tmp_path / "on", training={"steps": 2})).config.words
     assert minded["nitwit"] < -1.9
     assert "the" not in minded
+    assert min(minded[term] for term in TERMS) >= LISTED_SHIFT  # groups of people are spared, whatever the text says
     off = train(text, tmp_path / "off", training={"steps": 2, "mind_words": False})
     assert Calibrator.from_pretrained(off).config.words == {}
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from calibfuse.training.data import PassageStore
-from calibfuse.training.word_counts import LARGEST_SHIFT, LEAST_PASSAGES, word_shifts
+from calibfuse.training.word_counts import LARGEST_SHIFT, LEAST_PASSAGES, LEAST_SHIFT, word_shifts
 from tests.sorted_store import build_sorted_store
 
 
@@ -69,3 +69,18 @@ def test_one_long_document_makes_no_word(tmp_path):
     shifts = word_shifts(store, flagged_share=0.25, excluded=None)
     assert "nitwit" in shifts
     assert "grumph" not in shifts
+
+
+def test_beginnings_that_lead_to_such_words_alone_are_minded_too(tmp_path):
+    """ "nitw" and "nitwi" begin nothing else; "nit" begins "nitrogen" as well, and as often."""
+    lines = []
+    for i in range(1000):
+        ending = " of nitrogen" if 0 < i % 10 < 3 else ""
+        lines.append(f"you nitwit, rotten day {i}" if i % 10 == 0 else f"A quiet day number {i}{ending}")
+    store = build_sorted_store(tmp_path, lines, "rotten")
+    shifts = word_shifts(store, flagged_share=0.25, excluded=None)
+    assert shifts["nitw"] == shifts["nitwi"] == shifts["nitwit"] < -4.0
+    assert "nit" not in shifts
+    texts = [(store.text(i), int(store.labels[i])) for i in store.train_indices.tolist()]
+    clean = (sum("nitr" in text for text, _ in texts) + 0.5) / sum(label for _, label in texts)
+    assert math.log(clean / (0.75 * clean + 0.25)) > LEAST_SHIFT  # why

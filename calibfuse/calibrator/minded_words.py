@@ -12,6 +12,9 @@ token that completes such a word: for a token that is the word, once and for all
 completes it, from the letters that stand before (`after`). Nothing is re-tokenised: the letters of the last few tokens
 are read off their bytes, and a dictionary holds the beginnings of all words.
 
+A name in pieces ("imm" + "igr" + "ant") may lose at each of them. So tokens that lead on to a beginning of a spared
+name, of three letters or more, are given its shift as well, but SPARED_PIECE at most: they lead to other words, too.
+
 Left out: words of other letters than a to z, and words over more than `REACH` tokens.
 """
 
@@ -31,6 +34,10 @@ from calibfuse.vocabulary import Vocabulary
 
 REACH = 8
 """How many tokens before the next one are looked at."""
+
+SPARED_PIECE = 0.3
+"""What a piece of a spared name is given at most, nats; what pieces lost in vocabularies that were measured."""
+_LEAST_LETTERS = 3  # of a beginning that is given something
 
 _MULTIPLIER = 0x9E3779B97F4A7C15
 _INVERSE = pow(_MULTIPLIER, -1, 1 << 64)
@@ -123,8 +130,8 @@ class MindedWords:
     def whole(self) -> Completions:
         """The tokens that are a space and a word, perhaps with other characters than letters behind it."""
         spaced, _ = self._tokens
-        pairs = [(token, self._shifts[run]) for run, ids in spaced.items() for token in ids if run in self._shifts]
-        return _completions(pairs)
+        shifts = {**self._spared_beginnings, **self._shifts}
+        return _completions([(token, shifts[run]) for run, ids in spaced.items() for token in ids if run in shifts])
 
     @cached_property
     def token_ids(self) -> NDArray[np.int64]:
@@ -178,7 +185,21 @@ class MindedWords:
                 added = shift - begun if shift * begun > 0.0 else shift
                 if added * shift > 0.0 and abs(added) >= _LEAST:
                     found[beginning] += [(token, added) for token in bare.get(word[cut:], ())]
+        for reached, shift in self._spared_beginnings.items():
+            for cut in range(len(reached)):
+                found[reached[:cut]] += [(token, shift) for token in bare.get(reached[cut:], ())]
         return {beginning: _completions(pairs) for beginning, pairs in found.items() if pairs}
+
+    @cached_property
+    def _spared_beginnings(self) -> dict[bytes, float]:
+        """Beginnings of spared names that are no words of the list themselves -> what a token that leads there gets."""
+        found: dict[bytes, float] = {}
+        for word, shift in self._shifts.items():
+            for length in range(_LEAST_LETTERS, len(word)):
+                beginning = word[:length]
+                if shift > 0.0 and beginning not in self._shifts:
+                    found[beginning] = max(min(shift, SPARED_PIECE), found.get(beginning, 0.0))
+        return found
 
     @cached_property
     def _tokens(self) -> tuple[dict[bytes, list[int]], dict[bytes, list[int]]]:
@@ -188,7 +209,7 @@ class MindedWords:
         """
         spaced: dict[bytes, list[int]] = defaultdict(list)
         bare: dict[bytes, list[int]] = defaultdict(list)
-        ends = {word[cut:] for word in self._shifts for cut in range(len(word))}
+        ends = {word[cut:] for word in (*self._shifts, *self._spared_beginnings) for cut in range(len(word))}
         starts, stops, hashes = _letter_runs(self._vocabulary)
         wanted = np.array([_hash(end) for end in ends], dtype=np.uint64)
         hits = np.flatnonzero(np.isin(hashes, wanted) & (stops > starts) & ~self._vocabulary.is_special)
