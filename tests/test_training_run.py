@@ -124,6 +124,35 @@ def test_a_run_can_start_from_an_earlier_calibrator(text, tmp_path):
     assert history(second)[0]["reference_nats"] < history(first)[0]["reference_nats"] - 0.3
 
 
+def test_heads_alone_leave_body_and_token_vectors_as_they_are(text, tmp_path):
+    first = train(text, tmp_path / "first", training={"steps": 20})
+    options = {"init_from": first, "pool_folder": next((first / "work").glob("pool-*"))}
+
+    def run(output, steps, resume=False):
+        training = TrainingConfig(**{**QUICK, "steps": steps, "precision": "fp32", "heads_only": True, "decay": 0.0})
+        return run_training(
+            text, output, training=training, device="cpu", show_progress=False, resume=resume, **options
+        )
+
+    whole, halves = run(tmp_path / "whole", 10), tmp_path / "halves"
+    run(halves, 5)
+    assert run(halves, 10, resume=True) == halves
+    before = {name: tensor.float() for name, tensor in load_file(first / "model.safetensors").items()}
+    after, resumed = (load_file(folder / "work" / "checkpoint" / "model.safetensors") for folder in (whole, halves))
+    width = SHAPE.token_width
+    for name, tensor in before.items():
+        assert torch.equal(after[name], resumed[name]), name
+        if name.startswith("heads."):
+            assert not torch.equal(tensor, after[name]), name
+        elif name == "composer.table":
+            assert torch.equal(tensor[:, :width], after[name][:, :width])
+            assert not torch.equal(tensor[:, width:], after[name][:, width:])  # the heads' biases
+        else:
+            assert torch.equal(tensor, after[name]), name
+    with pytest.raises(InputError, match="init-from"):
+        train(text, tmp_path / "none", training={"heads_only": True})
+
+
 def test_resuming_with_other_text_is_refused(text, tmp_path):
     train(text, tmp_path / "out", training={"steps": 5})
     (tmp_path / "web.txt").write_text("Something else entirely, and quite a bit of it.\n\n" * 200, encoding="utf-8")

@@ -26,6 +26,10 @@ examples:
   # a few minutes on your own domain, from the bundled calibrator's weights
   calibfuse train-calibrator --non-toxic ok.txt --reference all.txt --init-from bundled --steps 500 --output mine
 
+  # the bundled calibrator with another idea of what is toxic: its heads learn from text that your scorer sorts
+  calibfuse train-calibrator --from-unfiltered web/ --scorer my-scorer --init-from bundled --heads-only \\
+      --learning-rate 0.001 --output mine
+
   # the first 3 layers of a pretrained causal language model, trained further on non-toxic text, and a twin
   calibfuse train-calibrator --non-toxic ok.txt --reference all.txt --init-from gpt2 --num-layers 3 --output mine
 
@@ -72,6 +76,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--flagged-share",
         type=float,
         help="share of passages drawn from the toxic or unfiltered ones (default: as they come)",
+    )
+    run.add_argument(
+        "--heads-only",
+        action="store_true",
+        help="leave the body of --init-from as it is: for text that is sorted anew, in half the time",
     )
     run.add_argument("--candidates", type=int, default=2560, help="tokens of the softmax subset (default: %(default)s)")
     run.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
@@ -134,6 +143,8 @@ def _run_from_language_model(args: argparse.Namespace) -> int:
 
     if args.init_from is None:
         raise InputError("--num-layers needs --init-from MODEL: a causal language model of transformers.")
+    if args.heads_only:
+        raise InputError("--heads-only is for calibrators that read bytes; leave it out with --num-layers.")
     if _chosen_shape(args) or args.pool is not None:
         raise InputError(
             "With --num-layers shape and tokenizer are those of --init-from: leave out --layers, --width, "
@@ -169,6 +180,7 @@ def _training_config(args: argparse.Namespace, learning_rate: float) -> Training
         slots=args.slots,
         learning_rate=learning_rate if args.learning_rate is None else args.learning_rate,
         flagged_share=args.flagged_share,
+        heads_only=args.heads_only,
         candidate_count=args.candidates,
         seed=args.seed,
         save_every=args.save_every,

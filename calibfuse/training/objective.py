@@ -61,17 +61,21 @@ class TrainingObjective(nn.Module):
     Args:
         calibrator: the model to train.
         reference_weight: weight of the reference head's loss; the calibrator head's is 1.
+        heads_only: no gradients for token vectors and body.
     """
 
-    def __init__(self, calibrator: Calibrator, *, reference_weight: float = 1.0) -> None:
+    def __init__(self, calibrator: Calibrator, *, reference_weight: float = 1.0, heads_only: bool = False) -> None:
         super().__init__()
         self.calibrator = calibrator
         self.reference_weight = reference_weight
+        self.heads_only = heads_only
 
     def forward(self, batch: TrainingBatch) -> Losses:
         """Losses of one batch."""
         model = self.calibrator
         vectors, biases = model.compose(batch.features)
+        if self.heads_only:
+            vectors = vectors.detach()
         is_boundary = batch.inputs == BOUNDARY
         inputs = model.embed(vectors[batch.inputs.clamp(min=0)], is_boundary)
         starts = torch.zeros(len(batch.inputs), dtype=torch.int64, device=inputs.device)

@@ -119,6 +119,8 @@ def run_training(
     pool = _open_pool(store, work, pool_specs, pool_folder, training.seed, show_progress=show_progress and main)
     _release_other_processes()
 
+    if training.heads_only and init_from is None:
+        raise InputError("Training the heads only needs a calibrator to start from: give --init-from (init_from).")
     calibrator = _initial_calibrator(shape, init_from, training.seed)
     trainer = Trainer(calibrator, store, pool, training, work, device=device, show_progress=show_progress)
     if resume:

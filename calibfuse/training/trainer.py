@@ -69,6 +69,8 @@ class TrainingConfig:
             vocabulary spells them; see word_counts.py and spared_words.py.
         neutral_share: share of passages that are made: neutral sentences which name groups of people, read alike by
             both heads; see neutral_sentences.py.
+        heads_only: leave body and token vectors as they are, and train the heads and their biases: for weights that
+            were trained before, when the text is sorted anew. Half the time a step.
         candidate_count: tokens of the softmax subset.
         vocabulary_size: size to which the vocabularies of the pool are filled up with negatives.
         split_rate: share of tokens cut in two, on every second batch, in place of BPE dropout.
@@ -91,6 +93,7 @@ class TrainingConfig:
     balance_identity_terms: bool = True
     mind_words: bool = True
     neutral_share: float = 0.02
+    heads_only: bool = False
     candidate_count: int = 2560
     vocabulary_size: int = 100_000
     split_rate: float = 0.05
@@ -294,7 +297,12 @@ class Trainer:
         self.source = BatchSource(
             store, pool, config, calibrator.config.bucket_count, show_progress=self._show_progress
         )
-        self.objective: torch.nn.Module = TrainingObjective(self.calibrator, reference_weight=config.reference_weight)
+        if config.heads_only:
+            for name, parameter in self.calibrator.named_parameters():
+                parameter.requires_grad_(name in _head_parameters(self.calibrator))
+        self.objective: torch.nn.Module = TrainingObjective(
+            self.calibrator, reference_weight=config.reference_weight, heads_only=config.heads_only
+        )
         self.optimizer = _optimizer(self.calibrator, config)
         if self._accelerator:
             self.objective = self._accelerator.prepare(self.objective)
@@ -528,8 +536,14 @@ class Trainer:
         for name, tensor in tensors.items():
             parameter_name, _, key = name.partition("|")
             parameter = parameters[parameter_name]
-            device = "cpu" if key == "step" and not self.optimizer.defaults.get("fused") else parameter.device
-            self.optimizer.state[parameter][key] = tensor.to(device)
+            if key == "step":
+                is_fused = self.optimizer.defaults.get("fused")
+                self.optimizer.state[parameter][key] = tensor.to(parameter.device if is_fused else "cpu")
+                continue
+            # The fused kernel walks through memory: moments must lie there as the parameter does, which
+            # `lay_out_for_decoding` may have stored by columns.
+            moment = torch.empty_like(parameter, dtype=tensor.dtype, requires_grad=False)
+            self.optimizer.state[parameter][key] = moment.copy_(tensor)
 
     def _stopping(self) -> bool:
         """Whether some process was told to stop; all processes agree."""
@@ -587,9 +601,16 @@ def _accelerator(config: TrainingConfig) -> Any | None:  # noqa: ANN401
     return Accelerator(cpu=not torch.cuda.is_available())
 
 
+def _head_parameters(calibrator: Calibrator) -> frozenset[str]:
+    """Names of what `heads_only` trains; of the table, the objective lets gradients through to the biases only."""
+    names = (name for name, _ in calibrator.named_parameters() if name.startswith("heads."))
+    return frozenset((*names, "composer.table"))
+
+
 def _optimizer(calibrator: Calibrator, config: TrainingConfig) -> torch.optim.AdamW:
-    decayed = [p for name, p in calibrator.named_parameters() if p.ndim == 2 and name != "composer.table"]
-    others = [p for name, p in calibrator.named_parameters() if not (p.ndim == 2 and name != "composer.table")]
+    trained = [(name, p) for name, p in calibrator.named_parameters() if p.requires_grad]
+    decayed = [p for name, p in trained if p.ndim == 2 and name != "composer.table"]
+    others = [p for name, p in trained if not (p.ndim == 2 and name != "composer.table")]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     # The fused kernel is several times faster on the large table; it exists on CPU and CUDA.
     fused = all(p.device.type in ("cpu", "cuda") for p in calibrator.parameters())
