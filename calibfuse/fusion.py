@@ -15,6 +15,11 @@ With t, c, r the renormalised log-probabilities of target, calibrator and refere
     value       t + clip(a v, -max_shift, max_shift)              (Meng et al. 2022, NADO)
                 v = log R(x_<i, y) - log R(x_<i), R(x_<i) = sum_y exp(t) R(x_<i, y) over the candidates
 
+Dividing by the sum gives a candidate that was lowered part of its loss back, and nearly all of it where it was nearly
+certain: the end of a rude word whose beginning is said. With `hold` the lost probability goes to the others instead:
+exp(t) / (nu + exp(-shift) - 1), nu such that the sum is 1. Of all distributions in which the weighted penalties
+exp(-shift) - 1 are expected no oftener, this one is nearest to the target's, by the divergence from the target.
+
 One mode is none of these: `embedding`, the source paper's own (Tian et al. 2025), fuses hidden states before the
 target's output head, over the whole vocabulary. Its arithmetic is in fusion_embedding.py; here it has its options.
 
@@ -37,6 +42,10 @@ from calibfuse.candidates import choose_candidates
 from calibfuse.errors import InputError
 
 MAX_ALPHA = 100.0
+_HOLD_STEPS = 6
+_MAX_PENALTY = 1e18  # its square is still a float32
+_LEAST_NU = 1e-3  # no candidate is raised by more than its inverse
+_TINY = 1e-30
 GuideScores = Callable[[str, Tensor | None], Tensor]
 
 
@@ -56,6 +65,8 @@ class FusionConfig:
             larger one is smaller by as much. What the two disagree about in calm text is mostly noise.
         max_shift: largest change of a candidate's log-probability in contrast and value mode, before renormalisation,
             in nats.
+        hold: of one-sided contrast: what a candidate loses is not given back to it by renormalisation, however certain
+            it was; see the head of this module.
         hidden_temperature: of mode embedding. True: as published, the target's hidden state gets the weight 1 - alpha,
             which also acts as a temperature of 1 / (1 - alpha). False: it keeps weight 1.
     """
@@ -66,6 +77,7 @@ class FusionConfig:
     one_sided: bool = True
     margin: float = 0.0
     max_shift: float = 10.0
+    hold: bool = False
     hidden_temperature: bool = True
 
     def __post_init__(self) -> None:
@@ -89,7 +101,7 @@ class FusionConfig:
             raise InputError(
                 f"candidates must be None (by probability), 0 (whole vocabulary) or a positive integer, got {count!r}."
             )
-        for name in ("one_sided", "hidden_temperature"):
+        for name in ("one_sided", "hold", "hidden_temperature"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         if not _is_number(self.margin) or self.margin < 0:
@@ -237,13 +249,34 @@ def fuse(
     for head in mode.heads:
         raw = _fit(guide_scores(head, token_ids), values.shape[-1])
         guide[head] = _renormalise(raw, fixed) if head in _DISTRIBUTION_HEADS else _relative(raw, target, fixed)
-    fused = _renormalise(mode.fuse(target, guide, config), fixed)
+    fused = mode.fuse(target, guide, config)
+    if config.hold and config.one_sided and config.mode == "contrast":
+        fused = _hold(target, fused, fixed)
+    fused = _renormalise(fused, fixed)
     values = torch.where(fixed, values, fused + mass)
     if token_ids is None:
         return values
     # In place where autograd does not need the old values: they are a copy of the scores already.
     scatter = log_probs.scatter if log_probs.requires_grad else log_probs.scatter_
     return scatter(-1, token_ids, values)
+
+
+def _hold(target: Tensor, lowered: Tensor, fixed: Tensor) -> Tensor:
+    """Log of exp(target) / (nu + exp(target - lowered) - 1), with the nu in (0, 1] for which the sum is 1.
+
+    Newton's method on 1 / sum - 1, which is concave in nu: begun at a lower bound (no part of the sum may exceed 1) it
+    comes nearer from below with every step. What is left of an error the caller's renormalisation takes away.
+    """
+    penalty = torch.expm1(target - lowered).clamp(max=_MAX_PENALTY)
+    probability = target.exp().masked_fill(fixed, 0.0)
+    untouched = torch.where(penalty == 0.0, probability, 0.0).sum(dim=-1, keepdim=True)
+    nu = (probability - penalty).amax(dim=-1, keepdim=True).maximum(untouched).clamp(min=_LEAST_NU)
+    for _ in range(_HOLD_STEPS):
+        share = 1.0 / (nu + penalty)
+        total = (probability * share).sum(dim=-1, keepdim=True)
+        slope = (probability * share * share).sum(dim=-1, keepdim=True)
+        nu = (nu + total * (total - 1.0) / slope.clamp(min=_TINY)).clamp(_LEAST_NU, 1.0)
+    return target - (nu + penalty).log()
 
 
 def _fit(guide_scores: Tensor, width: int) -> Tensor:

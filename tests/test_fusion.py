@@ -1,5 +1,6 @@
 """The arithmetic of the fusion against slow loops, numbers worked by hand, and what must never change."""
 
+import dataclasses
 import json
 import math
 
@@ -92,8 +93,23 @@ def slow_row(scores, heads, covered, config):
         else:
             prefix = log_sum_exp([target[j] + heads["value"][j] for j in chosen])
             fused[i] = target[i] + min(max(a * (heads["value"][i] - prefix), -config.max_shift), config.max_shift)
+    if config.hold and config.one_sided and config.mode == "contrast":
+        fused = slow_hold(target, fused)
     constant = log_sum_exp(list(fused.values()))
     return [mass + fused[i] - constant if i in fused else log_probs[i] for i in range(len(scores))]
+
+
+def slow_hold(target, lowered):
+    """By bisection."""
+    penalty = {i: min(math.expm1(target[i] - lowered[i]), 1e18) for i in target}
+    low, high = 1e-3, 1.0
+    for _ in range(100):
+        middle = (low + high) / 2
+        if sum(math.exp(target[i]) / (middle + penalty[i]) for i in target) > 1:
+            low = middle
+        else:
+            high = middle
+    return {i: target[i] - math.log(high + penalty[i]) for i in target}
 
 
 configs = st.sampled_from(MODE_NAMES).flatmap(
@@ -104,7 +120,8 @@ configs = st.sampled_from(MODE_NAMES).flatmap(
         candidates=st.sampled_from([None, 0, 1, 2, 7, 39, 40, 41, 500]),
         one_sided=st.booleans(),
         margin=st.sampled_from([0.0, 0.1, 2.0]),
-        max_shift=st.sampled_from([0.5, 10.0, math.inf]),
+        max_shift=st.sampled_from([0.5, 10.0, 40.0]),
+        hold=st.booleans(),
     )
 )
 
@@ -325,6 +342,43 @@ def test_one_sided_contrast_raises_nothing_before_renormalisation():
         assert (gain[~liked] < gain[liked][0]).all()
 
 
+def test_what_was_nearly_certain_is_held_down_and_everything_else_moves_alike():
+    """A rude word's end: 0.9 falls by e**-4 to 0.0165, and by the sum alone would come back to 0.14."""
+    scores, guide = one_row(
+        [0.9, 0.05, 0.03, 0.02], calibrator=[0.01, 0.5, 0.29, 0.2], reference=[0.9, 0.05, 0.03, 0.02]
+    )
+    loose = run(scores, guide, FusionConfig(alpha=8.0, max_shift=4.0, candidates=0)).exp()[0]
+    held = run(scores, guide, FusionConfig(alpha=8.0, max_shift=4.0, candidates=0, hold=True)).exp()[0]
+    assert loose[0] == pytest.approx(0.9 * math.exp(-4) / (0.9 * math.exp(-4) + 0.1), rel=1e-4)
+    assert held[0] < 1.02 * 0.9 * math.exp(-4)
+    assert held.sum() == pytest.approx(1.0, abs=1e-5)
+    torch.testing.assert_close(held[1:] / held[1], loose[1:] / loose[1])
+
+
+def test_held_down_the_divergence_is_the_least_at_that_much_penalty():
+    """Nothing else with the same expected penalty is nearer to the target: steps keep both sums."""
+    scores, guide = random_case(21, rows=1, vocab=12, uncovered=0, excluded=0)
+    config = FusionConfig(alpha=2.0, max_shift=3.0, candidates=0)
+    target = scores.double().log_softmax(-1)[0]
+    shift = (
+        2.0
+        * (guide.heads["calibrator"].double().log_softmax(-1) - guide.heads["reference"].double().log_softmax(-1))[0]
+    ).clamp(-3.0, 0.0)
+    penalty = torch.expm1(-shift)
+    held = run(scores, guide, dataclasses.replace(config, hold=True)).double().exp()[0]
+
+    def divergence(distribution):
+        return float((target.exp() * (target - distribution.log())).sum())
+
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.stack([torch.ones(12, dtype=torch.float64), penalty], dim=1)).Q
+    for _ in range(50):
+        step = torch.randn(12, generator=generator, dtype=torch.float64)
+        step -= basis @ (basis.T @ step)
+        step *= 0.3 * float((held / step.abs()).min())
+        assert divergence(held + step) > divergence(held)
+
+
 @pytest.mark.parametrize("limit", [0.25, 2.0])
 def test_no_shift_is_larger_than_the_clip(limit):
     scores, guide = random_case(19, uncovered=0, excluded=0)
@@ -338,6 +392,10 @@ def test_no_shift_is_larger_than_the_clip(limit):
         spread = change.amax(-1) - change.amin(-1)  # in which the constant of renormalisation cancels
         assert (spread <= width + 1e-4).all()
         assert (spread > 0.9 * width).any()
+    held = run(scores, guide, FusionConfig(alpha=50.0, candidates=0, max_shift=limit, hold=True))
+    lowest = (held - scores.log_softmax(-1)).amin(-1)
+    assert (lowest >= -limit - 1e-4).all()
+    assert (lowest < 0.0).all()
 
 
 def test_numbers_of_numpy_become_plain_ones():

@@ -53,6 +53,7 @@ def _options(args: argparse.Namespace, mode: str | None, alpha: float | None) ->
         "margin": args.margin,
         "max_shift": args.max_shift,
         "one_sided": args.one_sided,
+        "hold": args.hold,
     }
     return {name: value for name, value in values.items() if value is not None}
 

@@ -95,6 +95,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--one-sided", action=argparse.BooleanOptionalAction, help="only lower tokens (default: the calibrator's)"
     )
     methods.add_argument(
+        "--hold",
+        action=argparse.BooleanOptionalAction,
+        help="what a token loses is not given back to it (default: the calibrator's)",
+    )
+    methods.add_argument(
         "--baseline",
         nargs="+",
         default=[],
