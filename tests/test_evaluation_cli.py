@@ -61,6 +61,22 @@ def test_everything_is_measured_and_written(run, bundle, tmp_path):
     assert (tmp_path / "out" / "report.html").stat().st_size > 5000
 
 
+def test_several_scorers_stand_side_by_side(run, tmp_path, monkeypatch):
+    (tmp_path / "own_scorer.py").write_text("def rate(texts):\n    return [0.8] * len(texts)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    code, out, err = run("--alpha", "1", "--no-neutrality", "--hold", "--scorer", "bundled", "own_scorer:rate")
+    assert code == 0, err
+    assert "| own_scorer:rate | 0.7 | 100.0% |" in out
+    data = report(tmp_path / "out")
+    assert data["facts"]["other_scorers"] == ["own_scorer:rate"]
+    assert data["methods"][1]["settings"]["fusion"]["hold"] is True
+    rows = {(row["scorer"], row["toxic_from"]): row for row in data["methods"][1]["opinions"]}
+    assert rows["own_scorer:rate", 0.9]["estimates"]["toxic_share"]["value"] == 0.0
+    assert (
+        rows[data["facts"]["scorer"], 0.5]["estimates"]["toxic_share"] == data["methods"][1]["metrics"]["toxic_share"]
+    )
+
+
 def test_resume_goes_on_with_the_same_figures(run, tmp_path):
     run("--alpha", "1", "--no-neutrality")
     first = report(tmp_path / "out")
