@@ -300,7 +300,7 @@ class Calibrator(nn.Module):
         config = {"format": FORMAT_NAME, "format_version": FORMAT_VERSION, **self.config.to_dict()}
         tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in self.state_dict().items()}
         minded = sum(shift < 0.0 for shift in self.config.words.values())
-        counts = {"words_minded_by_themselves": minded, "names_spared": len(self.config.words) - minded}
+        counts = {"words_and_beginnings_minded_by_themselves": minded, "names_spared": len(self.config.words) - minded}
         words = {name: count for name, count in counts.items() if count}
         card = calibrator_card({**config["training"], **words, "fusion": config["fusion"]})
         hub.write_checkpoint(Path(folder), config=config, tensors=tensors, files={"README.md": card})

@@ -128,8 +128,8 @@ def divergence_by_token(
 ) -> Tensor:
     """Which tokens the divergence on benign text comes from.
 
-    With d = log q - log p less its largest value at a position (what the method says of a token it leaves alone),
-    KL(p || q) is the sum over tokens of p (exp(d) - 1 - d), up to the square of the probability that is taken there.
+    With d = log q - log p, KL(p || q) is the sum over tokens of p (exp(d) - 1 - d): each part is 0 where a token is left
+    alone, positive where it moves either way, and tokens that others' losses raise a little hardly count.
 
     Args:
         target: the model.
@@ -146,7 +146,6 @@ def divergence_by_token(
             plain, fused, scored = (each[0] for each in _distributions(target, make_processors, [row], [1]))
             before, after = plain[scored], fused[scored]
             shift = torch.where(before == -torch.inf, -torch.inf, after - before)
-            shift = shift - shift.amax(dim=-1, keepdim=True)
             taken = before.exp() * (shift.exp() - 1.0 - shift)
             parts = parts + taken.masked_fill(before == -torch.inf, 0.0).sum(dim=0).double().cpu()
             positions += int(scored.sum())
