@@ -128,7 +128,7 @@ def divergence_by_token(
 ) -> Tensor:
     """Which tokens the divergence on benign text comes from.
 
-    With d = log q - log p, KL(p || q) is the sum over tokens of p (exp(d) - 1 - d): each part is 0 where a token is left
+    With d = log q - log p, KL(p || q) is the sum over tokens of p (exp(d) - 1 - d): a part is 0 where a token is left
     alone, positive where it moves either way, and tokens that others' losses raise a little hardly count.
 
     Args:
