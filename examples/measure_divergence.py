@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import replace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -40,8 +39,7 @@ def main() -> None:
     torch.set_num_threads(1)
     target = load_target(args.target)
     chosen = {name: value for name in ("alpha", "margin") if (value := getattr(args, name)) is not None}
-    fusion = CalibFusion.from_pretrained(args.calibrator, tokenizer=target.tokenizer)
-    fusion = CalibFusion(fusion.guide, replace(fusion.config, **chosen))
+    fusion = CalibFusion.from_pretrained(args.calibrator, tokenizer=target.tokenizer, **chosen)
     texts = load_texts(args.text) if args.text else None
     measured = LanguageModel(target.name, target.model, target.tokenizer)
     parts = divergence_by_token(measured, lambda: [fusion], texts)

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import replace
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -97,9 +96,8 @@ def main() -> None:
     ]
     rows = rows[: args.limit or None]
     target = load_target(args.target)
-    fusion = CalibFusion.from_pretrained(args.calibrator, tokenizer=target.tokenizer, target=target.model)
     given = {name: getattr(args, name) for name in ("alpha", "margin", "max_shift") if getattr(args, name) is not None}
-    fusion = CalibFusion(fusion.guide, replace(fusion.config, **given))
+    fusion = CalibFusion.from_pretrained(args.calibrator, tokenizer=target.tokenizer, target=target.model, **given)
     moved = log_ratios(target, fusion, [row[:2] for row in rows], args.batch_size)
     toxicity = np.array([row[2] for row in rows])
     w = np.exp(moved)

@@ -33,6 +33,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from calibfuse.calibrator.mixed_precision import mixed_precision
 from calibfuse.scorers.continuation_files import Fold
 from calibfuse.scorers.recipe import ScorerData, added_texts, gather
 from calibfuse.scorers.training import LabelledTexts, area_under_curve
@@ -149,7 +150,7 @@ def main() -> None:
             for group in optimizer.param_groups:
                 group["lr"] = args.learning_rate * max(rate, 1e-3)
             padded = tokenizer.pad({"input_ids": [ids[i] for i in batch]}, return_tensors="pt").to(args.device)
-            with torch.autocast(args.device, dtype=torch.bfloat16):
+            with mixed_precision(model.device, "bf16"):
                 scores = model(**padded).logits.float()
             each = torch.nn.functional.binary_cross_entropy_with_logits(
                 scores[:, 1] - scores[:, 0], labels[batch].to(args.device), reduction="none"

@@ -18,7 +18,7 @@ from calibfuse.errors import ScorerError
 from calibfuse.evaluation.journal import Journal, PromptRecord
 from calibfuse.evaluation.likelihood import LanguageModel, LogLikelihood, score_ids, score_texts
 from calibfuse.evaluation.metrics import TOXIC_FROM, Sums, distinct_counts, is_refusal, repetition, toxicity_sums
-from calibfuse.evaluation.opinions import OpinionSums, join_blocks, opinion_sums
+from calibfuse.evaluation.opinions import OpinionSums, opinion_sums
 from calibfuse.evaluation.prompts import Prompt
 from calibfuse.scorers import ToxicityScorer, check_scores
 
@@ -96,7 +96,7 @@ def measure(
         InputError: a text is longer than a model's positions.
     """
     blocks: list[dict[str, NDArray[np.float64]]] = []
-    opinions: list[OpinionSums] = []
+    rated: dict[str, list[NDArray[np.float64]]] = {}  # scorer -> [prompts of a block, samples]
     first: list[Example] = []
     worst: list[Example] = []
     records = journal.records([prompt.id for prompt in prompts])
@@ -105,10 +105,9 @@ def measure(
             texts = [said.text for record in block for said in record.continuations]
             scores = _score(scorer, texts).reshape(len(block), -1)
             columns = _columns(block)
-            opinion = opinion_sums(scorer.name, scores)
+            rated.setdefault(scorer.name, []).append(scores)
             for other in other_scorers:
-                opinion |= opinion_sums(other.name, _score(other, texts).reshape(len(block), -1))
-            opinions.append(opinion)
+                rated.setdefault(other.name, []).append(_score(other, texts).reshape(len(block), -1))
             for name, each in toxicity_sums(scores, toxic_from=toxic_from).items():
                 columns[f"{name}/"], columns[f"/{name}"] = each.numerator, each.denominator
             repeated = [record.prompt for record in block for _ in record.continuations]
@@ -133,7 +132,10 @@ def measure(
             progress.update(len(block))
     joined = {name: np.concatenate([columns[name] for columns in blocks]) for name in blocks[0]}
     sums = {name[:-1]: Sums(joined[name], joined[f"/{name[:-1]}"]) for name in joined if name.endswith("/")}
-    return Measured(sums, tuple(first), tuple(worst), join_blocks(opinions))
+    opinions: OpinionSums = {}
+    for name, parts in rated.items():
+        opinions |= opinion_sums(name, np.concatenate(parts))
+    return Measured(sums, tuple(first), tuple(worst), opinions)
 
 
 def select(measured: Measured, places: Sequence[int]) -> Measured:

@@ -11,8 +11,9 @@ Left out: tests of significance; an interval says more.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,6 +69,7 @@ METRICS: dict[str, Metric] = {
         Metric("tokens_per_second", "tokens/s", False),
     )
 }
+_EXPONENTIAL = frozenset(name for name, metric in METRICS.items() if metric.is_exponential)
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +80,7 @@ class Sums:
     denominator: NDArray[np.float64]
 
 
-Measures = Mapping[str, Sums]
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass(frozen=True)
@@ -194,11 +196,11 @@ class Resampled:
         return _interval(value, ratios, confidence)
 
 
-def resample(measures: Measures, *, resamples: int = 1000, seed: int = 0) -> dict[str, Resampled]:
+def resample(measures: Mapping[Key, Sums], *, resamples: int = 1000, seed: int = 0) -> dict[Key, Resampled]:
     """Every metric on all prompts and on bootstrap resamples of them.
 
     Args:
-        measures: sums by metric; all of the same number of prompts.
+        measures: sums by metric, or by any other key; all of the same number of prompts.
         resamples: how many.
         seed: of the resampling; equal seeds draw equal prompts, which pairs methods.
 
@@ -231,7 +233,7 @@ def resample(measures: Measures, *, resamples: int = 1000, seed: int = 0) -> dic
         with np.errstate(divide="ignore", invalid="ignore"):
             ratios = totals[:, 2 * place] / totals[:, 2 * place + 1]
             value = whole[2 * place] / whole[2 * place + 1]
-        if METRICS[name].is_exponential:
+        if name in _EXPONENTIAL:
             ratios, value = np.exp(ratios), np.exp(value)
         result[name] = Resampled(float(value), ratios)
     return result

@@ -6,13 +6,12 @@ that share weighs. From a higher score on, or by a scorer of another kind, it is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from calibfuse.evaluation.metrics import Estimate, Sums, resample, toxicity_sums
+from calibfuse.evaluation.metrics import Estimate, Resampled, Sums, resample, toxicity_sums
 
 TOXIC_FROM_ALL = (0.3, 0.5, 0.7, 0.9)
 _COUNTED = ("toxic_share", "toxicity_probability")
@@ -32,6 +31,7 @@ class Opinion:
 
 
 OpinionSums = dict[Opinion, dict[str, Sums]]  # by opinion and metric
+ResampledOpinions = dict[Opinion, dict[str, Resampled]]  # likewise
 
 
 @dataclass(frozen=True)
@@ -69,40 +69,36 @@ def opinion_sums(scorer: str, scores: NDArray[np.float64]) -> OpinionSums:
     return found
 
 
-def join_blocks(blocks: list[OpinionSums]) -> OpinionSums:
-    """Several blocks of prompts in one."""
-    return {
-        opinion: {
-            name: Sums(
-                np.concatenate([block[opinion][name].numerator for block in blocks]),
-                np.concatenate([block[opinion][name].denominator for block in blocks]),
-            )
-            for name in _COUNTED
-        }
-        for opinion in blocks[0]
-    }
-
-
-def compare_opinions(
-    sums: OpinionSums, plain: OpinionSums | None, *, resamples: int, seed: int
-) -> Mapping[Opinion, OpinionFigures]:
-    """Figures with intervals.
+def resample_opinions(sums: OpinionSums, *, resamples: int, seed: int) -> ResampledOpinions:
+    """All of a method's counts on the same bootstrap resamples of the prompts, which are drawn once.
 
     Args:
         sums: of a method.
+        resamples: how many.
+        seed: of the resampling; equal seeds draw equal prompts, which pairs methods.
+
+    Returns:
+        By opinion and metric.
+    """
+    flat = {(opinion, name): each for opinion, found in sums.items() for name, each in found.items()}
+    drawn = resample(flat, resamples=resamples, seed=seed)
+    return {opinion: {name: drawn[opinion, name] for name in found} for opinion, found in sums.items()}
+
+
+def compare_opinions(own: ResampledOpinions, plain: ResampledOpinions | None) -> dict[Opinion, OpinionFigures]:
+    """Figures with intervals.
+
+    Args:
+        own: of a method.
         plain: of plain decoding, by the same opinions; None: no changes.
-        resamples: of the bootstrap.
-        seed: of the bootstrap.
 
     Returns:
         By opinion.
     """
-    figures = {}
-    for opinion, each in sums.items():
-        own = resample(each, resamples=resamples, seed=seed)
-        base = {} if plain is None else resample(plain[opinion], resamples=resamples, seed=seed)
-        figures[opinion] = OpinionFigures(
-            {name: figure.estimate() for name, figure in own.items()},
-            {name: own[name].relative_to(figure) for name, figure in base.items()},
+    return {
+        opinion: OpinionFigures(
+            {name: figure.estimate() for name, figure in figures.items()},
+            {} if plain is None else {name: each.relative_to(plain[opinion][name]) for name, each in figures.items()},
         )
-    return figures
+        for opinion, figures in own.items()
+    }

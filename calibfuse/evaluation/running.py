@@ -25,7 +25,7 @@ from calibfuse.evaluation.methods import PLAIN, Method
 from calibfuse.evaluation.metrics import TOXIC_FROM, Estimate, resample
 from calibfuse.evaluation.neutral_text import BENIGN_TEXTS
 from calibfuse.evaluation.neutrality import Neutrality, measure_neutrality
-from calibfuse.evaluation.opinions import Opinion, OpinionFigures, compare_opinions
+from calibfuse.evaluation.opinions import Opinion, OpinionFigures, compare_opinions, resample_opinions
 from calibfuse.evaluation.prompts import Prompt
 from calibfuse.evaluation.sampling import SamplingConfig, sample_continuations
 from calibfuse.evaluation.speed import Speed, measure_speed
@@ -262,6 +262,7 @@ def _compare(
             places.setdefault(prompt.group, []).append(place)
     results = []
     plain = resample(measured[0].sums, resamples=resamples, seed=seed)
+    plain_opinions = resample_opinions(measured[0].opinions, resamples=resamples, seed=seed)
     for number, (method, each, neutrality) in enumerate(zip(methods, measured, neutral, strict=True)):
         figures = resample(each.sums, resamples=resamples, seed=seed) if number else plain
         groups = {
@@ -271,6 +272,7 @@ def _compare(
             }
             for group, chosen in sorted(places.items())
         }
+        opinions = resample_opinions(each.opinions, resamples=resamples, seed=seed) if number else plain_opinions
         shared = [name for name in figures if name in plain] if number else []
         results.append(
             MethodResult(
@@ -283,9 +285,7 @@ def _compare(
                 neutrality=neutrality,
                 speed=speeds.get(method.key),
                 suites=read[number],
-                opinions=compare_opinions(
-                    each.opinions, measured[0].opinions if number else None, resamples=resamples, seed=seed
-                ),
+                opinions=compare_opinions(opinions, plain_opinions if number else None),
             )
         )
     return results

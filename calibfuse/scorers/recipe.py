@@ -142,4 +142,4 @@ def added_texts(source: ScorerData, carriers: LabelledTexts) -> LabelledTexts | 
         )
     if not parts:
         return None
-    return parts[0] if len(parts) == 1 else sum(parts[1:], parts[0])
+    return sum(parts[1:], parts[0])

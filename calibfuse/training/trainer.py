@@ -299,7 +299,8 @@ class Trainer:
         )
         if config.heads_only:
             for name, parameter in self.calibrator.named_parameters():
-                parameter.requires_grad_(name in _head_parameters(self.calibrator))
+                # of the table, the objective lets gradients through to the heads' biases only
+                parameter.requires_grad_(name.startswith("heads.") or name == "composer.table")
         self.objective: torch.nn.Module = TrainingObjective(
             self.calibrator, reference_weight=config.reference_weight, heads_only=config.heads_only
         )
@@ -599,12 +600,6 @@ def _accelerator(config: TrainingConfig) -> Any | None:  # noqa: ANN401
     if config.rows % processes:
         raise InputError(f"rows ({config.rows}) must be a multiple of the number of processes ({processes}).")
     return Accelerator(cpu=not torch.cuda.is_available())
-
-
-def _head_parameters(calibrator: Calibrator) -> frozenset[str]:
-    """Names of what `heads_only` trains; of the table, the objective lets gradients through to the biases only."""
-    names = (name for name, _ in calibrator.named_parameters() if name.startswith("heads."))
-    return frozenset((*names, "composer.table"))
 
 
 def _optimizer(calibrator: Calibrator, config: TrainingConfig) -> torch.optim.AdamW:
