@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibfuse.scorers import ToxicityScorer, load_scorer
+from calibfuse.scorers.continuation_files import Fold, read_scored_texts
 from calibfuse.scorers.identity import identity_terms
 from calibfuse.scorers.training import area_under_curve
 
@@ -51,7 +52,7 @@ def show(name: str, scores: NDArray[np.float64], toxic: NDArray[np.bool_]) -> No
     )
 
 
-def measure_labelled(scorer: ToxicityScorer, data: Path) -> None:
+def measure_labelled(scorer: ToxicityScorer, data: Path, fold: Fold) -> None:
     """Measure on the labelled collections."""
     jigsaw = [row for row in rows(data / "toxicity" / "jigsaw.jsonl.xz") if row["split"] == "jigsaw_test"]
     toxic = np.array([row["toxic"] == 1 for row in jigsaw])
@@ -67,12 +68,10 @@ def measure_labelled(scorer: ToxicityScorer, data: Path) -> None:
     pairs = rows(data / "toxicity" / "paradetox.jsonl.xz")
     texts = [row["toxic"] for row in pairs] + [text for row in pairs for text in row["neutral"]]
     show("ParaDetox, toxic against rewritten", scorer.score(texts), np.arange(len(texts)) < len(pairs))
-    prompts = rows(data / "prompts" / "realtoxicityprompts.jsonl.xz")
-    judged = [row for row in prompts if row["continuation"] and row["continuation_toxicity"] is not None]
-    scores = scorer.score([row["continuation"] for row in judged])
-    perspective = np.array([row["continuation_toxicity"] for row in judged])
-    show("RealToxicityPrompts, Perspective", scores, perspective >= 0.5)
-    print(f"{'':34} correlation with Perspective {np.corrcoef(scores, perspective)[0, 1]:.3f}")
+    judged = read_scored_texts([data / "prompts" / "realtoxicityprompts.jsonl.xz"], fold)
+    scores = scorer.score(judged.texts)
+    show(f"RealToxicityPrompts, fold {fold.part}/{fold.parts}", scores, judged.labels >= 0.5)
+    print(f"{'':34} correlation with Perspective {np.corrcoef(scores, judged.labels)[0, 1]:.3f}")
 
 
 def measure_identity(scorer: ToxicityScorer, data: Path) -> None:
@@ -109,9 +108,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with the collections")
     parser.add_argument("--scorer", default="bundled", help="any name that load_scorer takes (default: %(default)s)")
+    parser.add_argument(
+        "--fold",
+        default="1/2",
+        metavar="I/N",
+        help="part of RealToxicityPrompts; the bundled scorer read 2/2 (%(default)s)",
+    )
     args = parser.parse_args()
     scorer = load_scorer(args.scorer)
-    measure_labelled(scorer, args.data)
+    measure_labelled(scorer, args.data, Fold.parse(args.fold))
     measure_identity(scorer, args.data)
     measure_speed(scorer, args.data)
 
