@@ -29,7 +29,11 @@ _SINGULARS = (
     "feminist lesbian homosexual muslim christian catholic hindu mormon buddhist atheist transsexual transgendered "
     "islam"
 ).split()
-TERMS: tuple[str, ...] = tuple(sorted({term for term in (*ADJECTIVES, *PLURALS, *_SINGULARS) if " " not in term}))
+# of "middle-aged", "middle eastern", "puerto rican": words are looked for one by one
+_SECOND_PARTS = ("aged", "eastern", "rican")
+TERMS: tuple[str, ...] = tuple(
+    sorted({term for term in (*ADJECTIVES, *PLURALS, *_SINGULARS, *_SECOND_PARTS) if " " not in term})
+)
 _CHUNK_BYTES = 16_000_000
 
 
