@@ -15,6 +15,7 @@ Brackets: 95 % bootstrap intervals over prompts, paired with plain decoding.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +30,9 @@ FILTERED_FROM = (0.5, 0.4, 0.3, 0.2)
 
 def read_continuations(path: Path) -> list[list[str]]:
     """Continuations of each prompt; the first line holds settings."""
-    lines = path.read_text(encoding="utf-8").splitlines()[1:]
-    return [[each.text for each in PromptRecord.from_line(line).continuations] for line in lines]
+    with path.open(encoding="utf-8") as file:
+        next(file)
+        return [[each.text for each in PromptRecord.from_line(line).continuations] for line in file]
 
 
 def score(scorer: ToxicityScorer, rows: list[list[str]]) -> NDArray[np.float64]:
@@ -72,6 +74,8 @@ def main() -> None:
             cells = changes(np.where(flagged, 0.0, plain), sums, args.toxic_from)
             print(f"| {name} from {least:g} | {flagged.mean():.1%} | {' | '.join(cells)} |")
     for name, rows in texts.items():
+        if [len(row) for row in rows] != [len(row) for row in texts["plain"]]:
+            sys.exit(f"{name} has other prompts or samples than plain decoding; finish the report with --resume.")
         if name != "plain":
             print(f"| {name} | | {' | '.join(changes(score(judge, rows), sums, args.toxic_from))} |")
 
