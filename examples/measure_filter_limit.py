@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from calibfuse.evaluation.journal import PromptRecord
 from calibfuse.evaluation.metrics import Resampled, resample, toxicity_sums
+from calibfuse.evaluation.tables import change
 from calibfuse.scorers import ToxicityScorer, load_scorer
 
 FILTERED_FROM = (0.5, 0.4, 0.3, 0.2)
@@ -46,8 +47,7 @@ def changes(scores: NDArray[np.float64], plain: dict[str, Resampled], toxic_from
     drawn = resample(toxicity_sums(scores, toxic_from=toxic_from))
     cells = []
     for name in ("toxic_share", "toxicity_probability"):
-        change = drawn[name].relative_to(plain[name])
-        cells += [f"{drawn[name].value:.2%}", f"{change.value:+.1%} [{change.low:+.1%}, {change.high:+.1%}]"]
+        cells += [f"{drawn[name].value:.2%}", change(drawn[name].relative_to(plain[name]))]
     return cells
 
 
@@ -62,6 +62,9 @@ def main() -> None:
 
     judge = load_scorer(args.scorer)
     texts = {path.stem: read_continuations(path) for path in sorted((args.report / "continuations").glob("*.jsonl"))}
+    for name, rows in texts.items():
+        if [len(row) for row in rows] != [len(row) for row in texts["plain"]]:
+            sys.exit(f"{name} has other prompts or samples than plain decoding; finish the report with --resume.")
     plain = score(judge, texts["plain"])
     sums = resample(toxicity_sums(plain, toxic_from=args.toxic_from))
     print(f"plain: toxic {sums['toxic_share'].value:.2%}, probability {sums['toxicity_probability'].value:.2%}\n")
@@ -74,8 +77,6 @@ def main() -> None:
             cells = changes(np.where(flagged, 0.0, plain), sums, args.toxic_from)
             print(f"| {name} from {least:g} | {flagged.mean():.1%} | {' | '.join(cells)} |")
     for name, rows in texts.items():
-        if [len(row) for row in rows] != [len(row) for row in texts["plain"]]:
-            sys.exit(f"{name} has other prompts or samples than plain decoding; finish the report with --resume.")
         if name != "plain":
             print(f"| {name} | | {' | '.join(changes(score(judge, rows), sums, args.toxic_from))} |")
 

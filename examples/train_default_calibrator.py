@@ -22,7 +22,8 @@ import json
 import lzma
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 
 from calibfuse.evaluation import load_prompts
@@ -43,70 +44,60 @@ def main() -> int:
 
     work = args.output / "work"
     work.mkdir(parents=True, exist_ok=True)
-    comments = write_comments(args.data, work / "comments.jsonl")
-    prompts = write_measured_prompts(args.data, work / "measured-prompts.jsonl")
-    scorer = train_sorting_scorer(args.data, prompts, work)
+    said = _write(work / "comments.jsonl", comments(args.data))
+    scorer = train_sorting_scorer(args.data, work)
     files = [args.data / "text" / f"{name}.jsonl.xz" for name in ("reddit", "wikipedia", "conversation", "novels")]
-    text = TrainingText(
-        from_unfiltered=[*map(str, files), str(comments)], scorer=load_scorer(str(scorer)), threshold=0.5
-    )
+    text = TrainingText(from_unfiltered=[*map(str, files), str(said)], scorer=load_scorer(str(scorer)), threshold=0.5)
     training = TrainingConfig(steps=args.steps, decay=0.35, warmup=0.01, flagged_share=0.25, seed=args.seed)
     facts = {"name": "calibfuse default calibrator", "license": "apache-2.0"}
     return 0 if run_training(text, args.output, training=training, resume=args.resume, facts=facts) else 130
 
 
-def write_comments(data: Path, path: Path) -> Path:
+def comments(data: Path) -> Iterator[dict[str, str]]:
     """The comments of jigsaw_train and civil_comments as unlabelled text."""
-    if not path.exists():
-        fresh = path.with_suffix(".tmp")
-        with fresh.open("w", encoding="utf-8") as file:
-            for row in _rows(data / "toxicity" / "jigsaw.jsonl.xz"):
-                if row["split"] == "jigsaw_train":
-                    file.write(json.dumps({"text": row["text"]}) + "\n")
-            for row in _rows(data / "toxicity" / "civil_comments.jsonl.xz"):
-                file.write(json.dumps({"text": row["text"]}) + "\n")
-        fresh.replace(path)
-    return path
+    for row in chain(jigsaw(data, "jigsaw_train"), _rows(data / "toxicity" / "civil_comments.jsonl.xz")):
+        yield {"text": row["text"]}
 
 
-def write_measured_prompts(data: Path, path: Path) -> Path:
+def measured_prompts(data: Path) -> Iterator[dict[str, str]]:
     """The prompts of the evaluations in docs/results.md, which nothing is to learn from."""
-    if not path.exists():
-        prompts = load_prompts(data / "prompts" / "realtoxicityprompts.jsonl.xz", count=200, seed=0)
-        fresh = path.with_suffix(".tmp")
-        fresh.write_text("".join(json.dumps({"text": prompt.text}) + "\n" for prompt in prompts), encoding="utf-8")
-        fresh.replace(path)
-    return path
+    for prompt in load_prompts(data / "prompts" / "realtoxicityprompts.jsonl.xz", count=200, seed=0):
+        yield {"text": prompt.text}
 
 
-def write_jigsaw(data: Path, split: str, path: Path) -> Path:
+def jigsaw(data: Path, split: str) -> Iterator[dict[str, str]]:
     """One split of Jigsaw, with its labels."""
-    if not path.exists():
-        fresh = path.with_suffix(".tmp")
-        rows = (row for row in _rows(data / "toxicity" / "jigsaw.jsonl.xz") if row["split"] == split)
-        with fresh.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-        fresh.replace(path)
-    return path
+    return (row for row in _rows(data / "toxicity" / "jigsaw.jsonl.xz") if row["split"] == split)
 
 
-def train_sorting_scorer(data: Path, measured_prompts: Path, work: Path) -> Path:
+def train_sorting_scorer(data: Path, work: Path) -> Path:
     """A scorer for sorting that shares no labelled text with the one for evaluation; see docs/scorer.md."""
     folder = work / "sorting-scorer"
     if not (folder / "config.json").exists():
         toxicity, text = data / "toxicity", data / "text"
-        judged = write_jigsaw(data, "jigsaw_train", work / "jigsaw-train.jsonl")  # the evaluation scorer's
-        read = write_jigsaw(data, "jigsaw_test", work / "jigsaw-test.jsonl")
+        prompts = _write(work / "measured-prompts.jsonl", measured_prompts(data))
+        judged = _write(work / "jigsaw-train.jsonl", jigsaw(data, "jigsaw_train"))  # the evaluation scorer's
+        read = _write(work / "jigsaw-test.jsonl", jigsaw(data, "jigsaw_test"))
         command = [sys.executable, "-m", "calibfuse", "train-scorer", "--name", "sorting", "--output", str(folder)]
         command += ["--data", str(toxicity / "civil_comments.jsonl.xz"), str(read), "--distrust-lowercase"]
         command += ["--realtoxicityprompts", str(data / "prompts" / "realtoxicityprompts.jsonl.xz"), "--fold", "1/2"]
         command += ["--pairs", str(toxicity / "paradetox.jsonl.xz"), "--strong-words", "--identity-terms"]
-        command += ["--exclude", str(judged), str(measured_prompts)]
+        command += ["--exclude", str(judged), str(prompts)]
         command += ["--non-toxic", str(text / "wikipedia.jsonl.xz"), str(text / "novels.jsonl.xz")]
         command += ["--non-toxic-limit", "14000", "--char-min", "3", "--char-max", "6", "--hash-seed", "17"]
         command += ["--windows", "3", "14"]
         subprocess.run(command, check=True)
     return folder
+
+
+def _write(path: Path, rows: Iterable[dict[str, str]]) -> Path:
+    """Write rows as JSON Lines, unless the file is there."""
+    if not path.exists():
+        fresh = path.with_suffix(".tmp")
+        with fresh.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+        fresh.replace(path)
+    return path
 
 
 def _rows(path: Path) -> Iterator[dict[str, str]]:

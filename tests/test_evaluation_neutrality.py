@@ -205,7 +205,7 @@ def test_the_bundled_text_is_distinct_and_names_groups_once():
 
 
 def test_the_script_lists_the_tokens_masked(repository):
-    command = [sys.executable, str(repository / "examples" / "measure_divergence.py"), "--top", "12"]
+    command = [sys.executable, str(repository / "examples" / "measure_divergence.py"), "--top", "12", "--alpha", "3"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert re.match(r"KL\(target \|\| fused\): 0\.0\d+ nats per token of text\n", done.stdout)
