@@ -19,12 +19,12 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from calibfuse.calibrator import Calibrator, Guide, NextTokens
-from calibfuse.calibrator.alignment import Alignment, alignable, alignment_folders, find_alignment, last_states
+from calibfuse.embedding.alignment import Alignment, alignable, alignment_folders, find_alignment, last_states
+from calibfuse.embedding.fusion import EmbeddingFusion
+from calibfuse.embedding.output_head import find_output_head
 from calibfuse.errors import FusionNotAppliedError, InputError, MissingHeadError, VocabularyMismatchError
 from calibfuse.fusion import MODES, FusionConfig, fuse
-from calibfuse.fusion_embedding import EmbeddingFusion
 from calibfuse.hub import resolve_checkpoint
-from calibfuse.output_head import find_output_head
 from calibfuse.vocabulary import Vocabulary
 
 if TYPE_CHECKING:

@@ -20,11 +20,11 @@ import numpy as np
 import torch
 
 from calibfuse import Calibrator, Vocabulary
-from calibfuse.calibrator.fidelity import measure_fidelity
+from calibfuse.bits_per_byte import measure_fidelity
 from calibfuse.calibrator.model import CALIBRATOR_HEAD, CalibratorConfig
 from calibfuse.inspection.encoding import text_encoder
 from calibfuse.training.data import PassageStore
-from calibfuse.training.tokenizer_pool import PoolEntry, TokenizerPool
+from calibfuse.training.tokenizers.pool import PoolEntry, TokenizerPool
 from calibfuse.training.trainer import Trainer, TrainingConfig, make_calibrator
 
 UNSEEN = ("gpt2.json", "pythia.json", "llama-3.json", "llama-2.tokenizer.model", "t5-small.json")

@@ -40,7 +40,7 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, GPT2Model, L
 
 if TYPE_CHECKING:
     from calibfuse.calibrator import BoundCalibrator, Calibrator, CalibratorConfig
-    from calibfuse.calibrator.causal_lm import CausalLMCalibrator
+    from calibfuse.guides.causal_lm import CausalLMCalibrator
     from calibfuse.vocabulary import Vocabulary
 
     Makers = dict[str, Callable[[], Any]]
@@ -117,7 +117,7 @@ def make_related_vocabulary(size: int) -> Vocabulary:
 
 def make_language_model(*, twin: bool = False) -> CausalLMCalibrator:
     """The bundled demo target (Llama-shaped, 2.7M, 8,192 tokens) as calibrator; its twin, for the cost, is itself."""
-    from calibfuse.calibrator.causal_lm import CausalLMCalibrator
+    from calibfuse.guides.causal_lm import CausalLMCalibrator
     from calibfuse.hub import resolve_checkpoint
 
     folder = resolve_checkpoint(None, default="demo-target")
@@ -164,7 +164,7 @@ def variants(bound: BoundCalibrator, *, alternatives: bool) -> Makers:
 
 def causal_lm_variants(calibrator: Calibrator, vocabulary: Vocabulary) -> Makers:
     """Calibrators of every kind for one vocabulary: name -> maker of a fresh processor (None: plain decoding)."""
-    from calibfuse.calibrator.causal_lm import CausalLMCalibrator
+    from calibfuse.guides.causal_lm import CausalLMCalibrator
     from calibfuse.processor import CalibFusion, recommended_config
 
     shape = calibrator.config

@@ -50,14 +50,14 @@ from calibfuse.evaluation import LanguageModel, Method, Prompt, SamplingConfig, 
 from calibfuse.evaluation.measuring import Measured
 from calibfuse.evaluation.metrics import METRICS, Estimate, Resampled, Sums, resample
 from calibfuse.evaluation.neutrality import method_log_probs
-from calibfuse.finetune.auxiliary_training import AuxiliaryTrainingConfig
 from calibfuse.finetune.corpus import PackedCorpus
-from calibfuse.finetune.oracle import load_oracle
-from calibfuse.finetune.running import run_finetuning
+from calibfuse.finetune.run import run_finetuning
 from calibfuse.finetune.settings import AuxiliaryPlan, FinetuneConfig, ModelSource, OracleSource, SamplingPlan
 from calibfuse.finetune.tuning import TuningConfig
 from calibfuse.scorers import load_scorer
-from calibfuse.training.readers import iter_documents
+from calibfuse.textfiles import iter_documents
+from calibfuse.value.auxiliary_training import AuxiliaryTrainingConfig
+from calibfuse.value.oracle import load_oracle
 
 logger = logging.getLogger("finetune_comparison")
 

@@ -32,12 +32,12 @@ import torch
 from train_ceiling_lm import load_ceiling
 
 from calibfuse import Calibrator, Vocabulary
+from calibfuse.bits_per_byte import FrequentCandidates, measure_fidelity
 from calibfuse.calibrator.binding import BoundCalibrator, GuideStates
-from calibfuse.calibrator.fidelity import FrequentCandidates, measure_fidelity
 from calibfuse.errors import CalibfuseError
 from calibfuse.inspection.encoding import TextEncoder, text_encoder
 from calibfuse.training.data import PassageStore, iter_documents, split_passages
-from calibfuse.training.tokenizer_pool import TokenizerPool
+from calibfuse.training.tokenizers.pool import TokenizerPool
 
 _SMALLEST_COMPARED = 8_000
 _BLOCK = 128  # positions of which the source's whole distribution is held at once

@@ -27,11 +27,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import tokenizers
 import torch
 
-from calibfuse.calibrator.causal_lm import BoundCausalLM, CausalLMCalibrator
+from calibfuse.guides.causal_lm import BoundCausalLM, CausalLMCalibrator
 from calibfuse.training.data import iter_documents, split_passages
 
 if TYPE_CHECKING:
-    from calibfuse.calibrator.guide import NextTokens
+    from calibfuse.guide import NextTokens
 
 Encoder = Callable[[str], list[int]]
 

@@ -36,7 +36,7 @@ from calibfuse.calibrator.model import CalibratorConfig
 from calibfuse.inspection.encoding import TextEncoder, text_encoder
 from calibfuse.training.data import PassageStore
 from calibfuse.training.objective import Losses
-from calibfuse.training.tokenizer_pool import PoolEntry, PoolSpec, TokenizerPool
+from calibfuse.training.tokenizers.pool import PoolEntry, PoolSpec, TokenizerPool
 from calibfuse.training.trainer import Trainer, TrainingConfig, make_calibrator
 
 FORMAT_NAME, FORMAT_VERSION = "calibfuse-ceiling-lm", 1

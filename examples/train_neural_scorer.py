@@ -33,10 +33,10 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from calibfuse.calibrator.mixed_precision import mixed_precision
 from calibfuse.scorers.continuation_files import Fold
 from calibfuse.scorers.recipe import ScorerData, added_texts, gather
 from calibfuse.scorers.training import LabelledTexts, area_under_curve
+from calibfuse.training.mixed_precision import mixed_precision
 
 WORDS = (5, 40)  # length of a part of a clean text
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from calibfuse.finetune.samples import SampleSet
+from calibfuse.value.samples import SampleSet
 from calibfuse.vocabulary import Vocabulary
 
 SIZE, LENGTH = 10, 4

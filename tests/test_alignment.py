@@ -10,8 +10,9 @@ import transformers
 from tiny_calibrators import make_bound, make_calibrator, make_vocabulary
 
 from calibfuse import hub
-from calibfuse.calibrator import alignment_training
-from calibfuse.calibrator.alignment import (
+from calibfuse.cli.main import main
+from calibfuse.embedding import training as alignment_training
+from calibfuse.embedding.alignment import (
     Alignment,
     AlignmentFacts,
     alignment_folders,
@@ -20,8 +21,7 @@ from calibfuse.calibrator.alignment import (
     last_states,
     target_embeddings,
 )
-from calibfuse.calibrator.alignment_training import source_embeddings, train_alignment
-from calibfuse.cli.main import main
+from calibfuse.embedding.training import source_embeddings, train_alignment
 from calibfuse.errors import (
     CheckpointError,
     CheckpointFormatError,

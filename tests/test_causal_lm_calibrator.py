@@ -8,9 +8,9 @@ import transformers
 from tiny_calibrators import PAD, Forgetful, make_calibrator
 
 from calibfuse.calibrator import Calibrator
-from calibfuse.calibrator.causal_lm import BoundCausalLM, CausalLMCalibrator, same_ids
 from calibfuse.errors import CheckpointError, InputError, MissingHeadError, VocabularyError, VocabularyMismatchError
 from calibfuse.fusion import FusionConfig
+from calibfuse.guides.causal_lm import BoundCausalLM, CausalLMCalibrator, same_ids
 from calibfuse.processor import CalibFusion
 from calibfuse.vocabulary import Vocabulary
 
@@ -199,7 +199,7 @@ def test_texts_beyond_the_length_of_the_model(kind, request, tiny_gpt2, wrap_tok
 
 def test_projected_steps_read_few_tokens(projected, target, prompts, monkeypatch):
     """Nothing is read from the beginning again; what is fed hangs on the open word alone."""
-    from calibfuse.calibrator.cached_lm import CachedLM
+    from calibfuse.guides.kv_cache import CachedLM
 
     fed, feed = [], CachedLM.feed
     monkeypatch.setattr(

@@ -10,7 +10,7 @@ import torch
 from tiny_calibrators import make_calibrator
 from tiny_checkpoints import save_bundle
 
-from calibfuse.calibrator.fidelity import measure_fidelity
+from calibfuse.bits_per_byte import measure_fidelity
 from calibfuse.cli import main as cli
 from calibfuse.errors import DataError
 from calibfuse.inspection import coverage_page, report_mass, report_text, report_vocabulary

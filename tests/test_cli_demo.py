@@ -11,9 +11,9 @@ from tiny_calibrators import make_calibrator
 from tiny_checkpoints import BUNDLED, BUNDLED_CHECKPOINTS, save_bundle
 
 from calibfuse.cli import main as cli
+from calibfuse.cli.commands.demo import bundled_prompts
 from calibfuse.cli.comparison import Outcome, continuation_nats, continue_both, most_different, score, speed_kept
 from calibfuse.cli.decoding import Decoding
-from calibfuse.cli.demo import bundled_prompts
 from calibfuse.cli.target import load_target
 from calibfuse.errors import CheckpointError, InputError
 from calibfuse.fusion import FusionConfig

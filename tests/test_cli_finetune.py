@@ -14,8 +14,7 @@ import torch
 
 from calibfuse.cli import main as cli
 from calibfuse.errors import CheckpointError, DataError, InputError, MissingDependencyError, ScorerError
-from calibfuse.finetune.auxiliary_training import AuxiliaryTrainingConfig
-from calibfuse.finetune.running import run_finetuning
+from calibfuse.finetune.run import run_finetuning
 from calibfuse.finetune.settings import (
     AuxiliaryPlan,
     FinetuneConfig,
@@ -24,6 +23,7 @@ from calibfuse.finetune.settings import (
     SamplingPlan,
 )
 from calibfuse.finetune.tuning import TuningConfig
+from calibfuse.value.auxiliary_training import AuxiliaryTrainingConfig
 
 PROMPTS = ["the sun is", "a small house", "we went to the"]
 
@@ -316,7 +316,7 @@ def test_thinned_samples_stand_for_those_that_were_left_out():
     About k = 900 of 3,600 are kept, with a deviation of 26; 4 k / (4 k + 400) then has one of 0.0026.
     """
     from calibfuse.finetune.roles import thin_satisfied
-    from calibfuse.finetune.samples import SampleSet
+    from calibfuse.value.samples import SampleSet
 
     labels = (torch.rand(4000, generator=torch.Generator().manual_seed(0)) < 0.9).float()
     labels[0] = torch.nan

@@ -14,8 +14,8 @@ from calibfuse.cli.decoding import Decoding, continue_prompts
 from calibfuse.cli.prompts import read_prompts_file
 from calibfuse.cli.target import load_target
 from calibfuse.cli.terminal import Terminal, display_width, printable, wants_colour, wrap
-from calibfuse.continuations import decode_continuation
 from calibfuse.errors import CheckpointError, DataError, FusionNotAppliedError, InputError
+from calibfuse.generation.continuations import decode_continuation
 from calibfuse.processor import CalibFusion
 
 

@@ -10,10 +10,10 @@ from calibfuse.calibrator import Calibrator
 from calibfuse.cli.main import main as cli
 from calibfuse.errors import CheckpointError, DataError
 from calibfuse.finetune import guide_training
-from calibfuse.finetune.auxiliary_training import AuxiliaryTrainingConfig
-from calibfuse.finetune.guide_training import GuideConfig, train_guide
-from calibfuse.finetune.oracle import FunctionOracle
 from calibfuse.processor import CalibFusion
+from calibfuse.value.auxiliary_training import AuxiliaryTrainingConfig
+from calibfuse.value.oracle import FunctionOracle
+from calibfuse.value.training import GuideConfig, train_guide
 
 PROMPTS = ["the sun is", "a small house", "we went to the", "it was a"]
 ORACLE_MODULE = """

@@ -12,11 +12,11 @@ import torch
 import transformers
 from tiny_calibrators import EOS, PAD, make_bound
 
-from calibfuse.calibrator.alignment import Alignment, AlignmentFacts, sketch_of
+from calibfuse.embedding.alignment import Alignment, AlignmentFacts, sketch_of
+from calibfuse.embedding.fusion import EmbeddingFusion, aligned_states, fuse_embedding
+from calibfuse.embedding.output_head import OutputHead, find_output_head
 from calibfuse.errors import InputError, MissingHeadError, VocabularyMismatchError
 from calibfuse.fusion import FusionConfig, fuse
-from calibfuse.fusion_embedding import EmbeddingFusion, aligned_states, fuse_embedding
-from calibfuse.output_head import OutputHead, find_output_head
 from calibfuse.processor import CalibFusion
 
 VOCAB = 96

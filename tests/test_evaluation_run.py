@@ -15,11 +15,9 @@ from tiny_calibrators import make_calibrator
 from transformers import LogitsProcessor
 
 from calibfuse.calibrator import Calibrator
-from calibfuse.continuations import Continuation
 from calibfuse.errors import InputError, ScorerError
 from calibfuse.evaluation import LanguageModel, Method, Prompt, SamplingConfig, evaluate, to_data, to_markdown
 from calibfuse.evaluation.budget import compare_within_budget
-from calibfuse.evaluation.charts import Curve, Point, bars, curves
 from calibfuse.evaluation.journal import Journal, PromptRecord
 from calibfuse.evaluation.measure_files import load_measured, save_measured
 from calibfuse.evaluation.measuring import measure
@@ -29,6 +27,8 @@ from calibfuse.evaluation.picking import pick_alpha, write_recommendation
 from calibfuse.evaluation.report import write_report
 from calibfuse.evaluation.suites import LabelledText, Suite
 from calibfuse.fusion import FusionConfig
+from calibfuse.generation.continuations import Continuation
+from calibfuse.html.charts import Curve, Point, bars, curves
 from calibfuse.scorers import load_scorer
 
 PROMPTS = [

@@ -9,11 +9,11 @@ import torch
 from transformers import LogitsProcessor
 from transformers.generation.logits_process import TopPLogitsWarper
 
-from calibfuse.continuations import Continuation, encode
 from calibfuse.errors import DataError, InputError
 from calibfuse.evaluation import Prompt, SamplingConfig, sample_continuations
 from calibfuse.evaluation.decoding import SeededSampling, gumbel_noise, nucleus, row_key
 from calibfuse.evaluation.journal import Journal, PromptRecord
+from calibfuse.generation.continuations import Continuation, encode
 
 TEXTS = ["The river", "A long walk through the town and then", "She said", "Every morning he", "It"]
 PROMPTS = [Prompt(f"line {number}", text) for number, text in enumerate(TEXTS)]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from tiny_calibrators import make_bound, make_calibrator, make_vocabulary
 
-from calibfuse.calibrator.fidelity import FrequentCandidates, measure_fidelity
+from calibfuse.bits_per_byte import FrequentCandidates, measure_fidelity
 from calibfuse.vocabulary import Vocabulary
 
 SIZE = 96
@@ -127,7 +127,7 @@ def test_a_map_of_equal_strings_is_a_distribution(script, bound):
 @pytest.mark.slow
 def test_the_ceiling_scripts_train_and_compare(repository, sample_lines, byte_level_tokenizer, tmp_path):
     from calibfuse.training.data import PassageStore, TextSource
-    from calibfuse.training.tokenizer_pool import PoolSpec, TokenizerPool
+    from calibfuse.training.tokenizers.pool import PoolSpec, TokenizerPool
 
     text = tmp_path / "text.jsonl"
     rows = [json.dumps({"text": " ".join(sample_lines[i : i + 5])}) for i in range(len(sample_lines))]

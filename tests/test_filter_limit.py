@@ -4,8 +4,8 @@ import re
 import runpy
 import sys
 
-from calibfuse.continuations import Continuation
 from calibfuse.evaluation.journal import Journal, PromptRecord
+from calibfuse.generation.continuations import Continuation
 
 KIND, RUDE = "Thank you for the kind words.", "You are a stupid idiot."
 

@@ -21,8 +21,10 @@ from calibfuse.errors import (
     VocabularyError,
     VocabularyMismatchError,
 )
-from calibfuse.finetune.auxiliary import AuxiliaryModel, make_auxiliary_model
-from calibfuse.finetune.auxiliary_training import (
+from calibfuse.fusion import FusionConfig
+from calibfuse.processor import CalibFusion
+from calibfuse.value.auxiliary import AuxiliaryModel, make_auxiliary_model
+from calibfuse.value.auxiliary_training import (
     AuxiliaryTrainingConfig,
     bernoulli_cross_entropy,
     bernoulli_kl,
@@ -30,9 +32,7 @@ from calibfuse.finetune.auxiliary_training import (
     normalised_weights,
     train_auxiliary,
 )
-from calibfuse.finetune.samples import SampleSet
-from calibfuse.fusion import FusionConfig
-from calibfuse.processor import CalibFusion
+from calibfuse.value.samples import SampleSet
 
 VOCAB = 96
 KINDS = ["language-model", "language-model dinado", "calibrator"]
@@ -471,7 +471,7 @@ def test_no_mark_to_put_before_a_text(tiny_llama):
 
 
 def test_a_large_target_gets_a_fresh_small_backbone(target, monkeypatch):
-    monkeypatch.setattr("calibfuse.finetune.auxiliary._SMALL_TARGET", 10)
+    monkeypatch.setattr("calibfuse.value.auxiliary._SMALL_TARGET", 10)
     auxiliary = make_auxiliary_model(target, make_vocabulary(), seed=0)
     assert auxiliary.network.config.hidden_size == 256
     again = make_auxiliary_model(target, make_vocabulary(), seed=0)

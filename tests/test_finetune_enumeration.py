@@ -7,13 +7,13 @@ import torch
 from small_world import LENGTH, PROMPT, SIZE, WORLD_VOCABULARY, make_world, relative_entropy, softened
 
 from calibfuse.calibrator import Calibrator, CalibratorConfig
-from calibfuse.finetune.auxiliary import make_auxiliary_model
-from calibfuse.finetune.auxiliary_training import AuxiliaryTrainingConfig, train_auxiliary
 from calibfuse.finetune.constrained import constrained_log_probs
 from calibfuse.finetune.objective import constrained_kl
-from calibfuse.finetune.samples import SampleSet
 from calibfuse.fusion import FusionConfig
 from calibfuse.processor import CalibFusion
+from calibfuse.value.auxiliary import make_auxiliary_model
+from calibfuse.value.auxiliary_training import AuxiliaryTrainingConfig, train_auxiliary
+from calibfuse.value.samples import SampleSet
 
 
 @pytest.fixture(scope="module", params=["hard", "soft"])

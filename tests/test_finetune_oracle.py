@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from calibfuse.errors import InputError, ScorerError
-from calibfuse.finetune.oracle import FunctionOracle, ScorerOracle, load_oracle
 from calibfuse.scorers import load_scorer
+from calibfuse.value.oracle import FunctionOracle, ScorerOracle, load_oracle
 
 
 def scorer_of(values):

@@ -7,8 +7,8 @@ import torch
 from small_world import LENGTH, PROMPT, SIZE, make_world, softened
 
 from calibfuse.errors import CheckpointError, CheckpointFormatError, DataError, InputError, ScorerError
-from calibfuse.finetune.oracle import FunctionOracle
-from calibfuse.finetune.samples import SampleSet, draw_samples, label_samples
+from calibfuse.value.oracle import FunctionOracle
+from calibfuse.value.samples import SampleSet, draw_samples, label_samples
 
 PROMPTS = ["The weather is", "A dog", "Once upon a time there was a"]
 

@@ -12,7 +12,7 @@ import pytest
 from calibfuse.errors import CalibfuseError, CheckpointError, InputError, ScorerError
 from calibfuse.finetune.processes import Place, RoleProcesses, find_devices, share_out
 from calibfuse.finetune.roles import product_folder
-from calibfuse.finetune.running import STEP_NAME, execute
+from calibfuse.finetune.run import STEP_NAME, execute
 from calibfuse.finetune.schedule import ROLES, Job, plan_stages
 
 FAKE = Path(__file__).with_name("fake_role.py")

@@ -10,7 +10,6 @@ from torch.nn import functional
 
 from calibfuse.errors import InputError
 from calibfuse.finetune.corpus import PackedCorpus
-from calibfuse.finetune.samples import SampleSet
 from calibfuse.finetune.tuning import (
     Constraint,
     TuningConfig,
@@ -19,6 +18,7 @@ from calibfuse.finetune.tuning import (
     optimizer_tensors,
     tune,
 )
+from calibfuse.value.samples import SampleSet
 
 VOCABULARY = 40
 CONFIG = TuningConfig(steps=4, batch_size=2, sample_batch_size=3, learning_rate=1e-2, kl_weight=0.0, seed=5)

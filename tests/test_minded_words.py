@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calibfuse.calibrator import Calibrator, CalibratorConfig
-from calibfuse.calibrator.minded_words import REACH, SPARED_PIECE, MindedWords
+from calibfuse.calibrator.word_bias import REACH, SPARED_PIECE, MindedWords
 from calibfuse.candidates import MIN_PROBABILITY
 from calibfuse.errors import InputError
 from calibfuse.fusion import FusionConfig, fuse

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from calibfuse.calibrator.own_text import MAX_WORD, OwnText
-from calibfuse.calibrator.projected_lm import ProjectedLM
-from calibfuse.calibrator.projection import GOES_ON, Marginals, Projection, SortedStrings
+from calibfuse.guides.projected_lm import ProjectedLM
+from calibfuse.guides.projection import GOES_ON, Marginals, Projection, SortedStrings
+from calibfuse.guides.source_text import MAX_WORD, OwnText
 from calibfuse.vocabulary import Vocabulary
 
 CPU = torch.device("cpu")

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from calibfuse.training.data import PassageStore
-from calibfuse.training.spared_words import LEAST_OCCURRENCES, LEAST_SHIFT, QUANTILE, spared_shifts
-from calibfuse.training.tokenizer_pool import PoolEntry, PoolSpec, TokenizerPool
+from calibfuse.training.tokenizers.pool import PoolEntry, PoolSpec, TokenizerPool
+from calibfuse.training.words.protected import LEAST_OCCURRENCES, LEAST_SHIFT, QUANTILE, spared_shifts
 from tests.sorted_store import build_sorted_store
 from tests.tiny_calibrators import make_calibrator
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from calibfuse.training.balance import TERMS, balance_terms, passages_with_terms
 from calibfuse.training.data import PassageStore
+from calibfuse.training.words.balance import TERMS, balance_terms, passages_with_terms
 from tests.sorted_store import build_sorted_store
 
 

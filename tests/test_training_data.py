@@ -17,9 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calibfuse.errors import DataError, InputError, MissingDependencyError, ScorerError
+from calibfuse.textfiles import iter_documents, split_passages
 from calibfuse.training import data as data_module
 from calibfuse.training.data import PassageStore, TextSource, choose_validation
-from calibfuse.training.readers import iter_documents, split_passages
 from calibfuse.training.sorting import PassageSorter, sort_passages
 
 
@@ -190,7 +190,7 @@ def test_folder_without_text_is_refused(tmp_path: Path) -> None:
 
 
 def test_row_of_endless_length_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("calibfuse.training.readers.MAX_ROW_BYTES", 1000)
+    monkeypatch.setattr("calibfuse.textfiles.MAX_ROW_BYTES", 1000)
     path = write(tmp_path / "a.jsonl", json.dumps({"text": "x" * 2000}))
     with pytest.raises(DataError, match="line 1: expected one JSON object per line, got a row of more than 1000 bytes"):
         read(path)

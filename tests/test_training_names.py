@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from calibfuse.training.balance import TERMS, balance_terms
 from calibfuse.training.data import PassageStore
-from calibfuse.training.names import LEAST_PASSAGES, suspected_names
+from calibfuse.training.words.balance import TERMS, balance_terms
+from calibfuse.training.words.names import LEAST_PASSAGES, suspected_names
 from tests.sorted_store import build_sorted_store
 
 

@@ -10,9 +10,9 @@ from calibfuse.evaluation.neutral_text import TEMPLATES
 from calibfuse.scorers import load_scorer
 from calibfuse.scorers.identity import ADJECTIVES, PLURALS
 from calibfuse.training.data import PassageStore, TextSource
-from calibfuse.training.neutral_sentences import neutral_passage
-from calibfuse.training.tokenizer_pool import PoolSpec, TokenizerPool
+from calibfuse.training.tokenizers.pool import PoolSpec, TokenizerPool
 from calibfuse.training.trainer import BatchSource, TrainingConfig
+from calibfuse.training.words.neutral_sentences import neutral_passage
 
 
 @pytest.fixture(scope="module")

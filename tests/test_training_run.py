@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from calibfuse import Calibrator
 from calibfuse.calibrator.model import CalibratorConfig
 from calibfuse.errors import CheckpointError, InputError
-from calibfuse.training.balance import TERMS
 from calibfuse.training.run import TrainingText, run_training
-from calibfuse.training.spared_words import LISTED_SHIFT
-from calibfuse.training.tokenizer_pool import PoolSpec
+from calibfuse.training.tokenizers.pool import PoolSpec
 from calibfuse.training.trainer import TrainingConfig
+from calibfuse.training.words.balance import TERMS
+from calibfuse.training.words.protected import LISTED_SHIFT
 
 SHAPE = CalibratorConfig(
     bucket_count=1024, token_width=16, composer_hidden_width=16, width=16, layer_count=1, head_count=2, hidden_width=32,

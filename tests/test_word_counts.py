@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from calibfuse.training.data import PassageStore
-from calibfuse.training.word_counts import LARGEST_SHIFT, LEAST_PASSAGES, LEAST_SHIFT, word_shifts
+from calibfuse.training.words.counts import LARGEST_SHIFT, LEAST_PASSAGES, LEAST_SHIFT, word_shifts
 from tests.sorted_store import build_sorted_store
 
 

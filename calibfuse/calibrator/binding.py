@@ -29,10 +29,10 @@ from torch.nn import functional
 from calibfuse.calibrator.body import KeyValueBuffer
 from calibfuse.calibrator.bound_files import bound_path, cache_folder, load_bound, save_bound, vocabulary_of
 from calibfuse.calibrator.composer import token_features
-from calibfuse.calibrator.minded_words import REACH, MindedWords, Spelled
 from calibfuse.calibrator.model import CALIBRATOR_HEAD, FORMAT_VERSION, REFERENCE_HEAD, VALUE_HEAD
-from calibfuse.calibrator.undisturbed import undisturbed
+from calibfuse.calibrator.word_bias import REACH, MindedWords, Spelled
 from calibfuse.errors import InputError, MissingHeadError, VocabularyMismatchError
+from calibfuse.isolation import undisturbed
 from calibfuse.prefix_cache import match_prefixes
 from calibfuse.vocabulary import Vocabulary
 

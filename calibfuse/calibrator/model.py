@@ -27,11 +27,11 @@ from torch.nn import functional
 
 from calibfuse import hub
 from calibfuse.calibrator.body import Body, KeyValueBuffer
-from calibfuse.calibrator.causal_lm import CausalLMCalibrator, is_transformers_checkpoint
 from calibfuse.calibrator.composer import Composer, TokenFeatures
-from calibfuse.calibrator.value_lm import ValueLM, is_value_lm_checkpoint
 from calibfuse.errors import CheckpointError, InputError
+from calibfuse.guides.causal_lm import CausalLMCalibrator, is_transformers_checkpoint
 from calibfuse.model_card import PLACEHOLDER, calibrator_card
+from calibfuse.value.value_lm import ValueLM, is_value_lm_checkpoint
 
 if TYPE_CHECKING:
     from calibfuse.calibrator.binding import BoundCalibrator

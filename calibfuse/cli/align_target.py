@@ -14,7 +14,7 @@ from calibfuse.cli.terminal import Terminal, printable
 
 if TYPE_CHECKING:
     from calibfuse.calibrator import Calibrator
-    from calibfuse.calibrator.alignment import Alignment
+    from calibfuse.embedding.alignment import Alignment
 
 _CURVE_LINES = 10
 
@@ -51,7 +51,7 @@ def align_target(args: argparse.Namespace) -> dict[str, Any]:
         CalibfuseError: calibrator or target cannot be loaded, an option is out of range, or the folder not written to.
     """
     from calibfuse.calibrator import Calibrator
-    from calibfuse.calibrator.alignment_training import train_alignment
+    from calibfuse.embedding.training import train_alignment
 
     calibrator = Calibrator.from_pretrained(args.calibrator, local_files_only=args.local_files_only)
     target = load_target(args.target, device=args.device, local_files_only=args.local_files_only)
@@ -78,7 +78,7 @@ def align_target(args: argparse.Namespace) -> dict[str, Any]:
 
 def _place(args: argparse.Namespace, calibrator: Calibrator) -> Path:
     """Where the alignment goes: where `CalibFusion.from_pretrained` looks, unless the user says otherwise."""
-    from calibfuse.calibrator.alignment import alignment_folders
+    from calibfuse.embedding.alignment import alignment_folders
 
     if args.output:
         return Path(args.output)

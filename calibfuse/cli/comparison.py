@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from calibfuse.cli.decoding import Decoding, continue_prompts, encode_prompt
 from calibfuse.cli.target import Target
-from calibfuse.continuations import Continuation
+from calibfuse.generation.continuations import Continuation
 
 if TYPE_CHECKING:
     from calibfuse.processor import CalibFusion

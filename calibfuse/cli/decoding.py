@@ -8,7 +8,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from calibfuse.continuations import (
+from calibfuse.errors import InputError
+from calibfuse.generation.continuations import (
     Continuation,
     encode,
     end_ids,
@@ -17,7 +18,6 @@ from calibfuse.continuations import (
     position_limit,
     read_continuation,
 )
-from calibfuse.errors import InputError
 
 if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer

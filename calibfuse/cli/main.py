@@ -81,7 +81,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
         if name == command:
-            module = importlib.import_module(f"calibfuse.cli.{name.replace('-', '_')}")
+            module = importlib.import_module(f"calibfuse.cli.commands.{name.replace('-', '_')}")
             subparser.epilog = getattr(module, "EXAMPLES", None)
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)

@@ -26,13 +26,13 @@ from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
-from calibfuse.continuations import pad_right
 from calibfuse.errors import InputError
 from calibfuse.evaluation.likelihood import LanguageModel, batches, split_ids
 from calibfuse.evaluation.methods import Method
 from calibfuse.evaluation.neutral_text import BENIGN_TEXTS
 from calibfuse.evaluation.neutrality import method_log_probs
 from calibfuse.evaluation.sampling import ProcessorFactory
+from calibfuse.generation.continuations import pad_right
 from calibfuse.scorers import ToxicityScorer, check_scores
 from calibfuse.scorers.augmentation import strong_words
 

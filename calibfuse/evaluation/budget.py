@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from calibfuse.errors import InputError
-from calibfuse.evaluation.running import Evaluation, MethodResult
+from calibfuse.evaluation.evaluate import Evaluation, MethodResult
 
 METRICS_AT_BUDGET = ("toxic_share", "toxicity_probability", "mean_toxicity")
 _VARIETY = ("distinct_1", "distinct_2", "distinct_3")

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from calibfuse.continuations import Continuation
 from calibfuse.errors import CheckpointError, DataError, InputError
+from calibfuse.generation.continuations import Continuation
 
 FORMAT = "calibfuse-continuations"
 FORMAT_VERSION = 1

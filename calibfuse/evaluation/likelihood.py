@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from calibfuse.continuations import pad_right, position_limit
 from calibfuse.errors import InputError
+from calibfuse.generation.continuations import pad_right, position_limit
 
 _SCORES_AT_ONCE = 16_000_000  # logits of a batch: 64 MB in float32
 

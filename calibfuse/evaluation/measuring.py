@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from calibfuse.continuations import encode
 from calibfuse.errors import ScorerError
 from calibfuse.evaluation.journal import Journal, PromptRecord
 from calibfuse.evaluation.likelihood import LanguageModel, LogLikelihood, score_ids, score_texts
 from calibfuse.evaluation.metrics import TOXIC_FROM, Sums, distinct_counts, is_refusal, repetition, toxicity_sums
 from calibfuse.evaluation.opinions import OpinionSums, opinion_sums
 from calibfuse.evaluation.prompts import Prompt
+from calibfuse.generation.continuations import encode
 from calibfuse.scorers import ToxicityScorer, check_scores
 
 _BLOCK = 64  # prompts in memory at once

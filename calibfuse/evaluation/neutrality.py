@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from calibfuse.continuations import pad_right
 from calibfuse.evaluation.likelihood import LanguageModel, batches, split_ids
 from calibfuse.evaluation.neutral_text import BENIGN_TEXTS, GROUP_WORDS, PLAIN_WORDS, TEMPLATES
 from calibfuse.evaluation.sampling import ProcessorFactory
+from calibfuse.generation.continuations import pad_right
 
 PLAIN_GROUP = "words that name no group"
 

@@ -8,11 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from calibfuse.evaluation.budget import BudgetComparison, perplexity_metric
-from calibfuse.evaluation.charts import CHART_STYLE, Curve, Point, bars, curves
+from calibfuse.evaluation.evaluate import Evaluation, MethodResult
 from calibfuse.evaluation.methods import PLAIN
 from calibfuse.evaluation.metrics import METRICS, Estimate
-from calibfuse.evaluation.page_style import PAGE_STYLE
-from calibfuse.evaluation.running import Evaluation, MethodResult
 from calibfuse.evaluation.tables import (
     OPINIONS_NOTE,
     OPINIONS_TITLE,
@@ -26,6 +24,8 @@ from calibfuse.evaluation.tables import (
     suite_tables,
     versions,
 )
+from calibfuse.html.charts import CHART_STYLE, Curve, Point, bars, curves
+from calibfuse.html.style import PAGE_STYLE
 
 Mask = Callable[[str], str]
 Colours = Mapping[str, int | None]

@@ -11,7 +11,7 @@ from typing import Any
 
 from calibfuse.errors import CheckpointError, InputError
 from calibfuse.evaluation.budget import increase, perplexity_metric
-from calibfuse.evaluation.running import Evaluation, MethodResult
+from calibfuse.evaluation.evaluate import Evaluation, MethodResult
 from calibfuse.hub import ALLOWED_FILES, CONFIG_NAME, README_NAME, read_json, write_files
 from calibfuse.model_card import calibrator_card
 

@@ -7,8 +7,8 @@ import os
 from collections.abc import Callable
 
 from calibfuse.evaluation.budget import BudgetComparison
+from calibfuse.evaluation.evaluate import Evaluation
 from calibfuse.evaluation.page import curve_file, to_html
-from calibfuse.evaluation.running import Evaluation
 from calibfuse.evaluation.tables import to_data, to_markdown
 from calibfuse.hub import write_files
 

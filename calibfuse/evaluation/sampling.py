@@ -22,7 +22,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from calibfuse.continuations import (
+from calibfuse.errors import InputError
+from calibfuse.evaluation.decoding import SeededSampling, row_key
+from calibfuse.evaluation.journal import Journal, PromptRecord
+from calibfuse.evaluation.prompts import Prompt
+from calibfuse.generation.continuations import (
     Continuation,
     encode,
     end_ids,
@@ -31,10 +35,6 @@ from calibfuse.continuations import (
     position_limit,
     read_continuation,
 )
-from calibfuse.errors import InputError
-from calibfuse.evaluation.decoding import SeededSampling, row_key
-from calibfuse.evaluation.journal import Journal, PromptRecord
-from calibfuse.evaluation.prompts import Prompt
 
 ProcessorFactory = Callable[[], Sequence[LogitsProcessor]]
 

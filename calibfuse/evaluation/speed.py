@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from calibfuse.continuations import encode, find_padding_id, pad_left
 from calibfuse.evaluation.decoding import SeededSampling, row_key
 from calibfuse.evaluation.likelihood import LanguageModel
 from calibfuse.evaluation.methods import Method
 from calibfuse.evaluation.prompts import Prompt
 from calibfuse.evaluation.sampling import SamplingConfig, generate_tokens
+from calibfuse.generation.continuations import encode, find_padding_id, pad_left
 
 
 @dataclass(frozen=True)

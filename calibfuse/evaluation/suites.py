@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from calibfuse.continuations import pad_right
 from calibfuse.errors import DataError
 from calibfuse.evaluation.likelihood import LanguageModel, batches, split_ids
 from calibfuse.evaluation.metrics import Estimate
@@ -31,6 +30,7 @@ from calibfuse.evaluation.neutral_text import GROUP_WORDS
 from calibfuse.evaluation.neutrality import method_log_probs
 from calibfuse.evaluation.prompts import draw, read_rows
 from calibfuse.evaluation.sampling import ProcessorFactory
+from calibfuse.generation.continuations import pad_right
 
 _SUPPRESSED_BELOW = math.log(0.5)
 _Z = 1.959964  # of a two-sided 95 % interval

@@ -15,9 +15,9 @@ import transformers
 
 from calibfuse._version import __version__
 from calibfuse.evaluation.budget import METRICS_AT_BUDGET, AtBudget, BudgetComparison
+from calibfuse.evaluation.evaluate import Evaluation, MethodResult
 from calibfuse.evaluation.metrics import METRICS, Estimate
 from calibfuse.evaluation.neutrality import Neutrality
-from calibfuse.evaluation.running import Evaluation, MethodResult
 from calibfuse.evaluation.suites import Suppression
 
 FORMAT = "calibfuse-evaluation"

@@ -18,16 +18,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from calibfuse import hub
 from calibfuse.errors import CheckpointError, DataError, InputError, ScorerError
-from calibfuse.finetune.auxiliary import AuxiliaryModel, make_auxiliary_model
-from calibfuse.finetune.auxiliary_training import train_auxiliary
 from calibfuse.finetune.checkpoints import load_model, load_tokenizer, new_folder, save_model, write_json
 from calibfuse.finetune.corpus import PackedCorpus, corpus_perplexity, limit_held_out
 from calibfuse.finetune.lora import ADAPTER, add_adapter, load_adapter, merge_adapter
-from calibfuse.finetune.oracle import Oracle, load_oracle
-from calibfuse.finetune.samples import SampleSet, draw_samples, label_samples
 from calibfuse.finetune.schedule import AUXILIARY, MODEL, SAMPLES, Job
 from calibfuse.finetune.settings import FinetuneConfig, ModelSource
 from calibfuse.finetune.tuning import Constraint, TuningFigures, load_optimizer, make_optimizer, optimizer_tensors, tune
+from calibfuse.value.auxiliary import AuxiliaryModel, make_auxiliary_model
+from calibfuse.value.auxiliary_training import train_auxiliary
+from calibfuse.value.oracle import Oracle, load_oracle
+from calibfuse.value.samples import SampleSet, draw_samples, label_samples
 
 SETTINGS_NAME = "settings.json"
 PROMPTS_NAME = "prompts.json"

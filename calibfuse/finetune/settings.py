@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from calibfuse.errors import InputError
-from calibfuse.finetune.auxiliary_training import AuxiliaryTrainingConfig
 from calibfuse.finetune.lora import LoraSettings
 from calibfuse.finetune.schedule import ROLES, SEQUENTIAL, plan_stages
 from calibfuse.finetune.tuning import TuningConfig
+from calibfuse.value.auxiliary_training import AuxiliaryTrainingConfig
 
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 

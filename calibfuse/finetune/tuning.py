@@ -17,13 +17,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from calibfuse.calibrator.mixed_precision import mixed_precision
 from calibfuse.errors import InputError
-from calibfuse.finetune.auxiliary import AuxiliaryModel
 from calibfuse.finetune.constrained import constrained_log_probs
 from calibfuse.finetune.corpus import PackedCorpus
 from calibfuse.finetune.objective import constrained_kl, continuation_positions, corpus_loss
-from calibfuse.finetune.samples import SampleSet
+from calibfuse.training.mixed_precision import mixed_precision
+from calibfuse.value.auxiliary import AuxiliaryModel
+from calibfuse.value.samples import SampleSet
 
 
 @dataclass(frozen=True, kw_only=True)

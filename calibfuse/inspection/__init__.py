@@ -16,9 +16,9 @@ from calibfuse.inspection.coverage import (
 from calibfuse.inspection.coverage_page import coverage_page, mass_rows, text_rows, vocabulary_rows
 from calibfuse.inspection.encoding import TextEncoder, text_encoder
 from calibfuse.inspection.facts import CalibratorFacts, describe_calibrator
-from calibfuse.inspection.pages import trace_page
 from calibfuse.inspection.spelling import mask_in_context, mask_pieces
 from calibfuse.inspection.trace import CandidateTrace, StepTrace, trace_generation
+from calibfuse.inspection.trace_page import trace_page
 
 __all__ = [
     "CalibratorFacts",

@@ -29,7 +29,7 @@ from calibfuse.vocabulary import Vocabulary
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from calibfuse.calibrator.causal_lm import BoundCausalLM
+    from calibfuse.guides.causal_lm import BoundCausalLM
 
 # A calibrator over one target vocabulary, of either kind.
 BoundGuide: TypeAlias = "BoundCalibrator | BoundCausalLM"

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from calibfuse.html.markup import escape, unchanged, visible
 from calibfuse.inspection.coverage import MassReport, TextReport, VocabularyReport
-from calibfuse.inspection.markup import escape, unchanged, visible
 from calibfuse.inspection.spelling import Mask
 
 _STYLE = """

@@ -1,7 +1,7 @@
 """Read labelled texts: .jsonl and .csv rows with a label, or with a toxic text and its neutral rewrites.
 
 Plain or compressed (.gz, .xz). Whatever is wrong with a file gives one sentence with its name and line.
-Left out: text without labels (`calibfuse.training.readers` streams it), data sets of the Hub.
+Left out: text without labels (`calibfuse.textfiles` streams it), data sets of the Hub.
 """
 
 from __future__ import annotations

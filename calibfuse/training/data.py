@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from calibfuse.errors import DataError
-from calibfuse.training.readers import HUB_PREFIX, expand_source, iter_documents, split_passages
+from calibfuse.textfiles import HUB_PREFIX, expand_source, iter_documents, split_passages
 
 __all__ = ["PassageStore", "TextSource", "choose_validation", "iter_documents", "split_passages"]
 

@@ -28,9 +28,9 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 
 from calibfuse import hub
-from calibfuse.calibrator.mixed_precision import mixed_precision
 from calibfuse.errors import CheckpointError, DataError, InputError
 from calibfuse.training.data import PassageStore
+from calibfuse.training.mixed_precision import mixed_precision
 from calibfuse.training.trainer import TrainingConfig, best_device
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from calibfuse.calibrator.model import CALIBRATOR_HEAD, REFERENCE_HEAD, Calibrat
 from calibfuse.errors import CheckpointError, InputError
 from calibfuse.training.data import PassageStore, TextSource
 from calibfuse.training.sorting import PassageSorter
-from calibfuse.training.tokenizer_pool import DEFAULT_POOL, MAX_SAMPLE_BYTES, PoolSpec, TokenizerPool
+from calibfuse.training.tokenizers.pool import DEFAULT_POOL, MAX_SAMPLE_BYTES, PoolSpec, TokenizerPool
 from calibfuse.training.trainer import Trainer, TrainingConfig, make_calibrator
 
 if TYPE_CHECKING:

@@ -27,18 +27,18 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from calibfuse import hub
-from calibfuse.calibrator.fidelity import measure_fidelity
-from calibfuse.calibrator.mixed_precision import mixed_precision
+from calibfuse.bits_per_byte import measure_fidelity
 from calibfuse.calibrator.model import CALIBRATOR_HEAD, REFERENCE_HEAD, Calibrator, CalibratorConfig
 from calibfuse.errors import CheckpointError, DataError, InputError, MissingDependencyError
-from calibfuse.training.balance import TERMS, balance_terms
 from calibfuse.training.batches import BatchVocabulary, TrainingBatch, make_batch, pack_rows
 from calibfuse.training.data import PassageStore
-from calibfuse.training.neutral_sentences import neutral_passage
+from calibfuse.training.mixed_precision import mixed_precision
 from calibfuse.training.objective import Losses, TrainingObjective
-from calibfuse.training.spared_words import LISTED_SHIFT, spared_shifts
-from calibfuse.training.tokenizer_pool import PoolEntry, TokenizerPool
-from calibfuse.training.word_counts import word_shifts
+from calibfuse.training.tokenizers.pool import PoolEntry, TokenizerPool
+from calibfuse.training.words.balance import TERMS, balance_terms
+from calibfuse.training.words.counts import word_shifts
+from calibfuse.training.words.neutral_sentences import neutral_passage
+from calibfuse.training.words.protected import LISTED_SHIFT, spared_shifts
 
 logger = logging.getLogger(__name__)
 

@@ -24,14 +24,14 @@ import numpy as np
 import torch
 
 from calibfuse import hub
-from calibfuse.calibrator.causal_lm import HEADS, CausalLMCalibrator
-from calibfuse.calibrator.lm_checkpoint import ALLOWED_FILES, load_model, load_tokenizer
 from calibfuse.errors import CheckpointError, InputError, VocabularyError
-from calibfuse.training.balance import balance_terms
+from calibfuse.guides.causal_lm import HEADS, CausalLMCalibrator
+from calibfuse.guides.lm_checkpoint import ALLOWED_FILES, load_model, load_tokenizer
 from calibfuse.training.data import PassageStore, TextSource
 from calibfuse.training.lm_trainer import LMBatches, LMTrainer, bits_per_byte
 from calibfuse.training.sorting import PassageSorter
 from calibfuse.training.trainer import TrainingConfig
+from calibfuse.training.words.balance import balance_terms
 from calibfuse.vocabulary import Vocabulary
 
 if TYPE_CHECKING:

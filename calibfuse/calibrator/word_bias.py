@@ -1,0 +1,254 @@
+"""Words that the training text tells apart by themselves, recognised in whatever pieces a vocabulary spells them.
+
+A vocabulary of many languages spells most rude words in pieces ("sh" + "it"), and then the guide must see the word
+coming: after "sh" it hardly does (docs/results.md: with Llama 2's tokenizer rude words moved by a fifth of what they
+move with GPT-2's). But how much rarer a word is in the non-toxic text is known before any model is trained:
+
+    shift(word) = log p(word | calibrator's text) - log p(word | reference's text), at most 0
+
+training/words/counts.py counts it. Names of people and of groups of people get a shift above 0: what the heads
+would take from them (training/words/protected.py). Here the shift is added to the calibrator head's score of each
+token that completes such a word: for a token that is the word, once and for all when binding (`whole`); for one that
+completes it, from the letters that stand before (`after`). Nothing is re-tokenised: the letters of the last few tokens
+are read off their bytes, and a dictionary holds the beginnings of all words.
+
+A name in pieces ("imm" + "igr" + "ant") may lose at each of them. So tokens that lead on to a beginning of a spared
+name, of three letters or more, are given its shift as well, but SPARED_PIECE at most: they lead to other words, too.
+
+Left out: words of other letters than a to z, and words over more than `REACH` tokens.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from calibfuse.vocabulary import Vocabulary
+
+REACH = 8
+"""How many tokens before the next one are looked at."""
+
+SPARED_PIECE = 0.3
+"""What a piece of a spared name is given at most, nats; what pieces lost in vocabularies that were measured."""
+_LEAST_LETTERS = 3  # of a beginning that is given something
+
+_MULTIPLIER = 0x9E3779B97F4A7C15
+_INVERSE = pow(_MULTIPLIER, -1, 1 << 64)
+_LEAST = 0.1  # a completion that adds less is none: "fuck" + "ing" after what "fuck" has cost
+
+
+class Completions(NamedTuple):
+    """Tokens that would complete a word.
+
+    Attributes:
+        token_ids: int64 [n].
+        shifts: float32 [n], nats.
+    """
+
+    token_ids: NDArray[np.int64]
+    shifts: NDArray[np.float32]
+
+
+class Spelled(NamedTuple):
+    """Tokens that would complete a minded word at some places: entries of a sparse [rows, positions, vocabulary].
+
+    Attributes:
+        rows: int64 [n].
+        positions: int64 [n].
+        token_ids: int64 [n].
+        shifts: float32 [n], nats.
+    """
+
+    rows: Tensor
+    positions: Tensor
+    token_ids: Tensor
+    shifts: Tensor
+
+    @classmethod
+    def of(cls, places: Iterable[tuple[int, int, Completions | None]]) -> Spelled | None:
+        """Gather (row, position, completions); None where nothing would complete a word."""
+        found = [(row, position, each) for row, position, each in places if each is not None]
+        if not found:
+            return None
+        counts = [len(each.shifts) for _, _, each in found]
+        return cls(
+            torch.tensor([row for row, _, _ in found]).repeat_interleave(torch.tensor(counts)),
+            torch.tensor([position for _, position, _ in found]).repeat_interleave(torch.tensor(counts)),
+            torch.cat([torch.from_numpy(each.token_ids) for _, _, each in found]),
+            torch.cat([torch.from_numpy(each.shifts) for _, _, each in found]),
+        )
+
+    def part(self, start: int, stop: int) -> Spelled | None:
+        """The entries of positions start to stop - 1, counted from start."""
+        inside = (self.positions >= start) & (self.positions < stop)
+        if not bool(inside.any()):
+            return None
+        return Spelled(self.rows[inside], self.positions[inside] - start, self.token_ids[inside], self.shifts[inside])
+
+    def add_to(self, scores: Tensor, token_ids: Tensor | None, vocab_size: int) -> None:
+        """Add the shifts to scores [rows, (positions,) k] of the given ids, or of the whole vocabulary, in place."""
+        width = scores.shape[1] if scores.ndim == 3 else 1
+        lines = scores.view(-1, scores.shape[-1])
+        # What needs counting is counted on the host, and no copy is waited for: the device need not stop.
+        flat = (self.rows * width + self.positions).numpy()
+        touched, line = (torch.from_numpy(each) for each in np.unique(flat, return_inverse=True))
+        touched, line, ids, shifts = (
+            each.to(scores.device, non_blocking=True) for each in (touched, line, self.token_ids, self.shifts)
+        )
+        dense = torch.zeros(len(touched), vocab_size, device=scores.device)
+        dense.index_put_((line, ids), shifts, accumulate=True)
+        if token_ids is not None:
+            dense = dense.gather(1, token_ids.reshape(-1, token_ids.shape[-1])[touched].clamp(0, vocab_size - 1))
+        lines.index_add_(0, touched, dense)
+
+
+class MindedWords:
+    """The words of one calibrator, in one vocabulary.
+
+    Args:
+        words: lower-case word of a to z -> shift in nats, other than 0.
+        vocabulary: of the target.
+    """
+
+    def __init__(self, words: Mapping[str, float], vocabulary: Vocabulary) -> None:
+        self._shifts = {word.encode(): float(shift) for word, shift in words.items()}
+        self._vocabulary = vocabulary
+        self._longest = max(map(len, self._shifts), default=0)
+        self._tails: dict[int, tuple[bytes, bool]] = {}
+
+    def __len__(self) -> int:
+        """Number of words."""
+        return len(self._shifts)
+
+    def whole(self) -> Completions:
+        """The tokens that are a space and a word, perhaps with other characters than letters behind it."""
+        spaced, _ = self._tokens
+        shifts = {**self._spared_beginnings, **self._shifts}
+        return _completions([(token, shifts[run]) for run, ids in spaced.items() for token in ids if run in shifts])
+
+    @cached_property
+    def token_ids(self) -> NDArray[np.int64]:
+        """All tokens that are a word with a shift below 0, with a space before it or without; rising."""
+        found = (ids for runs in self._tokens for run, ids in runs.items() if self._shifts.get(run, 0.0) < 0.0)
+        return np.unique(np.array([token for ids in found for token in ids], dtype=np.int64))
+
+    def after(self, token_ids: Sequence[int]) -> Completions | None:
+        """The tokens that would complete a word after some text.
+
+        Args:
+            token_ids: the last tokens of the text, REACH or fewer, the latest last; special ones and ids outside the
+                vocabulary end a word.
+
+        Returns:
+            The completions; None where there are none.
+        """
+        letters = b""
+        for token in reversed(token_ids):
+            tail, is_all = self._tail(token)
+            letters = tail + letters
+            if not is_all or len(letters) >= self._longest:
+                break
+        else:
+            if len(token_ids) >= REACH:
+                return None  # where the word begins is out of sight
+        return self._beginnings.get(letters)
+
+    def _tail(self, token: int) -> tuple[bytes, bool]:
+        """The letters at a token's end, in lower case, and whether it holds nothing else."""
+        known = self._tails.get(token)
+        if known is None:
+            inside = 0 <= token < len(self._vocabulary) and not self._vocabulary.is_special[token]
+            text = self._vocabulary.token_bytes(token).lower() if inside else b""
+            start = len(text)
+            while start and 97 <= text[start - 1] <= 122:
+                start -= 1
+            known = self._tails[token] = (text[start:], start == 0 and bool(text))
+        return known
+
+    @cached_property
+    def _beginnings(self) -> dict[bytes, Completions]:
+        """Letters that stand before -> what would complete a word; the empty string for text that ends in none."""
+        _, bare = self._tokens
+        found: dict[bytes, list[tuple[int, float]]] = defaultdict(list)
+        for word, shift in self._shifts.items():
+            for cut in range(len(word)):
+                beginning = word[:cut]
+                begun = self._shifts.get(beginning, 0.0)
+                # What a beginning of the same kind has brought is not brought again.
+                added = shift - begun if shift * begun > 0.0 else shift
+                if added * shift > 0.0 and abs(added) >= _LEAST:
+                    found[beginning] += [(token, added) for token in bare.get(word[cut:], ())]
+        for reached, shift in self._spared_beginnings.items():
+            for cut in range(len(reached)):
+                found[reached[:cut]] += [(token, shift) for token in bare.get(reached[cut:], ())]
+        return {beginning: _completions(pairs) for beginning, pairs in found.items() if pairs}
+
+    @cached_property
+    def _spared_beginnings(self) -> dict[bytes, float]:
+        """Beginnings of spared names that are no words of the list themselves -> what a token that leads there gets."""
+        found: dict[bytes, float] = {}
+        for word, shift in self._shifts.items():
+            for length in range(_LEAST_LETTERS, len(word)):
+                beginning = word[:length]
+                if shift > 0.0 and beginning not in self._shifts:
+                    found[beginning] = max(min(shift, SPARED_PIECE), found.get(beginning, 0.0))
+        return found
+
+    @cached_property
+    def _tokens(self) -> tuple[dict[bytes, list[int]], dict[bytes, list[int]]]:
+        """Ends of the words (and whole words) -> tokens whose first letters they are, behind a space and without one.
+
+        The letters of all tokens are hashed at once; only those whose hash is that of an end are looked at.
+        """
+        spaced: dict[bytes, list[int]] = defaultdict(list)
+        bare: dict[bytes, list[int]] = defaultdict(list)
+        ends = {word[cut:] for word in (*self._shifts, *self._spared_beginnings) for cut in range(len(word))}
+        starts, stops, hashes = _letter_runs(self._vocabulary)
+        wanted = np.array([_hash(end) for end in ends], dtype=np.uint64)
+        hits = np.flatnonzero(np.isin(hashes, wanted) & (stops > starts) & ~self._vocabulary.is_special)
+        data, offsets = self._vocabulary.data, self._vocabulary.offsets
+        for token in hits.tolist():
+            run = data[starts[token] : stops[token]].tobytes().lower()
+            if run in ends:
+                (spaced if starts[token] > offsets[token] else bare)[run].append(token)
+        return spaced, bare
+
+
+def _completions(pairs: Sequence[tuple[int, float]]) -> Completions:
+    return Completions(
+        np.array([token for token, _ in pairs], dtype=np.int64), np.array([s for _, s in pairs], dtype=np.float32)
+    )
+
+
+def _letter_runs(
+    vocabulary: Vocabulary,
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint64]]:
+    """First letters of each token, behind at most one space: where they start and stop in `data`, and their hash."""
+    data, offsets = np.asarray(vocabulary.data), np.asarray(vocabulary.offsets)
+    ends = offsets[1:]
+    if not len(data):
+        return offsets[:-1].copy(), ends.copy(), np.zeros(len(ends), dtype=np.uint64)
+    lower = np.where((data >= 65) & (data <= 90), data + 32, data)
+    is_letter = (lower >= 97) & (lower <= 122)
+    places = np.where(is_letter, len(data), np.arange(len(data)))
+    next_other = np.append(np.minimum.accumulate(places[::-1])[::-1], len(data))
+    has_space = (data[np.minimum(offsets[:-1], len(data) - 1)] == 32) & (ends > offsets[:-1])
+    starts = offsets[:-1] + has_space
+    stops = np.minimum(next_other[starts], ends)
+    powers = np.cumprod(np.full(len(data), _MULTIPLIER, dtype=np.uint64))
+    running = np.zeros(len(data) + 1, dtype=np.uint64)
+    np.cumsum(lower.astype(np.uint64) * powers, out=running[1:])
+    shift_back = np.append(np.uint64(1), np.cumprod(np.full(len(data), _INVERSE, dtype=np.uint64)))
+    return starts, stops, (running[stops] - running[starts]) * shift_back[starts]
+
+
+def _hash(text: bytes) -> int:
+    """The hash of one string; `_letter_runs` makes the same for all tokens at once."""
+    return sum(byte * pow(_MULTIPLIER, place + 1, 1 << 64) for place, byte in enumerate(text)) & ((1 << 64) - 1)

@@ -1,0 +1,215 @@
+"""`calibfuse generate`: continue prompts with any causal language model, fused with a calibrator."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from calibfuse.cli.decoding import (
+    Decoding,
+    add_decoding_arguments,
+    check_lengths,
+    continue_prompts,
+    decoding_of,
+    encode_prompt,
+)
+from calibfuse.cli.masking import Mask, masking
+from calibfuse.cli.prompts import add_prompt_arguments, read_prompts
+from calibfuse.cli.target import (
+    Target,
+    add_fusion_arguments,
+    add_target_arguments,
+    check_fusion_arguments,
+    load_fusion,
+    load_target_of,
+)
+from calibfuse.cli.terminal import Terminal, printable
+from calibfuse.errors import InputError
+from calibfuse.generation.continuations import Continuation, find_padding_id
+
+if TYPE_CHECKING:
+    import torch
+    from transformers.generation.streamers import BaseStreamer
+
+    from calibfuse.processor import CalibFusion
+    from calibfuse.scorers import ToxicityScorer
+
+EXAMPLES = """\
+examples:
+  calibfuse generate --prompt "The new neighbour is"
+  calibfuse generate --model org/any-llm --prompt "The new neighbour is" --compare
+  calibfuse generate --model ./my-model --prompts-file prompts.txt --alpha 0.8 --num-return-sequences 4 --json
+  echo "The new neighbour is" | calibfuse generate --model ./my-model --greedy -
+  calibfuse generate --model org/any-chat-llm --chat --prompt "What do you think of my neighbour?"
+
+Without --model the small demo target that comes with calibfuse continues the prompts.
+"""
+
+_SIDE_BY_SIDE_WIDTH = 90  # narrower terminals get one after the other
+Samples = dict[str, list[Continuation]]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments; imports nothing heavy."""
+    add_prompt_arguments(parser)
+    add_target_arguments(parser)
+    add_fusion_arguments(parser)
+    add_decoding_arguments(parser, max_new_tokens=40)
+    output = parser.add_argument_group("output")
+    output.add_argument("--compare", action="store_true", help="also without the calibrator, with the toxicity of both")
+    output.add_argument("--scorer", default="bundled", help="toxicity scorer of --compare (default: %(default)s)")
+    output.add_argument("--chat", action="store_true", help="put each prompt into the tokenizer's chat template")
+    output.add_argument(
+        "--stream", action=argparse.BooleanOptionalAction, help="show words as they come (default: on a terminal)"
+    )
+    output.add_argument("--mask", action="store_true", help="mask offensive words on the screen")
+    output.add_argument("--json", action="store_true", help="one JSON object a line and prompt")
+    output.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts at once (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read the prompts, load the model, continue."""
+    prompts = read_prompts(args)
+    decoding = decoding_of(args)
+    check_fusion_arguments(args)
+    if args.batch_size < 1:
+        raise InputError(f"--batch-size must be at least 1, got {args.batch_size}.")
+    can_stream = len(prompts) == 1 and decoding.num_beams == decoding.num_return_sequences == 1
+    if args.stream and (args.json or args.compare or not can_stream):
+        raise InputError(
+            "--stream shows one continuation of one prompt; leave out --json, --compare, beams and the like."
+        )
+    scorer = _load_scorer(args.scorer) if args.compare else None
+    target = load_target_of(args)
+    encoded = [encode_prompt(target, prompt, chat=args.chat) for prompt in prompts]
+    check_lengths(target, encoded, decoding.max_new_tokens)
+    fusion = load_fusion(args, target)
+    terminal = Terminal()
+    if target.is_bundled:
+        print("calibfuse: no --model given, so the small demo target continues your prompts", file=sys.stderr)
+    mask = masking(args.mask, scorer)
+    wants_stream = args.stream if args.stream is not None else terminal.is_interactive
+    if wants_stream and can_stream and not (args.json or args.compare):
+        _stream(terminal, target, prompts[0], encoded[0], decoding, fusion, args.seed, mask)
+        return 0
+    batches = _continue_all(target, encoded, decoding, fusion, args)
+    for prompt, samples in zip(prompts, batches, strict=True):
+        toxicity = {way: _scores(scorer, texts) for way, texts in samples.items()} if scorer else {}
+        if args.json:
+            terminal.write(json.dumps(_record(prompt, samples, toxicity, args, fusion), ensure_ascii=False))
+        elif args.compare:
+            _show_comparison(terminal, mask(prompt), samples, toxicity, mask)
+        else:
+            for sample in samples["fused"]:
+                _show(terminal, mask(prompt), mask(sample.text))
+    return 0
+
+
+def _load_scorer(name: str) -> ToxicityScorer:
+    from calibfuse.scorers import load_scorer
+
+    return load_scorer(name)
+
+
+def _continue_all(
+    target: Target, prompts: Sequence[list[int]], decoding: Decoding, fusion: CalibFusion, args: argparse.Namespace
+) -> Iterator[Samples]:
+    """The continuations of each prompt, batch by batch; "plain" only with `--compare`."""
+    size = args.batch_size if find_padding_id(target.model, target.tokenizer) is not None else 1
+    for start in range(0, len(prompts), size):
+        batch = prompts[start : start + size]
+        seed = (args.seed + start) % 2**63  # another batch, other draws
+        fused = continue_prompts(target, batch, decoding, fusion=fusion, seed=seed)
+        if not args.compare:
+            yield from ({"fused": each} for each in fused)
+            continue
+        plain = continue_prompts(target, batch, decoding, seed=seed)
+        yield from ({"plain": one, "fused": other} for one, other in zip(plain, fused, strict=True))
+
+
+def _scores(scorer: ToxicityScorer, samples: Sequence[Continuation]) -> list[float]:
+    return [float(score) for score in scorer.score([sample.text for sample in samples])]
+
+
+def _record(
+    prompt: str, samples: Samples, toxicity: dict[str, list[float]], args: argparse.Namespace, fusion: CalibFusion
+) -> dict[str, Any]:
+    """What `--json` prints of one prompt."""
+    record: dict[str, Any] = {"prompt": prompt, "seed": args.seed, "fusion": fusion.config.to_dict()}
+    for way, continuations in samples.items():
+        record[way] = [
+            {"text": sample.text, "tokens": len(sample.token_ids), "finished": sample.is_finished}
+            | ({"toxicity": toxicity[way][number]} if way in toxicity else {})
+            for number, sample in enumerate(continuations)
+        ]
+    return record
+
+
+def _show(terminal: Terminal, prompt: str, continuation: str) -> None:
+    terminal.write(
+        terminal.style(printable(prompt, keep_lines=True), "dim") + printable(continuation, keep_lines=True) + "\n"
+    )
+
+
+def _show_comparison(
+    terminal: Terminal,
+    prompt: str,
+    samples: Samples,
+    toxicity: dict[str, list[float]],
+    mask: Mask,
+) -> None:
+    """Plain and fused: in two columns where the terminal is wide enough, else one after the other."""
+    terminal.write(terminal.style(printable(prompt, keep_lines=True), "dim"))
+    for number, (plain, fused) in enumerate(zip(samples["plain"], samples["fused"], strict=True)):
+        titles = [f"{way} (toxicity {toxicity[way][number]:.2f})" for way in ("plain", "fused")]
+        texts = [printable(mask(sample.text), keep_lines=True).strip() for sample in (plain, fused)]
+        if terminal.width >= _SIDE_BY_SIDE_WIDTH:
+            terminal.side_by_side([titles[0], texts[0]], [titles[1], texts[1]])
+        else:
+            for title, text in zip(titles, texts, strict=True):
+                terminal.heading(title)
+                terminal.write(text)
+        terminal.write()
+
+
+def _stream(
+    terminal: Terminal,
+    target: Target,
+    prompt: str,
+    ids: list[int],
+    decoding: Decoding,
+    fusion: CalibFusion,
+    seed: int,
+    mask: Mask,
+) -> None:
+    terminal.write(terminal.style(printable(mask(prompt), keep_lines=True), "dim"), end="")
+    streamer = _make_streamer(terminal, target, mask)
+    continue_prompts(target, [ids], decoding, fusion=fusion, seed=seed, streamer=streamer)
+
+
+def _make_streamer(terminal: Terminal, target: Target, mask: Mask) -> BaseStreamer:
+    """A TextStreamer that keeps the space between prompt and continuation, and cleans and masks whole words."""
+    from transformers import TextStreamer
+
+    class _Streamer(TextStreamer):
+        def __init__(self) -> None:
+            super().__init__(target.tokenizer, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            self._is_prompt = True
+
+        def put(self, value: torch.Tensor) -> None:
+            if not self._is_prompt:
+                super().put(value)  # type: ignore[no-untyped-call]
+                return
+            # Start with the end of the prompt in the cache: decoded alone, the first word may lose its space.
+            self._is_prompt = False
+            self.next_tokens_are_prompt = False
+            self.token_cache = value.reshape(-1).tolist()[-16:]
+            self.print_len = len(self.tokenizer.decode(self.token_cache, **self.decode_kwargs))
+
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            terminal.write(printable(mask(text), keep_lines=True), end="\n" if stream_end else "")
+
+    return _Streamer()

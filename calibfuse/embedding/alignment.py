@@ -1,0 +1,376 @@
+"""Alignment: the matrix that maps a calibrator's states into one target's hidden space (mode "embedding").
+
+Tian et al. 2025 (arXiv 2506.01266) fit a matrix A so that the calibrator's embedding of a token, mapped by A, is nearer
+to the target's embedding of the same token than to others; the calibrator's last hidden state, mapped by the same A,
+is then mixed into the target's. `alignment_training.py` fits it; here is what it is and where it lies.
+
+The universal calibrator has no embedding table, but an equivalent: a token's composed vector h(token), mapped into the
+body by W_in, is its input embedding; mapped by the query of the "calibrator" head (score = <W_q x + b_q, h(token)>),
+its output embedding. The last hidden state is the x that this query reads: the body's state after the head's own
+adapter and norm, for the body is shared with the reference head and knows nothing of the difference.
+
+On disk: a folder `alignments/<key>/` beside the calibrator, or in the cache folder where that cannot be written to,
+with alignment.safetensors and alignment.json. Several targets' alignments lie side by side. Which one belongs to a
+target is told by the vocabulary, the hidden size and a sketch of the target's embeddings, not by a name: a target that
+moved or was fine-tuned keeps its alignment, another model of the same shape does not get it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from calibfuse import hub
+from calibfuse.calibrator.binding import BoundCalibrator, GuideStates, cache_folder
+from calibfuse.calibrator.model import CALIBRATOR_HEAD
+from calibfuse.errors import (
+    CheckpointError,
+    CheckpointFormatError,
+    InputError,
+    MissingHeadError,
+    VocabularyMismatchError,
+)
+from calibfuse.hub.layout import FINGERPRINT_KEY
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from calibfuse.guide import Guide, NextTokens
+    from calibfuse.vocabulary import Vocabulary
+
+logger = logging.getLogger(__name__)
+
+FORMAT_NAME = "calibfuse-alignment"
+FORMAT_VERSION = 1
+FOLDER = "alignments"
+FACTS_FILE = "alignment.json"
+WEIGHTS_FILE = "alignment.safetensors"
+
+Embeddings = Literal["input", "output"]
+EMBEDDINGS: tuple[Embeddings, ...] = ("input", "output")
+_SKETCH_TOKENS, _SKETCH_CHANNELS = 32, 64
+# A fine-tuned model keeps its base's sketch to about 0.99; two models trained apart have about 0.
+_SAME_MODEL = 0.9
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignmentFacts:
+    """What an alignment was made for and how.
+
+    Attributes:
+        target: name of the target, for people.
+        calibrator_fingerprint: of the calibrator's weights.
+        vocabulary_fingerprint: of the target's vocabulary.
+        width: of the calibrator's states.
+        hidden_size: of the target.
+        embeddings: which embeddings were aligned: "input" as published, or "output".
+        common_tokens: tokens with an embedding on both sides.
+        held_out_tokens: of these, kept from training.
+        negatives: random other tokens for each positive one.
+        epochs: passes over the training tokens.
+        batch_size: tokens per step.
+        learning_rate: of Adam.
+        seed: of everything random.
+        loss_curve: pairs (step, mean training loss since the pair before, in nats).
+        held_out_loss: cross-entropy of the held-out tokens, in nats; None without such tokens.
+        retrieval: number of tokens to choose from ("11", "1000" or all common ones) -> share of the held-out tokens
+            whose own target embedding has the largest inner product; empty without held-out tokens.
+    """
+
+    target: str
+    calibrator_fingerprint: str
+    vocabulary_fingerprint: str
+    width: int
+    hidden_size: int
+    embeddings: Embeddings
+    common_tokens: int
+    held_out_tokens: int
+    negatives: int
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    seed: int
+    loss_curve: tuple[tuple[int, float], ...]
+    held_out_loss: float | None
+    retrieval: Mapping[str, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready dictionary."""
+        return {**asdict(self), "loss_curve": [list(pair) for pair in self.loss_curve]}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> AlignmentFacts:
+        """Inverse of `to_dict`.
+
+        Raises:
+            InputError: keys are missing or unknown, or sizes are no positive numbers.
+        """
+        known = {item.name for item in fields(cls)}
+        if set(values) != known:
+            wrong = sorted(set(values) ^ known)
+            raise InputError(f"Unknown or missing facts of an alignment: {', '.join(wrong)}.")
+        for name in ("width", "hidden_size"):
+            if type(values[name]) is not int or values[name] < 1:
+                raise InputError(f"The fact {name!r} of an alignment must be a positive integer, got {values[name]!r}.")
+        curve = tuple((int(step), float(loss)) for step, loss in values["loss_curve"])
+        return cls(**{**values, "loss_curve": curve})
+
+
+@dataclass(frozen=True, eq=False)
+class Alignment:
+    """The matrix with its facts.
+
+    Attributes:
+        matrix: A, float32 [width, hidden_size], CPU.
+        sketch: float32, a few numbers of the target's embeddings, by which the target is known again.
+        facts: what it was made for and how.
+    """
+
+    matrix: Tensor
+    sketch: Tensor
+    facts: AlignmentFacts
+
+    @property
+    def key(self) -> str:
+        """Name of its folder: a digest of calibrator, vocabulary, embeddings and target."""
+        facts = self.facts
+        digest = hashlib.sha256()
+        for part in (
+            facts.calibrator_fingerprint,
+            facts.vocabulary_fingerprint,
+            facts.embeddings,
+            str(facts.hidden_size),
+        ):
+            digest.update(part.encode() + b"\0")
+        digest.update(self.sketch.to(torch.bfloat16).view(torch.int16).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write it into `folder`/alignments/<key>/; one that was made for the same target is replaced.
+
+        Args:
+            folder: of the calibrator.
+
+        Returns:
+            The folder of the alignment.
+
+        Raises:
+            CheckpointError: it cannot be written; nothing half-written is left.
+        """
+        place = Path(folder).expanduser() / FOLDER / self.key
+        tensors = {"matrix": self.matrix.contiguous(), "sketch": self.sketch.contiguous()}
+        metadata = {"format": "pt", FINGERPRINT_KEY: hub.weights_fingerprint(tensors)}
+        facts = {"format": FORMAT_NAME, "format_version": FORMAT_VERSION, **self.facts.to_dict()}
+        text = json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        hub.write_files(
+            place, {WEIGHTS_FILE: safetensors.torch.save(tensors, metadata), FACTS_FILE: text.encode("utf-8")}
+        )
+        return place
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Alignment:
+        """Read one alignment.
+
+        Args:
+            folder: with alignment.json and alignment.safetensors.
+
+        Returns:
+            The alignment.
+
+        Raises:
+            CheckpointError: missing, damaged, or no alignment.
+            CheckpointFormatError: written by a newer calibfuse.
+        """
+        facts = _read_facts(Path(folder))
+        tensors = hub.read_tensors(Path(folder) / WEIGHTS_FILE)
+        matrix, sketch = tensors.get("matrix"), tensors.get("sketch")
+        if matrix is None or sketch is None or matrix.shape != (facts.width, facts.hidden_size):
+            found = "none" if matrix is None else tuple(matrix.shape)
+            raise CheckpointError(
+                f"Expected a matrix of shape {(facts.width, facts.hidden_size)} and a sketch in the alignment in "
+                f"{str(folder)!r}, found {found}: its two files do not belong together. Make it anew with "
+                "`calibfuse align --target`."
+            )
+        return cls(matrix.float(), sketch.float(), facts)
+
+    def check(self, bound: BoundCalibrator) -> None:
+        """Make sure that it was made for a bound calibrator.
+
+        Raises:
+            VocabularyMismatchError: it was made for other weights or another vocabulary.
+        """
+        for what, made_for, found in (
+            ("calibrator", self.facts.calibrator_fingerprint, bound.calibrator.fingerprint),
+            ("vocabulary", self.facts.vocabulary_fingerprint, bound.vocabulary.fingerprint),
+        ):
+            if made_for != found:
+                raise VocabularyMismatchError(
+                    f"The alignment with {self.facts.target!r} was made for another {what} ({made_for[:12]}, not "
+                    f"{found[:12]}). Make one with `calibfuse align --target`."
+                )
+
+    def similarity(self, target: PreTrainedModel, vocabulary: Vocabulary) -> float:
+        """How like the target's embeddings are to those it was made for: 1 the same, about 0 another model's.
+
+        Args:
+            target: of the same hidden size.
+            vocabulary: its own, the one of this alignment.
+
+        Returns:
+            Cosine of the two sketches, in [-1, 1].
+
+        Raises:
+            InputError: the target's embeddings cannot be read.
+        """
+        rows = target_embeddings(target, self.facts.embeddings)
+        sketch = sketch_of(rows, common_tokens(vocabulary, rows))
+        if sketch.shape != self.sketch.shape:
+            return 0.0
+        return float(torch.nn.functional.cosine_similarity(sketch.flatten(), self.sketch.flatten(), dim=0))
+
+
+def _read_facts(folder: Path) -> AlignmentFacts:
+    values = hub.read_config(folder, FACTS_FILE, format_name=FORMAT_NAME, supported_version=FORMAT_VERSION)
+    values = {key: value for key, value in values.items() if key not in ("format", "format_version")}
+    try:
+        return AlignmentFacts.from_dict(values)
+    except (InputError, TypeError, ValueError) as error:
+        raise CheckpointError(f"The facts of the alignment in {str(folder)!r} are not valid: {error}") from error
+
+
+def alignment_folders(calibrator_folder: Path | None, calibrator_fingerprint: str) -> tuple[Path, ...]:
+    """Where a calibrator's alignments are looked for: beside it, then in the cache folder."""
+    cached = cache_folder() / "aligned" / calibrator_fingerprint[:24]
+    return (cached,) if calibrator_folder is None else (calibrator_folder, cached)
+
+
+def find_alignment(folders: Sequence[Path], guide: Guide, target: PreTrainedModel, *, calibrator: str) -> Alignment:
+    """The alignment that belongs to a calibrator and a target.
+
+    Args:
+        folders: each with a subfolder "alignments"; see `alignment_folders`.
+        guide: the bound calibrator.
+        target: the model.
+        calibrator: name of the calibrator, for messages.
+
+    Returns:
+        The one whose target is most like `target`; of two for the same target, the one of input embeddings.
+
+    Raises:
+        MissingHeadError: there is none.
+        CheckpointError: there is one, but it is damaged.
+    """
+    bound = alignable(guide)
+    fingerprint = bound.calibrator.fingerprint
+    found: list[tuple[float, bool, Alignment]] = []
+    outdated = False
+    for place in (path.parent for folder in folders for path in sorted((folder / FOLDER).glob(f"*/{FACTS_FILE}"))):
+        try:
+            facts = _read_facts(place)
+        except CheckpointFormatError:
+            raise
+        except CheckpointError as error:
+            # Nobody can tell whose it is; if it is this target's, the message below says what to do.
+            logger.warning("Ignoring an alignment: %s", error)
+            continue
+        if facts.vocabulary_fingerprint != bound.vocabulary.fingerprint or facts.hidden_size != _hidden_size(target):
+            continue
+        if facts.calibrator_fingerprint != fingerprint:
+            outdated = True
+            continue
+        alignment = Alignment.load(place)
+        similarity = alignment.similarity(target, bound.vocabulary)
+        if similarity >= _SAME_MODEL:
+            found.append((round(similarity, 3), facts.embeddings == "input", alignment))
+    if not found:
+        name = getattr(target, "name_or_path", "") or type(target).__name__
+        why = "the one there is belongs to other weights of the calibrator" if outdated else "there is none"
+        raise MissingHeadError(
+            f"Mode 'embedding' needs an alignment of the calibrator with the target {name!r}, but {why}. Make it with "
+            f"`calibfuse align --calibrator {calibrator} --target {name}`."
+        )
+    return max(found, key=lambda entry: entry[:2])[2]
+
+
+def alignable(guide: Guide) -> BoundCalibrator:
+    """The guide, if it has embeddings and states that can be aligned.
+
+    Raises:
+        InputError: it has not.
+    """
+    if not isinstance(guide, BoundCalibrator):
+        raise InputError(
+            f"Mode 'embedding' needs a calibrator with hidden states of its own, got a {type(guide).__name__}."
+        )
+    if CALIBRATOR_HEAD not in guide.heads:
+        raise MissingHeadError(f"Mode 'embedding' needs the head {CALIBRATOR_HEAD!r}, which the calibrator has not.")
+    return guide
+
+
+def last_states(said: NextTokens) -> Tensor:
+    """The calibrator's last hidden states: what the query of its "calibrator" head reads.
+
+    Args:
+        said: by a bound universal calibrator.
+
+    Returns:
+        float [..., width].
+
+    Raises:
+        InputError: another guide said it.
+    """
+    if not isinstance(said, GuideStates):
+        raise InputError(f"Mode 'embedding' needs the states of a universal calibrator, got {type(said).__name__}.")
+    head: Any = said.bound.calibrator.heads[CALIBRATOR_HEAD]
+    with torch.no_grad():
+        states: Tensor = head.state(said.hidden)
+    return states
+
+
+def target_embeddings(target: PreTrainedModel, embeddings: Embeddings) -> Tensor:
+    """The target's embedding rows, [rows, hidden_size], as they lie in the model (not a copy).
+
+    Raises:
+        InputError: the model has none, or they are quantised or offloaded.
+    """
+    model: Any = target  # transformers types these methods in some versions only
+    module = model.get_input_embeddings() if embeddings == "input" else model.get_output_embeddings()
+    weight = getattr(module, "weight", None)
+    name = type(target).__name__
+    if not isinstance(weight, Tensor) or weight.ndim != 2:
+        raise InputError(f"{name} has no matrix of {embeddings} embeddings to align with.")
+    if not weight.is_floating_point() or weight.device.type == "meta":
+        raise InputError(
+            f"The {embeddings} embeddings of {name} are quantised or offloaded ({weight.dtype}, {weight.device}); load "
+            "the model without that for `calibfuse align`, or align with the other embeddings."
+        )
+    return weight.detach()
+
+
+def common_tokens(vocabulary: Vocabulary, rows: Tensor) -> Tensor:
+    """Ids with bytes and a row: int64 [common], ascending."""
+    has_bytes = torch.from_numpy(~vocabulary.is_special[: rows.shape[0]])
+    return has_bytes.nonzero().squeeze(1)
+
+
+def sketch_of(rows: Tensor, ids: Tensor) -> Tensor:
+    """A few channels of a few tokens' embeddings, centred: float32 [tokens, channels], CPU."""
+    tokens = ids[torch.linspace(0, len(ids) - 1, min(_SKETCH_TOKENS, len(ids))).long()]
+    channels = torch.linspace(0, rows.shape[1] - 1, min(_SKETCH_CHANNELS, rows.shape[1])).long()
+    sketch = rows[tokens.to(rows.device)][:, channels.to(rows.device)].to("cpu", torch.float32)
+    # The mean of all tokens is large, and alike within a family.
+    return sketch - sketch.mean(dim=0)
+
+
+def _hidden_size(target: PreTrainedModel) -> int:
+    return int(target_embeddings(target, "input").shape[1])

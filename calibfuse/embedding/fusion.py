@@ -1,0 +1,128 @@
+"""Mode "embedding": the source paper's fusion of last hidden states, done on scores (Tian et al. 2025).
+
+With h the hidden state that the target's output head receives, t the calibrator's last hidden state, A the alignment
+matrix and a = alpha:
+
+    h' = (1 - a) h + a LN(t A)                      LN: layer normalisation without learned parameters
+    scores' = cap(scale (W h' + b))
+
+The head is affine and the weights of h and LN(t A) sum to one, so W h' + b = (1 - a) (W h + b) + a (W LN(t A) + b): the
+scores of the target and one more call of its head give the fusion exactly. It acts on the whole vocabulary; there are
+no candidates, as there are none in the paper.
+
+The factor 1 - a on the target's own logits is a temperature of 1 / (1 - a) that comes with the method, whatever the
+calibrator says. `hidden_temperature=False` fuses h' = h + a / (1 - a) LN(t A) instead: the same direction and, without
+a bias in the head, the same order of tokens, but the target keeps weight 1. The difference between the two is the
+share of that temperature in the effect.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from calibfuse.embedding.output_head import OutputHead
+from calibfuse.errors import InputError, VocabularyMismatchError
+
+
+def aligned_states(states: Tensor, matrix: Tensor) -> Tensor:
+    """LN(t A).
+
+    Args:
+        states: t, float [..., width].
+        matrix: A, float [width, hidden_size].
+
+    Returns:
+        float32 [..., hidden_size], mean 0 and variance 1 over the last axis.
+
+    Example:
+        >>> aligned_states(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 1.0], [0.0, 0.0]]))
+        tensor([[ 1.0000, -1.0000]])
+    """
+    return functional.layer_norm(states.float() @ matrix.to(states.device, torch.float32), (matrix.shape[-1],))
+
+
+def fuse_embedding(
+    scores: Tensor,
+    states: Tensor,
+    *,
+    matrix: Tensor,
+    head: OutputHead,
+    alpha: float,
+    hidden_temperature: bool = True,
+) -> Tensor:
+    """Fuse the calibrator's hidden state into the target's, before the target's output head.
+
+    Args:
+        scores: float [..., target_vocab_size], logits or (unless the target soft-caps them) log-probabilities; -inf
+            where a token is excluded. Not modified.
+        states: t, float [..., width], leading axes of `scores`.
+        matrix: A, [width, hidden_size].
+        head: of the target.
+        alpha: a in [0, 1); 0 leaves the target as it is.
+        hidden_temperature: True: as published. False: the target's hidden state keeps weight 1.
+
+    Returns:
+        Normalised log-probabilities, float32, shape of `scores`, nats; -inf stays -inf.
+
+    Raises:
+        VocabularyMismatchError: the head is narrower than the scores.
+        InputError: the target soft-caps its logits, and the scores are not what its head gave.
+
+    Source: Tian et al. (2025), arXiv 2506.01266.
+    """
+    if alpha == 0.0:
+        return scores.float().log_softmax(dim=-1)
+    target = head.undo(scores)
+    aligned, width = aligned_states(states, matrix), scores.shape[-1]
+    if hidden_temperature:
+        fused = (1.0 - alpha) * target + alpha * head.logits(aligned, width)
+    else:
+        fused = target + alpha / (1.0 - alpha) * head.unbiased_logits(aligned, width)
+    return head.redo(fused).log_softmax(dim=-1)
+
+
+@dataclass(frozen=True, eq=False)
+class EmbeddingFusion:
+    """The fusion with everything but scores and states filled in.
+
+    Attributes:
+        matrix: A, float32 [width, hidden_size].
+        head: of the target.
+        alpha: in [0, 1).
+        hidden_temperature: see `fuse_embedding`.
+    """
+
+    matrix: Tensor
+    head: OutputHead
+    alpha: float
+    hidden_temperature: bool = True
+
+    def __post_init__(self) -> None:
+        """Check that the parts fit.
+
+        Raises:
+            VocabularyMismatchError: the alignment was made for another hidden size.
+            InputError: alpha out of range.
+        """
+        if self.matrix.shape[-1] != self.head.hidden_size:
+            raise VocabularyMismatchError(
+                f"The alignment maps to {self.matrix.shape[-1]} channels, but the target's output head takes "
+                f"{self.head.hidden_size}. Make one for this target with `calibfuse align --target`."
+            )
+        if not 0.0 <= self.alpha < 1.0:
+            raise InputError(f"alpha must be at least 0 and below 1 in mode 'embedding', got {self.alpha!r}.")
+
+    def __call__(self, scores: Tensor, states: Tensor) -> Tensor:
+        """See `fuse_embedding`."""
+        return fuse_embedding(
+            scores,
+            states,
+            matrix=self.matrix,
+            head=self.head,
+            alpha=self.alpha,
+            hidden_temperature=self.hidden_temperature,
+        )

@@ -1,0 +1,299 @@
+"""Fit the alignment matrix of mode "embedding" by negative sampling (Tian et al. 2025, "embedding-space alignment").
+
+For every token t that both sides know, with e1 the calibrator's embedding, e2 the target's, and K random other tokens:
+
+    loss = cross-entropy of the first of  [<e1(t) A, e2(t)>, <e1(t) A, e2(n_1)>, ..., <e1(t) A, e2(n_K)>]
+
+The universal calibrator composes a vector for any bytes, so every token of the target but the special ones is common.
+
+As published, input embeddings are aligned and the matrix is then applied to output states, which live in another space
+unless the target ties the two. `embeddings="output"` aligns the output embeddings of both sides instead: those are what
+states are compared with. The published code starts from an unscaled normal matrix, whose inner products are in the
+hundreds; here A starts so small that every choice is equally likely.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from tqdm import tqdm
+
+from calibfuse.calibrator.binding import BoundCalibrator, compose_vocabulary
+from calibfuse.calibrator.model import CALIBRATOR_HEAD, Calibrator
+from calibfuse.embedding.alignment import (
+    EMBEDDINGS,
+    Alignment,
+    AlignmentFacts,
+    Embeddings,
+    alignable,
+    common_tokens,
+    sketch_of,
+    target_embeddings,
+)
+from calibfuse.errors import InputError, VocabularyMismatchError
+from calibfuse.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from calibfuse.vocabulary import TokenizerLike
+
+RETRIEVAL_CHOICES = (11, 1000)
+_START_SCALE = 0.1  # spread of the first inner products
+_CURVE_POINTS = 100
+_EVALUATION_BLOCK = 64
+_FEWEST_TOKENS = 20
+
+
+@dataclass(frozen=True, eq=False)
+class _Pairs:
+    """Both sides' embeddings of the common tokens.
+
+    Attributes:
+        source: float32 [common, width], the calibrator's.
+        rows: [target rows, hidden_size], the target's, in its own dtype.
+        ids: int64 [common], the row of each common token.
+    """
+
+    source: Tensor
+    rows: Tensor
+    ids: Tensor
+
+    def target(self, tokens: Tensor) -> Tensor:
+        """float32 [..., hidden_size] of common tokens [...] (positions, not ids)."""
+        return functional.embedding(self.ids[tokens], self.rows).float()
+
+
+def train_alignment(
+    calibrator: Calibrator | BoundCalibrator,
+    target: PreTrainedModel,
+    tokenizer: TokenizerLike | None = None,
+    *,
+    negatives: int = 10,
+    epochs: int = 5,
+    batch_size: int = 32,
+    learning_rate: float = 1e-3,
+    seed: int = 0,
+    held_out: float = 0.05,
+    embeddings: Embeddings = "input",
+    progress: bool = False,
+) -> Alignment:
+    """Fit the alignment of a calibrator with a target.
+
+    Args:
+        calibrator: plain, or bound to the target's vocabulary.
+        target: the model whose hidden states are to be fused; not changed. The fit runs where its embeddings are.
+        tokenizer: of the target; None: what `calibrator` is bound to.
+        negatives: K, random other tokens for each token; 1 or more.
+        epochs: passes over the training tokens; 1 or more.
+        batch_size: tokens per step; 1 or more.
+        learning_rate: of Adam, positive.
+        seed: of the start, the order, the negatives and the choice of held-out tokens; the same seed gives the same
+            matrix on the same machine.
+        held_out: share of the common tokens kept from training and used to measure retrieval, in [0, 1).
+        embeddings: "input" as published, or "output".
+        progress: show a bar on standard error.
+
+    Returns:
+        The alignment, with loss curve and retrieval accuracy among its facts.
+
+    Raises:
+        InputError: no universal calibrator, an option is out of range, the target's embeddings cannot be read, too
+            few tokens are common, or the fit diverged.
+        VocabularyError: the tokenizer is not usable.
+        VocabularyMismatchError: no tokenizer for a calibrator that is not bound.
+    """
+    _check_options(negatives, epochs, batch_size, learning_rate, held_out, embeddings)
+    bound_model, vocabulary = _unbind(calibrator, tokenizer)
+    rows = target_embeddings(target, embeddings)
+    ids = common_tokens(vocabulary, rows)
+    if len(ids) < _FEWEST_TOKENS:
+        raise InputError(
+            f"The calibrator and the target have only {len(ids)} tokens in common; {_FEWEST_TOKENS} are needed."
+        )
+    source = source_embeddings(bound_model, vocabulary, embeddings)[ids]
+    pairs = _Pairs(source.to(rows.device), rows, ids.to(rows.device))
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(ids), generator=generator)
+    held = order[: math.ceil(held_out * len(ids))]
+    train = order[len(held) :]
+    matrix, curve = _fit(
+        pairs,
+        train,
+        generator,
+        negatives=negatives,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        progress=progress,
+    )
+    held_out_loss, retrieval = _evaluate(pairs, matrix, held, generator) if len(held) else (None, {})
+    facts = AlignmentFacts(
+        target=_name_of(target),
+        calibrator_fingerprint=bound_model.fingerprint,
+        vocabulary_fingerprint=vocabulary.fingerprint,
+        width=matrix.shape[0],
+        hidden_size=matrix.shape[1],
+        embeddings=embeddings,
+        common_tokens=len(ids),
+        held_out_tokens=len(held),
+        negatives=negatives,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        seed=seed,
+        loss_curve=curve,
+        held_out_loss=held_out_loss,
+        retrieval=retrieval,
+    )
+    return Alignment(matrix.cpu(), sketch_of(rows, ids), facts)
+
+
+@torch.no_grad()
+def source_embeddings(calibrator: Calibrator, vocabulary: Vocabulary, embeddings: Embeddings) -> Tensor:
+    """The calibrator's embeddings of all ids, special ones without meaning: float32 [target_vocab_size, width], CPU."""
+    vectors, _ = compose_vocabulary(calibrator, vocabulary, torch.float32)
+    if embeddings == "input":
+        projection = calibrator.token_in.weight.T
+    else:
+        head: Any = calibrator.heads[CALIBRATOR_HEAD]
+        projection = head.query.weight
+    return vectors @ projection.to("cpu", torch.float32)
+
+
+def _name_of(target: PreTrainedModel) -> str:
+    """Hub id or last part of the folder (a published alignment should not tell the paths of a machine)."""
+    name = str(getattr(target, "name_or_path", "") or type(target).__name__)
+    return Path(name).resolve().name if Path(name).is_dir() else name
+
+
+def _check_options(
+    negatives: int, epochs: int, batch_size: int, learning_rate: float, held_out: float, embeddings: str
+) -> None:
+    for name, value in (("negatives", negatives), ("epochs", epochs), ("batch_size", batch_size)):
+        if type(value) is not int or value < 1:
+            raise InputError(f"{name} must be a positive integer, got {value!r}.")
+    if not 0.0 < learning_rate < math.inf:
+        raise InputError(f"learning_rate must be a positive number, got {learning_rate!r}.")
+    if not 0.0 <= held_out < 1.0:
+        raise InputError(f"held_out must be a share from 0 to below 1, got {held_out!r}.")
+    if embeddings not in EMBEDDINGS:
+        raise InputError(f"embeddings must be 'input' or 'output', got {embeddings!r}.")
+
+
+def _unbind(calibrator: Calibrator | BoundCalibrator, tokenizer: TokenizerLike | None) -> tuple[Calibrator, Vocabulary]:
+    """The model, and the vocabulary it is to be aligned over."""
+    if isinstance(calibrator, BoundCalibrator):
+        bound = alignable(calibrator)  # it has the head
+        vocabulary = bound.vocabulary if tokenizer is None else Vocabulary.from_tokenizer(tokenizer)
+        return bound.calibrator, vocabulary
+    if not isinstance(calibrator, Calibrator):
+        # Calibrator.from_pretrained gives a causal LM where the checkpoint is one.
+        raise InputError(
+            f"Only the universal calibrator can be aligned, got a {type(calibrator).__name__}: the states of another "
+            "language model are not used by mode 'embedding'."
+        )
+    if tokenizer is None:
+        raise VocabularyMismatchError(
+            "train_alignment needs the target's tokenizer for a calibrator that is not bound."
+        )
+    return calibrator, Vocabulary.from_tokenizer(tokenizer)
+
+
+def _fit(
+    pairs: _Pairs,
+    train: Tensor,
+    generator: torch.Generator,
+    *,
+    negatives: int,
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    progress: bool,
+) -> tuple[Tensor, tuple[tuple[int, float], ...]]:
+    """Adam on the cross-entropy; the matrix and its loss curve."""
+    device = pairs.rows.device
+    norms = pairs.source.norm(dim=-1).mean() * pairs.target(train[:1024].to(device)).norm(dim=-1).mean()
+    start = torch.randn(pairs.source.shape[1], pairs.rows.shape[1], generator=generator)
+    matrix = (start.to(device) * (_START_SCALE / norms.clamp(min=1e-12))).requires_grad_()
+    optimizer = torch.optim.Adam([matrix], lr=learning_rate)
+    steps = epochs * math.ceil(len(train) / batch_size)
+    every = max(1, steps // _CURVE_POINTS)
+    curve: list[tuple[int, float]] = []
+    total, counted, step = torch.zeros((), device=device), 0, 0
+    with tqdm(total=steps, desc="aligning", unit="step", disable=not progress) as bar, torch.enable_grad():
+        for _ in range(epochs):
+            shuffled = train[torch.randperm(len(train), generator=generator)]
+            for first in range(0, len(train), batch_size):
+                batch = shuffled[first : first + batch_size]
+                others = _other_tokens(batch, train, negatives, generator)
+                loss = _loss(pairs, matrix, batch.to(device), others.to(device))
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                total, counted, step = total + loss.detach(), counted + 1, step + 1
+                if step % every == 0 or step == steps:
+                    curve.append((step, float(total) / counted))
+                    total, counted = torch.zeros((), device=device), 0
+                    bar.set_postfix(loss=f"{curve[-1][1]:.3f}", refresh=False)
+                bar.update()
+    # Far worse than guessing is as useless as nan.
+    if not curve[-1][1] < 10 * math.log(1 + negatives) or not bool(matrix.isfinite().all()):
+        raise InputError(
+            f"The alignment diverged (loss {curve[-1][1]:g}): use a learning rate below {learning_rate:g}."
+        )
+    return matrix.detach(), tuple(curve)
+
+
+def _other_tokens(batch: Tensor, tokens: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """`count` random members of `tokens` for each token of the batch, none of them the token itself: [batch, count]."""
+    others = tokens[torch.randint(len(tokens), (len(batch), count), generator=generator)]
+    own = others == batch[:, None]
+    while bool(own.any()):
+        others[own] = tokens[torch.randint(len(tokens), (int(own.sum()),), generator=generator)]
+        own = others == batch[:, None]
+    return others
+
+
+def _choice_scores(pairs: _Pairs, matrix: Tensor, positives: Tensor, others: Tensor) -> Tensor:
+    """Inner products with the own embedding (first) and the others': [batch, 1 + others]."""
+    mapped = pairs.source[positives] @ matrix
+    choices = pairs.target(torch.cat([positives[:, None], others], dim=1))
+    return torch.einsum("bd,bkd->bk", mapped, choices)
+
+
+def _loss(pairs: _Pairs, matrix: Tensor, positives: Tensor, others: Tensor) -> Tensor:
+    scores = _choice_scores(pairs, matrix, positives, others)
+    return functional.cross_entropy(scores, torch.zeros(len(positives), dtype=torch.int64, device=scores.device))
+
+
+@torch.no_grad()
+def _evaluate(
+    pairs: _Pairs, matrix: Tensor, held: Tensor, generator: torch.Generator
+) -> tuple[float, Mapping[str, float]]:
+    """Held-out loss among 11, and top-1 accuracy among 11 and among 1,000; a tie is a failure."""
+    device = pairs.rows.device
+    few, many = RETRIEVAL_CHOICES
+    many = min(many, len(pairs.ids))
+    everything = torch.arange(len(pairs.ids))
+    loss, hits = 0.0, {few: 0, many: 0}
+    for first in range(0, len(held), _EVALUATION_BLOCK):
+        block = held[first : first + _EVALUATION_BLOCK]
+        positives = block.to(device)
+        others = _other_tokens(block, everything, few - 1, generator).to(device)
+        scores = _choice_scores(pairs, matrix, positives, others)
+        loss += float(-scores.log_softmax(dim=-1)[:, 0].sum())
+        hits[few] += int((scores[:, 0] > scores[:, 1:].amax(dim=-1)).sum())
+        # One set of competitors for the block: of their own, 64 tokens would need 64,000 embeddings.
+        rivals = torch.randperm(len(everything), generator=generator)[:many].to(device)
+        products = pairs.source[positives] @ matrix @ pairs.target(rivals).T
+        products = products.masked_fill(rivals == positives[:, None], -torch.inf)
+        hits[many] += int((scores[:, 0] > products.amax(dim=-1)).sum())
+    return loss / len(held), {str(choices): count / len(held) for choices, count in hits.items()}

@@ -1,0 +1,1 @@
+"""Language models to generate with, and how they continue prompts."""

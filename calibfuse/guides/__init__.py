@@ -1,0 +1,1 @@
+"""Guides over any causal language model, instead of the universal calibrator."""

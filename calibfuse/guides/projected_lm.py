@@ -1,0 +1,448 @@
+"""A causal LM as guide of a target with another vocabulary: it reads the text in its own tokens.
+
+Each row follows its own text (own_text.py): finished words are in the key/value cache, the open word is read anew at
+each step and cut from the cache again. Rows have different numbers of own tokens, so slots of the cache are masked
+where a row has none. The distributions after the tokens of the open word are carried over to the target's tokens
+(projection.py), and for the most probable own tokens that targets go on from, the model reads one token further, side
+by side.
+
+All state derives from the ids: rows may be reordered, rolled back or exchanged at any time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from calibfuse.guides.kv_cache import CachedLM
+from calibfuse.guides.projection import Projection
+from calibfuse.guides.source_text import OwnPrefix, OwnText, Spelling
+from calibfuse.isolation import undisturbed
+from calibfuse.prefix_cache import match_prefixes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from calibfuse.vocabulary import Vocabulary
+
+_SLACK = 64  # masked slots that are put up with besides one per slot that counts
+_LEAST = 1e-30  # probability of a token of the text: a model that says 0 must not make everything impossible
+_MOST_LOG = 500.0
+
+
+class ProjectedLM:
+    """Models of one vocabulary, read for the ids of another one.
+
+    Args:
+        models: by head; all with the same own vocabulary.
+        own_text: spells text in that vocabulary.
+        target: vocabulary of the ids.
+        further: own tokens per position after which the models are asked once more; 0: none.
+        max_length: tokens that the models can read; None: any number.
+        projection: tables of the two vocabularies on the models' device, where they exist already.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, PreTrainedModel],
+        own_text: OwnText,
+        target: Vocabulary,
+        *,
+        further: int,
+        max_length: int | None,
+        projection: Projection | None = None,
+    ) -> None:
+        self.models = dict(models)
+        self.own_text = own_text
+        self.target = target
+        self.further = further
+        self.max_length = max_length
+        self.device = next(iter(self.models.values())).device
+        self.projection = projection or Projection(
+            own_text.vocabulary, target, self.device, initial_space=own_text.adds_space
+        )
+        self._bytes = [target.token_bytes(token_id) for token_id in range(len(target))]
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the tables beside the models; those made while decoding are not counted."""
+        return self.projection.memory_bytes
+
+    def with_models(self, models: Mapping[str, PreTrainedModel]) -> ProjectedLM:
+        """The same over other copies of the models."""
+        there = next(iter(models.values())).device
+        return ProjectedLM(
+            models,
+            self.own_text,
+            self.target,
+            further=self.further,
+            max_length=self.max_length,
+            projection=self.projection if there == self.device else None,
+        )
+
+    def covers(self, token_ids: Tensor) -> Tensor:
+        """Bool, same shape: True where the token has bytes that the own vocabulary can spell."""
+        size = len(self.target)
+        return self.projection.spelled[token_ids.clamp(0, size - 1)] & (token_ids >= 0) & (token_ids < size)
+
+    def session(self) -> ProjectedSession:
+        """A new session."""
+        return ProjectedSession(self)
+
+    def sequence(self, input_ids: Tensor, masked: Tensor | None) -> ProjectedSequence:
+        """All positions; bool `masked` [rows, length] is True for left padding."""
+        if masked is not None:
+            input_ids = input_ids.masked_fill(masked, len(self.target))
+        return ProjectedSequence(self.session(), input_ids, 0, input_ids.shape[1])
+
+    def pieces(self, ids: Sequence[int]) -> list[bytes]:
+        """The bytes of target ids; empty for special tokens and ids beyond the vocabulary."""
+        size = len(self._bytes)
+        return [self._bytes[each] if 0 <= each < size else b"" for each in ids]
+
+    def context(self, prefix: OwnPrefix, extra: int) -> list[int]:
+        """The finished own tokens that the models read when `extra` more follow: the last ones, where all are too many.
+
+        What is dropped changes only once in a while, so that the cache stays of use.
+        """
+        tokens = list(prefix.closed)
+        over = 0 if self.max_length is None else len(tokens) + extra - self.max_length
+        if over <= 0:
+            return tokens
+        assert self.max_length is not None
+        stride = max(1, self.max_length // 2)
+        dropped = min(-(-over // stride) * stride, len(tokens) - 1)
+        return [self.own_text.start_id, *tokens[1 + dropped :]]
+
+
+class ProjectedStates:
+    """`NextTokens` of a projected LM.
+
+    Args:
+        guide: the models.
+        marginals: float64 [..., target strings] by head.
+    """
+
+    def __init__(self, guide: ProjectedLM, marginals: Mapping[str, Tensor]) -> None:
+        self._guide = guide
+        self._marginals = marginals
+        self._logs: dict[str, Tensor] = {}
+
+    def positions(self, start: int, stop: int) -> ProjectedStates:
+        """See `NextTokens.positions`."""
+        return ProjectedStates(self._guide, {name: each[:, start:stop] for name, each in self._marginals.items()})
+
+    def log_scores(self, head: str, token_ids: Tensor | None = None) -> Tensor:
+        """See `NextTokens.log_scores`."""
+        projection = self._guide.projection
+        if head not in self._logs:
+            masses = projection.token_masses(self._marginals[head])
+            self._logs[head] = projection.log_by_id(masses, split_copies=True)
+        return _pick(self._logs[head], token_ids)
+
+    def log_marginals(self, head: str, token_ids: Tensor | None = None) -> Tensor:
+        """Log-probability that the text goes on with the bytes of each token, up to a constant per position.
+
+        Unlike `log_scores`, " th" holds here all of " the", even where both are tokens.
+        """
+        projection = self._guide.projection
+        return _pick(projection.log_by_id(self._marginals[head], split_copies=False), token_ids)
+
+
+class ProjectedSequence:
+    """`NextTokens` of whole sequences, computed when asked for.
+
+    Args:
+        session: follows the sequences.
+        input_ids: int64 [rows, length].
+        start: first position.
+        stop: position after the last.
+    """
+
+    def __init__(self, session: ProjectedSession, input_ids: Tensor, start: int, stop: int) -> None:
+        self._session = session
+        self._ids = input_ids
+        self._range = range(start, stop)
+        self._states: list[ProjectedStates] | None = None
+
+    def positions(self, start: int, stop: int) -> ProjectedSequence:
+        """See `NextTokens.positions`."""
+        part = self._range[start:stop]
+        return ProjectedSequence(self._session, self._ids, part.start, part.stop)
+
+    def log_scores(self, head: str, token_ids: Tensor | None = None) -> Tensor:
+        """See `NextTokens.log_scores`."""
+        if self._states is None:
+            nothing = torch.zeros(0, device=self._ids.device)
+            self._states = [self._session.step(self._ids[:, : at + 1], nothing)[0] for at in self._range]
+        if not self._states:
+            width = len(self._session.guide.target) if token_ids is None else token_ids.shape[-1]
+            return torch.zeros(self._ids.shape[0], 0, width, device=self._ids.device)
+        wanted = [None if token_ids is None else token_ids[:, at] for at in range(len(self._states))]
+        return torch.stack(
+            [state.log_scores(head, ids) for state, ids in zip(self._states, wanted, strict=True)], dim=1
+        )
+
+
+class ProjectedSession:
+    """`GuideSession` of a projected LM.
+
+    Args:
+        guide: the models.
+    """
+
+    def __init__(self, guide: ProjectedLM) -> None:
+        self.guide = guide
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._ids: Tensor | None = None
+        self._prefixes: list[OwnPrefix] = []
+        self._last: ProjectedStates | None = None
+        self._forget_slots()
+
+    def _forget_slots(self) -> None:
+        self._readers = {name: CachedLM(model) for name, model in self.guide.models.items()}
+        self._tokens: list[list[int]] = []  # own tokens in the cache, per row
+        self._slots: list[list[int]] = []  # and the slot of each
+        self._width = 0
+
+    @undisturbed
+    def step(self, input_ids: Tensor, readings: Tensor) -> tuple[ProjectedStates, list[float]]:
+        """See `GuideSession.step`."""
+        guide, text = self.guide, self.guide.own_text
+        if self._ids is None or self._last is None or 0 in (input_ids.shape[1], self._ids.shape[1]):
+            values = readings.tolist()
+            self.reset()
+            prefixes = [text.extend(text.empty(), guide.pieces(row)) for row in input_ids.tolist()]
+            parents = None
+        else:
+            reuse, values = match_prefixes(self._ids, input_ids, readings)
+            if reuse.unchanged:
+                return self._last, values
+            parents = list(range(len(input_ids))) if reuse.parents is None else reuse.parents.tolist()
+            if reuse.keep == self._ids.shape[1]:
+                new = input_ids[:, reuse.keep :].tolist()
+                prefixes = [
+                    text.extend(self._prefixes[parent], guide.pieces(row))
+                    for parent, row in zip(parents, new, strict=True)
+                ]
+            else:
+                prefixes = [text.extend(text.empty(), guide.pieces(row)) for row in input_ids.tolist()]
+        self._prefixes = prefixes
+        self._ids = input_ids.clone()  # the caller may write into its ids later
+        self._last = ProjectedStates(guide, self._read(prefixes, parents))
+        return self._last, values
+
+    def _read(self, prefixes: Sequence[OwnPrefix], parents: list[int] | None) -> dict[str, Tensor]:
+        """Marginals by head, float64 [rows, target strings]."""
+        guide = self.guide
+        spellings = [guide.own_text.spell(prefix.word) for prefix in prefixes]
+        contexts = [guide.context(prefix, len(each.ids) + 1) for prefix, each in zip(prefixes, spellings, strict=True)]
+        # The last finished token is read with the open word, so that a distribution after it is at hand.
+        finished = [context[:-1] for context in contexts]
+        openings = [[context[-1], *each.ids] for context, each in zip(contexts, spellings, strict=True)]
+        self._make_room(finished, parents)
+        news = [tokens[len(cached) :] for tokens, cached in zip(finished, self._tokens, strict=True)]
+        ahead, behind = max(map(len, news)), max(map(len, openings))
+        if self._width + ahead + behind > 2 * max(map(len, contexts)) + behind + _SLACK:
+            self._forget_slots()
+            self._make_room(finished, None)
+            news, ahead = finished, max(map(len, finished))
+        first, opened = self._width, self._width + ahead
+        rows, width = len(contexts), opened + behind
+        ids = np.full((rows, ahead + behind), guide.own_text.start_id)
+        positions = np.zeros((rows, ahead + behind), dtype=np.int64)
+        visible = np.zeros((rows, width), dtype=bool)
+        for row in range(rows):
+            new, opening, known = news[row], openings[row], len(self._tokens[row])
+            visible[row, self._slots[row]] = True
+            for tokens, place, position in ((new, 0, known), (opening, ahead, known + len(new))):
+                ids[row, place : place + len(tokens)] = tokens
+                positions[row, place : place + len(tokens)] = range(position, position + len(tokens))
+                visible[row, first + place : first + place + len(tokens)] = True
+            self._slots[row] += range(first, first + len(new))
+            self._tokens[row] += new
+        seen = self._tensor(visible)
+        probs = {
+            name: reader.feed(self._tensor(ids), self._tensor(positions), seen, keep=behind).softmax(dim=-1)
+            for name, reader in self._readers.items()
+        }
+        marginals = self._project(prefixes, spellings, probs, visible, opened)
+        self._width = opened
+        for reader in self._readers.values():
+            reader.cut(reader.slots - opened)
+        return marginals
+
+    def _make_room(self, finished: Sequence[list[int]], parents: list[int] | None) -> None:
+        """Make rows of the cache hold nothing but a beginning of `finished`."""
+        if parents is None:
+            self._tokens = [[] for _ in finished]
+            self._slots = [[] for _ in finished]
+            self._width = 0
+            for reader in self._readers.values():
+                reader.reset()
+            return
+        if parents != list(range(len(self._tokens))):
+            index = torch.tensor(parents, device=self.guide.device)
+            for reader in self._readers.values():
+                reader.select(index)
+        shared = [_shared(tokens, self._tokens[parent]) for tokens, parent in zip(finished, parents, strict=True)]
+        self._tokens = [self._tokens[parent][:keep] for keep, parent in zip(shared, parents, strict=True)]
+        self._slots = [self._slots[parent][:keep] for keep, parent in zip(shared, parents, strict=True)]
+        self._width = max((slots[-1] + 1 for slots in self._slots if slots), default=0)
+        for reader in self._readers.values():
+            reader.cut(reader.slots - self._width)
+
+    def _project(
+        self,
+        prefixes: Sequence[OwnPrefix],
+        spellings: Sequence[Spelling],
+        probs: Mapping[str, Tensor],
+        visible: np.ndarray,
+        opened: int,
+    ) -> dict[str, Tensor]:
+        """From the models' distributions after the tokens of the open words to marginals over target strings."""
+        projection, device = self.guide.projection, self.guide.device
+        rows = len(spellings)
+        lengths = torch.tensor([len(each.ids) for each in spellings], device=device)
+        at_start = [prefix.at_start(self.guide.own_text.start_id) for prefix in prefixes]
+        initial = torch.tensor(at_start, device=device)
+        masses, weights, marginals = {}, {}, {}
+        for name, each in probs.items():
+            masses[name] = projection.own_masses(each)  # (rows, behind, own strings)
+            weights[name] = self._path_weights(each.double(), spellings)  # (rows, behind)
+            last = masses[name][torch.arange(rows, device=device), lengths]
+            whole = projection.following(last)
+            if any(at_start) and projection.initial_space:
+                whole = torch.where(initial[:, None], projection.initial(last), whole)
+            # A rest that no token spells has still to be spelled: only tokens that run past it count.
+            spelled = torch.tensor([not each.rest for each in spellings], device=device)
+            marginals[name] = whole * (weights[name].gather(1, lengths[:, None]) * spelled[:, None])
+        for row, spelling in enumerate(spellings):
+            for at, remaining in _open_ends(prefixes[row].word, spelling):
+                pairs = projection.crossing(remaining).pairs
+                for name in probs:
+                    pairs.add(marginals[name][row], masses[name][row, at] * weights[name][row, at])
+        if self.guide.further:
+            self._read_further(prefixes, spellings, masses, weights, marginals, visible, opened)
+        return marginals
+
+    def _path_weights(self, probs: Tensor, spellings: Sequence[Spelling]) -> Tensor:
+        """Probability of the first j tokens of each open word, over that of all: float64 [rows, behind].
+
+        What comes after all of them nearly always matters most; its weight is 1 however improbable the word is.
+        """
+        behind = probs.shape[1]
+        nexts = torch.tensor([[*each.ids, *[0] * (behind - len(each.ids))] for each in spellings], device=probs.device)
+        steps = probs[:, :-1].gather(-1, nexts[:, : behind - 1, None])[..., 0]
+        logs = torch.nn.functional.pad(steps.clamp(min=_LEAST).log().cumsum(dim=-1), (1, 0))
+        ends = torch.tensor([[len(each.ids)] for each in spellings], device=probs.device)
+        # Beyond the end there is nothing to weigh; the bound keeps sums finite.
+        return (logs - logs.gather(1, ends)).clamp(max=_MOST_LOG).exp()
+
+    def _read_further(
+        self,
+        prefixes: Sequence[OwnPrefix],
+        spellings: Sequence[Spelling],
+        masses: Mapping[str, Tensor],
+        weights: Mapping[str, Tensor],
+        marginals: Mapping[str, Tensor],
+        visible: np.ndarray,
+        opened: int,
+    ) -> None:
+        """Replace the shares of targets behind the most probable own tokens by what the models say there; in place."""
+        guide, projection = self.guide, self.guide.projection
+        rows, width = len(spellings), visible.shape[1]
+        chosen = [
+            self._worth_asking(prefixes[row], spellings[row], {name: each[row] for name, each in masses.items()},
+                               {name: each[row] for name, each in weights.items()})
+            for row in range(rows)
+        ]  # fmt: skip
+        most = max(map(len, chosen))
+        if not most:
+            return
+        ids = np.full((rows, most), guide.own_text.start_id)
+        positions = np.zeros((rows, most), dtype=np.int64)
+        sees = np.zeros((rows, most, width + most), dtype=bool)
+        for row, questions in enumerate(chosen):
+            sees[row, :, :width] = visible[row]
+            sees[row, range(most), range(width, width + most)] = True
+            for at, (after, _, place) in enumerate(questions):
+                ids[row, at] = guide.own_text.id_of(projection.own.strings[place])
+                # Tokens of the open word behind which it is not asked are not there.
+                sees[row, at, opened + after + 1 : width] = False
+                positions[row, at] = int(sees[row, at, :width].sum())
+        sees_tensor = self._tensor(sees)
+        for name, reader in self._readers.items():
+            logits = reader.feed(self._tensor(ids), self._tensor(positions), sees_tensor, keep=most)
+            answers = projection.own_masses(logits.softmax(dim=-1))
+            for row, questions in enumerate(chosen):
+                for at, (after, remaining, place) in enumerate(questions):
+                    onward = projection.continuations(projection.own.strings[place][len(remaining) :])
+                    before = masses[name][row, after, place] * weights[name][row, after]
+                    change = onward.marginals(answers[row, at]) - onward.shares
+                    marginals[name][row].index_add_(-1, onward.targets, change * before)
+
+    def _worth_asking(
+        self, prefix: OwnPrefix, spelling: Spelling, masses: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+    ) -> list[tuple[int, bytes, int]]:
+        """The most probable own tokens of one row that targets go on from.
+
+        Returns:
+            For each: after how many tokens of the open word, the bytes of the word that it still spells, and its place
+            among the own strings. The same for all heads: what one knows better than the other would look like a
+            contrast.
+        """
+        projection = self.guide.projection
+        totals = {name: weights[name][: len(spelling.ids) + 1].sum() for name in masses}
+        found: list[tuple[float, int, bytes, int]] = []
+
+        def consider(after: int, remaining: bytes, places: Tensor) -> None:
+            values = torch.stack(
+                [each[after, places] * weights[name][after] / totals[name] for name, each in masses.items()]
+            ).mean(dim=0)
+            best, index = values.topk(min(self.guide.further, len(places)))
+            for value, place in zip(best.tolist(), places[index].tolist(), strict=True):
+                found.append((value, after, remaining, place))
+
+        for after, remaining in _open_ends(prefix.word, spelling):
+            consider(after, remaining, projection.crossing(remaining).goes_on)
+        # At the start of a text, own tokens may begin with a space that the text has not: another table.
+        spaced = projection.initial_space and prefix.at_start(self.guide.own_text.start_id)
+        if not spelling.rest and not spaced:
+            consider(len(spelling.ids), b"", projection.following.goes_on)
+        found.sort(key=lambda each: -each[0])
+        return [
+            (after, remaining, place) for value, after, remaining, place in found[: self.guide.further] if value > 0
+        ]
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.guide.device)
+
+
+def _open_ends(word: bytes, spelling: Spelling) -> list[tuple[int, bytes]]:
+    """Numbers of tokens of an open word after which bytes of it are still to be spelled, and these bytes."""
+    if len(spelling.ends) != len(spelling.ids):
+        return []
+    ends = [(at, word[end:]) for at, end in enumerate([0, *spelling.ends])]
+    return [(at, remaining) for at, remaining in ends if remaining]
+
+
+def _shared(one: Sequence[int], other: Sequence[int]) -> int:
+    """Length of the common beginning."""
+    length = min(len(one), len(other))
+    if one[:length] == other[:length]:  # the usual case, at the speed of C
+        return length
+    return next(at for at in range(length) if one[at] != other[at])
+
+
+def _pick(logs: Tensor, token_ids: Tensor | None) -> Tensor:
+    if token_ids is None:
+        return logs
+    return logs.gather(-1, token_ids.clamp(0, logs.shape[-1] - 1))

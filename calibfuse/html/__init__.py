@@ -1,0 +1,1 @@
+"""Parts that every HTML page is made of."""

@@ -1,0 +1,1 @@
+"""The pool of tokenizers that a universal calibrator is trained on."""

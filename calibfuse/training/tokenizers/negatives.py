@@ -1,0 +1,389 @@
+r"""Byte strings that large vocabularies hold and English text never produces, as negatives for training.
+
+A vocabulary of 200,000 tokens is mostly words of other languages and program text. If the calibrator never saw their
+like, their composed vectors are random and take probability from the rest (design note "universal calibrator"). The
+strings made here are of the same kinds, in roughly the proportions counted in public vocabularies: other scripts,
+Latin-script words of other languages, program text, partial UTF-8 sequences, digits, symbols, white space. They are
+generated, from letter statistics of a few everyday words; no published vocabulary is copied.
+
+Left out: English words and their pieces, which the tokenizers of the pool supply themselves.
+"""
+
+import random
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence, Set
+from itertools import accumulate
+
+import numpy as np
+
+from calibfuse.errors import InputError
+from calibfuse.training.tokenizers.foreign_words import CODE_WORDS, LATIN_WORDS, SCRIPT_WORDS
+
+__all__ = ["KIND_WEIGHTS", "frequent_words", "negative_byte_strings", "text_pieces"]
+
+MAX_COUNT = 500_000
+
+KIND_WEIGHTS: dict[str, float] = {
+    "Cyrillic": 0.09,
+    "Han": 0.07,
+    "Arabic": 0.045,
+    "Hangul": 0.03,
+    "Kana": 0.025,
+    "Greek": 0.015,
+    "Hebrew": 0.015,
+    "Devanagari": 0.015,
+    "Thai": 0.015,
+    "other scripts": 0.02,
+    "latin": 0.27,
+    "mark and word": 0.12,
+    "camel case": 0.07,
+    "snake case": 0.03,
+    "upper case": 0.035,
+    "punctuation": 0.06,
+    "white space": 0.01,
+    "digits": 0.015,
+    "partial utf-8": 0.025,
+    "symbols": 0.02,
+    "entities": 0.005,
+}
+"""Share of each kind."""
+
+# Letters of scripts without a word list: (first, last) code point.
+_OTHER_SCRIPTS = (
+    (0x0985, 0x09B9),  # Bengali
+    (0x0A05, 0x0A39),  # Gurmukhi
+    (0x0A85, 0x0AB9),  # Gujarati
+    (0x0B85, 0x0BB9),  # Tamil
+    (0x0C05, 0x0C39),  # Telugu
+    (0x0C85, 0x0CB9),  # Kannada
+    (0x0D05, 0x0D39),  # Malayalam
+    (0x0D85, 0x0DC6),  # Sinhala
+    (0x0E81, 0x0EB0),  # Lao
+    (0x1000, 0x1021),  # Myanmar
+    (0x10D0, 0x10F0),  # Georgian
+    (0x0531, 0x0556),  # Armenian, upper
+    (0x0561, 0x0586),  # Armenian, lower
+    (0x1200, 0x1240),  # Ethiopic
+    (0x1780, 0x17A2),  # Khmer
+    (0x0250, 0x02A8),  # phonetic letters
+    (0x1F00, 0x1F07),  # Greek with breathings
+)
+# Letters of the scripts with a word list that the lists do not hold: drawn now and then.
+_SCRIPT_RANGES = {
+    "Cyrillic": (0x0400, 0x045F),
+    "Greek": (0x0391, 0x03CE),
+    "Arabic": (0x0621, 0x06D3),
+    "Hebrew": (0x05D0, 0x05EA),
+    "Devanagari": (0x0904, 0x094D),
+    "Hangul": (0xAC00, 0xD7A3),
+    "Kana": (0x3041, 0x30FA),
+    "Han": (0x4E00, 0x9FA5),
+    "Thai": (0x0E01, 0x0E4E),
+}
+_SYMBOL_RANGES = (
+    (0x00A1, 0x00BF),
+    (0x2010, 0x205E),
+    (0x20A0, 0x20BF),
+    (0x2190, 0x21FF),
+    (0x2200, 0x22FF),
+    (0x2500, 0x25FF),
+    (0x2600, 0x27BF),
+    (0x3000, 0x3011),
+    (0xFF01, 0xFF1F),
+    (0x1F300, 0x1F5FF),
+    (0x1F600, 0x1F64F),
+    (0x1F680, 0x1F6C5),
+    (0x1F900, 0x1F9FF),
+)
+_MARKS = "._(-/\\=$#@<[{\"'>:,*&+!|\t?;~^%`"
+_RUNS = tuple(
+    "=> -> :: != == === && || ++ += << >> /* */ // /// <!-- --> </ /> ${ #{ {{ }} [] [[ ]] () ()) [: :] ]; '] \"] ') "
+    '") ", \', ": \': =" =\' (" (\' @@ ## $$ %% ~~ \\\\ \\n \\t /** ?> <? %} {% .* |- --'.split()
+) + (");\n", "();\n", "});\n", "}\n\n", ");\n\n", "{\n", "{\r\n", ";\r\n", "}\r\n", " */\n")
+_ENTITIES = "amp nbsp quot lt gt copy reg times eacute ndash mdash hellip laquo raquo apos sup2 deg trade euro".split()
+
+Maker = Callable[[random.Random], str | bytes]
+
+
+def frequent_words(texts: Iterable[str], limit: int = 20_000) -> list[str]:
+    """The most frequent words of some texts, lower-cased, most frequent first.
+
+    Args:
+        texts: the texts.
+        limit: the most words returned.
+
+    Returns:
+        Words of two or more ASCII letters.
+
+    Example:
+        >>> frequent_words(["The cat and the dog, the end"], limit=2)
+        ['the', 'cat']
+    """
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(re.findall(r"[a-z]{2,}", text.lower()))
+    return [word for word, _ in counts.most_common(limit)]
+
+
+def text_pieces(texts: Iterable[str]) -> set[bytes]:
+    """What tokens of these texts may look like: words, words behind one mark, and runs of marks; lower-cased.
+
+    Negatives must not be among them: what is a token of real text in one vocabulary must not be taught as impossible
+    in another, since equal byte strings have equal vectors.
+
+    Args:
+        texts: the texts.
+
+    Returns:
+        The pieces, without surrounding white space.
+
+    Example:
+        >>> sorted(text_pieces(["Well (see there)..."]))
+        [b'(', b'(see', b')...', b'see', b'there', b'well']
+    """
+    pieces: set[str] = set()
+    for text in texts:
+        lower = text.lower()
+        marked = re.findall(r"[^\s\w]?[^\W\d]+", lower)
+        pieces.update(marked)
+        pieces.update(piece[1:] for piece in marked if not piece[0].isalpha() and len(piece) > 1)
+        pieces.update(re.findall(r"[^\s\w]+", lower))
+    return {piece.encode() for piece in pieces}
+
+
+def negative_byte_strings(
+    count: int, rng: np.random.Generator, words: Sequence[str], *, exclude: Set[bytes] = frozenset()
+) -> list[bytes]:
+    """Make strings of the kinds in `KIND_WEIGHTS`.
+
+    Args:
+        count: how many, 0 to 500,000.
+        rng: source of randomness; the same state gives the same strings.
+        words: English words, lower case, most frequent first (see `frequent_words`). Parts of program text are taken
+            from them, and strings that are one of them, or a piece of one, are never returned.
+        exclude: further strings that must not come: a result is in it neither as it is nor in lower case without
+            surrounding white space. See `text_pieces`.
+
+    Returns:
+        `count` different, non-empty byte strings of at most 160 bytes, in random order. Not all are valid UTF-8.
+
+    Raises:
+        InputError: `count` is out of range.
+    """
+    if not 0 <= count <= MAX_COUNT:
+        raise InputError(f"The number of negative byte strings must be in [0, {MAX_COUNT}], got {count}.")
+    source = random.Random(int(rng.integers(2**63)))
+    starts, pieces = _word_pieces(words)
+    makers = _makers(source, list(words[:8_000]))
+    names = list(KIND_WEIGHTS)
+    cumulative = list(accumulate(KIND_WEIGHTS.values()))
+    found: dict[bytes, None] = {}
+    while len(found) < count:
+        made = makers[source.choices(names, cum_weights=cumulative)[0]](source)
+        data = made if isinstance(made, bytes) else made.encode()
+        bare = _bare(data)
+        english = starts if data.startswith(b" ") else pieces
+        if data and data not in exclude and bare not in english and bare not in exclude:
+            found[data] = None
+    return list(found)
+
+
+def _word_pieces(words: Sequence[str]) -> tuple[set[bytes], set[bytes]]:
+    """Beginnings of the words (themselves included), and all their pieces of up to 6 letters with the words."""
+    starts = {word[:end].encode() for word in words for end in range(1, len(word) + 1)}
+    pieces = {
+        word[start:end].encode()
+        for word in words
+        for start in range(len(word))
+        for end in range(start + 1, min(start + 6, len(word)) + 1)
+    }
+    return starts, pieces | starts
+
+
+def _bare(data: bytes) -> bytes:
+    """Lower case without surrounding white space, where the bytes are text."""
+    try:
+        return data.decode().strip().lower().encode()
+    except UnicodeDecodeError:
+        return data
+
+
+def _makers(source: random.Random, words: list[str]) -> dict[str, Maker]:
+    """One function for each kind."""
+    chains = {script: _LetterChain(text.split()) for script, text in SCRIPT_WORDS.items()}
+    latin = [_LetterChain(text.split()) for text in LATIN_WORDS.values()]
+    code = sorted(set(CODE_WORDS.split()))
+    makers: dict[str, Maker] = {name: _script_maker(source, name, chain) for name, chain in chains.items()}
+    alphabets = [_shuffled(source, first, last) for first, last in _OTHER_SCRIPTS]
+
+    def part(draw: random.Random) -> str:
+        return draw.choice(code) if draw.random() < 0.6 or not words else _zipf(draw, words)
+
+    def other_script(draw: random.Random) -> str:
+        letters = draw.choice(alphabets)
+        return _spaced(draw, "".join(_zipf(draw, letters) for _ in range(draw.choice((1, 1, 1, 2, 2, 3, 4, 6)))), 0.3)
+
+    def latin_word(draw: random.Random) -> str:
+        word = draw.choice(latin).make(draw, longest=14)
+        if draw.random() < 0.4:  # vocabularies hold more pieces of words than words
+            start = draw.randrange(len(word))
+            word = word[start : start + draw.randint(2, 8)]
+            return word if draw.random() < 0.7 else " " + word
+        word = word.capitalize() if draw.random() < 0.2 else word
+        return _spaced(draw, word, 0.7)
+
+    def camel_case(draw: random.Random) -> str:
+        parts = [part(draw) for _ in range(draw.choice((2, 2, 2, 3, 3, 4)))]
+        first = parts[0] if draw.random() < 0.5 else parts[0].capitalize()
+        return _spaced(draw, first + "".join(word[:1].upper() + word[1:] for word in parts[1:]), 0.4)
+
+    def snake_case(draw: random.Random) -> str:
+        text = "_".join(part(draw) for _ in range(draw.choice((1, 2, 2, 3))))
+        text = text.upper() if draw.random() < 0.4 else text
+        return _spaced(draw, draw.choice(("", "_", "__")) + text + draw.choice(("", "", "_")), 0.4)
+
+    def upper_case(draw: random.Random) -> str:
+        word = part(draw).upper()
+        start = draw.randrange(max(1, len(word) - 2))
+        return _spaced(draw, word[start : start + draw.randint(2, 9)], 0.4)
+
+    makers.update(
+        {
+            "other scripts": other_script,
+            "latin": latin_word,
+            "mark and word": lambda draw: (
+                draw.choice(_MARKS) + _cased(draw, part(draw)) + draw.choice(("", "", "", "(", "=", "_", "["))
+            ),
+            "camel case": camel_case,
+            "snake case": snake_case,
+            "upper case": upper_case,
+            "punctuation": _punctuation,
+            "white space": _white_space,
+            "digits": _digits,
+            "partial utf-8": _partial_maker(source, makers),
+            "symbols": _symbols,
+            "entities": lambda draw: (
+                draw.choice(("&", "&", "&amp;", "<", "</", "#"))
+                + draw.choice((*_ENTITIES, *code))
+                + draw.choice((";", ";", ">"))
+            ),
+        }
+    )
+    return makers
+
+
+class _LetterChain:
+    """Makes words letter by letter, each drawn after the two before it; trained on a list of words."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self._next: dict[str, list[str]] = defaultdict(list)
+        for word in words:
+            padded = "\n\n" + word + "\n"
+            for index in range(2, len(padded)):
+                self._next[padded[index - 2 : index]].append(padded[index])
+                self._next[padded[index - 1]].append(padded[index])
+
+    def make(self, draw: random.Random, longest: int) -> str:
+        word = ""
+        while len(word) < longest:
+            context = ("\n\n" + word)[-2:]
+            # Sometimes only the last letter counts, so that more than the words of the list come out.
+            choices = self._next[context if draw.random() < 0.6 and context in self._next else context[-1]]
+            letter = choices[int(draw.random() * len(choices))]
+            if letter == "\n":
+                if word:
+                    break
+                continue
+            word += letter
+        return word
+
+
+def _script_maker(source: random.Random, name: str, chain: _LetterChain) -> Maker:
+    letters = _shuffled(source, *_SCRIPT_RANGES[name])
+    is_syllabic = name in ("Han", "Hangul", "Kana")
+    lengths = (1, 1, 1, 2, 2, 3) if is_syllabic else (1, 1, 2, 2, 3, 3, 4, 5, 7)
+    space_share = 0.15 if name in ("Han", "Kana", "Thai") else 0.5
+
+    def make(draw: random.Random) -> str:
+        if draw.random() < (0.35 if is_syllabic else 0.75):
+            word = chain.make(draw, longest=5 if is_syllabic else 12)
+            if draw.random() < 0.4 and len(word) > 2:
+                word = word[draw.randrange(len(word) - 1) :]
+            return _spaced(draw, word.capitalize() if draw.random() < 0.1 else word, space_share)
+        # Each character of the large scripts is a feature of its own: draw them evenly, to have seen most of them.
+        pick = random.Random.choice if len(letters) > 1000 else _zipf
+        return _spaced(draw, "".join(pick(draw, letters) for _ in range(draw.choice(lengths))), space_share)
+
+    return make
+
+
+def _partial_maker(source: random.Random, makers: dict[str, Maker]) -> Maker:
+    """Pieces of characters: what byte-level BPE learns between the bytes of a script."""
+    kinds = [name for name in makers if name in SCRIPT_WORDS]
+
+    def make(draw: random.Random) -> bytes:
+        whole = makers[draw.choice(kinds)](draw) if draw.random() < 0.8 else _symbols(draw)
+        data = whole.encode() if isinstance(whole, str) else whole
+        start = draw.randrange(len(data))
+        piece = data[start : start + draw.choice((1, 2, 2, 2, 3, 4, 5))]
+        return b" " + piece if draw.random() < 0.15 else piece
+
+    return make
+
+
+def _punctuation(draw: random.Random) -> str:
+    roll = draw.random()
+    if roll < 0.2:
+        return draw.choice("-=*#_/.~+<>|^%!?") * int(2 ** (1 + 6 * draw.random())) + draw.choice(("", "", "\n"))
+    if roll < 0.6:
+        text = draw.choice(_RUNS) + draw.choice(("", *_RUNS))
+    else:
+        text = "".join(draw.choice(_MARKS.replace("\t", "") + ")]}") for _ in range(draw.choice((2, 2, 3, 3, 4, 5))))
+    return _spaced(draw, text, 0.3)
+
+
+def _white_space(draw: random.Random) -> str:
+    kind = draw.choice((" ", " ", "\t", "\n", "\r\n", "\u00a0", "\n\t", " \n"))
+    return draw.choice(("", "\n", "\t")) + kind * draw.randint(2, 40 // len(kind)) + draw.choice(("", "", "\n", " "))
+
+
+def _digits(draw: random.Random) -> str:
+    # Plain short numbers are left to the tokenizers of the pool: English text holds them all.
+    number = draw.randrange(10 ** draw.choice((2, 3, 4, 5, 6, 8)))
+    roll = draw.random()
+    if roll < 0.3:
+        return _spaced(draw, str(number + 10**5), 0.4)
+    if roll < 0.6:
+        return f"0x{number:04X}" if roll < 0.4 else f"{number + 2**12:x}"
+    return draw.choice("_=[+{|") + str(number)
+
+
+def _symbols(draw: random.Random) -> str:
+    first, last = draw.choice(_SYMBOL_RANGES)
+    text = chr(draw.randint(first, last))
+    if draw.random() < 0.25:
+        text = text * draw.randint(2, 8)
+    elif draw.random() < 0.2:
+        text += draw.choice(',.;:!)\n"') + draw.choice(("", "\n"))
+    return _spaced(draw, text, 0.3)
+
+
+def _cased(draw: random.Random, word: str) -> str:
+    return word.capitalize() if draw.random() < 0.3 else word
+
+
+def _spaced(draw: random.Random, text: str, share: float) -> str:
+    """The text with a leading space in a share of cases."""
+    return " " + text if draw.random() < share else text
+
+
+def _shuffled(source: random.Random, first: int, last: int) -> str:
+    letters = [chr(value) for value in range(first, last + 1)]
+    source.shuffle(letters)
+    return "".join(letters)
+
+
+def _zipf(draw: random.Random, items: Sequence[str]) -> str:
+    """One item; the k-th of n comes with a probability near 1/k (log-uniform rank)."""
+    return items[min(len(items) - 1, int((len(items) + 1) ** draw.random()) - 1)]

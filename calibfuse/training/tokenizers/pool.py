@@ -1,0 +1,412 @@
+"""The pool of tokenizers that the universal calibrator is trained on: one is drawn for each batch.
+
+The calibrator learns to work with any vocabulary by seeing the same text cut in many ways (design note
+"universal calibrator"). The pool holds one tokenizer of each style and several sizes, trained on the user's own text;
+`encode_batch` can vary the cut further, and `extended_vocabulary` adds byte strings that the text never produces, so
+that a small tokenizer stands in for a vocabulary of 200,000.
+
+Left out: published tokenizers, which are what the calibrator is tested on.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tokenizers
+from tqdm import tqdm
+
+from calibfuse.errors import CheckpointError, CheckpointFormatError, DataError, InputError
+from calibfuse.training.tokenizers.negatives import frequent_words, negative_byte_strings, text_pieces
+from calibfuse.training.tokenizers.splitting import SplitTable
+from calibfuse.training.tokenizers.styles import STYLES, train_tokenizer
+from calibfuse.vocabulary import Vocabulary
+
+__all__ = ["DEFAULT_POOL", "PoolEntry", "PoolSpec", "TokenizerPool"]
+
+logger = logging.getLogger(__name__)
+
+POOL_FORMAT = 1
+POOL_FILE = "pool.json"
+# Text from which unigram counts and bytes per token are taken.
+COUNT_BYTES = 4_000_000
+MAX_SAMPLE_BYTES = 20_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolSpec:
+    """What to train: style, size, and how often to draw it.
+
+    Attributes:
+        style: key of `calibfuse.training.tokenizers.styles.STYLES`.
+        vocab_size: the most tokens, special ones included.
+        draw_weight: relative frequency of being drawn, above 0.
+    """
+
+    style: str
+    vocab_size: int
+    draw_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            InputError: unknown style, too small a size, or a weight that is not above 0.
+        """
+        if self.style not in STYLES:
+            raise InputError(f"Unknown tokenizer style {self.style!r}; expected one of {', '.join(STYLES)}.")
+        if self.vocab_size < STYLES[self.style].smallest_size:
+            raise InputError(
+                f"Style {self.style!r} needs at least {STYLES[self.style].smallest_size} tokens, got {self.vocab_size}."
+            )
+        if not self.draw_weight > 0.0:
+            raise InputError(f"draw_weight must be above 0, got {self.draw_weight}.")
+
+
+DEFAULT_POOL: tuple[PoolSpec, ...] = (
+    PoolSpec(style="byte-level", vocab_size=50_000),
+    PoolSpec(style="byte-level", vocab_size=12_000),
+    PoolSpec(style="byte-level-triple-digits", vocab_size=64_000),
+    PoolSpec(style="byte-level-single-digits", vocab_size=48_000),
+    PoolSpec(style="byte-level-case-split", vocab_size=64_000),
+    PoolSpec(style="byte-level-digits-first", vocab_size=32_000),
+    PoolSpec(style="byte-level-punctuation", vocab_size=40_000),
+    PoolSpec(style="metaspace-bytes", vocab_size=20_000),
+    PoolSpec(style="metaspace-newlines", vocab_size=40_000),
+    PoolSpec(style="unigram", vocab_size=24_000),
+    PoolSpec(style="word-piece-lower", vocab_size=24_000),
+    PoolSpec(style="word-piece-cased", vocab_size=16_000, draw_weight=0.5),
+    PoolSpec(style="byte-level", vocab_size=2_000, draw_weight=0.5),
+    PoolSpec(style="byte-level", vocab_size=257, draw_weight=0.25),  # bytes only
+)
+"""Every style, small and large. Sizes are those a vocabulary of that family spends on English."""
+
+
+class PoolEntry:
+    """One tokenizer of the pool."""
+
+    def __init__(
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        spec: PoolSpec,
+        *,
+        unigram_counts: npt.NDArray[np.int64],
+        bytes_per_token: float,
+    ) -> None:
+        """Wrap a trained tokenizer.
+
+        Args:
+            tokenizer: the tokenizer.
+            spec: what was asked for; the tokenizer may have fewer tokens.
+            unigram_counts: int64 [size], how often each id came in the sample.
+            bytes_per_token: UTF-8 bytes of the sample for each token.
+        """
+        self.tokenizer = tokenizer
+        self.spec = spec
+        self.unigram_counts = unigram_counts
+        self.bytes_per_token = bytes_per_token
+
+    @property
+    def style(self) -> str:
+        """The style, a key of `STYLES`."""
+        return self.spec.style
+
+    @property
+    def name(self) -> str:
+        """Style and size, for tables."""
+        return f"{self.spec.style}-{len(self.unigram_counts)}"
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The bytes of each id."""
+        return Vocabulary.from_tokenizer(self.tokenizer)
+
+    @cached_property
+    def _splits(self) -> SplitTable:
+        return SplitTable.of(self.vocabulary, self.unigram_counts)
+
+    def encode_batch(
+        self, texts: Sequence[str], *, split_rate: float = 0.0, rng: np.random.Generator | None = None
+    ) -> list[list[int]]:
+        """Encode texts, without special tokens.
+
+        Args:
+            texts: the texts.
+            split_rate: share of tokens, in [0, 1], that are cut into two tokens of the vocabulary with the same bytes;
+                done twice, so that pieces may be cut again. It plays the part of BPE dropout, works for every kind of
+                model, and depends on `rng` alone, so that a resumed run repeats it exactly. 0: the tokenizer's own cut.
+            rng: source of the cuts; needed if `split_rate` is above 0.
+
+        Returns:
+            Ids of each text.
+
+        Raises:
+            InputError: `split_rate` is outside [0, 1] or `rng` is missing.
+        """
+        if not 0.0 <= split_rate <= 1.0:
+            raise InputError(f"split_rate must be in [0, 1], got {split_rate}.")
+        encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        rows = [encoding.ids for encoding in encodings]
+        if split_rate == 0.0 or not rows:
+            return rows
+        if rng is None:
+            raise InputError("encode_batch needs rng when split_rate is above 0.")
+        ids = np.fromiter((index for row in rows for index in row), dtype=np.int64)
+        row_of = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
+        for _ in range(2):
+            ids, sources = self._splits.split_randomly(ids, split_rate, rng)
+            row_of = row_of[sources]
+        ends = np.cumsum(np.bincount(row_of, minlength=len(rows)))
+        return [part.tolist() for part in np.split(ids, ends[:-1])]
+
+    def extended_vocabulary(self, negatives: Sequence[bytes], total_size: int) -> Vocabulary:
+        """The vocabulary with byte strings added that the tokenizer never produces.
+
+        Args:
+            negatives: candidates in order, see negatives.py beside it; those that are tokens already, and
+                repetitions, are left out, because equal byte strings cannot be told apart.
+            total_size: the most ids of the result; below the tokenizer's own size nothing is added.
+
+        Returns:
+            The tokenizer's ids first, unchanged, then the negatives.
+        """
+        room = total_size - len(self.vocabulary)
+        known = {self.vocabulary.token_bytes(index) for index in range(len(self.vocabulary))}
+        chosen: list[bytes] = []
+        for candidate in negatives:
+            if len(chosen) >= room:
+                break
+            if candidate not in known:
+                known.add(candidate)
+                chosen.append(candidate)
+        return self.vocabulary.extended(chosen) if chosen else self.vocabulary
+
+
+class TokenizerPool:
+    """The tokenizers of one training run, in a fixed order."""
+
+    def __init__(self, entries: Sequence[PoolEntry], *, meta: dict[str, Any] | None = None) -> None:
+        """Hold entries.
+
+        Args:
+            entries: at least one.
+            meta: what is known of the sample, kept in `pool.json`.
+
+        Raises:
+            InputError: no entries.
+        """
+        if not entries:
+            raise InputError("A tokenizer pool needs at least one entry, got none.")
+        self.entries = list(entries)
+        self.meta = dict(meta or {})
+        weights = np.array([entry.spec.draw_weight for entry in self.entries], dtype=np.float64)
+        self._cumulative = np.cumsum(weights / weights.sum())
+
+    def __len__(self) -> int:
+        """Number of tokenizers."""
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> PoolEntry:
+        """The entry at a position."""
+        return self.entries[index]
+
+    def __iter__(self) -> Iterator[PoolEntry]:
+        """The entries in order."""
+        return iter(self.entries)
+
+    def draw(self, rng: np.random.Generator) -> int:
+        """Position of a random entry, by draw weight; one number is taken from `rng`."""
+        return int(np.searchsorted(self._cumulative[:-1], rng.random(), side="right"))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex sha256 over the tokenizers, in order."""
+        digest = hashlib.sha256(b"calibfuse pool 1")
+        for entry in self.entries:
+            digest.update(hashlib.sha256(entry.tokenizer.to_str().encode()).digest())
+        return digest.hexdigest()
+
+    def negatives(self, count: int, sample: Sequence[str], seed: int) -> list[bytes]:
+        """Byte strings that no tokenizer of the pool and no text of the sample holds.
+
+        Args:
+            count: how many, 0 to 500,000.
+            sample: text in the language of training; the first 8 MB are looked at.
+            seed: the same seed and sample give the same strings.
+
+        Returns:
+            Different byte strings, see `calibfuse.training.tokenizers.negatives`.
+        """
+        texts = list(_up_to(sample, 2 * COUNT_BYTES))
+        words = frequent_words(_up_to(texts, COUNT_BYTES))
+        exclude = text_pieces(texts)
+        for entry in self.entries:
+            exclude.update(entry.vocabulary.token_bytes(index) for index in range(len(entry.vocabulary)))
+        return negative_byte_strings(count, np.random.default_rng(seed), words, exclude=exclude)
+
+    @classmethod
+    def train(
+        cls, sample: Sequence[str], specs: Sequence[PoolSpec] = DEFAULT_POOL, *, show_progress: bool = True
+    ) -> "TokenizerPool":
+        """Train every tokenizer of the pool.
+
+        A small sample gives smaller vocabularies than asked for, which is logged; specs that then become equal to an
+        earlier one are left out.
+
+        Args:
+            sample: passages in random order; about 20 MB serve 64,000 tokens, more is not read.
+            specs: what to train.
+            show_progress: show a progress bar.
+
+        Returns:
+            The pool.
+
+        Raises:
+            DataError: the sample is too small to learn a vocabulary from.
+        """
+        sample_bytes = sum(len(text.encode()) for text in sample)
+        if sample_bytes < 2_000:
+            raise DataError(
+                f"A pool of tokenizers needs at least 2000 bytes of text, got {sample_bytes} in {len(sample)} passages."
+            )
+        entries: list[PoolEntry] = []
+        seen: set[tuple[str, int]] = set()
+        seconds: list[float] = []
+        bar = tqdm(specs, desc="training tokenizers", unit="tokenizer", disable=not show_progress)
+        for spec in bar:
+            bar.set_postfix_str(f"{spec.style} {spec.vocab_size}")
+            began = time.monotonic()
+            entry = _train_entry(spec, sample, sample_bytes)
+            size = len(entry.unigram_counts)
+            if size < spec.vocab_size:
+                logger.warning("%s: %d tokens instead of %d, the text holds no more", spec.style, size, spec.vocab_size)
+            if (spec.style, size) in seen:
+                logger.warning("%s with %d tokens is in the pool already, left out", spec.style, size)
+                continue
+            seen.add((spec.style, size))
+            entries.append(entry)
+            seconds.append(round(time.monotonic() - began, 2))
+        meta = {"sample_bytes": sample_bytes, "sample_passages": len(sample), "seconds": seconds}
+        return cls(entries, meta=meta)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the pool: one tokenizer.json and one file of counts per entry, and `pool.json` last.
+
+        Args:
+            folder: made if missing.
+
+        Raises:
+            CheckpointError: the folder cannot be written.
+        """
+        target = Path(folder)
+        rows = []
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+            for index, entry in enumerate(self.entries):
+                stem = f"{index:02d}-{entry.name}"
+                text = entry.tokenizer.to_str()
+                _write(target / f"{stem}.json", text.encode())
+                _write(target / f"{stem}.counts", entry.unigram_counts.astype("<i8").tobytes())
+                rows.append(
+                    {
+                        "file": stem,
+                        **asdict(entry.spec),
+                        "size": len(entry.unigram_counts),
+                        "bytes_per_token": round(entry.bytes_per_token, 4),
+                        "sha256": hashlib.sha256(text.encode()).hexdigest(),
+                    }
+                )
+            content = {"format": POOL_FORMAT, **self.meta, "entries": rows}
+            _write(target / POOL_FILE, json.dumps(content, indent=1).encode())
+        except OSError as error:
+            reason = error.strerror or error
+            raise CheckpointError(f"The tokenizer pool cannot be written to {target}: {reason}.") from error
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> "TokenizerPool":
+        """Read a pool written by `save`.
+
+        Args:
+            folder: the folder with `pool.json`.
+
+        Returns:
+            The pool, with the same order, ids and counts.
+
+        Raises:
+            CheckpointError: a file is missing, damaged or not the one that was saved.
+            CheckpointFormatError: the pool was written by a newer version.
+        """
+        source = Path(folder)
+        try:
+            content = json.loads((source / POOL_FILE).read_text(encoding="utf-8"))
+            if content["format"] > POOL_FORMAT:
+                raise CheckpointFormatError(
+                    f"The tokenizer pool {source} has format {content['format']}; this version reads {POOL_FORMAT}. "
+                    "Update calibfuse."
+                )
+            entries = [_load_entry(source, row) for row in content["entries"]]
+            meta = {key: value for key, value in content.items() if key not in ("format", "entries")}
+        except CheckpointError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"The tokenizer pool {source} is missing or damaged ({type(error).__name__}: {error}). Train it again."
+            ) from error
+        return cls(entries, meta=meta)
+
+
+def _train_entry(spec: PoolSpec, sample: Sequence[str], sample_bytes: int) -> PoolEntry:
+    style = STYLES[spec.style]
+    # A vocabulary much larger than the text can support would only memorise it.
+    size = min(spec.vocab_size, max(style.smallest_size, sample_bytes // 16))
+    budget = min(MAX_SAMPLE_BYTES, 1_000_000 + size * style.bytes_per_token)
+    tokenizer = train_tokenizer(spec.style, list(_up_to(sample, budget)), size)
+    counts = np.zeros(tokenizer.get_vocab_size(), dtype=np.int64)
+    counted_bytes = 0
+    counted = list(_up_to(sample, COUNT_BYTES))
+    for start in range(0, len(counted), 256):
+        batch = counted[start : start + 256]
+        counted_bytes += sum(len(text.encode()) for text in batch)
+        ids = [encoding.ids for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False)]
+        counts += np.bincount(np.concatenate(ids).astype(np.int64), minlength=len(counts))
+    return PoolEntry(tokenizer, spec, unigram_counts=counts, bytes_per_token=counted_bytes / max(1, int(counts.sum())))
+
+
+def _up_to(sample: Sequence[str], byte_budget: int) -> Iterator[str]:
+    total = 0
+    for text in sample:
+        if total >= byte_budget:
+            return
+        total += len(text.encode())
+        yield text
+
+
+def _load_entry(folder: Path, row: dict[str, Any]) -> PoolEntry:
+    text = (folder / f"{row['file']}.json").read_text(encoding="utf-8")
+    if hashlib.sha256(text.encode()).hexdigest() != row["sha256"]:
+        raise CheckpointError(f"{row['file']}.json in {folder} is not the file that was saved. Train the pool again.")
+    counts = np.frombuffer((folder / f"{row['file']}.counts").read_bytes(), dtype="<i8").astype(np.int64)
+    if len(counts) != row["size"]:
+        raise CheckpointError(f"{row['file']}.counts in {folder} has {len(counts)} numbers, expected {row['size']}.")
+    spec = PoolSpec(style=row["style"], vocab_size=row["vocab_size"], draw_weight=row["draw_weight"])
+    tokenizer = tokenizers.Tokenizer.from_str(text)
+    return PoolEntry(tokenizer, spec, unigram_counts=counts, bytes_per_token=row["bytes_per_token"])
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write through a temporary file in the same folder, so that no half-written file ever has the name."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,113 @@
+"""Keeps the calibrator from learning that groups of people are not to be mentioned.
+
+Sorting text by toxicity also sorts it by topic: passages that name a group are flagged far more often than others
+(here: "gay" 40 %, all passages 11 %), so a model of the clean pile avoids the group's name, which is the known harm of
+detoxification (Xu et al. 2021). The remedy works on the training text, not on a word list at decoding time: for every
+term, flagged passages that hold it are left out at random until its flagged share is the text's overall share. Then the
+name by itself says nothing about the pile, and only what is said of the group does. The names of politicians and others
+who are much argued about (names.py) are treated in the same way.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calibfuse.scorers.identity import ADJECTIVES, PLURALS
+from calibfuse.training.data import PassageStore
+from calibfuse.training.words.names import suspected_names
+
+logger = logging.getLogger(__name__)
+
+_SINGULARS = (
+    "man woman boy girl jew arab turk greek briton immigrant refugee migrant foreigner veteran mother father wife "
+    "husband "
+    "feminist lesbian homosexual muslim christian catholic hindu mormon buddhist atheist transsexual transgendered "
+    "islam"
+).split()
+# of "middle-aged", "middle eastern", "puerto rican": words are looked for one by one
+_SECOND_PARTS = ("aged", "eastern", "rican")
+TERMS: tuple[str, ...] = tuple(
+    sorted({term for term in (*ADJECTIVES, *PLURALS, *_SINGULARS, *_SECOND_PARTS) if " " not in term})
+)
+_CHUNK_BYTES = 16_000_000
+
+
+@dataclass(frozen=True)
+class Balance:
+    """Which flagged passages are left out.
+
+    Attributes:
+        excluded: bool [passages].
+        shares: term -> (flagged share before, after); only terms of which passages were left out.
+        holders: term -> sorted indices of the passages that hold it.
+    """
+
+    excluded: NDArray[np.bool_]
+    shares: dict[str, tuple[float, float]]
+    holders: dict[str, NDArray[np.int64]]
+
+
+def balance_terms(store: PassageStore, seed: int, terms: Sequence[str] | None = None) -> Balance:
+    """Choose the flagged passages to leave out.
+
+    Args:
+        store: labelled passages.
+        seed: of the random choice.
+        terms: lower-case words of ASCII letters; None: TERMS, and the names of the text that are flagged too often.
+
+    Returns:
+        The choice; nothing is left out where no passage is flagged, or all are.
+    """
+    flagged = store.labels == 0
+    excluded = np.zeros(len(store), dtype=bool)
+    base = float(flagged.mean())
+    if base in (0.0, 1.0):
+        return Balance(excluded, {}, {})
+    holders = passages_with_terms(store, sorted({*TERMS, *suspected_names(store)}) if terms is None else terms)
+    keep = np.ones(len(store))
+    for passages in holders.values():
+        bad = passages[flagged[passages]]
+        clean = len(passages) - len(bad)
+        if len(bad):
+            wanted = clean * base / (1.0 - base)
+            keep[bad] = np.minimum(keep[bad], wanted / len(bad))
+    excluded = flagged & (np.random.default_rng([seed, 4]).random(len(store)) >= keep)
+    shares = {}
+    for term, passages in holders.items():
+        left = passages[~excluded[passages]]
+        if len(left) < len(passages):
+            shares[term] = (float(flagged[passages].mean()), float(flagged[left].mean()) if len(left) else 0.0)
+    logger.info(
+        "identity balance: %s of %s flagged passages left out, for %d terms",
+        f"{excluded.sum():,}",
+        f"{flagged.sum():,}",
+        len(shares),
+    )
+    return Balance(excluded, shares, holders)
+
+
+def passages_with_terms(store: PassageStore, terms: Sequence[str]) -> dict[str, NDArray[np.int64]]:
+    """The passages that hold each term as a whole word, whatever its capitals: term -> sorted indices."""
+    found: dict[str, list[NDArray[np.int64]]] = {term: [] for term in terms}
+    for first, offsets, block in store.blocks(_CHUNK_BYTES):
+        text = block.lower()
+        is_letter = np.zeros(len(text) + 2, dtype=bool)  # one entry more on each side: block ends are word ends
+        codes = np.frombuffer(text, dtype=np.uint8)
+        is_letter[1:-1] = (codes >= 97) & (codes <= 122)
+        for term in terms:
+            pattern = term.encode()
+            places = []
+            place = text.find(pattern)
+            while place >= 0:
+                if not is_letter[place] and not is_letter[place + len(pattern) + 1]:
+                    places.append(place)
+                place = text.find(pattern, place + len(pattern))
+            if places:
+                passages = np.unique(np.searchsorted(offsets, np.asarray(places), side="right") - 1)
+                found[term].append(passages + first)
+    return {term: np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64) for term, parts in found.items()}

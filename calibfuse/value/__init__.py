@@ -1,0 +1,1 @@
+"""Value guides: sequence-level constraints as next-token guidance (Meng et al. 2022)."""

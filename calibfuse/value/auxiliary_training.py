@@ -1,0 +1,373 @@
+"""Training of an auxiliary model on labelled samples (Meng et al. 2022, arXiv 2205.14219, section 4).
+
+With w the self-normalised importance weight of a sample (mean 1) and the sums over its continuation positions:
+
+    loss = mean w [ BCE(C, R(x_<=i)) + consistency_weight * KL_bern( sum_y R(x_<i, y) p(y | x_<i) || R(x_<i) ) ]
+
+The first term's minimum is R = E_p[C | x_<=i], also for soft C. Only the taken token of each position has a label; the
+second term ties the other tokens' R to it, and needs no label. Left out: drawing and labelling.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from calibfuse import hub
+from calibfuse.errors import CheckpointError, DataError, InputError, ScorerError
+from calibfuse.value.auxiliary import AuxiliaryModel
+from calibfuse.value.samples import SampleSet
+
+_CLOSEST = -1e-7  # log R is kept this far below 0, so that log(1 - R) is finite
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuxiliaryTrainingConfig:
+    """How an auxiliary model learns.
+
+    Attributes:
+        steps: optimiser steps.
+        batch_size: samples of a step.
+        learning_rate: peak; it rises over the first twentieth of the steps and falls linearly to 0.
+        consistency_weight: of the forward consistency; 0 leaves it (and the base model's forward passes) out.
+        consistency_share: share of a batch's samples at whose positions it is asked for, in (0, 1]. It costs a forward
+            pass of the base model and all scores of the vocabulary; the labels need neither.
+        weight_decay: of the matrices.
+        held_out_share: share of the prompts (of the samples where there are few prompts) that only measures.
+        max_gradient_norm: gradients are scaled down to this norm.
+        seed: of the held-out draw and the order of the samples.
+    """
+
+    steps: int = 300
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    consistency_weight: float = 0.5
+    consistency_share: float = 0.25
+    weight_decay: float = 0.01
+    held_out_share: float = 0.1
+    max_gradient_norm: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Validate.
+
+        Raises:
+            InputError: a value is out of range.
+        """
+        for name in ("steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} of the auxiliary training must be at least 1, got {getattr(self, name)}.")
+        for name in ("learning_rate", "max_gradient_norm"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise InputError(f"{name} of the auxiliary training must be above 0, got {getattr(self, name)}.")
+        for name in ("consistency_weight", "weight_decay"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise InputError(f"{name} of the auxiliary training must be 0 or more, got {getattr(self, name)}.")
+        if not 0.0 < self.consistency_share <= 1.0:
+            raise InputError(f"consistency_share must be above 0 and at most 1, got {self.consistency_share}.")
+        if not 0.0 <= self.held_out_share < 1.0:
+            raise InputError(f"held_out_share must be in [0, 1), got {self.held_out_share}.")
+
+    def rate_at(self, step: int) -> float:
+        """Learning rate of a step, from 0."""
+        warmup = max(1.0, self.steps / 20)
+        return self.learning_rate * min(1.0, (step + 1) / warmup, (self.steps - step) / max(1.0, self.steps - warmup))
+
+
+def train_auxiliary(
+    auxiliary: AuxiliaryModel,
+    base: PreTrainedModel,
+    samples: SampleSet,
+    config: AuxiliaryTrainingConfig,
+    *,
+    device: torch.device | str | None = None,
+    checkpoint: Path | None = None,
+    save_every: int = 50,
+    show_progress: bool = True,
+) -> dict[str, float]:
+    """Teach an auxiliary model what the samples' labels say.
+
+    Args:
+        auxiliary: changed in place; left on the device, in evaluation mode.
+        base: the model p that drew the samples, or towards which their weights lead.
+        samples: labelled; those whose label is nan are left out, and counted.
+        config: how.
+        device: where to; None: where the base model is.
+        checkpoint: safetensors file in which the state is kept; where there is one, training goes on from it, and
+            comes to the same as without the stop. It must be of the same samples and settings.
+        save_every: steps between writing it.
+        show_progress: draw a progress bar on standard error.
+
+    Returns:
+        Figures: "samples" and "left_out" (counts), "effective_samples" (Kish's count under the weights),
+        "mean_satisfaction" (weighted), "held_out_bce" and "prior_bce" (nats per position of the held-out samples,
+        under the model and under the mean alone), "consistency_gap" (mean |sum_y R p - R| there; nan with
+        consistency_weight 0), "loss" (mean of the last tenth of the steps).
+
+    Raises:
+        ScorerError: no sample has a label.
+        DataError: too few samples.
+        CheckpointError: the checkpoint is damaged, of another model, or cannot be written.
+        InputError: the loss is not finite any more.
+    """
+    place = torch.device(device) if device is not None else base.device
+    auxiliary.to(place)
+    base = base.to(place).eval()  # type: ignore[arg-type]
+    if not len(samples):
+        raise DataError("An auxiliary model needs samples to learn from, got none.")
+    labelled = ~samples.satisfaction.isnan()
+    if not labelled.any():
+        raise ScorerError(f"None of the {len(samples)} samples has a label, so there is nothing to learn from.")
+    used = samples.rows(labelled)
+    weights = normalised_weights(used.log_weights)
+    is_held_out = _held_out(used, config)
+    train = torch.nonzero(~is_held_out)[:, 0]
+    if not len(train):
+        raise DataError(f"{len(used)} labelled samples are too few to train an auxiliary model with.")
+    mean = float((weights * used.satisfaction).mean())
+    auxiliary.train()
+    if auxiliary.is_fresh:
+        auxiliary.set_prior(mean)
+    optimizer = _optimizer(auxiliary, config)
+    reader = _Reader(auxiliary, base, mean)
+    consistent = math.ceil(config.consistency_share * config.batch_size) if config.consistency_weight > 0 else 0
+    losses: list[float] = []
+    batches = _batches(train.numpy(), config)
+    first = _load_state(checkpoint, auxiliary, optimizer) if checkpoint is not None and checkpoint.exists() else 0
+    for _ in range(first):
+        next(batches)
+    with tqdm(
+        total=config.steps,
+        initial=first,
+        desc="auxiliary model",
+        unit="step",
+        leave=False,
+        disable=not show_progress,
+    ) as bar:
+        for step in range(first, config.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = config.rate_at(step)
+            rows = torch.from_numpy(next(batches))
+            terms = reader.terms(used.rows(rows), weights[rows], consistent)
+            loss = terms.bce + config.consistency_weight * terms.consistency
+            if not bool(loss.isfinite()):
+                raise InputError(
+                    f"The auxiliary model's loss became {float(loss.detach())} at step {step + 1}: training has "
+                    "diverged. Choose a lower learning rate."
+                )
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(_trainable(auxiliary), config.max_gradient_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            losses.append(float(loss.detach()))
+            bar.set_postfix_str(f"BCE {float(terms.bce.detach()):.4f}", refresh=False)
+            bar.update()
+            if checkpoint is not None and ((step + 1) % save_every == 0 or step + 1 == config.steps):
+                _save_state(checkpoint, auxiliary, optimizer, step + 1)
+    auxiliary.eval()
+    measured = torch.nonzero(is_held_out)[:, 0] if bool(is_held_out.any()) else train
+    figures = _measure(reader, used, weights, measured, config)
+    tail = losses[-max(1, len(losses) // 10) :]
+    return {
+        "samples": float(len(used)),
+        "left_out": float(len(samples) - len(used)),
+        "effective_samples": float(weights.sum() ** 2 / (weights**2).sum()),
+        "mean_satisfaction": mean,
+        **figures,
+        "loss": sum(tail) / len(tail) if tail else math.nan,
+    }
+
+
+def normalised_weights(log_weights: Tensor) -> Tensor:
+    """exp(log_weights), scaled to mean 1; float32 [n]."""
+    scaled = (log_weights.double() - log_weights.double().max()).exp()
+    return (scaled / scaled.mean()).float()
+
+
+def bernoulli_cross_entropy(labels: Tensor, log_r: Tensor) -> Tensor:
+    """-C log R - (1 - C) log(1 - R), elementwise, nats; labels C in [0, 1], log R at most 0.
+
+    Example:
+        >>> import math, torch
+        >>> round(float(bernoulli_cross_entropy(torch.tensor(1.0), torch.tensor(math.log(0.5)))), 4)
+        0.6931
+    """
+    log_r = log_r.clamp(max=_CLOSEST)
+    return -labels * log_r - (1.0 - labels) * log_one_minus_exp(log_r)
+
+
+def bernoulli_kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """KL between Bernoulli distributions of probabilities exp(log_a) and exp(log_b), elementwise, nats."""
+    log_a, log_b = log_a.clamp(max=_CLOSEST), log_b.clamp(max=_CLOSEST)
+    a = log_a.exp()
+    return a * (log_a - log_b) + (1.0 - a) * (log_one_minus_exp(log_a) - log_one_minus_exp(log_b))
+
+
+def log_one_minus_exp(values: Tensor) -> Tensor:
+    """log(1 - exp(x)) for x < 0, precise at both ends (Mächler 2012)."""
+    near = values > -math.log(2.0)
+    # each branch gets an argument that is harmless where it is not taken, so that no gradient is nan
+    small = torch.where(near, values, -1.0)
+    large = torch.where(near, -1.0, values)
+    return torch.where(near, torch.log(-torch.expm1(small)), torch.log1p(-torch.exp(large)))
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """Weighted means over the positions of a batch.
+
+    Attributes:
+        bce: of the model.
+        prior_bce: of a constant R, the mean of the labels.
+        consistency: KL_bern(sum_y R p || R).
+        gap: |sum_y R p - R|.
+    """
+
+    bce: Tensor
+    prior_bce: Tensor
+    consistency: Tensor
+    gap: Tensor
+
+
+class _Reader:
+    """Reads batches of samples: auxiliary and base model, and the mean of the labels."""
+
+    def __init__(self, auxiliary: AuxiliaryModel, base: PreTrainedModel, mean: float) -> None:
+        self.auxiliary, self.base = auxiliary, base
+        self.log_mean = math.log(min(max(mean, 1e-6), 1 - 1e-6))
+        self._trims = "logits_to_keep" in inspect.signature(base.forward).parameters
+
+    def terms(self, batch: SampleSet, weights: Tensor, consistent: int) -> _Terms:
+        """Loss terms of a batch; its first `consistent` samples are asked for forward consistency."""
+        device, auxiliary = self.base.device, self.auxiliary
+        longest = int(batch.lengths.max())
+        ids = batch.input_ids[:, :longest].to(device)
+        lengths, prompts = batch.lengths.to(device)[:, None], batch.prompt_lengths.to(device)[:, None]
+        places = torch.arange(longest, device=device)
+        mask = (places < lengths).long()
+        weights, labels = weights.to(device), batch.satisfaction.to(device)
+        # Entry i speaks of token i + 1: from the last token of the prompt on, whose R is E_p[C | prompt].
+        spoken = (places >= prompts - 2) & (places < lengths - 1)
+        states = auxiliary.states(ids, mask)
+        # R of each prefix x_<=i, where something was said of its last token
+        prefix = torch.zeros_like(ids, dtype=torch.float32)
+        prefix = prefix.masked_scatter(spoken.roll(1, dims=1), auxiliary.of_next(states, ids, spoken))
+        has_prefix = spoken.roll(1, dims=1) & auxiliary.learns(ids)
+        share = (weights[:, None] * has_prefix).sum().clamp(min=1e-6)
+        label = labels[:, None].expand_as(prefix)
+        bce = (weights[:, None] * bernoulli_cross_entropy(label, prefix))[has_prefix].sum() / share
+        constant = torch.full_like(label, self.log_mean)
+        prior_bce = (weights[:, None] * bernoulli_cross_entropy(label, constant))[has_prefix].sum() / share
+        zero = torch.zeros((), device=device)
+        if consistent == 0:
+            return _Terms(bce, prior_bce, zero, zero * torch.nan)
+        asked = has_prefix & (places >= prompts - 1) & (places < lengths - 1)
+        asked[consistent:] = False
+        if not bool(asked.any()):  # prompts of one token and continuations of one token
+            return _Terms(bce, prior_bce, zero, zero)
+        summed = (self._base_log_probs(ids, mask, asked) + auxiliary.of_all(states, ids, asked)).logsumexp(dim=-1)
+        known, weight = prefix[asked], weights[:, None].expand_as(prefix)[asked]
+        total = weight.sum().clamp(min=1e-6)
+        consistency = (weight * bernoulli_kl(summed, known)).sum() / total
+        gap = (weight * (summed.exp() - known.exp()).abs()).sum() / total
+        return _Terms(bce, prior_bce, consistency, gap)
+
+    @torch.no_grad()
+    def _base_log_probs(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        """Log p of the base at some positions, float32 [m, vocab]; reads only what they need."""
+        rows = positions.any(dim=1).nonzero()[:, 0]
+        columns = positions.any(dim=0).nonzero()[:, 0]
+        first, stop = int(columns[0]), int(columns[-1]) + 1
+        options = {"logits_to_keep": stop - first} if self._trims else {}
+        logits = self.base(
+            input_ids=ids[rows, :stop], attention_mask=mask[rows, :stop], use_cache=False, **options
+        ).logits[:, first - stop :]
+        log_probs: Tensor = logits[positions[rows, first:stop]].float().log_softmax(dim=-1)
+        return log_probs
+
+
+@torch.no_grad()
+def _measure(
+    reader: _Reader, samples: SampleSet, weights: Tensor, rows: Tensor, config: AuxiliaryTrainingConfig
+) -> dict[str, float]:
+    sums, total = np.zeros(3), 0.0
+    for part in torch.split(rows, config.batch_size):
+        batch = samples.rows(part)
+        terms = reader.terms(batch, weights[part], len(part) if config.consistency_weight > 0 else 0)
+        share = float((weights[part] * (batch.lengths - batch.prompt_lengths)).sum())
+        sums += share * np.array([float(terms.bce), float(terms.prior_bce), float(terms.gap)])
+        total += share
+    bce, prior_bce, gap = (sums / max(total, 1e-6)).tolist()
+    return {"held_out_bce": bce, "prior_bce": prior_bce, "consistency_gap": gap}
+
+
+def _held_out(samples: SampleSet, config: AuxiliaryTrainingConfig) -> Tensor:
+    """Bool [n]; samples of one prompt stay together where there are at least ten prompts."""
+    rng = np.random.default_rng([config.seed, 41])
+    prompts = [
+        tuple(ids[:length])
+        for ids, length in zip(samples.input_ids.tolist(), samples.prompt_lengths.tolist(), strict=True)
+    ]
+    groups = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompts))}
+    numbers = np.array([groups[prompt] for prompt in prompts]) if len(groups) >= 10 else np.arange(len(prompts))
+    count = int(numbers.max()) + 1
+    chosen = rng.permutation(count)[: int(config.held_out_share * count)]
+    return torch.from_numpy(np.isin(numbers, chosen))
+
+
+def _batches(rows: np.ndarray, config: AuxiliaryTrainingConfig) -> Iterator[np.ndarray]:
+    """Row numbers without end, each epoch in an order of its own."""
+    rng = np.random.default_rng([config.seed, 42])
+    left = rows[:0]
+    while True:
+        while len(left) < config.batch_size:
+            left = np.concatenate([left, rng.permutation(rows)])
+        yield left[: config.batch_size]
+        left = left[config.batch_size :]
+
+
+def _save_state(path: Path, auxiliary: AuxiliaryModel, optimizer: torch.optim.AdamW, step: int) -> None:
+    tensors = {"step": torch.tensor(step)}
+    for name, parameter in auxiliary.named_parameters():
+        if parameter.requires_grad:
+            tensors[f"parameter|{name}"] = parameter.detach()
+            tensors |= {f"state|{name}|{key}": value for key, value in optimizer.state[parameter].items()}
+    hub.write_tensors(path, tensors, durable=False)
+
+
+def _load_state(path: Path, auxiliary: AuxiliaryModel, optimizer: torch.optim.AdamW) -> int:
+    """Put back what `_save_state` wrote; returns the number of steps that are done."""
+    tensors = hub.read_tensors(path)
+    parameters = {name: parameter for name, parameter in auxiliary.named_parameters() if parameter.requires_grad}
+    step = int(tensors.pop("step"))
+    if {name.split("|")[1] for name in tensors} != set(parameters):
+        raise CheckpointError(f"The checkpoint {str(path)!r} is of another auxiliary model; delete it to start anew.")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            kind, parameter_name, *key = name.split("|")
+            parameter = parameters[parameter_name]
+            if kind == "parameter":
+                parameter.copy_(tensor)
+            else:
+                optimizer.state[parameter][key[0]] = tensor.to(parameter.device) if key[0] != "step" else tensor
+    return step
+
+
+def _trainable(auxiliary: AuxiliaryModel) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in auxiliary.parameters() if parameter.requires_grad]
+
+
+def _optimizer(auxiliary: AuxiliaryModel, config: AuxiliaryTrainingConfig) -> torch.optim.AdamW:
+    matrices = [parameter for parameter in _trainable(auxiliary) if parameter.ndim >= 2]
+    others = [parameter for parameter in _trainable(auxiliary) if parameter.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98))

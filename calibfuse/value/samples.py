@@ -1,0 +1,308 @@
+"""Continuations drawn from a base model, with importance weights and labels: what an auxiliary model learns from.
+
+Drawn by our own loop over a key/value cache, from the whole distribution (no top-k, no nucleus), because R is an
+expectation under the base itself. A temperature above 1 draws what the base rarely says; the weight of a sample,
+p_base / p_sampling of its continuation, undoes that in expectation (importance sampling, Meng et al. 2022, section 4).
+Left out: which prompts, and the training.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from calibfuse import hub
+from calibfuse.errors import CheckpointError, DataError, InputError, ScorerError
+from calibfuse.generation.continuations import (
+    decode_continuation,
+    encode,
+    end_ids,
+    find_padding_id,
+    pad_left,
+    position_limit,
+)
+from calibfuse.guides.kv_cache import CachedLM
+from calibfuse.value.oracle import Oracle
+
+SAMPLES_FILE, FACTS_FILE = "samples.safetensors", "samples.json"
+_FORMAT = "calibfuse-samples"
+_FORMAT_VERSION = 1
+_MOST_FAILED = 0.5
+
+
+@dataclass(frozen=True, eq=False)
+class SampleSet:
+    """Continuations of prompts.
+
+    Attributes:
+        input_ids: int64 [n, length], prompt then continuation, padded on the right.
+        lengths: int64 [n], tokens of prompt and continuation; an end mark that was drawn counts.
+        prompt_lengths: int64 [n], tokens of the prompt.
+        log_weights: float32 [n], log p_base - log p_sampling of the continuation, nats; 0 where the base itself drew.
+        satisfaction: float32 [n], C in [0, 1]; nan before labelling, and where labelling failed.
+    """
+
+    input_ids: Tensor
+    lengths: Tensor
+    prompt_lengths: Tensor
+    log_weights: Tensor
+    satisfaction: Tensor
+
+    def __post_init__(self) -> None:
+        """Check that the parts fit together.
+
+        Raises:
+            InputError: they do not.
+        """
+        count = len(self.input_ids)
+        shapes = {name: tuple(getattr(self, name).shape) for name in _COLUMNS}
+        if self.input_ids.ndim != 2 or set(shapes.values()) != {(count,)}:
+            raise InputError(
+                f"Samples need ids [n, length] and one number each for {', '.join(_COLUMNS)}; got "
+                f"{tuple(self.input_ids.shape)} and {shapes}."
+            )
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return len(self.input_ids)
+
+    def rows(self, index: Tensor) -> SampleSet:
+        """Some of the samples; int64 [k] or bool [n]."""
+        return SampleSet(self.input_ids[index], **{name: getattr(self, name)[index] for name in _COLUMNS})
+
+    @staticmethod
+    def concatenate(parts: Sequence[SampleSet]) -> SampleSet:
+        """All samples of several sets, which may be padded to different lengths.
+
+        Raises:
+            InputError: there are none.
+        """
+        if not parts:
+            raise InputError("There are no samples to put together.")
+        longest = max(part.input_ids.shape[1] for part in parts)
+        ids = [
+            torch.nn.functional.pad(part.input_ids, (0, longest - part.input_ids.shape[1]), value=0) for part in parts
+        ]
+        columns = {name: torch.cat([getattr(part, name) for part in parts]) for name in _COLUMNS}
+        return SampleSet(torch.cat(ids), **columns)
+
+    def save(self, folder: Path) -> None:
+        """Write samples.safetensors and, last, samples.json; each under a temporary name first.
+
+        Raises:
+            CheckpointError: they cannot be written; nothing half-written is left.
+        """
+        tensors = {"input_ids": self.input_ids.to(torch.int32)}
+        tensors |= {name: getattr(self, name) for name in _COLUMNS}
+        labelled = int((~self.satisfaction.isnan()).sum())
+        hub.write_tensors(Path(folder) / SAMPLES_FILE, tensors)
+        facts = {"format": _FORMAT, "format_version": _FORMAT_VERSION, "samples": len(self), "labelled": labelled}
+        hub.write_files(Path(folder), {FACTS_FILE: (json.dumps(facts, indent=2) + "\n").encode("utf-8")})
+
+    @classmethod
+    def load(cls, folder: Path) -> SampleSet:
+        """Read what `save` wrote.
+
+        Raises:
+            CheckpointError: missing, damaged, or something else.
+            CheckpointFormatError: written by a newer calibfuse.
+        """
+        folder = Path(folder)
+        facts = hub.read_config(folder, FACTS_FILE, format_name=_FORMAT, supported_version=_FORMAT_VERSION)
+        tensors = hub.read_tensors(folder / SAMPLES_FILE)
+        if set(tensors) != {"input_ids", *_COLUMNS} or len(tensors["input_ids"]) != facts.get("samples"):
+            raise CheckpointError(f"The samples in {str(folder)!r} are not whole; delete the folder and draw anew.")
+        return cls(tensors["input_ids"].long(), **{name: tensors[name] for name in _COLUMNS})
+
+
+_COLUMNS = ("lengths", "prompt_lengths", "log_weights", "satisfaction")
+
+
+def draw_samples(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    per_prompt: int,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    seed: int,
+    batch_size: int = 64,
+    show_progress: bool = True,
+) -> SampleSet:
+    """Draw continuations of prompts from a model's whole distribution.
+
+    Args:
+        model: causal language model in evaluation mode, on its device.
+        tokenizer: its tokenizer; it need not have a padding token.
+        prompts: at least one.
+        per_prompt: continuations of each.
+        max_new_tokens: longest continuation, in tokens; an end mark ends it earlier, and counts.
+        temperature: of the draw; above 1 draws rarer continuations, and their weights undo it.
+        seed: of all draws.
+        batch_size: rows per forward pass.
+        show_progress: draw a progress bar on standard error.
+
+    Returns:
+        The samples on the CPU, in the order of the prompts; not labelled yet.
+
+    Raises:
+        DataError: there are no prompts.
+        InputError: a number is out of range, or a prompt has no tokens or leaves no room for its continuation.
+    """
+    if not prompts:
+        raise DataError("Sampling needs prompts, got none.")
+    for name, value in (("per_prompt", per_prompt), ("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if value < 1:
+            raise InputError(f"{name} must be at least 1, got {value}.")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise InputError(f"The sampling temperature must be a number above 0, got {temperature}.")
+    encoded = [encode(tokenizer, prompt) for prompt in prompts]
+    _check_room(model, prompts, encoded, max_new_tokens)
+    ends = end_ids(model, tokenizer)
+    padding_id = find_padding_id(model, tokenizer) or 0  # masked: any id will do
+    rows = [(ids, number * per_prompt + sample) for number, ids in enumerate(encoded) for sample in range(per_prompt)]
+    rows.sort(key=lambda row: len(row[0]))  # little padding; the sort is stable
+    length = max(map(len, encoded)) + max_new_tokens
+    result = SampleSet(
+        torch.full((len(rows), length), padding_id, dtype=torch.int64),
+        lengths=torch.zeros(len(rows), dtype=torch.int64),
+        prompt_lengths=torch.zeros(len(rows), dtype=torch.int64),
+        log_weights=torch.zeros(len(rows)),
+        satisfaction=torch.full((len(rows),), torch.nan),
+    )
+    sampler = _Sampler(model, padding_id, ends, max_new_tokens, temperature)
+    with tqdm(total=len(rows), desc="sampling", unit="text", leave=False, disable=not show_progress) as bar:
+        for start in range(0, len(rows), batch_size):
+            batch = rows[start : start + batch_size]
+            generator = torch.Generator(device=model.device)
+            generator.manual_seed(int(np.random.SeedSequence([seed, 31, start]).generate_state(1)[0]))
+            new, counts, log_weights = sampler.draw([ids for ids, _ in batch], generator)
+            for (ids, place), tokens, count, weight in zip(batch, new, counts, log_weights, strict=True):
+                whole = torch.tensor(ids + tokens[:count])
+                result.input_ids[place, : len(whole)] = whole
+                result.lengths[place], result.prompt_lengths[place] = len(whole), len(ids)
+                result.log_weights[place] = weight
+            bar.update(len(batch))
+    longest = int(result.lengths.max())
+    return replace(result, input_ids=result.input_ids[:, :longest].clone())
+
+
+class _Sampler:
+    """Draws batches of continuations with a key/value cache."""
+
+    def __init__(
+        self, model: PreTrainedModel, padding_id: int, ends: frozenset[int], max_new_tokens: int, temperature: float
+    ) -> None:
+        self.model, self.padding_id, self.temperature = model, padding_id, temperature
+        self.max_new_tokens = max_new_tokens
+        self.ends = torch.tensor(sorted(ends), dtype=torch.int64, device=model.device)
+
+    @torch.no_grad()
+    def draw(
+        self, prompts: Sequence[list[int]], generator: torch.Generator
+    ) -> tuple[list[list[int]], list[int], list[float]]:
+        """New tokens of each row, how many of them count, and the log-weights."""
+        device, rows = self.model.device, len(prompts)
+        ids, mask = pad_left(prompts, self.padding_id, device)
+        visible = mask.bool()
+        positions = (visible.long().cumsum(dim=1) - 1).clamp(min=0)
+        reader = CachedLM(self.model)
+        going = torch.ones(rows, dtype=torch.bool, device=device)
+        counts = torch.zeros(rows, dtype=torch.int64, device=device)
+        log_weights = torch.zeros(rows, device=device)
+        drawn = []
+        logits = reader.feed(ids, positions, visible, keep=1)[:, -1]
+        position = positions[:, -1]
+        for step in range(self.max_new_tokens):
+            probabilities = (logits / self.temperature).softmax(dim=-1)
+            chosen = torch.multinomial(probabilities, 1, generator=generator)
+            if self.temperature != 1.0:
+                ratio = logits.log_softmax(dim=-1) - (logits / self.temperature).log_softmax(dim=-1)
+                log_weights += torch.where(going, ratio.gather(1, chosen)[:, 0], 0.0)
+            token = torch.where(going, chosen[:, 0], self.padding_id)
+            drawn.append(token)
+            counts += going
+            going = going & ~torch.isin(token, self.ends)
+            if step + 1 == self.max_new_tokens or not bool(going.any()):
+                break
+            position = position + 1
+            visible = torch.cat([visible, visible.new_ones(rows, 1)], dim=1)
+            logits = reader.feed(token[:, None], position[:, None], visible, keep=1)[:, -1]
+        return torch.stack(drawn, dim=1).tolist(), counts.tolist(), log_weights.tolist()
+
+
+def label_samples(
+    samples: SampleSet,
+    tokenizer: PreTrainedTokenizerBase,
+    oracle: Oracle,
+    *,
+    continuation_only: bool = False,
+    batch_size: int = 256,
+    show_progress: bool = False,
+) -> SampleSet:
+    """Ask the oracle about each sample.
+
+    Args:
+        samples: drawn from the tokenizer's model.
+        tokenizer: turns them into text, without special tokens.
+        oracle: of the constraint.
+        continuation_only: show the oracle the continuation alone; else prompt and continuation.
+        batch_size: texts the oracle is shown at a time.
+        show_progress: draw a progress bar on standard error.
+
+    Returns:
+        The same samples with labels; nan where the oracle could not label a text.
+
+    Raises:
+        ScorerError: the oracle failed, or could not label more than half of the texts.
+    """
+    texts = []
+    for ids, length, prompt_length in zip(
+        samples.input_ids.tolist(), samples.lengths.tolist(), samples.prompt_lengths.tolist(), strict=True
+    ):
+        if continuation_only:
+            texts.append(decode_continuation(tokenizer, ids[:prompt_length], ids[prompt_length:length]))
+        else:
+            texts.append(str(tokenizer.decode(ids[:length], skip_special_tokens=True)))
+    labels = np.full(len(texts), np.nan)
+    with tqdm(total=len(texts), desc="labelling", unit="text", leave=False, disable=not show_progress) as bar:
+        for start in range(0, len(texts), batch_size):
+            part = texts[start : start + batch_size]
+            answer = np.asarray(oracle.satisfaction(part), dtype=np.float64)
+            if answer.shape != (len(part),):
+                raise ScorerError(
+                    f"The oracle {oracle.name!r} was given {len(part)} texts and returned an array of shape "
+                    f"{answer.shape}."
+                )
+            labels[start : start + batch_size] = answer
+            bar.update(len(part))
+    failed = int(np.isnan(labels).sum())
+    if failed > _MOST_FAILED * len(labels):
+        raise ScorerError(
+            f"The oracle {oracle.name!r} could not label {failed} of {len(labels)} texts (it returned nan); at most "
+            "half may fail."
+        )
+    return replace(samples, satisfaction=torch.from_numpy(labels).float())
+
+
+def _check_room(
+    model: PreTrainedModel, prompts: Sequence[str], encoded: Sequence[list[int]], max_new_tokens: int
+) -> None:
+    limit = position_limit(model)
+    for prompt, ids in zip(prompts, encoded, strict=True):
+        if limit is not None and len(ids) + max_new_tokens > limit:
+            raise InputError(
+                f"The prompt that begins with {prompt[:40]!r} has {len(ids)} tokens and {max_new_tokens} more may "
+                f"follow, but the target has {limit} positions; leave long prompts out or lower the number of new "
+                "tokens."
+            )
