@@ -13,7 +13,7 @@ from tiny_checkpoints import save_bundle
 from calibfuse.bits_per_byte import measure_fidelity
 from calibfuse.cli import main as cli
 from calibfuse.errors import DataError
-from calibfuse.inspection import coverage_page, report_mass, report_text, report_vocabulary
+from calibfuse.inspection import coverage_page, report_text, report_vocabulary
 from calibfuse.vocabulary import Vocabulary
 
 
@@ -230,48 +230,6 @@ def test_a_tokenizer_that_cannot_cut_text_is_told_so(run, tmp_path, text_file):
     assert code == 2
     assert "does not say how a text is cut" in err
     assert err.count("\n") == 1
-
-
-def test_the_probability_of_a_model_on_covered_tokens(run, bundle, text_file, tmp_path):
-    page = tmp_path / "coverage.html"
-    target = str(bundle / "demo-target")
-    arguments = ("--model", target, "--text", str(text_file), "--max-bytes", "800")
-    code, out, err = run(*arguments, "--json")
-    assert (code, err) == (0, "")
-    mass = json.loads(out)["mass"]
-    assert mass["covered"] + mass["special"] + mass["unspelled"] + mass["beyond"] == pytest.approx(1.0, abs=1e-5)
-    assert {token["text"] for token in mass["heaviest"]} == {"<s>", "</s>", "<pad>"}
-    code, out, _ = run(*arguments, "--html", str(page))
-    assert code == 0
-    assert re.search(rf"on covered tokens +{100 * mass['covered']:.3f} %", out)
-    assert "Heaviest uncovered tokens" in page.read_text(encoding="utf-8")
-    assert "&lt;pad&gt;" in page.read_text(encoding="utf-8")
-    code, _, err = run("--model", target)
-    assert (code, "give --text" in err) == (2, True)
-
-
-def test_the_mass_is_that_of_a_slow_loop(tiny_llama, tokenizer, sample_lines):
-    vocabulary = Vocabulary.from_tokenizer(tokenizer)
-    bound = make_calibrator().bind(vocabulary, use_disk_cache=False)
-    model = tiny_llama(len(tokenizer) + 3)  # three ids of the head belong to no token
-    sequences = [tokenizer(line, add_special_tokens=False)["input_ids"] for line in sample_lines[:3]]
-    report = report_mass(model, bound, [*sequences, []], worst=2)
-    sums, places = torch.zeros(len(tokenizer) + 3, dtype=torch.float64), 0
-    with torch.no_grad():
-        for ids in sequences:
-            for row in model(torch.tensor([ids])).logits[0]:
-                sums += row.double().softmax(-1)
-                places += 1
-    mean = sums / places
-    special = [token_id for token_id in range(len(vocabulary)) if vocabulary.is_special[token_id]]
-    assert report.positions == places
-    assert report.special == pytest.approx(float(mean[special].sum()), rel=1e-4)
-    assert report.beyond == pytest.approx(float(mean[-3:].sum()), rel=1e-4)
-    assert report.covered == pytest.approx(1.0 - report.special - report.beyond, rel=1e-4)
-    outside = sorted([*special, *range(len(vocabulary), len(mean))], key=lambda token_id: -mean[token_id])
-    assert [token.token_id for token in report.heaviest] == outside[:2]
-    with pytest.raises(DataError, match="no text to measure"):
-        report_mass(model, bound, [[]])
 
 
 def test_a_projected_language_model_is_reported_on(run, bundle, text_file, tmp_path, unigram_tokenizer):

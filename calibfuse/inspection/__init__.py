@@ -4,16 +4,13 @@ Everything here returns frozen dataclasses; printing is the command line's, page
 """
 
 from calibfuse.inspection.coverage import (
-    MassReport,
     TextReport,
     TokenFit,
-    UncoveredToken,
     VocabularyReport,
-    report_mass,
     report_text,
     report_vocabulary,
 )
-from calibfuse.inspection.coverage_page import coverage_page, mass_rows, text_rows, vocabulary_rows
+from calibfuse.inspection.coverage_page import coverage_page, text_rows, vocabulary_rows
 from calibfuse.inspection.encoding import TextEncoder, text_encoder
 from calibfuse.inspection.facts import CalibratorFacts, describe_calibrator
 from calibfuse.inspection.spelling import mask_in_context, mask_pieces
@@ -23,19 +20,15 @@ from calibfuse.inspection.trace_page import trace_page
 __all__ = [
     "CalibratorFacts",
     "CandidateTrace",
-    "MassReport",
     "StepTrace",
     "TextEncoder",
     "TextReport",
     "TokenFit",
-    "UncoveredToken",
     "VocabularyReport",
     "coverage_page",
     "describe_calibrator",
     "mask_in_context",
     "mask_pieces",
-    "mass_rows",
-    "report_mass",
     "report_text",
     "report_vocabulary",
     "text_encoder",

@@ -1,8 +1,7 @@
 """What of a target's vocabulary a calibrator covers, and how well it predicts text that is cut into its tokens.
 
-Counts of ids say little: what matters is how much of real text the covered tokens carry (by their counts in a text, or
-by the probability that the target itself gives them there) and how many bits per byte the calibrator needs for it. Bits
-per byte are comparable across vocabularies, see calibrator/fidelity.py.
+Counts of ids say little: what matters is how much of real text the covered tokens carry, and how many bits per byte the
+calibrator needs for it. Bits per byte are comparable across vocabularies, see calibfuse/bits_per_byte.py.
 
 "Covered" is what the calibrator has something to say about: for the universal calibrator every id with text, for a
 causal language model that is projected onto another vocabulary every id whose bytes its own tokens can spell.
@@ -12,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -27,8 +26,6 @@ from calibfuse.inspection.spelling import bytes_label
 from calibfuse.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from calibfuse.guides.causal_lm import BoundCausalLM
 
 # A calibrator over one target vocabulary, of either kind.
@@ -134,48 +131,6 @@ class TextReport:
         return {**asdict(self), "worst": worst, "covered_mass": self.covered_mass}
 
 
-@dataclass(frozen=True)
-class UncoveredToken:
-    """A token that fusion never moves, and what the target gives it.
-
-    Attributes:
-        token_id: its id.
-        text: as people read it; the name of a control token, where it is known.
-        mass: mean probability that the target gives it, in [0, 1].
-    """
-
-    token_id: int
-    text: str
-    mass: float
-
-
-@dataclass(frozen=True)
-class MassReport:
-    """How much of a target's own next-token probability lies on what the calibrator covers.
-
-    Attributes:
-        target: name of the model.
-        positions: distributions looked at, one after each token of the text.
-        covered: mean probability of all covered tokens together, in [0, 1].
-        special: of control tokens, such as the end of the text.
-        unspelled: of ids with text that the calibrator cannot spell.
-        beyond: of ids of the model's head that the tokenizer does not have.
-        heaviest: the uncovered tokens with the most probability.
-    """
-
-    target: str
-    positions: int
-    covered: float
-    special: float
-    unspelled: float
-    beyond: float
-    heaviest: tuple[UncoveredToken, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready dictionary."""
-        return asdict(self)
-
-
 def report_vocabulary(vocabulary: Vocabulary, bound: BoundGuide | None = None) -> VocabularyReport:
     """Count what a vocabulary is made of.
 
@@ -196,84 +151,14 @@ def report_vocabulary(vocabulary: Vocabulary, bound: BoundGuide | None = None) -
         duplicates=len(texts) - len(set(texts)),
         partial=sum(not _is_text(token) for token in texts),
         longest=max(map(len, texts)),
-        unspelled=int((~_covered(bound, len(vocabulary)) & ~_special(vocabulary, len(vocabulary))).sum())
-        if bound
-        else 0,
+        unspelled=0 if bound is None else _count_unspelled(vocabulary, bound),
     )
 
 
-def _covered(bound: BoundGuide, width: int) -> Tensor:
-    """Bool [width]: which ids the calibrator covers."""
-    return bound.covers(torch.arange(width, device=bound.device)).cpu()
-
-
-def _special(vocabulary: Vocabulary, width: int) -> Tensor:
-    """Bool [width]: which ids have no text; ids beyond the vocabulary are False."""
-    special = torch.zeros(width, dtype=torch.bool)
-    shared = min(width, len(vocabulary))
-    special[:shared] = torch.from_numpy(vocabulary.is_special[:shared].copy())
-    return special
-
-
-@torch.no_grad()
-def report_mass(
-    model: PreTrainedModel,
-    bound: BoundGuide,
-    sequences: Sequence[Sequence[int]],
-    *,
-    name: str = "the target",
-    worst: int = 20,
-    name_of: Callable[[int], str | None] | None = None,
-) -> MassReport:
-    """Ask the target itself what it would say in a text.
-
-    Args:
-        model: the target, a causal language model over the bound vocabulary.
-        bound: the calibrator.
-        sequences: token ids of passages, short enough for the model; each is read by itself.
-        name: of the model, for the report.
-        worst: how many of the uncovered tokens are listed.
-        name_of: what the tokenizer calls an id, for those without text.
-
-    Returns:
-        The report.
-
-    Raises:
-        DataError: no passage has a token.
-    """
-    total: Tensor | None = None
-    positions = 0
-    for sequence in sequences:
-        if not len(sequence):
-            continue
-        ids = torch.as_tensor(sequence, dtype=torch.int64, device=model.device)[None]
-        probabilities = model(ids).logits[0].float().softmax(dim=-1).sum(dim=0).double().cpu()
-        total = probabilities if total is None else total + probabilities
-        positions += ids.shape[1]
-    if total is None:
-        raise DataError("There is no text to measure: expected at least one passage with a token.")
-    mass = total / positions
-    covered, special = _covered(bound, len(mass)), _special(bound.vocabulary, len(mass))
-    beyond = torch.arange(len(mass)) >= len(bound.vocabulary)
-    heaviest = torch.where(covered, -1.0, mass).topk(min(worst, int((~covered).sum())))
-    return MassReport(
-        target=name,
-        positions=positions,
-        covered=float(mass[covered].sum()),
-        special=float(mass[special].sum()),
-        unspelled=float(mass[~covered & ~special & ~beyond].sum()),
-        beyond=float(mass[beyond].sum()),
-        heaviest=tuple(
-            UncoveredToken(token_id, _label(bound.vocabulary, token_id, name_of), share)
-            for share, token_id in zip(heaviest.values.tolist(), heaviest.indices.tolist(), strict=True)
-        ),
-    )
-
-
-def _label(vocabulary: Vocabulary, token_id: int, name_of: Callable[[int], str | None] | None) -> str:
-    if token_id < len(vocabulary) and not vocabulary.is_special[token_id]:
-        return repr(bytes_label(vocabulary.token_bytes(token_id)))
-    return (name_of(token_id) if name_of is not None else None) or "(no text)"
+def _count_unspelled(vocabulary: Vocabulary, bound: BoundGuide) -> int:
+    """Ids with text that the calibrator does not cover."""
+    covered = bound.covers(torch.arange(len(vocabulary), device=bound.device)).cpu().numpy()
+    return int((~covered & ~vocabulary.is_special).sum())
 
 
 def _is_text(data: bytes) -> bool:

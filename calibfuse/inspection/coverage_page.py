@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from calibfuse.html.markup import escape, unchanged, visible
-from calibfuse.inspection.coverage import MassReport, TextReport, VocabularyReport
+from calibfuse.inspection.coverage import TextReport, VocabularyReport
 from calibfuse.inspection.spelling import Mask
 
 _STYLE = """
@@ -48,7 +48,6 @@ footer { color: var(--soft); font-size: .85rem; margin-top: 1.5rem; }
 def coverage_page(
     vocabulary: VocabularyReport,
     text: TextReport | None,
-    mass: MassReport | None = None,
     *,
     facts: Mapping[str, str],
     mask: Mask | None = None,
@@ -58,7 +57,6 @@ def coverage_page(
     Args:
         vocabulary: of `report_vocabulary`.
         text: of `report_text`; None leaves that part out.
-        mass: of `report_mass`; None leaves that part out.
         facts: names and values for the head of the page.
         mask: replaces the letters of offensive words, one character by one; None shows them.
 
@@ -66,9 +64,7 @@ def coverage_page(
         The page.
     """
     mask = mask or unchanged
-    parts = [_tiles(vocabulary, text, mass), _vocabulary_section(vocabulary)]
-    if mass is not None:
-        parts.append(_mass_section(mass, mask))
+    parts = [_tiles(vocabulary, text), _vocabulary_section(vocabulary)]
     if text is not None:
         parts += [_text_section(text), _worst_section(text, mask)]
     listed = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
@@ -98,16 +94,6 @@ def text_rows(report: TextReport) -> list[tuple[str, str]]:
     ]
 
 
-def mass_rows(report: MassReport) -> list[tuple[str, str]]:
-    """The table of a mass report: what, and its share of the target's probability."""
-    return [
-        ("on covered tokens", _percent(report.covered, 3)),
-        ("on control tokens (never moved)", _percent(report.special, 3)),
-        ("on tokens that cannot be spelled", _percent(report.unspelled, 3)),
-        ("on ids that the tokenizer has not", _percent(report.beyond, 3)),
-    ]
-
-
 def _counts(report: VocabularyReport) -> list[tuple[str, int]]:
     unspelled = [("text that the calibrator cannot spell", report.unspelled)] if report.unspelled else []
     return [
@@ -120,10 +106,8 @@ def _counts(report: VocabularyReport) -> list[tuple[str, int]]:
     ]
 
 
-def _tiles(vocabulary: VocabularyReport, text: TextReport | None, mass: MassReport | None) -> str:
+def _tiles(vocabulary: VocabularyReport, text: TextReport | None) -> str:
     tiles = [(_percent(vocabulary.coverage), f"of {vocabulary.size:,} ids are covered")]
-    if mass is not None:
-        tiles.append((_percent(mass.covered), "of the target's probability is on covered tokens"))
     if text is not None:
         tiles.append((_percent(text.covered_mass), "of the text's tokens are covered"))
         tiles += [(f"{value:.3f}", f"bits per byte, head {head}") for head, value in text.bits_per_byte.items()]
@@ -140,26 +124,6 @@ def _vocabulary_section(report: VocabularyReport) -> str:
     ]
     note = "Covered ids are those that fusion can move. Ids with equal bytes share the probability of these bytes."
     return _section("Vocabulary", note, ["ids", "count", "share", ""], rows)
-
-
-def _mass_section(report: MassReport, mask: Mask) -> str:
-    shares = (report.covered, report.special, report.unspelled, report.beyond)
-    rows = [[escape(name), value, _bar(share)] for (name, value), share in zip(mass_rows(report), shares, strict=True)]
-    note = (
-        f"What {escape(report.target)} itself would say after each of {report.positions:,} tokens of the text: "
-        "its mean probability."
-    )
-    section = _section("Probability mass of the target", note, ["of the next token", "share", ""], rows)
-    heaviest = [token for token in report.heaviest if token.mass > 0]
-    if not heaviest:
-        return section
-    most = max(token.mass for token in heaviest)
-    tokens = [
-        [_token(mask(token.text)), str(token.token_id), _percent(token.mass, 4), _bar(token.mass / most, warn=True)]
-        for token in heaviest
-    ]
-    note = "What the target says most among the tokens that fusion never moves."
-    return section + _section("Heaviest uncovered tokens", note, ["token", "id", "mean probability", ""], tokens)
 
 
 def _text_section(report: TextReport) -> str:

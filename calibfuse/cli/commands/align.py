@@ -18,7 +18,7 @@ from calibfuse.cli.terminal import Terminal, printable
 from calibfuse.errors import InputError
 
 if TYPE_CHECKING:
-    from calibfuse.inspection import MassReport, TextReport, VocabularyReport
+    from calibfuse.inspection import TextReport, VocabularyReport
     from calibfuse.inspection.coverage import BoundGuide
 
 EXAMPLES = """\
@@ -26,15 +26,13 @@ examples:
   calibfuse align --tokenizer org/any-llm                  # the bundled calibrator, bound and cached
   calibfuse align --calibrator ./my-calibrator --tokenizer ./my-model --report
   calibfuse align --tokenizer ./tokenizer.json --text held-out.jsonl.xz --html coverage.html
-  calibfuse align --model org/any-llm --text held-out.txt  # and how much of its probability is covered
   calibfuse align --calibrator org/small-lm --tokenizer org/any-llm --report     # a projected language model
   calibfuse align --calibrator ./my-calibrator --target ./my-model      # for mode embedding
 
 The bound vectors go to the cache folder (CALIBFUSE_CACHE, else ~/.cache/calibfuse), so that loading takes a moment
 where the vocabulary would be composed anew. With --text the report also tells how well the calibrator predicts that
-text, in bits per byte, and which of its tokens worst; with --model too, how much of what that model itself would say in
-the text is covered. With --target it also fits the matrix that mode "embedding" needs for that model, and saves it
-beside the calibrator.
+text, in bits per byte, and which of its tokens worst. With --target it also fits the matrix that mode "embedding" needs
+for that model, and saves it beside the calibrator.
 """
 
 _PASSAGE_BYTES = 600
@@ -46,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer",
         metavar="PATH_OR_HUB",
-        help="tokenizer of the target: folder, file or Hub id (default: that of --target or --model)",
+        help="tokenizer of the target: folder, file or Hub id (default: that of --target)",
     )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the bound vectors")
     parser.add_argument("--device", help="where the report on a text is computed (default: cpu)")
@@ -55,9 +53,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     report = parser.add_argument_group("report")
     report.add_argument("--report", action="store_true", help="print what is covered (implied by the options below)")
     report.add_argument("--text", metavar="FILE", help="measure on this text: .txt, .jsonl or .csv, also .gz and .xz")
-    report.add_argument(
-        "--model", metavar="PATH_OR_HUB", help="target model: measure the probability that it gives to covered tokens"
-    )
     report.add_argument("--text-field", help="key or column of the text (default: found by name)")
     report.add_argument(
         "--max-bytes", type=int, default=65_536, metavar="N", help="read so much of the text (default: %(default)s)"
@@ -70,12 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Bind, then report."""
-    if not (args.tokenizer or args.target or args.model):
-        raise InputError(
-            "calibfuse align needs the target's vocabulary: give --tokenizer, or --target or --model for a model."
-        )
-    if args.model and not args.text:
-        raise InputError("--model measures what a model would say in a text: give --text as well.")
+    if not (args.tokenizer or args.target):
+        raise InputError("calibfuse align needs the target's vocabulary: give --tokenizer, or --target for a model.")
     if args.max_bytes < 1 or args.worst < 0:
         raise InputError(
             f"--max-bytes must be at least 1 and --worst at least 0, got {args.max_bytes} and {args.worst}."
@@ -86,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     # The text is read first: it is the quickest to be found wanting.
     passages = _read_passages(args.text, args.text_field, args.max_bytes) if args.text else []
     alignment = align_target(args) if args.target else None
-    args.tokenizer = args.tokenizer or args.target or args.model
+    args.tokenizer = args.tokenizer or args.target
     is_report = bool(args.report or args.text or page or args.json)
     bound, seconds = _bind(args, for_report=is_report)
     terminal = Terminal()
@@ -96,22 +87,17 @@ def run(args: argparse.Namespace) -> int:
     from calibfuse.inspection import report_text, report_vocabulary
 
     vocabulary = report_vocabulary(bound.vocabulary, bound)
-    text, mass = None, None
-    if args.text:
-        ids = _encode(args, passages)
-        text = report_text(bound, ids, worst=args.worst)
-        mass = _measure_mass(args, bound, ids) if args.model else None
+    text = report_text(bound, _encode(args, passages), worst=args.worst) if args.text else None
     if page is not None:
-        _write_page(page, args, bound, vocabulary, text, mass)
+        _write_page(page, args, bound, vocabulary, text)
     if args.json:
         record: dict[str, Any] = {"vocabulary": vocabulary.to_dict(), "bind_seconds": seconds}
         record["text"] = text.to_dict() if text is not None else None
-        record["mass"] = mass.to_dict() if mass is not None else None
         record["alignment"] = alignment
         terminal.write(json.dumps(record, ensure_ascii=False))
         return 0
     terminal.write(_summary(args, bound, seconds))
-    _show_report(terminal, args, vocabulary, text, mass)
+    _show_report(terminal, args, vocabulary, text)
     if page is not None:
         terminal.write(f"written to {page}")
     return 0
@@ -149,25 +135,6 @@ def _summary(args: argparse.Namespace, bound: BoundGuide, seconds: float) -> str
     )
 
 
-def _measure_mass(args: argparse.Namespace, bound: BoundGuide, ids: list[list[int]]) -> MassReport:
-    from calibfuse.cli.target import load_target
-    from calibfuse.inspection import report_mass
-
-    target = load_target(args.model, device=args.device or "cpu", local_files_only=args.local_files_only)
-    width = int(target.model.config.get_text_config().vocab_size)
-    highest = max((token for row in ids for token in row), default=0)
-    if highest >= width:
-        raise InputError(
-            f"The text has the token {highest}, but the head of {args.model} has {width} ids; give --model and "
-            "--tokenizer that belong together."
-        )
-
-    def name_of(token_id: int) -> str | None:
-        return cast("str | None", target.tokenizer.convert_ids_to_tokens(token_id))
-
-    return report_mass(target.model, bound, ids, name=str(args.model), worst=args.worst, name_of=name_of)
-
-
 def _read_passages(path: str, text_field: str | None, max_bytes: int) -> list[str]:
     """Passages from the start of a file, `max_bytes` of UTF-8 in all."""
     from calibfuse.textfiles import iter_documents, split_passages
@@ -200,7 +167,6 @@ def _write_page(
     bound: BoundGuide,
     vocabulary: VocabularyReport,
     text: TextReport | None,
-    mass: MassReport | None,
 ) -> None:
     from calibfuse.hub import write_files
     from calibfuse.inspection import coverage_page
@@ -211,10 +177,8 @@ def _write_page(
     }
     if args.text:
         facts["text"] = f"{args.text}, first {args.max_bytes:,} bytes"
-    if args.model:
-        facts["target"] = str(args.model)
     mask = masking(not args.unmasked and text is not None)
-    content = coverage_page(vocabulary, text, mass, facts=facts, mask=mask)
+    content = coverage_page(vocabulary, text, facts=facts, mask=mask)
     write_files(page.parent, {page.name: content.encode("utf-8")})
 
 
@@ -223,9 +187,8 @@ def _show_report(
     args: argparse.Namespace,
     vocabulary: VocabularyReport,
     text: TextReport | None,
-    mass: MassReport | None,
 ) -> None:
-    from calibfuse.inspection import mass_rows, text_rows, vocabulary_rows
+    from calibfuse.inspection import text_rows, vocabulary_rows
 
     terminal.write()
     terminal.table(("ids", "count", "share"), vocabulary_rows(vocabulary))
@@ -233,22 +196,6 @@ def _show_report(
         terminal.note("Give --text FILE to see how well the calibrator predicts text that is cut into these tokens.")
         return
     mask = masking(not args.unmasked)
-    if mass is not None:
-        terminal.write()
-        terminal.table(("probability of the target", "share"), mass_rows(mass))
-        terminal.write()
-        terminal.table(
-            ("heaviest uncovered tokens", "id", "mean probability"),
-            [
-                (
-                    printable(mask(token.text)),
-                    str(token.token_id),
-                    f"{100 * token.mass:.4f} %",
-                )
-                for token in mass.heaviest
-                if token.mass > 0
-            ],
-        )
     terminal.write()
     terminal.table(("text", "value"), text_rows(text))
     if not text.worst:
