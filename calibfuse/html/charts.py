@@ -11,8 +11,7 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-from calibfuse.evaluation.metrics import Estimate
+from typing import Protocol
 
 _LIGHT = (
     *("#0b6bcb", "#d1480f", "#0a8754", "#8a3ffc", "#b8860b"),
@@ -71,6 +70,22 @@ CHART_STYLE = (
     )
 )
 """Style sheet of the charts; a page that shows them includes it once."""
+
+
+class Estimate(Protocol):
+    """A figure with its interval; nan ends: there is none."""
+
+    @property
+    def value(self) -> float:
+        """The figure."""
+
+    @property
+    def low(self) -> float:
+        """Lower end."""
+
+    @property
+    def high(self) -> float:
+        """Upper end."""
 
 
 @dataclass(frozen=True)
