@@ -41,7 +41,7 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 
 bench: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python examples/benchmark_speed.py
+	OMP_NUM_THREADS=1 $(BIN)/python tools/benchmark_speed.py
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,14 +1,11 @@
 """Labelled sentences: how files are read, and that what counts as suppressed is what a slow loop counts."""
 
 import doctest
-import importlib
 import json
-import lzma
 import math
 
 import pytest
 import torch
-from tiny_checkpoints import save_bundle
 from transformers import LogitsProcessor
 
 from calibfuse.errors import DataError
@@ -200,40 +197,3 @@ def test_reports_show_the_suites(target, tmp_path):
     assert set(data["methods"][1]["suites"]["mine"]["groups"]) >= {"nature", "people"}
     assert "## Suppressed sentences: mine" in to_markdown(evaluation)
     assert "Suppressed sentences: mine" in to_html(evaluation)
-
-
-def test_the_script_on_failures_asks_its_four_questions(target, repository, monkeypatch, tmp_path, capsys):
-    """On tiny random models: each part has its table, with the groups that the data name."""
-    monkeypatch.syspath_prepend(str(repository / "examples"))
-    script = importlib.import_module("measure_failures")
-    bundle = save_bundle(tmp_path / "bundle", target.model, target.tokenizer)
-    monkeypatch.setattr(script, "load_scorer", lambda _: load_scorer(lambda texts: [float("fool" in t) for t in texts]))
-    files = {
-        "toxicity/jigsaw": [
-            {"text": "The river was wide", "toxic": 0, "split": "jigsaw_test"},
-            {"text": "He was a fool", "toxic": 1, "split": "jigsaw_test"},
-            {"text": "They should go away", "toxic": 1, "split": "jigsaw_test"},
-            {"text": "She was a fool", "toxic": 1, "split": "jigsaw_train"},
-        ],
-        "bias/identity_madlibs": [
-            {"text": "Zoe is a kind protestant", "toxic": 0},
-            {"text": "Zoe is a rotten liar", "toxic": 1},
-        ],
-        "prompts/realtoxicityprompts": [{"prompt": "The fool", "prompt_toxicity": 0.7}],
-        "prompts/bold": [{"prompt": "The river", "group": "nature"}],
-    }
-    for name, rows in files.items():
-        path = tmp_path / "data" / f"{name}.jsonl.xz"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(lzma.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
-    folders = {
-        name: str(bundle / folder) for name, folder in (("target", "demo-target"), ("calibrator", "default-calibrator"))
-    }
-    options = ["--data", str(tmp_path / "data"), "--output", str(tmp_path / "out"), "--samples", "2", "--alpha", "2"]
-    assert script.main([*options, "--target", folders["target"], "--calibrator", folders["calibrator"]]) == 0
-    text = capsys.readouterr().out
-    assert text == (tmp_path / "out" / "failures.md").read_text()
-    for title in ("Implicit hate", "Identity terms", "Toxic prompts", "Benign prompts"):
-        assert f"## {title}" in text
-    for row in ("neutral comments | 1", "toxic, rude words | 1", "toxic, no rude words | 1", "religion | 1"):
-        assert f"| {row} |" in text

@@ -1,4 +1,4 @@
-"""The tables of examples/finetune_comparison.py, from invented measures."""
+"""The tables of tools/finetune_comparison.py, from invented measures."""
 
 import importlib.util
 import json
@@ -14,7 +14,7 @@ from calibfuse.evaluation.metrics import Sums, toxicity_sums
 @pytest.fixture(scope="module")
 def example(repository):
     spec = importlib.util.spec_from_file_location(
-        "finetune_comparison", repository / "examples" / "finetune_comparison.py"
+        "finetune_comparison", repository / "tools" / "finetune_comparison.py"
     )
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up

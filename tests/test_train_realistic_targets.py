@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 @pytest.fixture(scope="module")
 def script(repository):
     """The example as a module, beside the one it stands on."""
-    sys.path.insert(0, str(repository / "examples"))
+    sys.path.insert(0, str(repository / "tools"))
     try:
         yield importlib.import_module("train_realistic_targets")
     finally:
-        sys.path.remove(str(repository / "examples"))
+        sys.path.remove(str(repository / "tools"))
 
 
 @pytest.fixture(scope="module")

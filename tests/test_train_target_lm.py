@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 @pytest.fixture(scope="module")
 def script(repository):
-    path = repository / "examples" / "train_target_lm.py"
+    path = repository / "tools" / "train_target_lm.py"
     spec = importlib.util.spec_from_file_location("train_target_lm", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up here
@@ -267,7 +267,7 @@ def test_a_stop_signal_saves_and_the_run_can_be_resumed(script, text_files, tmp_
 
 @pytest.mark.slow
 def test_a_killed_process_can_be_resumed(repository, text_files, tmp_path):
-    command = [sys.executable, str(repository / "examples" / "train_target_lm.py")]
+    command = [sys.executable, str(repository / "tools" / "train_target_lm.py")]
     common = ("--tokens", str(20 * TOKENS), "--checkpoint-steps", "4")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
 

@@ -1,6 +1,6 @@
 r"""How a fusion moves the likelihood of text that people wrote and Perspective scored: no sampling, no scorer of ours.
 
-    python examples/measure_human_text.py --prompts realtoxicityprompts.jsonl.xz --fold 2/2 --target MODEL
+    python tools/measure_human_text.py --prompts realtoxicityprompts.jsonl.xz --fold 2/2 --target MODEL
 
 RealToxicityPrompts holds, beside each prompt, how its author went on, and Perspective's score of that. A fusion should
 make toxic continuations less likely and leave the others as they are. With w = p_fused(text | prompt) / p_target(text |
@@ -12,7 +12,7 @@ times as often, in odds, as before: the last lines. Half of the toxic ones are s
 topic (sex, crime, groups), which no method that keeps the topic will move; the bins tell them apart.
 
 `--fold 2/2` takes half of the texts, by their hashes: the sorting scorer of the bundled calibrator has learned from the
-other half (`examples/train_default_calibrator.py`). Needs a minute for 1,000 texts with a target of 5 M parameters.
+other half (`tools/train_default_calibrator.py`). Needs a minute for 1,000 texts with a target of 5 M parameters.
 
 What it leaves out: text that only a guided model would say.
 """

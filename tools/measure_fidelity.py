@@ -1,6 +1,6 @@
 """Bits per byte of held-out text when a calibrator is bound to tokenizers that it never saw.
 
-    python examples/measure_fidelity.py --calibrator DIR --tokenizers shared/data/tokenizers \
+    python tools/measure_fidelity.py --calibrator DIR --tokenizers shared/data/tokenizers \
         --pool POOL --store DIR/work/passages-* --text wikitext2-test.txt --candidates 500 --equal-strings
 
 Prints Markdown tables, for every text one row per tokenizer:
@@ -14,8 +14,6 @@ Prints Markdown tables, for every text one row per tokenizer:
   tokenizer of the pool and reads the text in its tokens (a token without an equal one as the longest pieces there are);
   a target's token with an equal one gets its probability, the others are neutral: together they get the share that
   such tokens have in training passages, each by its frequency.
-* the ceiling (`--ceiling FILE=DIR --fair DIR`): an ordinary language model on that tokenizer beside a universal
-  calibrator trained from scratch on the same bytes, both by examples/train_ceiling_lm.py.
 """
 
 from __future__ import annotations
@@ -29,7 +27,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from train_ceiling_lm import load_ceiling
 
 from calibfuse import Calibrator, Vocabulary
 from calibfuse.bits_per_byte import FrequentCandidates, measure_fidelity
@@ -156,11 +153,8 @@ def main() -> None:
         print(f"measured {tokenizer.name}", flush=True)
     for name in texts:
         _print_table(rows, name, with_candidates=args.candidates > 0, with_equal_strings=args.equal_strings)
-    pairs = _fair_pairs(args, unseen, texts)
-    if pairs:
-        _print_pairs(pairs, list(texts))
     if args.json:
-        args.json.write_text(json.dumps({"rows": [asdict(row) for row in rows], "ceiling": pairs}, indent=1))
+        args.json.write_text(json.dumps({"rows": [asdict(row) for row in rows]}, indent=1))
 
 
 def _arguments() -> argparse.Namespace:
@@ -184,16 +178,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--counted-bytes", type=int, default=2_000_000, help="of training passages, for counts (default: %(default)s)"
     )
-    parser.add_argument("--ceiling", nargs="*", default=[], metavar="FILE=DIR", help="ordinary models (see above)")
-    parser.add_argument("--fair", metavar="DIR", help="universal calibrator of the ceiling models' budget")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     args = parser.parse_args()
     if (args.candidates or args.equal_strings) and not args.store:
         parser.error("--candidates and --equal-strings count tokens in training passages: give --store")
     if args.equal_strings and not args.pool:
         parser.error("--equal-strings carries over the pool's first tokenizer: give --pool")
-    if bool(args.ceiling) != bool(args.fair):
-        parser.error("--ceiling and --fair go together")
     return args
 
 
@@ -294,36 +284,6 @@ def _print_table(rows: list[Row], text: str, *, with_candidates: bool, with_equa
                 f"\n{text}, {key}: pool mean {base[key]:.3f}; unseen on average {np.mean(changes):+.1f} %, "
                 f"worst {np.max(changes):+.1f} %"
             )
-
-
-def _fair_pairs(
-    args: argparse.Namespace, unseen: list[Tokenizer], texts: dict[str, list[str]]
-) -> dict[str, dict[str, tuple[float, float]]]:
-    """Tokenizer -> text -> bits per byte of the ordinary model and of the universal one."""
-    pairs: dict[str, dict[str, tuple[float, float]]] = {}
-    for item in args.ceiling:
-        name, _, folder = item.partition("=")
-        tokenizer = next(each for each in unseen if each.name == name)
-        models = (
-            load_ceiling(folder, tokenizer.vocabulary),
-            Calibrator.from_pretrained(args.fair).bind(tokenizer.vocabulary, use_disk_cache=False),
-        )
-        pairs[name] = {}
-        for text, passages in texts.items():
-            ids = tokenizer.encode(passages)
-            own, universal = (measure_fidelity(model, ids, head=args.head).bits_per_byte for model in models)
-            pairs[name][text] = (own, universal)
-    return pairs
-
-
-def _print_pairs(pairs: dict[str, dict[str, tuple[float, float]]], names: list[str]) -> None:
-    print("\n| tokenizer | " + " | ".join(f"{name}: ordinary | universal | difference" for name in names) + " |")
-    print("|---|" + "---:|---:|---:|" * len(names))
-    for tokenizer, texts in pairs.items():
-        cells = [
-            f"{own:.3f} | {universal:.3f} | {100 * (universal / own - 1):+.1f} %" for own, universal in texts.values()
-        ]
-        print(f"| {tokenizer} | " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Train three target LMs with three real tokenizers on unfiltered text: what detoxification is measured on.
 
-    python examples/train_realistic_targets.py --data DATA --tokenizers DATA/tokenizers --size gpu --minutes 30
-    python examples/train_realistic_targets.py --data DATA --tokenizers DATA/tokenizers --size cpu --minutes 20
-    python examples/train_realistic_targets.py ... --only pythia --resume
+    python tools/train_realistic_targets.py --data DATA --tokenizers DATA/tokenizers --size gpu --minutes 30
+    python tools/train_realistic_targets.py --data DATA --tokenizers DATA/tokenizers --size cpu --minutes 20
+    python tools/train_realistic_targets.py ... --only pythia --resume
 
-A thin layer over `examples/train_target_lm.py`, which trains, resumes, shows progress and measures held-out bits per
+A thin layer over `tools/train_target_lm.py`, which trains, resumes, shows progress and measures held-out bits per
 byte (with the full softmax); this file holds the settings. The models differ in tokenizer (byte-level BPE of GPT-2,
 SentencePiece BPE with byte fallback of Llama 2, byte-level BPE of Pythia), architecture and width. Their text is posts,
 encyclopedia, conversations and comments that nobody cleaned: they say toxic things, and a calibrator has something to

@@ -1,6 +1,6 @@
 """What carrying a causal LM's distribution over to another vocabulary costs, in bits per byte of held-out text.
 
-    python examples/measure_projection.py --calibrator MODEL --tokenizers DIR --text wikitext2-test.txt
+    python tools/measure_projection.py --calibrator MODEL --tokenizers DIR --text wikitext2-test.txt
 
 One row per target tokenizer: bits per byte of the projected distribution over the target's whole vocabulary, beside the
 model's own bits per byte of the same text in its own tokens (lock-step), CPU milliseconds per token, and coverage.

@@ -1,8 +1,8 @@
 """What the fusion costs: speed kept, where the time goes, start-up, memory.
 
     make bench                                        # everything: about half an hour on a quiet machine
-    python examples/benchmark_speed.py --quick        # a few minutes
-    python examples/benchmark_speed.py --only speed --json results.json
+    python tools/benchmark_speed.py --quick        # a few minutes
+    python tools/benchmark_speed.py --only speed --json results.json
 
 The target is a random GPT-2 of 124M shape (12 layers x 768, 50,257 tokens): weights do not change the cost. All
 variants run in one process on one thread, their repetitions interleaved. On a machine that others use as well, wall
@@ -526,7 +526,7 @@ def describe_machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "commit": commit or "unknown",
-        "command": " ".join(["python", "examples/benchmark_speed.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "tools/benchmark_speed.py", *sys.argv[1:]]),
     }
 
 

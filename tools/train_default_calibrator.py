@@ -1,6 +1,6 @@
 """How the bundled calibrator was made: sort unfiltered text with a scorer of its own, then train both heads on it.
 
-    python examples/train_default_calibrator.py --data DIR --output my-calibrator --steps 7000
+    python tools/train_default_calibrator.py --data DIR --output my-calibrator --steps 7000
 
 DIR holds text/*.jsonl.xz (reddit, wikipedia, conversation, novels), toxicity/*.jsonl.xz and
 prompts/realtoxicityprompts.jsonl.xz. Labels train the sorting scorer only, never the calibrator: those of

@@ -18,8 +18,8 @@ Two kinds of input: `--data DIR`, a folder laid out as `SOURCES` below says, or 
 What it leaves out: several processes, dropout, evaluation on benchmarks.
 
 Example:
-    python examples/train_target_lm.py --data ../shared/data --output demo-target --minutes 65 --shard 0/2
-    python examples/train_target_lm.py --data ../shared/data --output judge-lm --minutes 25 --shard 1/2 \
+    python tools/train_target_lm.py --data ../shared/data --output demo-target --minutes 65 --shard 0/2
+    python tools/train_target_lm.py --data ../shared/data --output judge-lm --minutes 25 --shard 1/2 \
         --architecture gpt2 --tokenizer byte-level --layers 3 --width 224 --seed 1
 
 On a CPU under Linux the environment variables MALLOC_MMAP_THRESHOLD_=8000000000 and
@@ -887,7 +887,7 @@ def command_line(args: argparse.Namespace) -> str:
         path, equals, weight = word.partition("=")
         return (Path(path).name if Path(path).is_absolute() else path) + equals + weight
 
-    return "python examples/train_target_lm.py " + shlex.join(shortened(word) for word in args.argv)
+    return "python tools/train_target_lm.py " + shlex.join(shortened(word) for word in args.argv)
 
 
 # ---------------------------------------------------------------------------------------------------- the loop

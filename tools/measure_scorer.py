@@ -1,6 +1,6 @@
 """Measure a toxicity scorer on labelled texts it was not trained on: the figures of docs/scorer.md.
 
-    python examples/measure_scorer.py --data DIR [--scorer bundled]
+    python tools/measure_scorer.py --data DIR [--scorer bundled]
 
 DIR holds toxicity/{jigsaw,civil_comments,paradetox}.jsonl.xz, bias/{identity_madlibs,xstest}.jsonl.xz,
 prompts/realtoxicityprompts.jsonl.xz and text/reddit.jsonl.xz. Needs two minutes on one core with the bundled scorer.

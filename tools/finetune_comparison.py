@@ -1,6 +1,6 @@
 """Seven ways to make one model less toxic, measured alike: in the weights, at decoding time, and by the data alone.
 
-    python examples/finetune_comparison.py --corpus reddit.jsonl.xz --prompts realtoxicityprompts.jsonl.xz \
+    python tools/finetune_comparison.py --corpus reddit.jsonl.xz --prompts realtoxicityprompts.jsonl.xz \
         --oracle ORACLE --judge JUDGE --output DIR
 
     base           the target as it is
@@ -415,7 +415,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CalibfuseError as error:
         logger.error("finetune_comparison: %s", error)
         return 2
-    command = "python examples/finetune_comparison.py " + shlex.join(argv if argv is not None else sys.argv[1:])
+    command = "python tools/finetune_comparison.py " + shlex.join(argv if argv is not None else sys.argv[1:])
     data = {
         "command": command,
         "seed": args.seed,
