@@ -36,6 +36,7 @@ LAYERS = (
         "textfiles",
         "html",
         "isolation",
+        "spelling",
     ),
     ("errors", "_version"),
 )

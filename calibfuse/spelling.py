@@ -1,0 +1,130 @@
+"""Masked spellings: which word "f**k", "sh!t", "fvck" or "f u c k" stands for, and how a word may be masked.
+
+What it is for: who masks a word wants it read. A scorer and a word table that know only the plain form let the masked one
+pass, and a model that may not say the word says its mask. The rules here hold for any list of words.
+Left out: letters left out or swapped ("fck", "fcuk"), which are other words to these rules.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+
+__all__ = ["WordUnmasker", "masked_spellings"]
+
+MASK_SIGNS = "*#%&^_-+.?~'"
+"""Signs that hide a letter, or stand beside one that does; letters may stand on both sides of them."""
+LETTERS_OF_SIGN = {"0": "o", "1": "il", "3": "e", "4": "a", "5": "s", "7": "t", "!": "i", "@": "a", "$": "s", "|": "il"}
+"""Signs that stand for a letter by their looks."""
+
+_SPLIT = re.compile(r"[^\W_](?:[\s._*\-]+[^\W_])+")  # "f u c k", "f.u.c.k"
+_FEWEST_SHOWN = 2  # letters that must be seen where the number of signs is not the number of letters
+_LONGER_BY = 4  # letters that a run of signs may hide beyond its own length
+
+
+class WordUnmasker:
+    """Finds the word that a masked spelling stands for."""
+
+    def __init__(self, words: Iterable[str]) -> None:
+        """Index the words.
+
+        Args:
+            words: lower case; of several that a spelling fits, the first is taken.
+        """
+        self._words = tuple(dict.fromkeys(words))
+        self._known = frozenset(self._words)
+        self._by_first: dict[str, list[str]] = {}
+        for word in self._words:
+            self._by_first.setdefault(word[0], []).append(word)
+        self._found: dict[str, str | None] = {}
+
+    def __call__(self, spelling: str) -> str | None:
+        """Return the word that a spelling stands for.
+
+        Args:
+            spelling: one word as it stands in a text, or single letters with signs or spaces between them.
+
+        Returns:
+            The word; None where the spelling hides nothing or fits no word.
+
+        Example:
+            >>> unmask = WordUnmasker(["damn", "darned"])
+            >>> [unmask(each) for each in ("d*mn", "D@mn", "d a m n", "d***ed", "damn", "d*r")]
+            ['damn', 'damn', 'damn', 'darned', None, None]
+        """
+        if spelling not in self._found:
+            if len(self._found) > 100_000:
+                self._found.clear()
+            self._found[spelling] = self._find(spelling.lower())
+        return self._found[spelling]
+
+    def _find(self, spelling: str) -> str | None:
+        if spelling in self._known:
+            return None
+        if _SPLIT.fullmatch(spelling):
+            joined = re.sub(r"[\s._*\-]+", "", spelling)
+            if joined in self._known:
+                return joined
+        shown = [char for char in spelling if char.isalpha()]
+        if not shown or len(shown) == len(spelling) and "v" not in spelling:
+            return None
+        first = LETTERS_OF_SIGN.get(spelling[0], spelling[0])
+        candidates = [word for letter in first for word in self._by_first.get(letter, ())]
+        exact = re.compile("".join(map(_letter_pattern, spelling)))
+        for word in candidates:
+            if exact.fullmatch(word):
+                return word
+        if len(shown) < _FEWEST_SHOWN or not spelling[-1].isalnum():
+            return None
+        loose = re.compile(re.sub(rf"[{re.escape(MASK_SIGNS)}]{{2,}}", _loose_run, spelling))
+        return next((word for word in candidates if loose.fullmatch(word)), None)
+
+
+def _letter_pattern(char: str) -> str:
+    """Return a pattern of the letters that one character may stand for."""
+    if char == "v":
+        return "[uv]"
+    if char in "@!":  # beside their looks, both are written for any vowel
+        return "[aeiou]"
+    if char in LETTERS_OF_SIGN:
+        return f"[{LETTERS_OF_SIGN[char]}]"
+    return "[a-z]" if char in MASK_SIGNS else re.escape(char)
+
+
+def _loose_run(run: re.Match[str]) -> str:
+    """Return a pattern of the letters that a run of signs may hide when their number is not the letters'."""
+    return f"[a-z]{{1,{len(run[0]) + _LONGER_BY}}}"
+
+
+def masked_spellings(word: str, *, signs: str = "*#-", separators: str = " .-_") -> Iterator[str]:
+    """Yield the ways in which people mask a word.
+
+    Args:
+        word: lower case letters.
+        signs: those that may hide letters.
+        separators: those that may stand between single letters.
+
+    Yields:
+        Spellings of a word of three letters and more, each once: inner letters hidden, all but the first hidden, letters
+        as signs that look like them, "v" for "u", and single letters; never the word itself.
+
+    Example:
+        >>> sorted(masked_spellings("damn", signs="*", separators=" "))
+        ['d a m n', 'd***', 'd**n', 'd*mn', 'd4mn', 'd@mn', 'da*n']
+    """
+    if len(word) < 3 or not word.isalpha():
+        return
+    seen = {word}
+    hidden = [(start, stop) for start in range(1, len(word) - 1) for stop in range(start + 1, len(word))]
+    if len(word) > 3:
+        hidden.append((1, len(word)))
+    found = [word[:start] + sign * (stop - start) + word[stop:] for sign in signs for start, stop in hidden]
+    for place, letter in enumerate(word):
+        if place:
+            looks = [sign for sign, letters in LETTERS_OF_SIGN.items() if letter in letters]
+            found += [word[:place] + sign + word[place + 1 :] for sign in [*looks, *("v" if letter == "u" else "")]]
+    found += [separator.join(word) for separator in separators]
+    for spelling in found:
+        if spelling not in seen:
+            seen.add(spelling)
+            yield spelling
