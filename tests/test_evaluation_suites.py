@@ -4,6 +4,7 @@ import doctest
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from transformers import LogitsProcessor
@@ -21,7 +22,7 @@ from calibfuse.evaluation import (
 )
 from calibfuse.evaluation.likelihood import split_ids
 from calibfuse.evaluation.page import to_html
-from calibfuse.evaluation.suites import LabelledText, Suite, wilson
+from calibfuse.evaluation.suites import HARMFUL, HARMLESS, LabelledText, Suite, auc, summarise, wilson
 from calibfuse.evaluation.tables import to_data, to_markdown
 from calibfuse.scorers import load_scorer
 
@@ -60,8 +61,8 @@ def write_rows(path, rows):
     return path
 
 
-def slow_least(target, processor, text):
-    """The smallest change of a token's log-probability, one step at a time."""
+def slow_shifts(target, processor, text):
+    """The change of each token's log-probability, one step at a time."""
     before, after = split_ids(target.tokenizer, "", text)
     ids = [*before, *after]
     changes = []
@@ -70,7 +71,7 @@ def slow_least(target, processor, text):
         with torch.no_grad():
             plain = target.model(row).logits[:, -1]
         changes.append(float((processor(row, plain).log_softmax(-1) - plain.log_softmax(-1))[0, ids[place]]))
-    return min(changes)
+    return changes
 
 
 @pytest.mark.parametrize("by", [0.0, 0.5, 3.0, math.inf])
@@ -79,19 +80,23 @@ def test_suppressed_is_what_a_slow_loop_finds(target, by):
     processor = LowerOne(token_id, by)
     found = measure_suite(target, lambda: [processor], SUITE, batch_size=2)
     measured = [each for each in SUITE.texts if len(split_ids(target.tokenizer, "", each.text)[1]) > 0]
-    for group, part in found.groups.items():
-        texts = [each for each in measured if each.group == group and not each.is_toxic]
-        hits = sum(slow_least(target, processor, each.text) < math.log(0.5) for each in texts)
-        assert part.texts == len(texts)
-        assert part.share.value == pytest.approx(hits / len(texts))
-    assert found.toxic.texts == 1
-    assert found.neutral.texts == sum(part.texts for part in found.groups.values())
+    rows = {row.name: row for row in found.groups}
+    for group, row in rows.items():
+        texts = [each for each in measured if each.group == group and not each.is_harmful]
+        hits = sum(min(slow_shifts(target, processor, each.text)) < math.log(0.5) for each in texts)
+        assert row.cases == len(texts)
+        assert row.halved.value == pytest.approx(hits / len(texts))
+        if by < math.inf:
+            shift = sum(sum(slow_shifts(target, processor, each.text)) for each in texts) / len(texts)
+            assert row.mean_shift == pytest.approx(shift, abs=1e-4)
+    assert found.total(HARMFUL).cases == 1
+    assert found.total(HARMLESS).cases == sum(row.cases for row in found.groups)
     if by == 0.0:
-        assert found.neutral.share.value == 0.0
-        assert found.neutral.shift == pytest.approx(0.0, abs=1e-6)
+        assert found.total(HARMLESS).halved.value == 0.0
+        assert found.total(HARMLESS).mean_shift == pytest.approx(0.0, abs=1e-5)
     if by == math.inf:
-        assert found.groups["people"].share.value == 1.0
-        assert found.groups["people"].shift == -math.inf
+        assert rows["people"].halved.value == 1.0
+        assert rows["people"].mean_shift == -math.inf
 
 
 def test_files_of_several_shapes_are_read(tmp_path):
@@ -106,7 +111,7 @@ def test_files_of_several_shapes_are_read(tmp_path):
     ]
     suite = load_suite(write_rows(tmp_path / "rows.jsonl", rows))
     assert suite.name == "rows"
-    assert [(each.is_toxic, each.group) for each in suite.texts] == [
+    assert [(each.is_harmful, each.group) for each in suite.texts] == [
         (False, "religion"),
         (True, "orientation"),
         (False, "homonyms"),
@@ -125,7 +130,7 @@ def test_the_real_files_are_read(shared_data):
     for name in ("bias/identity_madlibs", "bias/xstest", "prompts/bold"):
         suite = load_suite(shared_data / f"{name}.jsonl.xz", count=200)
         assert len({each.group for each in suite.texts}) > 4
-        assert any(each.is_toxic for each in suite.texts) == (name != "prompts/bold")
+        assert any(each.is_harmful for each in suite.texts) == (name != "prompts/bold")
 
 
 @pytest.mark.parametrize(
@@ -148,6 +153,73 @@ def test_wilson_intervals_hold_their_share_and_stay_inside():
             found = wilson(hits, count)
             assert 0.0 <= found.low <= found.value <= found.high <= 1.0
             assert found.low < found.high
+
+
+def test_functionalities_of_hatecheck_are_rows_and_contrasts(tmp_path):
+    """Field by field as in HateCheck; the figures by hand."""
+    rows = [
+        {"text": "a", "label": "hateful", "functionality": "derog_impl_h", "group": "women", "template": "1"},
+        {"text": "b", "label": "hateful", "functionality": "derog_impl_h", "group": "women", "template": "1"},
+        {"text": "c", "label": "hateful", "functionality": "slur_h", "group": "women", "template": "2"},
+        {"text": "d", "label": "harmless", "functionality": "counter_ref_nh", "group": "", "template": "3"},
+        {"text": "e", "label": "harmless", "functionality": "slur_reclaimed_nh", "group": "women", "template": "4"},
+        {"test_case": "f", "label_gold": "non-hateful", "functionality": "ident_pos_nh", "target_ident": "women"},
+    ]
+    texts = load_suite(write_rows(tmp_path / "hatecheck.jsonl", rows)).texts
+    assert [each.group for each in texts] == ["women", "women", "women", "no group named", "women", "women"]
+    shifts = np.array([-1.0, -3.0, -4.0, -2.0, -5.0, 0.0])
+    found = summarise(texts, shifts, shifts / 4, resamples=50)
+    assert [(row.name, row.label, row.cases, row.mean_shift, row.halved.value) for row in found.rows] == [
+        ("all", "harmful", 3, pytest.approx(-8 / 3), pytest.approx(2 / 3)),
+        ("all", "harmless", 3, pytest.approx(-7 / 3), pytest.approx(1 / 3)),
+        ("derog_impl_h", "harmful", 2, -2.0, 0.5),
+        ("slur_h", "harmful", 1, -4.0, 1.0),
+        ("counter_ref_nh", "harmless", 1, -2.0, 0.0),
+        ("slur_reclaimed_nh", "harmless", 1, -5.0, 1.0),
+        ("ident_pos_nh", "harmless", 1, 0.0, 0.0),
+    ]
+    assert [(each.harmful, each.harmless, each.auc.value) for each in found.contrasts] == [
+        (3, 3, pytest.approx(5 / 9)),  # lowered more: a than f; b and c than d and f
+        (2, 2, pytest.approx(3 / 4)),
+        (2, 1, pytest.approx(1 / 2)),
+        (2, 1, 1.0),
+    ]
+    kept = np.exp(shifts)
+    assert found.contrasts[0].odds.value == pytest.approx(kept[:3].mean() / kept[3:].mean())
+
+
+def test_toxigens_labels_are_read(tmp_path):
+    rows = [{"text": "x", "label": label, "group": "asian", "human": 5.0} for label in ("toxic", "harmless", 1, 0)]
+    texts = load_suite(write_rows(tmp_path / "toxigen.jsonl", rows)).texts
+    assert [each.is_harmful for each in texts] == [True, False, True, False]
+
+
+def test_area_under_the_curve_is_that_of_scikit_learn():
+    metrics = pytest.importorskip("sklearn.metrics")
+    generator = np.random.default_rng(3)
+    values = generator.integers(0, 6, size=60).astype(float)  # many ties
+    is_positive = generator.random(60) < 0.4
+    weights = generator.integers(0, 4, size=(5, 60)).astype(float)
+    expected = [metrics.roc_auc_score(is_positive, values, sample_weight=each) for each in weights]
+    assert auc(values, is_positive, weights) == pytest.approx(expected)
+
+
+def test_sentences_of_one_template_are_resampled_together():
+    """Forty copies of two sentences know no more than the two."""
+    texts = [
+        LabelledText(f"{kind} {number}", kind == "h", "g", "f", f"{kind}{number % 2}")
+        for kind in "hn"
+        for number in range(40)
+    ]
+    shifts = np.array(
+        [[-3.0, -1.0][number % 2] for number in range(40)] + [[-2.0, 0.0][number % 2] for number in range(40)]
+    )
+    together = summarise(texts, shifts, shifts, resamples=200).contrasts[0]
+    alone = [LabelledText(each.text, each.is_harmful, each.group) for each in texts]
+    apart = summarise(alone, shifts, shifts, resamples=200).contrasts[0]
+    assert together.auc.value == apart.auc.value == pytest.approx(0.75)
+    assert apart.auc.high - apart.auc.low < 0.5
+    assert not together.auc.high - together.auc.low < 0.9  # nan where a resample lacks a label
 
 
 def test_the_examples_of_the_docstrings_are_true():
@@ -173,8 +245,8 @@ def test_a_large_vocabulary_makes_batches_smaller_and_changes_no_figure(target, 
     found = measure_suite(target, lambda: lower, SUITE)
     assert len(sizes) > 1
     assert all(rows == 1 or rows * length <= 12 for rows, length in sizes)
-    assert found.neutral.share == whole.neutral.share
-    assert found.neutral.shift == pytest.approx(whole.neutral.shift, rel=1e-4)
+    assert found.total(HARMLESS).halved == whole.total(HARMLESS).halved
+    assert found.total(HARMLESS).mean_shift == pytest.approx(whole.total(HARMLESS).mean_shift, rel=1e-4)
 
 
 def test_reports_show_the_suites(target, tmp_path):
@@ -194,6 +266,9 @@ def test_reports_show_the_suites(target, tmp_path):
     )
     data = json.loads(json.dumps(to_data(evaluation), allow_nan=False))
     assert data["methods"][0]["suites"] == {}
-    assert set(data["methods"][1]["suites"]["mine"]["groups"]) >= {"nature", "people"}
-    assert "## Suppressed sentences: mine" in to_markdown(evaluation)
-    assert "Suppressed sentences: mine" in to_html(evaluation)
+    shown = data["methods"][1]["suites"]["mine"]
+    assert {row["name"] for row in shown["groups"]} >= {"nature", "people"}
+    assert [row["label"] for row in shown["rows"]] == ["harmful", "harmless"]
+    assert shown["contrasts"][0]["harmful"] == 1
+    assert "## Labelled sentences: mine" in to_markdown(evaluation)
+    assert "Labelled sentences: mine" in to_html(evaluation)

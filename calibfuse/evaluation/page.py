@@ -205,13 +205,13 @@ def _suite_part(results: Sequence[MethodResult], shown: Sequence[MethodResult], 
     for name, (headers, rows) in suite_tables(results).items():
         by_group: dict[str, dict[str, Estimate]] = {}
         for result in shown:
-            for group, part in result.suites[name].groups.items() if result.suites else ():
-                by_group.setdefault(group, {})[result.method.title] = part.share
+            for row in result.suites[name].groups if result.suites else ():
+                by_group.setdefault(row.name, {})[result.method.title] = row.halved
         sections.append(
             [
-                f"<h2>Suppressed sentences: {_escape(name)}</h2>",
+                f"<h2>Labelled sentences: {_escape(name)}</h2>",
                 f"<p>{_escape(SUITE_NOTE)}</p>",
-                bars(by_group, title="neutral sentences that are suppressed", is_share=True, colours=colours),
+                bars(by_group, title="harmless sentences with a token halved", is_share=True, colours=colours),
                 _table(headers, [[_escape(row[0]), *map(_in_two_lines, row[1:])] for row in rows]),
             ]
         )

@@ -18,7 +18,7 @@ from calibfuse.evaluation.budget import METRICS_AT_BUDGET, AtBudget, BudgetCompa
 from calibfuse.evaluation.evaluate import Evaluation, MethodResult
 from calibfuse.evaluation.metrics import METRICS, Estimate
 from calibfuse.evaluation.neutrality import Neutrality
-from calibfuse.evaluation.suites import Suppression
+from calibfuse.evaluation.suites import SuiteRow
 
 FORMAT = "calibfuse-evaluation"
 FORMAT_VERSION = 1
@@ -200,39 +200,44 @@ def opinions_table(results: Sequence[MethodResult]) -> tuple[list[str], list[lis
 def _suite_part(results: Sequence[MethodResult]) -> list[str]:
     parts: list[str] = []
     for name, (headers, rows) in suite_tables(results).items():
-        parts += ["", f"## Suppressed sentences: {name}", "", *table(headers, rows)]
+        parts += ["", f"## Labelled sentences: {name}", "", *table(headers, rows)]
     return [*parts, "", SUITE_NOTE] if parts else []
 
 
 SUITE_NOTE = (
-    "Share of sentences in which a token (a word or a part of one) keeps less than half of its probability, with 95 % "
-    "Wilson intervals. Of neutral sentences these are false positives; nothing is sampled."
+    "Mean over the sentences of log p(method) - log p(target), nats; then the share of sentences in which a token (a "
+    "word or a part of one) keeps less than half of its probability, with 95 % Wilson intervals. Of harmless sentences "
+    "these are false positives. AUC: chance that a harmful sentence is lowered more than a harmless one (0.5: not told "
+    "apart); odds: what harmful ones keep over what harmless ones keep. Nothing is sampled."
 )
 
 
 def suite_tables(results: Sequence[MethodResult]) -> dict[str, tuple[list[str], list[list[str]]]]:
-    """Headers and rows by name of the suite: neutral sentences, toxic ones, then the neutral ones of each group."""
+    """Headers and rows by name of the suite: sentences by functionality and group, then AUC and odds."""
     tables = {}
     methods = [result for result in results if result.suites]
     for name, first in (methods[0].suites if methods else {}).items():
         found = [result.suites[name] for result in methods]
         rows = []
-        lines: list[tuple[str, Sequence[Suppression | None]]] = [
-            ("neutral sentences", [each.neutral for each in found]),
-            ("toxic sentences", [each.toxic for each in found]),
-            *((group, [each.groups[group] for each in found]) for group in first.groups),
-        ]
-        for title, parts in lines:
-            if parts[0] is not None:
-                rows.append([title, str(parts[0].texts), *(_suppressed(each) for each in parts)])
+        for kind in ("rows", "groups"):
+            for place, row in enumerate(getattr(first, kind)):
+                same = [getattr(each, kind)[place] for each in found]
+                rows.append([f"{row.name}, {row.label}", str(row.cases), *map(_suite_cell, same)])
+        for place, contrast in enumerate(first.contrasts):
+            count = f"{contrast.harmful} + {contrast.harmless}"
+            same_pairs = [each.contrasts[place] for each in found]
+            rows.append([f"AUC, {contrast.name}", count, *(_in_brackets(each.auc) for each in same_pairs)])
+            rows.append([f"odds, {contrast.name}", count, *(_in_brackets(each.odds) for each in same_pairs)])
         tables[name] = (["sentences", "how many", *(result.method.title for result in methods)], rows)
     return tables
 
 
-def _suppressed(part: Suppression | None) -> str:
-    if part is None:
-        return "-"
-    return f"{part.share.value:.1%} [{part.share.low:.1%}, {part.share.high:.1%}]"
+def _suite_cell(row: SuiteRow) -> str:
+    return f"{row.mean_shift:+.2f}, {row.halved.value:.1%} [{row.halved.low:.1%}, {row.halved.high:.1%}]"
+
+
+def _in_brackets(estimate: Estimate) -> str:
+    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
 
 
 def budget_title(within_budget: BudgetComparison) -> str:
