@@ -1,9 +1,10 @@
-"""Streaming readers of training text, in bounded memory.
+"""Text files, streamed in bounded memory: .txt, .jsonl and .csv, plain or compressed (.gz, .xz).
 
-Reads .txt, .jsonl and .csv, plain or compressed (.gz, .xz), whole folders of them, and data sets of the Hub
-(`hf:NAME`), one document at a time: no file is ever held in memory.
+Three ways in: `read_rows` for the objects or table rows of one file, `iter_documents` for the texts of files, folders
+and data sets of the Hub (`hf:NAME`), `read_lines` for a stream that is open already. Each refuses what is missing,
+empty, binary, damaged or not UTF-8 with one sentence that names the file and, where there is one, the line.
 
-Left out: no language detection, no deduplication, no cleaning; what is in the file is what is trained on.
+Left out: no language detection, no deduplication, no cleaning; what is in the file is what is read.
 """
 
 import csv
@@ -12,28 +13,106 @@ import json
 import lzma
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from calibfuse.errors import DataError, MissingDependencyError
 
-__all__ = ["HUB_PREFIX", "TEXT_FIELDS", "expand_source", "iter_documents", "split_passages"]
+__all__ = ["HUB_PREFIX", "expand_source", "iter_documents", "open_text", "read_lines", "read_rows", "split_passages"]
 
 TEXT_FIELDS = ("text", "content", "comment", "sentence", "document")
 """Names under which the text of a .jsonl or .csv row is looked for, in this order, when none is given."""
 
 HUB_PREFIX = "hf:"
 DEFAULT_MAX_BYTES = 65_536
-# A .jsonl line longer than this is refused rather than read into memory.
+# A longer line is refused rather than read into memory.
 MAX_ROW_BYTES = 16_777_216
 # How much of a file is looked at to tell text from something else.
 SNIFF_BYTES = 8_192
 
-_KINDS = (".txt", ".jsonl", ".csv")
-_COMPRESSIONS = (".gz", ".xz")
-_BYTE_ORDER_MARKS = (b"\xff\xfe", b"\xfe\xff")
+_OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
+_JSON_ROWS = (".jsonl", ".ndjson")
+_KINDS = (".txt", *_JSON_ROWS, ".csv")
+_SUPPORTED = ".txt, .jsonl, .csv (also with .gz or .xz)"
+_UTF8_MARK = b"\xef\xbb\xbf"
+_UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+
+
+@contextmanager
+def open_text(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+    """Open a file through the compression that its extension names; its bytes, from the start.
+
+    Raises:
+        DataError: it cannot be read, is empty, binary or UTF-16, or turns out damaged while it is read.
+    """
+    place = Path(path).expanduser()
+    compression = place.suffix.lower()
+    try:
+        with _OPENERS.get(compression, open)(place, "rb") as stream:
+            head = stream.read(SNIFF_BYTES)
+            if not head:
+                raise DataError(f"{path} is empty (0 bytes of text). Give a file with text.")
+            if head.startswith(_UTF16_MARKS):
+                raise DataError(f"{path} is UTF-16 text; expected UTF-8. Convert it, for example with iconv.")
+            if b"\0" in head:
+                raise DataError(
+                    f"{path} is a binary file (a zero byte at byte {head.index(0)}); expected UTF-8 text. "
+                    "Give the text itself."
+                )
+            stream.seek(0)
+            yield stream
+    except FileNotFoundError as error:
+        raise DataError(f"No such file or folder: {path}. Check the path of the text.") from error
+    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+        raise DataError(f"{path} is damaged or not a {compression} file ({error}). Compress it again.") from error
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def read_rows(path: str | os.PathLike[str], *, lines_are_rows: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of one file: the objects of a .jsonl file, or the rows of a .csv file under the names of its header.
+
+    Args:
+        path: .jsonl, .ndjson or .csv, also with .gz or .xz; blank lines are skipped.
+        lines_are_rows: take a file of any other extension as well: each of its lines is a row {"text": line}.
+
+    Yields:
+        Number of the line, from 1, and the row. For messages: f"{path}, line {number}".
+
+    Raises:
+        DataError: see `open_text`; a line that is no object or no valid row, or an extension that is not among these.
+    """
+    name, kind = os.fspath(path), _kind_of(Path(path))
+    if kind not in (*_JSON_ROWS, ".csv") and not lines_are_rows:
+        raise DataError(f"Expected rows in a .jsonl or .csv file (also with .gz or .xz), got {name}.")
+    with open_text(path) as stream:
+        if kind == ".csv":
+            yield from _csv_rows(stream, name)
+        else:
+            for number, line in read_lines(stream, name):
+                yield number, _json_row(line, f"{name}, line {number}") if kind in _JSON_ROWS else {"text": line}
+
+
+def read_lines(stream: IO[bytes], name: str) -> Iterator[tuple[int, str]]:
+    """The lines of a stream that are not blank, without their ends, numbered from 1.
+
+    Args:
+        stream: of bytes, at its start; need not be seekable.
+        name: of the file, for messages.
+
+    Raises:
+        DataError: a line is not UTF-8, holds a zero byte or is longer than `MAX_ROW_BYTES`.
+    """
+    for number, line, complete in _pieces(stream, name, MAX_ROW_BYTES):
+        if not complete:
+            raise DataError(
+                f"{name}, line {number}: expected at most {MAX_ROW_BYTES:,} bytes a line, got more. "
+                "Write one text a line."
+            )
+        if line.strip():
+            yield number, line.rstrip("\r\n")
 
 
 def iter_documents(
@@ -43,7 +122,7 @@ def iter_documents(
     min_bytes: int = 1,
     max_bytes: int = DEFAULT_MAX_BYTES,
 ) -> Iterator[str]:
-    r"""Read documents one after the other, in bounded memory.
+    r"""The texts of files, one after the other.
 
     A document is a block between blank lines (.txt), a row (.jsonl, .csv) or an example (Hub). Surrounding white
     space is removed, line ends become `\n`, and documents longer than `max_bytes` come in several pieces, nothing lost.
@@ -68,7 +147,7 @@ def iter_documents(
     for path in paths:
         for source in expand_source(path):
             found = False
-            for document in _iter_source(source, text_field, max_bytes):
+            for document in _texts_of(source, text_field, max_bytes):
                 for piece in split_passages(document, max_bytes):
                     text = piece.strip()
                     if text and len(text.encode()) >= min_bytes:
@@ -98,16 +177,16 @@ def expand_source(path: str | os.PathLike[str]) -> list[str]:
         return [name]
     location = Path(name)
     if location.is_dir():
-        files = sorted(str(file) for file in location.rglob("*") if file.is_file() and _kind_of(file) is not None)
+        files = sorted(str(file) for file in location.rglob("*") if file.is_file() and _kind_of(file) in _KINDS)
         if not files:
-            raise DataError(f"Folder {name} holds no text file; expected files ending in {_supported()}.")
+            raise DataError(f"Folder {name} holds no text file; expected files ending in {_SUPPORTED}.")
         return files
     if not location.exists():
-        raise DataError(f"No such file or folder: {name}. Check the path of the training text.")
+        raise DataError(f"No such file or folder: {name}. Check the path of the text.")
     if not location.is_file():
-        raise DataError(f"{name} is neither a file nor a folder. Give a file ending in {_supported()}.")
-    if _kind_of(location) is None:
-        raise DataError(f"Unknown file extension of {name}; expected {_supported()}. Rename or convert the file.")
+        raise DataError(f"{name} is neither a file nor a folder. Give a file ending in {_SUPPORTED}.")
+    if _kind_of(location) not in _KINDS:
+        raise DataError(f"Unknown file extension of {name}; expected {_SUPPORTED}. Rename or convert the file.")
     return [name]
 
 
@@ -161,182 +240,114 @@ def _cut(data: bytes, start: int, max_bytes: int) -> int:
     return stop
 
 
-def _kind_of(path: Path) -> str | None:
-    """`.txt`, `.jsonl` or `.csv` of a path, compressed or not; None for anything else."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in _COMPRESSIONS:
-        suffixes.pop()
-    return suffixes[-1] if suffixes and suffixes[-1] in _KINDS else None
+def _kind_of(path: Path) -> str:
+    """The extension of a path in lower case, without that of its compression."""
+    stem = Path(path.stem) if path.suffix.lower() in _OPENERS else path
+    return stem.suffix.lower()
 
 
-def _supported() -> str:
-    return f"{', '.join(_KINDS)} (also with {' or '.join(_COMPRESSIONS)})"
-
-
-def _iter_source(source: str, text_field: str | None, max_bytes: int) -> Iterator[str]:
+def _texts_of(source: str, text_field: str | None, max_bytes: int) -> Iterator[str]:
     """Documents of one file or Hub data set, not yet cut or stripped."""
     if source.startswith(HUB_PREFIX):
-        yield from _iter_hub(source, text_field)
-        return
-    kind = _kind_of(Path(source))
-    with _opened(source) as stream:
-        if kind == ".txt":
-            yield from _iter_blocks(source, stream, max_bytes)
-        elif kind == ".jsonl":
-            yield from _iter_json_rows(source, stream, text_field)
-        else:
-            yield from _iter_csv_rows(source, stream, text_field)
+        for number, row in enumerate(_hub_rows(source), start=1):
+            yield _text_of(row, text_field, f"{source}, example {number}")
+    elif _kind_of(Path(source)) == ".txt":
+        with open_text(source) as stream:
+            yield from _blocks(stream, source, max_bytes)
+    else:
+        for number, row in read_rows(source):
+            yield _text_of(row, text_field, f"{source}, line {number}")
 
 
-@contextmanager
-def _opened(source: str) -> Iterator[IO[bytes]]:
-    """Open a file through its compression; refuse empty and binary ones; turn read errors into DataError."""
-    suffix = Path(source).suffix.lower()
-    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
-    opener = openers.get(suffix, open)
-    try:
-        with opener(source, "rb") as stream:
-            head = stream.read(SNIFF_BYTES)
-            if not head:
-                raise DataError(f"{source} is empty (0 bytes of text). Give a file with text.")
-            if head.startswith(_BYTE_ORDER_MARKS):
-                raise DataError(f"{source} is UTF-16 text; expected UTF-8. Convert it, for example with iconv.")
-            if b"\0" in head:
-                raise DataError(
-                    f"{source} is a binary file (a zero byte at byte {head.index(0)}); expected UTF-8 text. "
-                    "Give the text itself."
-                )
-            stream.seek(3 if head.startswith(b"\xef\xbb\xbf") else 0)
-            yield stream
-    except DataError:
-        raise
-    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise DataError(f"{source} is damaged or not a {suffix} file ({error}). Compress it again.") from error
-    except OSError as error:
-        raise DataError(f"{source} cannot be read: {error.strerror or error}.") from error
-
-
-def _iter_lines(source: str, stream: IO[bytes], limit: int) -> Iterator[tuple[int, str, bool]]:
-    """Decoded lines of at most `limit` bytes as (line number from 1, text, whether the line ends here)."""
-    number, offset, rest = 1, stream.tell(), b""
+def _pieces(stream: IO[bytes], name: str, limit: int) -> Iterator[tuple[int, str, bool]]:
+    """Decoded lines in pieces of at most `limit` bytes: (line number from 1, text, whether the line ends here)."""
+    number, offset, rest = 1, 0, b""
     while chunk := stream.readline(limit):
         offset += len(chunk)
-        data, rest = rest + chunk, b""
+        is_full = len(chunk) == limit
+        complete = chunk.endswith(b"\n") or not is_full
+        data, rest = rest + (chunk.removeprefix(_UTF8_MARK) if offset == len(chunk) else chunk), b""
         try:
             text = data.decode()
         except UnicodeDecodeError as error:
             # A chunk that was cut by `limit` may end inside a character, which the next chunk completes.
-            if error.reason != "unexpected end of data" or len(chunk) < limit:
-                raise _not_utf8(source, number, offset - len(data) + error.start, data[error.start :]) from error
+            if error.reason != "unexpected end of data" or not is_full:
+                raise DataError(
+                    f"{name}, line {number}: expected UTF-8 text, got the byte 0x{data[error.start]:02x} at byte "
+                    f"{offset - len(data) + error.start}. Convert the file to UTF-8, for example with iconv."
+                ) from error
             data, rest = data[: error.start], data[error.start :]
             text = data.decode()
         if "\0" in text:
             at = offset - len(rest) - len(data) + data.index(b"\0")
-            raise DataError(
-                f"{source}, line {number}: expected UTF-8 text, got a zero byte at byte {at}: a binary file?"
-            )
-        complete = chunk.endswith(b"\n") or len(chunk) < limit
+            raise DataError(f"{name}, line {number}: expected UTF-8 text, got a zero byte at byte {at}: a binary file?")
         yield number, text, complete
         number += complete
 
 
-def _not_utf8(source: str, number: int, offset: int, rest: bytes) -> DataError:
-    return DataError(
-        f"{source}, line {number}: expected UTF-8 text, got the byte 0x{rest[0]:02x} at byte {offset}. "
-        "Convert the file to UTF-8, for example with iconv."
-    )
-
-
-def _iter_blocks(source: str, stream: IO[bytes], max_bytes: int) -> Iterator[str]:
+def _blocks(stream: IO[bytes], name: str, max_bytes: int) -> Iterator[str]:
     """Blocks of a .txt file between blank lines; a block is handed on early once it reaches `max_bytes`."""
     block: list[str] = []
     size = 0
     line_is_open = False
-    for _, text, complete in _iter_lines(source, stream, max(max_bytes, SNIFF_BYTES)):
+    for _, text, complete in _pieces(stream, name, max(max_bytes, SNIFF_BYTES)):
         text = text.replace("\r\n", "\n")
-        if not text.strip() and not line_is_open and complete:
-            if block:
-                yield "".join(block)
-            block, size = [], 0
-            continue
-        block.append(text)
-        size += len(text)
-        line_is_open = not complete
-        if size >= max_bytes:
+        ends = not text.strip() and not line_is_open and complete
+        if not ends:
+            block.append(text)
+            size += len(text)
+            line_is_open = not complete
+        if block and (ends or size >= max_bytes):
             yield "".join(block)
             block, size = [], 0
     if block:
         yield "".join(block)
 
 
-def _iter_json_rows(source: str, stream: IO[bytes], text_field: str | None) -> Iterator[str]:
-    """The text of each line of a .jsonl file; blank lines are skipped."""
-    for number, line, complete in _iter_lines(source, stream, MAX_ROW_BYTES):
-        if not complete:
-            raise DataError(
-                f"{source}, line {number}: expected one JSON object per line, got a row of more than {MAX_ROW_BYTES} "
-                "bytes. Write one document per line."
-            )
-        if not line.strip():
-            continue
-        where = f"{source}, line {number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: expected one JSON object per line, got invalid JSON ({error}).") from error
-        if not isinstance(row, dict):
-            raise DataError(f'{where}: expected a JSON object such as {{"text": "..."}}, got {type(row).__name__}.')
-        yield _text_of(row, text_field, where)
-
-
-def _iter_csv_rows(source: str, stream: IO[bytes], text_field: str | None) -> Iterator[str]:
-    """The text column of a .csv file with a header row."""
-    # The csv module refuses a field over its own limit (131,072 characters), so an unclosed quote stays bounded.
-    lines = (text for _, text, _ in _iter_lines(source, stream, MAX_ROW_BYTES))
-    reader = csv.reader(lines)
+def _json_row(line: str, where: str) -> dict[str, Any]:
     try:
-        header = next((row for row in reader if row), None)
-        if header is None:
-            return
-        columns = [name.strip() for name in header]
-        where = f"{source}, line {reader.line_num}"
-        column = columns.index(_field_of(columns, text_field, where))
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: expected one JSON object per line, got invalid JSON ({error}).") from error
+    if not isinstance(row, dict):
+        raise DataError(f'{where}: expected a JSON object such as {{"text": "..."}}, got {type(row).__name__}.')
+    return row
+
+
+def _csv_rows(stream: IO[bytes], name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    # The csv module refuses a field over its own limit (131,072 characters), so an unclosed quote stays bounded.
+    reader = csv.reader(text for _, text, _ in _pieces(stream, name, MAX_ROW_BYTES))
+    try:
+        header = next((row for row in reader if row), [])
+        columns = [column.strip() for column in header]
         for row in reader:
-            if not row:
-                continue
-            if len(row) <= column:
+            if row and len(row) < len(columns):
                 raise DataError(
-                    f"{source}, line {reader.line_num}: expected the header's {len(columns)} columns, got {len(row)}."
+                    f"{name}, line {reader.line_num}: expected the header's {len(columns)} columns, got {len(row)}."
                 )
-            yield row[column].replace("\r\n", "\n")
+            if row:
+                yield reader.line_num, dict(zip(columns, row, strict=False))
     except csv.Error as error:
-        where = f"{source}, line {reader.line_num}"
-        raise DataError(f"{where}: not a valid .csv row ({error}). Check the quotes.") from error
-
-
-def _field_of(names: Iterable[str], text_field: str | None, where: str) -> str:
-    """The name of the text field among the names of a row."""
-    known = list(names)
-    wanted = TEXT_FIELDS if text_field is None else (text_field,)
-    for name in wanted:
-        if name in known:
-            return name
-    shown = ", ".join(repr(name) for name in known[:8]) or "none"
-    raise DataError(
-        f"{where}: expected a text field named {' or '.join(wanted)}, got the fields {shown}. Name it with text_field."
-    )
+        raise DataError(f"{name}, line {reader.line_num}: not a valid .csv row ({error}). Check the quotes.") from error
 
 
 def _text_of(row: dict[str, Any], text_field: str | None, where: str) -> str:
-    name = _field_of(row, text_field, where)
-    text = row[name]
+    wanted = TEXT_FIELDS if text_field is None else (text_field,)
+    field = next((each for each in wanted if each in row), None)
+    if field is None:
+        shown = ", ".join(repr(each) for each in list(row)[:8]) or "none"
+        raise DataError(
+            f"{where}: expected a text field named {' or '.join(wanted)}, got the fields {shown}. "
+            "Name it with text_field."
+        )
+    text = row[field]
     if not isinstance(text, str):
-        raise DataError(f"{where}: expected a string in the field {name!r}, got {type(text).__name__}.")
+        raise DataError(f"{where}: expected a string in the field {field!r}, got {type(text).__name__}.")
     return text.replace("\r\n", "\n")
 
 
-def _iter_hub(source: str, text_field: str | None) -> Iterator[str]:
-    """Documents of a data set of the Hub, streamed: `hf:NAME`, `hf:NAME:SPLIT` or `hf:NAME:CONFIG:SPLIT`."""
+def _hub_rows(source: str) -> Iterator[dict[str, Any]]:
+    """Examples of a data set of the Hub, streamed: `hf:NAME`, `hf:NAME:SPLIT` or `hf:NAME:CONFIG:SPLIT`."""
     try:
         import datasets  # type: ignore[import-not-found, import-untyped, unused-ignore]
     except ImportError as error:
@@ -349,9 +360,7 @@ def _iter_hub(source: str, text_field: str | None) -> Iterator[str]:
     split = options[-1] if options else "train"
     config = options[0] if len(options) == 2 else None
     try:
-        rows = iter(datasets.load_dataset(name, config, split=split, streaming=True))
+        return iter(datasets.load_dataset(name, config, split=split, streaming=True))
     except Exception as error:  # the package raises many kinds: network, script, missing split
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(f"Data set {source} cannot be loaded: {reason}") from error
-    for number, row in enumerate(rows, start=1):
-        yield _text_of(row, text_field, f"{source}, example {number}")

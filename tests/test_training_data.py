@@ -154,7 +154,7 @@ BAD_FILES = {
     "json that is no object": ("a.jsonl", '["text"]\n', r"a\.jsonl, line 1: expected a JSON object .*, got list"),
     "no text field": ("a.jsonl", '{"body": "x"}\n', r"line 1: expected a text field .*, got the fields 'body'"),
     "text is no string": ("a.jsonl", '{"text": 3}\n', r"line 1: expected a string in the field 'text', got int"),
-    "csv without text column": ("a.csv", "id,body\n1,x\n", r"a\.csv, line 1: expected a text field .* 'id', 'body'"),
+    "csv without text column": ("a.csv", "id,body\n1,x\n", r"a\.csv, line 2: expected a text field .* 'id', 'body'"),
     "short csv row": ("a.csv", "id,text\n1,x\n2\n", r"a\.csv, line 3: expected the header's 2 columns, got 1"),
     "unclosed quote": ("a.csv", 'text\n"open\n' + "word " * 40_000, r"a\.csv, line \d+: not a valid \.csv row"),
 }
@@ -192,7 +192,7 @@ def test_folder_without_text_is_refused(tmp_path: Path) -> None:
 def test_row_of_endless_length_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("calibfuse.textfiles.MAX_ROW_BYTES", 1000)
     path = write(tmp_path / "a.jsonl", json.dumps({"text": "x" * 2000}))
-    with pytest.raises(DataError, match="line 1: expected one JSON object per line, got a row of more than 1000 bytes"):
+    with pytest.raises(DataError, match="line 1: expected at most 1,000 bytes a line, got more"):
         read(path)
 
 
