@@ -210,13 +210,13 @@ def test_prompts_come_from_files_and_standard_input(tmp_path, run, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("p.txt", b"", "but it is empty"),
-        ("p.txt", b"\n \n", "but it is empty"),
-        ("p.txt", b"ab\0cd", "binary data"),
-        ("p.txt", b"fine\n\xff\xfe\xfa", "line 2 is not"),
-        ("p.jsonl", b'{"prompt": "a"}\nnonsense\n', "row 2 is none"),
-        ("p.jsonl", b'{"question": "a"}\n', "row 1 of .* found none"),
-        ("p.jsonl", b"[1]\n", "row 1 of .* found none"),
+        ("p.txt", b"", "is empty"),
+        ("p.txt", b"\n \n", "it has none"),
+        ("p.txt", b"ab\0cd", "is a binary file"),
+        ("p.txt", b"fine\n\xff\xfe\xfa", "line 2: expected UTF-8 text"),
+        ("p.jsonl", b'{"prompt": "a"}\nnonsense\n', "line 2: expected one JSON object per line"),
+        ("p.jsonl", b'{"question": "a"}\n', "line 1 of .* found none"),
+        ("p.jsonl", b"[1]\n", "line 1: expected a JSON object"),
     ],
 )
 def test_a_bad_prompts_file_is_refused_in_one_sentence(tmp_path, name, content, message):
@@ -227,7 +227,7 @@ def test_a_bad_prompts_file_is_refused_in_one_sentence(tmp_path, name, content, 
 
 
 def test_a_missing_prompts_file_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"none\.txt.*No such file"):
+    with pytest.raises(DataError, match=r"No such file .*none\.txt"):
         read_prompts_file(str(tmp_path / "none.txt"))
 
 

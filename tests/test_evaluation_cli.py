@@ -233,7 +233,7 @@ def test_a_picked_alpha_goes_into_the_users_calibrator_and_never_into_the_bundle
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--prompts", "none.txt"), "Cannot read the prompts"),
+        (("--prompts", "none.txt"), "No such file"),
         (("--prompt-count", "-1"), "--prompt-count"),
         (("--samples", "0"), "at least 1"),
         (("--top-p", "0"), "top_p"),
@@ -250,7 +250,7 @@ def test_a_picked_alpha_goes_into_the_users_calibrator_and_never_into_the_bundle
         (("--baseline", "geometric:2"), "alpha must be"),
         (("--baseline", "embedding"), "needs an alignment"),
         (("--fluency-budget", "-1"), "--fluency-budget"),
-        (("--suite", "/no/such/file"), "Cannot read"),
+        (("--suite", "/no/such/file"), "No such file"),
         (("--suite-count", "-1"), "--suite-count"),
         (("--max-perplexity-increase", "0.1"), "give both"),
         (("--pick-alpha", "--max-perplexity-increase", "-1"), "at least 0"),
@@ -260,7 +260,7 @@ def test_a_picked_alpha_goes_into_the_users_calibrator_and_never_into_the_bundle
         (("--target", "/no/such/model"), "/no/such/model"),
         (("--judge", "/no/such/model"), "/no/such/model"),
         (("--calibrator", "/no/such/calibrator"), "/no/such/calibrator"),
-        (("--benign", "/no/such/file"), "Cannot read"),
+        (("--benign", "/no/such/file"), "No such file"),
         (("--speed-rounds", "-1"), "--speed-rounds"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,

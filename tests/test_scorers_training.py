@@ -287,15 +287,15 @@ def test_pairs_give_both_classes(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b"", "no usable row"),
+        ("a.jsonl", b"", "is empty"),
         ("a.jsonl", b'{"text": "a"}\n', "line 1 has no label"),
         ("a.jsonl", b'{"label": 1}\n', "line 1 has no text"),
         ("a.jsonl", b'{"text": "a", "label": "very"}\n', "label 'very'"),
         ("a.jsonl", b'{"text": "a", "label": 7}\n', "label 7"),
         ("a.jsonl", b'{"text": 3, "label": 1}\n', "int where its text"),
-        ("a.jsonl", b'{"text": "a", "label": 1}\n{"text"\n', "line 2 is no JSON"),
-        ("a.jsonl", b"[1]\n", "list; expected an object"),
-        ("a.jsonl", b"\xff\xfe\x00\x80", "no UTF-8"),
+        ("a.jsonl", b'{"text": "a", "label": 1}\n{"text"\n', "line 2: expected one JSON object per line"),
+        ("a.jsonl", b"[1]\n", "expected a JSON object .* got list"),
+        ("a.jsonl", b"\xff\xfe\x00\x80", "expected UTF-8"),
         ("a.jsonl.xz", b"not compressed", "damaged"),
         ("a.jsonl.gz", b"not compressed", "damaged"),
         ("a.csv", b"id\n1\n", "no text"),
@@ -311,7 +311,7 @@ def test_unusable_files_give_one_sentence(tmp_path, name, content, message):
 
 
 def test_missing_files_and_conditions_that_never_hold_are_refused(tmp_path):
-    with pytest.raises(DataError, match="no file"):
+    with pytest.raises(DataError, match="No such file"):
         read_labelled([tmp_path / "nothing.jsonl"])
     with pytest.raises(DataError, match="no usable row where"):
         read_labelled([write_rows(tmp_path / "a.jsonl", ROWS)], where={"split": "validation"})
@@ -372,7 +372,7 @@ def test_the_command_trains_a_scorer_that_loads(tmp_path):
     ("arguments", "message"),
     [
         ([], "needs labelled texts"),
-        (["--data", "missing.jsonl"], "no file"),
+        (["--data", "missing.jsonl"], "No such file"),
         (["--data", "missing.jsonl", "--where", "split"], "FIELD=VALUE"),
         (["--data", "missing.jsonl", "--windows", "5", "2"], "ascending"),
         (["--data", "missing.jsonl", "--bucket-bits", "40"], "bucket_bits"),

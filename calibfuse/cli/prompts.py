@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from calibfuse.errors import DataError, InputError
+from calibfuse.textfiles import read_lines, read_rows
 
 _FIELDS = ("prompt", "text")
 
@@ -40,7 +41,9 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     elif args.prompts_file is not None:
         prompts = read_prompts_file(args.prompts_file)
     else:
-        prompts = _lines(sys.stdin.buffer.read(), "standard input")
+        prompts = [line for _, line in read_lines(sys.stdin.buffer, "standard input")]
+        if not prompts:
+            raise DataError("Expected prompts, one a line, in standard input, but it is empty.")
     for number, prompt in enumerate(prompts, start=1):
         if not prompt.strip():
             raise InputError(f"Prompt {number} is blank; give the model at least one word to continue.")
@@ -61,41 +64,17 @@ def read_prompts_file(path: str) -> list[str]:
     Raises:
         DataError: missing, empty, binary, not UTF-8, or a row without a prompt; names the file and the line.
     """
-    place = Path(path).expanduser()
-    try:
-        data = place.read_bytes()
-    except OSError as error:
-        raise DataError(f"Cannot read the prompts in {path!r}: {error.strerror or error}.") from error
-    lines = _lines(data, repr(path))
-    if place.suffix.lower() not in (".jsonl", ".ndjson"):
-        return lines
-    return [_prompt_of(line, number, path) for number, line in enumerate(lines, start=1)]
+    prompts = [_prompt_of(row, number, path) for number, row in read_rows(Path(path).expanduser(), lines_are_rows=True)]
+    if not prompts:
+        raise DataError(f"Expected prompts, one a line, in {path!r}, but it has none.")
+    return prompts
 
 
-def _lines(data: bytes, name: str) -> list[str]:
-    if b"\0" in data:
-        raise DataError(f"Expected text in {name}, but it holds binary data.")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(f"Expected UTF-8 text in {name}, but line {line} is not (byte {error.start}).") from error
-    lines = [line.rstrip("\r") for line in text.split("\n") if line.strip()]
-    if not lines:
-        raise DataError(f"Expected prompts, one a line, in {name}, but it is empty.")
-    return lines
-
-
-def _prompt_of(line: str, number: int, path: str) -> str:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"Expected a JSON object a line in {path!r}, but row {number} is none: {error}.") from error
-    if isinstance(row, dict):
-        for field in _FIELDS:
-            value = row.get(field)
-            if isinstance(value, dict):
-                value = value.get("text")
-            if isinstance(value, str) and value.strip():
-                return value
-    raise DataError(f'Expected a prompt in the field "prompt" or "text" of row {number} of {path!r}, found none.')
+def _prompt_of(row: dict[str, Any], number: int, path: str) -> str:
+    for field in _FIELDS:
+        value = row.get(field)
+        if isinstance(value, dict):
+            value = value.get("text")
+        if isinstance(value, str) and value.strip():
+            return value
+    raise DataError(f'Expected a prompt in the field "prompt" or "text" of line {number} of {path!r}, found none.')

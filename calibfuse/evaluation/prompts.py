@@ -7,12 +7,8 @@ Left out: downloading them.
 
 from __future__ import annotations
 
-import gzip
 import heapq
-import json
-import lzma
 import os
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +17,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from calibfuse.errors import DataError, InputError
+from calibfuse.textfiles import read_rows
 
 _FIELDS = ("prompt", "text")
 _GROUP_FIELDS = ("group", "category", "domain")
-_MAX_LINE_BYTES = 1_000_000
 _Row = TypeVar("_Row")
-_OPENERS: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open}
 
 
 @dataclass(frozen=True)
@@ -126,66 +121,10 @@ def draw(rows: Iterable[_Row], count: int | None, generator: np.random.Generator
 
 
 def _read(path: Path) -> Iterator[Prompt]:
-    for number, row in read_rows(path):
+    for number, row in read_rows(path, lines_are_rows=True):
         prompt = _from_row(row, number, path)
         if prompt.text:  # benchmarks have a few blank ones
             yield prompt
-
-
-def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a .jsonl file, or the lines of any other as {"text": line}, with their line numbers from 1.
-
-    Args:
-        path: also .gz or .xz; blank lines are skipped.
-
-    Yields:
-        Line number and object.
-
-    Raises:
-        DataError: the file is missing, binary, not UTF-8, or has a line that is no JSON object.
-    """
-    kind = Path(path.stem).suffix if path.suffix in _OPENERS else path.suffix
-    is_json = kind.lower() in (".jsonl", ".ndjson", ".json")
-    for number, line in _lines(path):
-        if not is_json:
-            yield number, {"text": line.rstrip()}
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(
-                f"Expected a JSON object a line in {str(path)!r}, but line {number} is none: {error}."
-            ) from error
-        if not isinstance(row, dict):
-            raise DataError(
-                f"Expected a JSON object a line in {str(path)!r}, but line {number} is a {type(row).__name__}."
-            )
-        yield number, row
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines that are not blank, with their numbers from 1."""
-    try:
-        with _OPENERS.get(path.suffix, open)(path, "rb") as stream:
-            number = 0
-            while line := stream.readline(_MAX_LINE_BYTES + 1):
-                number += 1
-                if len(line) > _MAX_LINE_BYTES:
-                    raise DataError(
-                        f"Line {number} of {str(path)!r} is longer than {_MAX_LINE_BYTES:,} bytes; no prompt is."
-                    )
-                if b"\0" in line:
-                    raise DataError(f"Expected text in {str(path)!r}, but line {number} holds binary data.")
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip("\r\n")
-                if text.strip():
-                    yield number, text
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"Expected UTF-8 text in {str(path)!r}, but line {number} is not (byte {error.start})."
-        ) from error
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"Cannot read the prompts in {str(path)!r}: {reason}.") from error
 
 
 def _from_row(row: dict[str, Any], number: int, path: Path) -> Prompt:

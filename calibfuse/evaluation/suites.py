@@ -34,9 +34,10 @@ from calibfuse.evaluation.likelihood import LanguageModel, batches, split_ids
 from calibfuse.evaluation.metrics import Estimate, Resampled, bootstrap_counts
 from calibfuse.evaluation.neutral_text import GROUP_WORDS
 from calibfuse.evaluation.neutrality import method_log_probs
-from calibfuse.evaluation.prompts import draw, read_rows
+from calibfuse.evaluation.prompts import draw
 from calibfuse.evaluation.sampling import ProcessorFactory
 from calibfuse.generation.continuations import pad_right
+from calibfuse.textfiles import read_rows
 
 HARMFUL = "harmful"
 HARMLESS = "harmless"
@@ -176,7 +177,7 @@ def load_suite(path: str | os.PathLike[str], *, count: int | None = 1000, seed: 
         DataError: the file cannot be read, is empty, or has a label that is none of these.
     """
     place = Path(path).expanduser()
-    rows = (_labelled(row, number, place) for number, row in read_rows(place))
+    rows = (_labelled(row, number, place) for number, row in read_rows(place, lines_are_rows=True))
     texts = draw((each for each in rows if each.text), count, np.random.default_rng([seed, 13]))
     if not texts:
         raise DataError(f"Expected sentences in {str(path)!r}, but it has none.")

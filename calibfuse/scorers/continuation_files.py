@@ -11,12 +11,11 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from calibfuse.errors import DataError, InputError
-from calibfuse.scorers.labelled_files import read_rows
 from calibfuse.scorers.training import LabelledTexts
+from calibfuse.textfiles import read_rows
 
 __all__ = ["Fold", "ScoredText", "read_scored_rows", "read_scored_texts"]
 
@@ -73,7 +72,8 @@ def read_scored_rows(path: str | os.PathLike[str]) -> Iterator[tuple[ScoredText 
     Raises:
         DataError: a file that cannot be used, or a row without a prompt.
     """
-    for place, row in read_rows(Path(path).expanduser()):
+    for line, row in read_rows(path):
+        place = f"{path}, line {line}"
         if "prompt" not in row:
             raise DataError(f"{place} has no field 'prompt'; expected rows of RealToxicityPrompts")
         yield _part(row, "prompt", place), _part(row, "continuation", place)

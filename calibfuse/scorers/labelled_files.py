@@ -6,78 +6,20 @@ Left out: text without labels (`calibfuse.textfiles` streams it), data sets of t
 
 from __future__ import annotations
 
-import csv
-import gzip
-import json
-import lzma
 import os
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import IO, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from calibfuse.errors import DataError
 from calibfuse.scorers.training import LabelledTexts
+from calibfuse.textfiles import read_rows
 
-__all__ = ["LABEL_FIELDS", "TEXT_FIELDS", "read_labelled", "read_pairs", "read_rows", "read_texts"]
+__all__ = ["LABEL_FIELDS", "TEXT_FIELDS", "read_labelled", "read_pairs", "read_texts"]
 
 TEXT_FIELDS = ("text", "comment_text", "comment", "content", "sentence")
 """Fields in which a row's text is looked for, in this order, when none is given."""
 LABEL_FIELDS = ("toxic", "toxicity", "toxic_fraction", "label", "target")
 """Fields in which a row's label is looked for, in this order, when none is given."""
-
-_MAX_ROW_BYTES = 16_777_216  # a longer line is refused rather than read into memory
-_OPENERS: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open}
-
-
-def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each row of a file with where it stands ("FILE, line N")."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    compression = suffixes.pop() if suffixes and suffixes[-1] in _OPENERS else ""
-    kind = suffixes[-1] if suffixes else ""
-    if kind not in (".jsonl", ".csv"):
-        raise DataError(f"Labelled texts come as .jsonl or .csv (also with .gz or .xz), got {str(path)!r}")
-    line = 0
-    try:
-        with _OPENERS.get(compression, open)(path, "rt", encoding="utf-8-sig", newline="") as file:
-            for line, row in _json_rows(file, path) if kind == ".jsonl" else _csv_rows(file, path):
-                yield f"{path}, line {line}", row
-    except FileNotFoundError:
-        raise DataError(f"There is no file {str(path)!r}") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is no UTF-8 text (after line {line}): {error.reason}; convert it to UTF-8") from error
-    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-        raise DataError(f"{path} is damaged or not a {compression} file: {error}") from error
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
-
-
-def _json_rows(file: IO[str], path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    number = 0
-    while text := file.readline(_MAX_ROW_BYTES):
-        number += 1
-        if len(text) >= _MAX_ROW_BYTES:
-            raise DataError(f"{path}, line {number} is longer than {_MAX_ROW_BYTES} characters; one row a line")
-        if not text.strip():
-            continue
-        try:
-            row = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}, line {number} is no JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise DataError(
-                f"{path}, line {number} holds a {type(row).__name__}; expected an object with text and label"
-            )
-        yield number, row
-
-
-def _csv_rows(file: IO[str], path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(file)
-    try:
-        for row in reader:
-            yield reader.line_num, row
-    except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num} is no valid CSV: {error}") from error
 
 
 def _field(row: Mapping[str, Any], names: Sequence[str], where: str, what: str) -> object:
@@ -134,7 +76,8 @@ def read_labelled(
     labels: list[float] = []
     for path in paths:
         before = len(texts)
-        for place, row in read_rows(Path(path).expanduser()):
+        for line, row in read_rows(path):
+            place = f"{path}, line {line}"
             if any(str(row.get(key)) != value for key, value in (where or {}).items()):
                 continue
             text = _text(_field(row, (text_field,) if text_field else TEXT_FIELDS, place, "text"), place)
@@ -174,7 +117,8 @@ def read_pairs(
     labels: list[float] = []
     for path in paths:
         before = len(texts)
-        for place, row in read_rows(Path(path).expanduser()):
+        for line, row in read_rows(path):
+            place = f"{path}, line {line}"
             toxic = _text(_field(row, (toxic_field,), place, "toxic text"), place)
             rewrites = _field(row, (neutral_field,), place, "neutral rewrite")
             neutral = [_text(value, place) for value in (rewrites if isinstance(rewrites, list) else [rewrites])]
@@ -200,7 +144,7 @@ def read_texts(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
     texts: list[str] = []
     for path in paths:
         before = len(texts)
-        for _, row in read_rows(Path(path).expanduser()):
+        for _, row in read_rows(path):
             for name in (*TEXT_FIELDS, "toxic", "neutral"):
                 value = row.get(name)
                 texts += [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
