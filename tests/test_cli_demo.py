@@ -13,10 +13,10 @@ from tiny_checkpoints import BUNDLED, BUNDLED_CHECKPOINTS, save_bundle
 from calibfuse.cli import main as cli
 from calibfuse.cli.commands.demo import bundled_prompts
 from calibfuse.cli.comparison import Outcome, continuation_nats, continue_both, most_different, score, speed_kept
-from calibfuse.cli.decoding import Decoding
-from calibfuse.cli.target import load_target
 from calibfuse.errors import CheckpointError, InputError
 from calibfuse.fusion import FusionConfig
+from calibfuse.generation.decoding import Decoding
+from calibfuse.generation.language_model import load_language_model
 from calibfuse.processor import CalibFusion
 
 
@@ -28,7 +28,7 @@ def bundle(tmp_path_factory, byte_level_tokenizer, wrap_tokenizer, tiny_llama):
 
 @pytest.fixture(scope="module")
 def target(bundle):
-    return load_target(str(bundle / "demo-target"))
+    return load_language_model(str(bundle / "demo-target"))
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_perplexity_counts_each_token_of_each_continuation_once(target):
 
 def test_plain_and_fused_start_from_the_same_draws(target):
     """With alpha 0 both say the same; with the calibrator on they do not."""
-    decoding = Decoding(max_new_tokens=8, num_return_sequences=3)
+    decoding = Decoding(max_new_tokens=8, samples=3)
     guide = make_calibrator().bind(target.tokenizer)
     off = continue_both(target, CalibFusion(guide, FusionConfig(alpha=0.0)), ["The river", "She"], decoding, seed=4)
     assert off["plain"].texts == off["fused"].texts

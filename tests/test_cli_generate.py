@@ -10,12 +10,12 @@ from tiny_calibrators import make_calibrator
 from tiny_checkpoints import save_bundle
 
 from calibfuse.cli import main as cli
-from calibfuse.cli.decoding import Decoding, continue_prompts
 from calibfuse.cli.prompts import read_prompts_file
-from calibfuse.cli.target import load_target
 from calibfuse.cli.terminal import Terminal, display_width, printable, wants_colour, wrap
 from calibfuse.errors import CheckpointError, DataError, FusionNotAppliedError, InputError
 from calibfuse.generation.continuations import decode_continuation
+from calibfuse.generation.decoding import Decoding, continue_prompts
+from calibfuse.generation.language_model import load_language_model
 from calibfuse.processor import CalibFusion
 
 
@@ -44,7 +44,7 @@ def run(bundle, monkeypatch, capsys):
 
 @pytest.fixture(scope="module")
 def target(bundle):
-    return load_target(str(bundle / "demo-target"))
+    return load_language_model(str(bundle / "demo-target"))
 
 
 @pytest.fixture(scope="module")
@@ -165,8 +165,8 @@ def test_an_engine_that_drops_the_processor_is_noticed(target, fusion, monkeypat
 
     monkeypatch.setattr(type(target.model), "generate", dropping)
     ids = target.tokenizer("The river")["input_ids"]
-    with pytest.raises(FusionNotAppliedError, match="without calling CalibFusion"):
-        continue_prompts(target, [ids], Decoding(max_new_tokens=3), fusion=fusion)
+    with pytest.raises(FusionNotAppliedError, match="without calling CalibFusion"), fusion.required():
+        continue_prompts(target, [ids], Decoding(max_new_tokens=3), [fusion])
     continue_prompts(target, [ids], Decoding(max_new_tokens=3))
 
 
@@ -249,7 +249,10 @@ def test_a_missing_prompts_file_is_named(tmp_path):
         (["--prompt", "a", "--greedy", "--num-return-sequences", "2"], "only 1 different"),
         (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
         (["--prompt", "a", "--max-new-tokens", "400"], "256 positions"),
-        (["--prompt", "a", "--temperature", "0"], "use --greedy"),
+        (
+            ["--prompt", "a", "--temperature", "0"],
+            "--temperature must be above 0, got 0.0; for no randomness decode greedily",
+        ),
         (["--prompt", "a", "--temperature", "nan"], "--temperature"),
         (["--prompt", "a", "--top-p", "1.5"], "--top-p must be above 0"),
         (["--prompt", "a", "--top-k", "-1"], "--top-k must be 0"),
@@ -275,11 +278,11 @@ def test_bad_input_gives_one_sentence_and_exit_code_2(run, arguments, message):
 
 def test_folders_that_hold_no_target_are_refused(bundle, tmp_path):
     with pytest.raises(CheckpointError, match=r"no config\.json"):
-        load_target(str(tmp_path))
-    with pytest.raises(CheckpointError, match="a calibrator goes to --calibrator"):
-        load_target(str(bundle / "default-calibrator"))
+        load_language_model(str(tmp_path))
+    with pytest.raises(CheckpointError, match="is it the calibrator"):
+        load_language_model(str(bundle / "default-calibrator"))
     with pytest.raises(InputError, match="local folder"):
-        load_target(str(bundle / "demo-target"), revision="main")
+        load_language_model(str(bundle / "demo-target"), revision="main")
 
 
 def test_a_truncated_model_is_refused_in_one_sentence(bundle, tmp_path):
@@ -287,7 +290,7 @@ def test_a_truncated_model_is_refused_in_one_sentence(bundle, tmp_path):
         data = path.read_bytes()
         (tmp_path / path.name).write_bytes(data[: len(data) // 2] if path.suffix == ".safetensors" else data)
     with pytest.raises(CheckpointError, match="Cannot load the model") as caught:
-        load_target(str(tmp_path))
+        load_language_model(str(tmp_path))
     assert "\n" not in str(caught.value)
 
 
@@ -296,7 +299,7 @@ def test_a_model_of_another_kind_is_refused(tmp_path, bundle):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "config.json").write_text('{"model_type": "clip_vision_model"}', encoding="utf-8")
     with pytest.raises(CheckpointError, match="Cannot load"):
-        load_target(str(tmp_path))
+        load_language_model(str(tmp_path))
 
 
 # ---- the terminal

@@ -236,7 +236,7 @@ def test_a_picked_alpha_goes_into_the_users_calibrator_and_never_into_the_bundle
         (("--prompts", "none.txt"), "No such file"),
         (("--prompt-count", "-1"), "--prompt-count"),
         (("--samples", "0"), "at least 1"),
-        (("--top-p", "0"), "top_p"),
+        (("--top-p", "0"), "--top-p must be above 0"),
         (("--batch-size", "0"), "--batch-size"),
         (("--seed", "-1"), "--seed"),
         (("--toxic-from", "0"), "--toxic-from"),

@@ -78,5 +78,5 @@ def test_a_slow_tokenizer_is_cut_at_the_first_difference(tokenizer, monkeypatch)
 
 
 def test_texts_longer_than_the_model_are_refused(model):
-    with pytest.raises(InputError, match="300 tokens, but the model that scores it has 256"):
+    with pytest.raises(InputError, match="300 tokens, but the model has 256"):
         score_ids(model, [[5] * 290], [[6] * 10])

@@ -11,9 +11,10 @@ from transformers.generation.logits_process import TopPLogitsWarper
 
 from calibfuse.errors import DataError, InputError
 from calibfuse.evaluation import Prompt, SamplingConfig, sample_continuations
-from calibfuse.evaluation.decoding import SeededSampling, gumbel_noise, nucleus, row_key
 from calibfuse.evaluation.journal import Journal, PromptRecord
 from calibfuse.generation.continuations import Continuation, encode
+from calibfuse.generation.decoding import Decoding
+from calibfuse.generation.seeded_sampling import SeededSampling, gumbel_noise, nucleus, row_key
 
 TEXTS = ["The river", "A long walk through the town and then", "She said", "Every morning he", "It"]
 PROMPTS = [Prompt(f"line {number}", text) for number, text in enumerate(TEXTS)]
@@ -88,7 +89,7 @@ def test_tokens_are_drawn_with_their_probabilities():
     """Chi-square with 4 degrees of freedom: a right draw exceeds 23.5 once in 10,000 seeds; the seed is fixed."""
     probabilities = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05])
     count = 20_000
-    sampler = SeededSampling([row_key(5, "p", "text", row) for row in range(count)], 2)
+    sampler = SeededSampling([row_key(5, "p", "text", row) for row in range(count)], 2, Decoding(top_p=1.0))
     chosen = sampler(torch.zeros(count, 2, dtype=torch.long), probabilities.log().expand(count, 5)).argmax(dim=-1)
     seen = torch.bincount(chosen, minlength=5).double()
     expected = probabilities.double() * count
@@ -99,9 +100,9 @@ def test_temperature_and_truncation_shape_the_draw():
     scores = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).expand(4000, 4)
     keys = [row_key(0, "p", "t", row) for row in range(4000)]
     ids = torch.zeros(4000, 1, dtype=torch.long)
-    hot = SeededSampling(keys, 1, temperature=100.0)(ids, scores).argmax(dim=-1)
-    cold = SeededSampling(keys, 1, temperature=0.01)(ids, scores).argmax(dim=-1)
-    cut = SeededSampling(keys, 1, top_p=0.7)(ids, scores).argmax(dim=-1)
+    hot = SeededSampling(keys, 1, Decoding(top_p=1.0, temperature=100.0))(ids, scores).argmax(dim=-1)
+    cold = SeededSampling(keys, 1, Decoding(top_p=1.0, temperature=0.01))(ids, scores).argmax(dim=-1)
+    cut = SeededSampling(keys, 1, Decoding(top_p=0.7))(ids, scores).argmax(dim=-1)
     assert cold.eq(0).all()
     assert torch.bincount(hot).min() > 800
     assert cut.max() == 1
@@ -110,13 +111,13 @@ def test_temperature_and_truncation_shape_the_draw():
 
 @pytest.mark.parametrize("settings", [{"top_p": 0.0}, {"top_p": 1.1}, {"top_k": -1}, {"temperature": 0.0}])
 def test_impossible_sampling_is_refused(settings):
-    with pytest.raises(InputError, match="Expected top_p"):
+    with pytest.raises(InputError, match=f"{next(iter(settings))} must be"):
         SamplingConfig(**settings)
 
 
 def test_a_draw_set_up_for_other_rows_is_refused():
     with pytest.raises(InputError, match="set up for 1 rows, but got scores of 2"):
-        SeededSampling([1], 1)(torch.zeros(2, 1, dtype=torch.long), torch.zeros(2, 4))
+        SeededSampling([1], 1, Decoding())(torch.zeros(2, 1, dtype=torch.long), torch.zeros(2, 4))
 
 
 # ---- continuations

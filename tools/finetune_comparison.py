@@ -28,7 +28,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,6 @@ from torch.nn import functional
 from transformers import LogitsProcessor
 
 from calibfuse import CalibFusion, Calibrator, __version__
-from calibfuse.cli.target import load_target
 from calibfuse.errors import CalibfuseError
 from calibfuse.evaluation import LanguageModel, Method, Prompt, SamplingConfig, evaluate, load_prompts
 from calibfuse.evaluation.measuring import Measured
@@ -54,6 +53,7 @@ from calibfuse.finetune.corpus import PackedCorpus
 from calibfuse.finetune.run import run_finetuning
 from calibfuse.finetune.settings import AuxiliaryPlan, FinetuneConfig, ModelSource, OracleSource, SamplingPlan
 from calibfuse.finetune.tuning import TuningConfig
+from calibfuse.generation.language_model import load_language_model as load_lm
 from calibfuse.scorers import load_scorer
 from calibfuse.textfiles import iter_documents
 from calibfuse.value.auxiliary_training import AuxiliaryTrainingConfig
@@ -186,8 +186,7 @@ def tune_all(args: argparse.Namespace, prompts: Sequence[str], target_folder: st
 
 def load_language_model(name: str | None, title: str, device: str | None) -> LanguageModel:
     """A model with its tokenizer."""
-    target = load_target(name, device=device)
-    return LanguageModel(title, target.model, target.tokenizer)
+    return replace(load_lm(name, device=device), name=title)
 
 
 def value_guide(args: argparse.Namespace, target: LanguageModel) -> Method:

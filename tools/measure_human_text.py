@@ -31,8 +31,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from calibfuse import CalibFusion
-from calibfuse.cli.target import Target, load_target
 from calibfuse.generation.continuations import encode, pad_right
+from calibfuse.generation.language_model import LanguageModel, load_language_model
 from calibfuse.scorers.continuation_files import Fold, read_scored_rows
 
 BINS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
@@ -40,7 +40,7 @@ BINS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 
 @torch.inference_mode()
 def log_ratios(
-    target: Target, fusion: CalibFusion, pairs: list[tuple[str, str]], batch_size: int
+    target: LanguageModel, fusion: CalibFusion, pairs: list[tuple[str, str]], batch_size: int
 ) -> NDArray[np.float64]:
     """Log of p_fused / p_target of each continuation given its prompt, nats: float64 [pairs]."""
     rows, starts = [], []
@@ -95,7 +95,7 @@ def main() -> None:
         if prompt is not None and said is not None and said.text in fold
     ]
     rows = rows[: args.limit or None]
-    target = load_target(args.target)
+    target = load_language_model(args.target)
     given = {name: getattr(args, name) for name in ("alpha", "margin", "max_shift") if getattr(args, name) is not None}
     fusion = CalibFusion.from_pretrained(args.calibrator, tokenizer=target.tokenizer, target=target.model, **given)
     moved = log_ratios(target, fusion, [row[:2] for row in rows], args.batch_size)

@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibfuse.cli.target import load_target
 from calibfuse.cli.terminal import Terminal, printable
 
 if TYPE_CHECKING:
@@ -52,9 +51,10 @@ def align_target(args: argparse.Namespace) -> dict[str, Any]:
     """
     from calibfuse.calibrator import Calibrator
     from calibfuse.embedding.training import train_alignment
+    from calibfuse.generation.language_model import load_language_model
 
     calibrator = Calibrator.from_pretrained(args.calibrator, local_files_only=args.local_files_only)
-    target = load_target(args.target, device=args.device, local_files_only=args.local_files_only)
+    target = load_language_model(args.target, device=args.device, local_files_only=args.local_files_only)
     start = time.perf_counter()
     alignment = train_alignment(
         calibrator,

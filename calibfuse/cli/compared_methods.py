@@ -12,11 +12,11 @@ from calibfuse.cli.fusion_methods import (
     fusion_baseline_methods,
     parse_fusion_baseline,
 )
-from calibfuse.cli.target import Target
 
 if TYPE_CHECKING:
-    from calibfuse.evaluation import LanguageModel, Method
+    from calibfuse.evaluation import Method
     from calibfuse.fusion import FusionConfig
+    from calibfuse.generation.language_model import LanguageModel
 
 _ALL = "all"
 _FEW_ALPHAS = {"contrast": (1.0, 3.0, 5.0), "value": (0.5, 1.0, 2.0)}
@@ -58,7 +58,7 @@ def _options(args: argparse.Namespace, mode: str | None, alpha: float | None) ->
     return {name: value for name, value in values.items() if value is not None}
 
 
-def bind_calibrator(args: argparse.Namespace, target: Target) -> BoundFusions | None:
+def bind_calibrator(args: argparse.Namespace, target: LanguageModel) -> BoundFusions | None:
     """The calibrator, bound to the target; None: no method that was asked for needs it."""
     if args.no_fusion and not any(map(_is_fusion, _specs(args))):
         return None

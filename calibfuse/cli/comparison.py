@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from calibfuse.cli.decoding import Decoding, continue_prompts, encode_prompt
-from calibfuse.cli.target import Target
 from calibfuse.generation.continuations import Continuation
+from calibfuse.generation.decoding import Decoding, continue_prompts, encode_prompt
 
 if TYPE_CHECKING:
+    from calibfuse.generation.language_model import LanguageModel
     from calibfuse.processor import CalibFusion
     from calibfuse.scorers import ToxicityScorer
 
@@ -79,7 +79,7 @@ class Outcome:
 
 
 def continue_both(
-    target: Target,
+    target: LanguageModel,
     fusion: CalibFusion,
     prompts: Sequence[str],
     decoding: Decoding,
@@ -103,25 +103,27 @@ def continue_both(
     from tqdm import tqdm
 
     outcomes = {way: Outcome() for way in WAYS}
-    processors = {"plain": None, "fused": fusion}
+    processors = {"plain": (), "fused": (fusion,)}
     # The first calls allocate; nobody should pay for that in the comparison.
     for way in WAYS:
-        warm_up = Decoding(max_new_tokens=2, num_return_sequences=decoding.num_return_sequences)
-        continue_prompts(target, [encode_prompt(target, prompts[0])], warm_up, fusion=processors[way], seed=seed)
+        warm_up = Decoding(max_new_tokens=2, samples=decoding.samples)
+        continue_prompts(target, [encode_prompt(target.tokenizer, prompts[0])], warm_up, processors[way], seed=seed)
     disable = None if show_progress else True  # None: tqdm stays silent where there is no terminal
     with tqdm(total=2 * len(prompts), desc="continuing", unit="batch", disable=disable, leave=False) as bar:
         for number, prompt in enumerate(prompts):
-            ids = encode_prompt(target, prompt)
+            ids = encode_prompt(target.tokenizer, prompt)
             for way in WAYS if number % 2 == 0 else reversed(WAYS):
                 start = time.perf_counter()
-                (samples,) = continue_prompts(target, [ids], decoding, fusion=processors[way], seed=seed + number)
+                (samples,) = continue_prompts(target, [ids], decoding, processors[way], seed=seed + number)
                 seconds = time.perf_counter() - start
                 _add(outcomes[way], target, ids, samples, seconds)
                 bar.update()
     return outcomes
 
 
-def _add(outcome: Outcome, target: Target, prompt: list[int], samples: list[Continuation], seconds: float) -> None:
+def _add(
+    outcome: Outcome, target: LanguageModel, prompt: list[int], samples: list[Continuation], seconds: float
+) -> None:
     outcome.texts.append([sample.text for sample in samples])
     # A row that has ended is computed until the last one ends.
     steps = max(len(sample.token_ids) + sample.is_finished for sample in samples)
@@ -131,7 +133,7 @@ def _add(outcome: Outcome, target: Target, prompt: list[int], samples: list[Cont
     outcome.scored_tokens += tokens
 
 
-def continuation_nats(target: Target, prompt: Sequence[int], rows: Sequence[Sequence[int]]) -> tuple[float, int]:
+def continuation_nats(target: LanguageModel, prompt: Sequence[int], rows: Sequence[Sequence[int]]) -> tuple[float, int]:
     """Negative log-probability of continuations under the plain target.
 
     Args:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from calibfuse.cli.target import Target
 from calibfuse.errors import InputError
 
 if TYPE_CHECKING:
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
 
     from calibfuse.evaluation import Method
     from calibfuse.fusion import FusionConfig
+    from calibfuse.generation.language_model import LanguageModel
     from calibfuse.processor import CalibFusion
 
 _NO_CLIP = 1e9  # nats
@@ -98,7 +98,7 @@ class BoundFusions:
         target: the model.
     """
 
-    def __init__(self, args: argparse.Namespace, target: Target) -> None:
+    def __init__(self, args: argparse.Namespace, target: LanguageModel) -> None:
         from calibfuse.calibrator import Calibrator
 
         self.calibrator = Calibrator.from_pretrained(args.calibrator, local_files_only=args.local_files_only)

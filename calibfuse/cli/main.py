@@ -11,8 +11,9 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 from calibfuse._version import __version__
@@ -84,6 +85,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
             module = importlib.import_module(f"calibfuse.cli.commands.{name.replace('-', '_')}")
             subparser.epilog = getattr(module, "EXAMPLES", None)
             module.add_arguments(subparser)
+            subparser.set_defaults(flags={a.dest: a.option_strings[0] for a in subparser._actions if a.option_strings})
             subparser.set_defaults(run=module.run)
     return parser
 
@@ -118,13 +120,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", EXIT_INTERRUPTED)
     except (CalibfuseError, OSError) as error:
-        return _fail(f"error: {_one_line(error)}", EXIT_ERROR)
+        return _fail(f"error: {_with_flags(_one_line(error), getattr(args, 'flags', {}))}", EXIT_ERROR)
     return code
 
 
 def _one_line(error: BaseException) -> str:
     """The message of an error on one line; the class name where it has none."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def _with_flags(message: str, flags: Mapping[str, str]) -> str:
+    """A message of the library as the command line's user knows its arguments: `max_new_tokens` is --max-new-tokens."""
+    for name, flag in flags.items():
+        place = rf"\b{name}\b(?![=(.])" if "_" in name else rf"^{name}(?= must)"
+        message = re.sub(place, flag, message)
+    return message
 
 
 def _fail(message: str, code: int) -> int:

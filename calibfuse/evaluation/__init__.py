@@ -6,7 +6,6 @@ fusion and every baseline are measured by the same code, on the same prompts, wi
 
 from calibfuse.evaluation.budget import BudgetComparison, compare_within_budget
 from calibfuse.evaluation.evaluate import Evaluation, MethodResult, evaluate
-from calibfuse.evaluation.likelihood import LanguageModel
 from calibfuse.evaluation.methods import PLAIN, Method
 from calibfuse.evaluation.metrics import METRICS, Estimate
 from calibfuse.evaluation.neutrality import Neutrality, measure_neutrality
@@ -14,6 +13,7 @@ from calibfuse.evaluation.prompts import Prompt, load_prompts
 from calibfuse.evaluation.sampling import SamplingConfig, sample_continuations
 from calibfuse.evaluation.suites import Suite, load_suite, measure_suite
 from calibfuse.evaluation.tables import to_data, to_markdown
+from calibfuse.generation.language_model import LanguageModel
 
 __all__ = [
     "METRICS",

@@ -27,12 +27,13 @@ from transformers import LogitsProcessor, PreTrainedTokenizerBase
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
 from calibfuse.errors import InputError
-from calibfuse.evaluation.likelihood import LanguageModel, batches, split_ids
+from calibfuse.evaluation.likelihood import batches, split_ids
 from calibfuse.evaluation.methods import Method
 from calibfuse.evaluation.neutral_text import BENIGN_TEXTS
 from calibfuse.evaluation.neutrality import method_log_probs
 from calibfuse.evaluation.sampling import ProcessorFactory
 from calibfuse.generation.continuations import pad_right
+from calibfuse.generation.language_model import LanguageModel
 from calibfuse.scorers import ToxicityScorer, check_scores
 from calibfuse.scorers.augmentation import strong_words
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from calibfuse.errors import InputError
 from calibfuse.evaluation.journal import Journal
-from calibfuse.evaluation.likelihood import LanguageModel, check_texts
+from calibfuse.evaluation.likelihood import check_texts
 from calibfuse.evaluation.measure_files import load_measured, save_measured
 from calibfuse.evaluation.measuring import Measured, measure, select
 from calibfuse.evaluation.methods import PLAIN, Method
@@ -30,6 +30,7 @@ from calibfuse.evaluation.prompts import Prompt
 from calibfuse.evaluation.sampling import SamplingConfig, sample_continuations
 from calibfuse.evaluation.speed import Speed, measure_speed
 from calibfuse.evaluation.suites import Suite, SuiteResult, measure_suite
+from calibfuse.generation.language_model import LanguageModel
 from calibfuse.scorers import ToxicityScorer, check_scores
 
 

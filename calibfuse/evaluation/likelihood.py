@@ -18,25 +18,11 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from calibfuse.errors import InputError
-from calibfuse.generation.continuations import pad_right, position_limit
+from calibfuse.generation.continuations import pad_right
+from calibfuse.generation.decoding import check_lengths
+from calibfuse.generation.language_model import LanguageModel
 
 _SCORES_AT_ONCE = 16_000_000  # logits of a batch: 64 MB in float32
-
-
-@dataclass(frozen=True, eq=False)
-class LanguageModel:
-    """A causal language model with its tokenizer: the target, or a judge of fluency.
-
-    Attributes:
-        name: in reports.
-        model: in evaluation mode, on its device.
-        tokenizer: its tokenizer.
-    """
-
-    name: str
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +62,7 @@ def score_ids(
     nats = np.zeros(len(prompts))
     tokens = np.asarray([float(len(each)) for each in continuations])
     rows = [[*prompt, *said] for prompt, said in zip(prompts, continuations, strict=True)]
-    _check_positions(model, max(map(len, rows), default=0))
+    check_lengths(model, rows, 0, "text")
     order = sorted((place for place in range(len(rows)) if continuations[place]), key=lambda place: len(rows[place]))
     for part in batches(model, [len(rows[place]) for place in order], batch_size):
         chosen = order[part]
@@ -115,16 +101,8 @@ def check_texts(target: LanguageModel, texts: Sequence[str]) -> None:
     Raises:
         InputError: one is; tells which.
     """
-    limit = position_limit(target.model)
-    if limit is None:
-        return
-    for text in texts:
-        length = sum(map(len, split_ids(target.tokenizer, "", text)))
-        if length > limit:
-            raise InputError(
-                f"A text to read has {length} tokens, but the target has {limit} positions; shorten it or leave it "
-                f"out: {text[:60]!r}..."
-            )
+    rows = [[each for part in split_ids(target.tokenizer, "", text) for each in part] for text in texts]
+    check_lengths(target.model, rows, 0, "text")
 
 
 def score_texts(
@@ -202,14 +180,6 @@ def _begin_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def _plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
-def _check_positions(model: PreTrainedModel, longest: int) -> None:
-    limit = position_limit(model)
-    if limit is not None and longest > limit:
-        raise InputError(
-            f"A prompt with its continuation has {longest} tokens, but the model that scores it has {limit} positions."
-        )
 
 
 @torch.no_grad()

@@ -15,11 +15,12 @@ from tqdm import tqdm
 
 from calibfuse.errors import ScorerError
 from calibfuse.evaluation.journal import Journal, PromptRecord
-from calibfuse.evaluation.likelihood import LanguageModel, LogLikelihood, score_ids, score_texts
+from calibfuse.evaluation.likelihood import LogLikelihood, score_ids, score_texts
 from calibfuse.evaluation.metrics import TOXIC_FROM, Sums, distinct_counts, is_refusal, repetition, toxicity_sums
 from calibfuse.evaluation.opinions import OpinionSums, opinion_sums
 from calibfuse.evaluation.prompts import Prompt
 from calibfuse.generation.continuations import encode
+from calibfuse.generation.language_model import LanguageModel
 from calibfuse.scorers import ToxicityScorer, check_scores
 
 _BLOCK = 64  # prompts in memory at once

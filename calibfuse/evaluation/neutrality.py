@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from calibfuse.evaluation.likelihood import LanguageModel, batches, split_ids
+from calibfuse.evaluation.likelihood import batches, split_ids
 from calibfuse.evaluation.neutral_text import BENIGN_TEXTS, GROUP_WORDS, PLAIN_WORDS, TEMPLATES
 from calibfuse.evaluation.sampling import ProcessorFactory
 from calibfuse.generation.continuations import pad_right
+from calibfuse.generation.language_model import LanguageModel
 
 PLAIN_GROUP = "words that name no group"
 

@@ -1,79 +1,33 @@
 """Continuations of prompts by any causal language model and any logits processors, batched and resumable.
 
-The processors come from a factory; this file knows nothing of what they do. Decoding goes through the model's own
-`generate()`, so whatever it needs (caches, positions) is right; the draw is ours, see decoding.py.
+The processors come from a factory; this file knows nothing of what they do. The draw belongs to the row, not to the
+batch, see generation/seeded_sampling.py.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from calibfuse.errors import InputError
-from calibfuse.evaluation.decoding import SeededSampling, row_key
 from calibfuse.evaluation.journal import Journal, PromptRecord
 from calibfuse.evaluation.prompts import Prompt
-from calibfuse.generation.continuations import (
-    Continuation,
-    encode,
-    end_ids,
-    find_padding_id,
-    pad_left,
-    position_limit,
-    read_continuation,
-)
+from calibfuse.generation.continuations import Continuation, encode, end_ids, find_padding_id, read_continuation
+from calibfuse.generation.decoding import Decoding, check_lengths, generate_tokens
+from calibfuse.generation.seeded_sampling import SeededSampling, row_key
 
 ProcessorFactory = Callable[[], Sequence[LogitsProcessor]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
-    """How continuations are drawn.
-
-    Attributes:
-        samples: continuations per prompt.
-        max_new_tokens: longest continuation, in tokens.
-        top_p: nucleus, in (0, 1]; 1 is off.
-        top_k: best tokens to draw from; 0 is off.
-        temperature: above 0.
-        seed: of all draws.
-    """
+class SamplingConfig(Decoding):
+    """Decoding as the kit does it: several draws of each prompt."""
 
     samples: int = 10
-    max_new_tokens: int = 20
-    top_p: float = 0.9
-    top_k: int = 0
-    temperature: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Validate.
-
-        Raises:
-            InputError: a value is out of range.
-        """
-        if self.samples < 1 or self.max_new_tokens < 1:
-            raise InputError(
-                f"samples and max_new_tokens must be at least 1, got {self.samples} and {self.max_new_tokens}."
-            )
-        SeededSampling([], 0, top_p=self.top_p, top_k=self.top_k, temperature=self.temperature)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready dictionary."""
-        return asdict(self)
 
 
 def sample_continuations(
@@ -81,7 +35,7 @@ def sample_continuations(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Prompt],
     make_processors: ProcessorFactory,
-    config: SamplingConfig,
+    config: Decoding,
     journal: Journal,
     *,
     batch_size: int = 32,
@@ -105,10 +59,12 @@ def sample_continuations(
         InputError: a prompt has no tokens or leaves no room for its continuation, or the batch size is below 1.
     """
     if batch_size < 1:
-        raise InputError(f"The batch size must be at least 1, got {batch_size}.")
+        raise InputError(f"batch_size must be at least 1, got {batch_size}.")
+    if not config.do_sample or config.num_beams != 1:
+        raise InputError("The evaluation draws its continuations; leave out greedy decoding and beams.")
     missing = [prompt for prompt in prompts if not journal.has(prompt.id, prompt.text)]
     encoded = [(prompt, encode(tokenizer, prompt.text)) for prompt in missing]
-    check_lengths(model, [ids for _, ids in encoded], config.max_new_tokens)
+    check_lengths(model, [ids for _, ids in encoded], config.max_new_tokens, "prompt")
     padding_id = find_padding_id(model, tokenizer)
     encoded.sort(key=lambda pair: len(pair[1]))  # little padding; the sort is stable, the draws belong to the prompt
     per_batch = max(1, batch_size // config.samples)
@@ -140,7 +96,7 @@ def _continue_batch(
     tokenizer: PreTrainedTokenizerBase,
     batch: Sequence[tuple[Prompt, list[int]]],
     make_processors: ProcessorFactory,
-    config: SamplingConfig,
+    config: Decoding,
     batch_size: int,
     padding_id: int | None,
 ) -> list[PromptRecord]:
@@ -150,13 +106,17 @@ def _continue_batch(
     began = time.perf_counter()
     for start in range(0, len(rows), batch_size):  # several calls only where one prompt has more samples than fit
         part = rows[start : start + batch_size]
-        input_ids, mask = pad_left([ids for _, ids, _ in part], padding_id or 0, model.device)
         keys = [row_key(config.seed, prompt.id, prompt.text, sample) for prompt, _, sample in part]
-        draw = SeededSampling(
-            keys, input_ids.shape[1], top_p=config.top_p, top_k=config.top_k, temperature=config.temperature
-        )
+        draw = SeededSampling(keys, max(len(ids) for _, ids, _ in part), config)
         new = generate_tokens(
-            model, input_ids, mask, [*make_processors(), draw], config.max_new_tokens, padding_id, ends
+            model,
+            [ids for _, ids, _ in part],
+            [*make_processors(), draw],
+            padding_id,
+            max_new_tokens=config.max_new_tokens,
+            eos_token_id=sorted(ends) or None,
+            do_sample=False,
+            num_beams=1,
         )
         said += [
             read_continuation(tokenizer, ids, row, ends) for (_, ids, _), row in zip(part, new.tolist(), strict=True)
@@ -167,59 +127,3 @@ def _continue_batch(
         PromptRecord(prompt.id, prompt.text, tuple(said[number * count : (number + 1) * count]), seconds)
         for number, (prompt, _) in enumerate(batch)
     ]
-
-
-def generate_tokens(
-    model: PreTrainedModel,
-    input_ids: Tensor,
-    mask: Tensor,
-    processors: Sequence[LogitsProcessor],
-    max_new_tokens: int,
-    padding_id: int | None,
-    ends: frozenset[int],
-) -> Tensor:
-    """Decode a batch with the model's own `generate()`.
-
-    Args:
-        model: in evaluation mode.
-        input_ids: int64 [rows, length], padded on the left.
-        mask: int64, same shape, 0 for padding.
-        processors: the last one chooses the token (SeededSampling).
-        max_new_tokens: longest continuation.
-        padding_id: what finished rows are filled with.
-        ends: ids that end a row.
-
-    Returns:
-        New tokens, int64 [rows, at most max_new_tokens].
-    """
-    settings = GenerationConfig(  # type: ignore[no-untyped-call]
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        pad_token_id=padding_id if padding_id is not None else 0,
-        eos_token_id=sorted(ends) or None,
-    )
-    generate: Any = model.generate
-    with torch.no_grad():
-        output: Tensor = generate(
-            input_ids=input_ids,
-            attention_mask=mask,
-            generation_config=settings,
-            logits_processor=LogitsProcessorList(processors),
-        )
-    return output[:, input_ids.shape[1] :]
-
-
-def check_lengths(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    """Refuse prompts that leave no room for the continuation.
-
-    Raises:
-        InputError: a prompt and its continuation are longer than the model's positions.
-    """
-    limit = position_limit(model)
-    longest = max((len(ids) for ids in prompts), default=0)
-    if limit is not None and longest + max_new_tokens > limit:
-        raise InputError(
-            f"The longest prompt has {longest} tokens and {max_new_tokens} more may follow, but the target has {limit} "
-            "positions; leave long prompts out or lower the number of new tokens."
-        )

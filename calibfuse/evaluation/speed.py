@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from calibfuse.evaluation.decoding import SeededSampling, row_key
-from calibfuse.evaluation.likelihood import LanguageModel
 from calibfuse.evaluation.methods import Method
 from calibfuse.evaluation.prompts import Prompt
-from calibfuse.evaluation.sampling import SamplingConfig, generate_tokens
-from calibfuse.generation.continuations import encode, find_padding_id, pad_left
+from calibfuse.generation.continuations import encode, find_padding_id
+from calibfuse.generation.decoding import Decoding, generate_tokens
+from calibfuse.generation.language_model import LanguageModel
+from calibfuse.generation.seeded_sampling import SeededSampling, row_key
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def measure_speed(
     target: LanguageModel,
     methods: Sequence[Method],
     prompts: Sequence[Prompt],
-    sampling: SamplingConfig,
+    sampling: Decoding,
     *,
     rows: int = 8,
     rounds: int = 5,
@@ -60,22 +60,21 @@ def measure_speed(
     padding_id = find_padding_id(target.model, target.tokenizer)
     if padding_id is None:
         encoded = [encoded[0]] * rows
-    input_ids, mask = pad_left(encoded, padding_id or 0, target.model.device)
     seconds: dict[str, list[float]] = {method.key: [] for method in methods}
     for number in range(rounds + 1):
         keys = [row_key(sampling.seed + number, prompt.id, prompt.text, row) for row, prompt in enumerate(texts)]
         for method in [*methods[number % len(methods) :], *methods[: number % len(methods)]]:
-            draw = SeededSampling(
-                keys,
-                input_ids.shape[1],
-                top_p=sampling.top_p,
-                top_k=sampling.top_k,
-                temperature=sampling.temperature,
-            )
-            processors = [*method.make_processors(), draw]
+            draw = SeededSampling(keys, max(map(len, encoded)), sampling)
             began = time.perf_counter()
             generate_tokens(
-                target.model, input_ids, mask, processors, sampling.max_new_tokens, padding_id, frozenset()
+                target.model,
+                encoded,
+                [*method.make_processors(), draw],
+                padding_id,
+                max_new_tokens=sampling.max_new_tokens,
+                eos_token_id=None,
+                do_sample=False,
+                num_beams=1,
             ).cpu()
             if number:
                 seconds[method.key].append(time.perf_counter() - began)

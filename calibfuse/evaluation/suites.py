@@ -30,13 +30,14 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from calibfuse.errors import DataError
-from calibfuse.evaluation.likelihood import LanguageModel, batches, split_ids
+from calibfuse.evaluation.likelihood import batches, split_ids
 from calibfuse.evaluation.metrics import Estimate, Resampled, bootstrap_counts
 from calibfuse.evaluation.neutral_text import GROUP_WORDS
 from calibfuse.evaluation.neutrality import method_log_probs
 from calibfuse.evaluation.prompts import draw
 from calibfuse.evaluation.sampling import ProcessorFactory
 from calibfuse.generation.continuations import pad_right
+from calibfuse.generation.language_model import LanguageModel
 from calibfuse.textfiles import read_rows
 
 HARMFUL = "harmful"

@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from calibfuse import hub
 from calibfuse.errors import CheckpointError
 from calibfuse.finetune.settings import ModelSource
-
-_REASON_LENGTH = 200
+from calibfuse.generation.language_model import read_model, read_tokenizer
 
 
 def load_model(source: ModelSource, device: torch.device | str, *, folder: Path | None = None) -> PreTrainedModel:
@@ -34,12 +33,7 @@ def load_model(source: ModelSource, device: torch.device | str, *, folder: Path 
         CheckpointError: there is none, it is damaged, or does not fit into memory.
     """
     name = source.name if folder is None else str(folder)
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=source.dtype, **_options(source, folder))
-        loaded: PreTrainedModel = model.to(device).eval()
-    except Exception as error:  # transformers, the Hub's client and torch each raise errors of their own
-        raise CheckpointError(f"Cannot load the model {name!r}: {_reason(error)}.") from error
-    return loaded
+    return read_model(name, device=device, dtype=source.dtype, **_options(source, folder))
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
@@ -48,21 +42,17 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.name, **_options(source, None))
-    except Exception as error:  # as in load_model
-        raise CheckpointError(f"Cannot load the tokenizer of {source.name!r}: {_reason(error)}.") from error
-    return tokenizer
+    return read_tokenizer(source.name, **_options(source, None))
 
 
 def _options(source: ModelSource, folder: Path | None) -> dict[str, Any]:
     if folder is not None:
         return {"local_files_only": True, "trust_remote_code": source.trust_remote_code}
-    options: dict[str, Any] = {
+    return {
+        "revision": source.revision,
         "local_files_only": source.local_files_only,
         "trust_remote_code": source.trust_remote_code,
     }
-    return options if source.revision is None else {**options, "revision": source.revision}
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -116,8 +106,3 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """
     text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     hub.write_files(path.parent, {path.name: text.encode("utf-8")})
-
-
-def _reason(error: BaseException) -> str:
-    line = " ".join(str(error).split()) or type(error).__name__
-    return (line if len(line) <= _REASON_LENGTH else f"{line[:_REASON_LENGTH]}...").rstrip(".:")

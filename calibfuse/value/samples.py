@@ -1,8 +1,8 @@
 """Continuations drawn from a base model, with importance weights and labels: what an auxiliary model learns from.
 
-Drawn by our own loop over a key/value cache, from the whole distribution (no top-k, no nucleus), because R is an
-expectation under the base itself. A temperature above 1 draws what the base rarely says; the weight of a sample,
-p_base / p_sampling of its continuation, undoes that in expectation (importance sampling, Meng et al. 2022, section 4).
+Drawn from the whole distribution (no top-k, no nucleus), because R is an expectation under the base itself. A
+temperature above 1 draws what the base rarely says; the weight of a sample, p_base / p_sampling of its continuation,
+undoes that in expectation (importance sampling, Meng et al. 2022, section 4).
 Left out: which prompts, and the training.
 """
 
@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,19 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from calibfuse import hub
 from calibfuse.errors import CheckpointError, DataError, InputError, ScorerError
-from calibfuse.generation.continuations import (
-    decode_continuation,
-    encode,
-    end_ids,
-    find_padding_id,
-    pad_left,
-    position_limit,
-)
-from calibfuse.guides.kv_cache import CachedLM
+from calibfuse.generation.continuations import decode_continuation, encode, end_ids, find_padding_id
+from calibfuse.generation.decoding import check_lengths, generate_tokens
 from calibfuse.value.oracle import Oracle
 
 SAMPLES_FILE, FACTS_FILE = "samples.safetensors", "samples.json"
@@ -167,8 +161,8 @@ def draw_samples(
     if not (math.isfinite(temperature) and temperature > 0):
         raise InputError(f"The sampling temperature must be a number above 0, got {temperature}.")
     encoded = [encode(tokenizer, prompt) for prompt in prompts]
-    _check_room(model, prompts, encoded, max_new_tokens)
-    ends = end_ids(model, tokenizer)
+    check_lengths(model, encoded, max_new_tokens, "prompt")
+    ends = torch.tensor(sorted(end_ids(model, tokenizer)), dtype=torch.int64, device=model.device)
     padding_id = find_padding_id(model, tokenizer) or 0  # masked: any id will do
     rows = [(ids, number * per_prompt + sample) for number, ids in enumerate(encoded) for sample in range(per_prompt)]
     rows.sort(key=lambda row: len(row[0]))  # little padding; the sort is stable
@@ -180,15 +174,27 @@ def draw_samples(
         log_weights=torch.zeros(len(rows)),
         satisfaction=torch.full((len(rows),), torch.nan),
     )
-    sampler = _Sampler(model, padding_id, ends, max_new_tokens, temperature)
-    with tqdm(total=len(rows), desc="sampling", unit="text", leave=False, disable=not show_progress) as bar:
+    with (
+        _own_distribution(model),
+        tqdm(total=len(rows), desc="sampling", unit="text", leave=False, disable=not show_progress) as bar,
+    ):
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
-            generator = torch.Generator(device=model.device)
-            generator.manual_seed(int(np.random.SeedSequence([seed, 31, start]).generate_state(1)[0]))
-            new, counts, log_weights = sampler.draw([ids for ids, _ in batch], generator)
-            for (ids, place), tokens, count, weight in zip(batch, new, counts, log_weights, strict=True):
-                whole = torch.tensor(ids + tokens[:count])
+            key = int(np.random.SeedSequence([seed, 31, start]).generate_state(1)[0])
+            draw = _WeightedDraw(len(batch), ends, temperature, key)
+            new = generate_tokens(
+                model,
+                [ids for ids, _ in batch],
+                [draw],
+                padding_id,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=ends.tolist() or None,
+            ).cpu()
+            is_end = torch.isin(new, ends.cpu())
+            # the first end mark counts; what follows it is padding
+            counts = torch.where(is_end.any(dim=1), is_end.int().argmax(dim=1) + 1, new.shape[1])
+            for (ids, place), tokens, count, weight in zip(batch, new, counts.tolist(), draw.log_weights, strict=True):
+                whole = torch.cat([torch.tensor(ids), tokens[:count]])
                 result.input_ids[place, : len(whole)] = whole
                 result.lengths[place], result.prompt_lengths[place] = len(whole), len(ids)
                 result.log_weights[place] = weight
@@ -197,48 +203,40 @@ def draw_samples(
     return replace(result, input_ids=result.input_ids[:, :longest].clone())
 
 
-class _Sampler:
-    """Draws batches of continuations with a key/value cache."""
+class _WeightedDraw(LogitsProcessor):
+    """Draws the next token of each row from the whole distribution, and keeps the log-weights, float32 [rows].
 
-    def __init__(
-        self, model: PreTrainedModel, padding_id: int, ends: frozenset[int], max_new_tokens: int, temperature: float
-    ) -> None:
-        self.model, self.padding_id, self.temperature = model, padding_id, temperature
-        self.max_new_tokens = max_new_tokens
-        self.ends = torch.tensor(sorted(ends), dtype=torch.int64, device=model.device)
+    Must be the only processor, under `do_sample=False`.
+    """
 
-    @torch.no_grad()
-    def draw(
-        self, prompts: Sequence[list[int]], generator: torch.Generator
-    ) -> tuple[list[list[int]], list[int], list[float]]:
-        """New tokens of each row, how many of them count, and the log-weights."""
-        device, rows = self.model.device, len(prompts)
-        ids, mask = pad_left(prompts, self.padding_id, device)
-        visible = mask.bool()
-        positions = (visible.long().cumsum(dim=1) - 1).clamp(min=0)
-        reader = CachedLM(self.model)
-        going = torch.ones(rows, dtype=torch.bool, device=device)
-        counts = torch.zeros(rows, dtype=torch.int64, device=device)
-        log_weights = torch.zeros(rows, device=device)
-        drawn = []
-        logits = reader.feed(ids, positions, visible, keep=1)[:, -1]
-        position = positions[:, -1]
-        for step in range(self.max_new_tokens):
-            probabilities = (logits / self.temperature).softmax(dim=-1)
-            chosen = torch.multinomial(probabilities, 1, generator=generator)
-            if self.temperature != 1.0:
-                ratio = logits.log_softmax(dim=-1) - (logits / self.temperature).log_softmax(dim=-1)
-                log_weights += torch.where(going, ratio.gather(1, chosen)[:, 0], 0.0)
-            token = torch.where(going, chosen[:, 0], self.padding_id)
-            drawn.append(token)
-            counts += going
-            going = going & ~torch.isin(token, self.ends)
-            if step + 1 == self.max_new_tokens or not bool(going.any()):
-                break
-            position = position + 1
-            visible = torch.cat([visible, visible.new_ones(rows, 1)], dim=1)
-            logits = reader.feed(token[:, None], position[:, None], visible, keep=1)[:, -1]
-        return torch.stack(drawn, dim=1).tolist(), counts.tolist(), log_weights.tolist()
+    supports_continuous_batching = False
+
+    def __init__(self, rows: int, ends: Tensor, temperature: float, seed: int) -> None:
+        self.log_weights = torch.zeros(rows, device=ends.device)
+        self._going = torch.ones(rows, dtype=torch.bool, device=ends.device)
+        self._ends, self._temperature = ends, temperature
+        self._generator = torch.Generator(device=ends.device).manual_seed(seed)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """0 for the token drawn, -inf for all others, float32 [rows, vocabulary]."""
+        logits = scores.float()
+        tempered = logits / self._temperature
+        chosen = torch.multinomial(tempered.softmax(dim=-1), 1, generator=self._generator)
+        if self._temperature != 1.0:
+            ratio = logits.log_softmax(dim=-1) - tempered.log_softmax(dim=-1)
+            self.log_weights += torch.where(self._going, ratio.gather(1, chosen)[:, 0], 0.0)
+        self._going &= ~torch.isin(chosen[:, 0], self._ends)
+        return torch.full_like(logits, -torch.inf).scatter(1, chosen, 0.0)
+
+
+@contextmanager
+def _own_distribution(model: PreTrainedModel) -> Iterator[None]:
+    """Keep `generate()` from the processors (a repetition penalty, ...) that a model's generation_config asks for."""
+    former, model.generation_config = model.generation_config, GenerationConfig()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        model.generation_config = former
 
 
 def label_samples(
@@ -293,16 +291,3 @@ def label_samples(
             "half may fail."
         )
     return replace(samples, satisfaction=torch.from_numpy(labels).float())
-
-
-def _check_room(
-    model: PreTrainedModel, prompts: Sequence[str], encoded: Sequence[list[int]], max_new_tokens: int
-) -> None:
-    limit = position_limit(model)
-    for prompt, ids in zip(prompts, encoded, strict=True):
-        if limit is not None and len(ids) + max_new_tokens > limit:
-            raise InputError(
-                f"The prompt that begins with {prompt[:40]!r} has {len(ids)} tokens and {max_new_tokens} more may "
-                f"follow, but the target has {limit} positions; leave long prompts out or lower the number of new "
-                "tokens."
-            )

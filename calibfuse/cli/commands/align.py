@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 from calibfuse.cli.align_target import add_target_arguments, align_target
 from calibfuse.cli.masking import masking
-from calibfuse.cli.target import choose_device
 from calibfuse.cli.terminal import Terminal, printable
 from calibfuse.errors import InputError
 
@@ -108,6 +107,7 @@ def _bind(args: argparse.Namespace, *, for_report: bool) -> tuple[BoundGuide, fl
     import torch
 
     from calibfuse.calibrator import Calibrator
+    from calibfuse.generation.language_model import choose_device
 
     # Declared as a Calibrator, but it can be a causal language model as well.
     calibrator: object = Calibrator.from_pretrained(args.calibrator, local_files_only=args.local_files_only)
@@ -152,7 +152,7 @@ def _read_passages(path: str, text_field: str | None, max_bytes: int) -> list[st
 
 def _encode(args: argparse.Namespace, passages: list[str]) -> list[list[int]]:
     """Token ids of the passages, without begin and end marks."""
-    from calibfuse.cli.target import load_tokenizer
+    from calibfuse.generation.language_model import load_tokenizer
     from calibfuse.inspection import text_encoder
 
     name = Path(args.tokenizer).expanduser()

@@ -12,11 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from calibfuse.cli.decoding import DEFAULT_TOP_P, Decoding
 from calibfuse.cli.masking import Mask, masking
-from calibfuse.cli.target import load_target
 from calibfuse.cli.terminal import Terminal, printable
 from calibfuse.errors import CheckpointError, InputError
+from calibfuse.generation.decoding import Decoding
 
 if TYPE_CHECKING:
     from calibfuse.cli.comparison import Outcome
@@ -58,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
 
     from calibfuse.calibrator import BoundCalibrator
     from calibfuse.cli.comparison import TOXIC_FROM, continue_both, score
+    from calibfuse.generation.language_model import load_language_model
     from calibfuse.processor import CalibFusion
     from calibfuse.scorers import load_scorer
 
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     torch.set_num_threads(1)
     scorer = load_scorer("bundled")
     mask = masking(not args.unmasked, scorer)
-    target = load_target(None, device="cpu")
+    target = load_language_model(None, device="cpu")
     fusion = CalibFusion.from_pretrained(tokenizer=target.tokenizer, alpha=args.alpha)
     outcomes = continue_both(target, fusion, prompts, decoding, args.seed, show_progress=not args.no_progress)
     for outcome in outcomes.values():
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         "of usual size the loss of speed is far smaller."
     )
     terminal.note(
-        f"{len(prompts)} prompts x {decoding.num_return_sequences} continuations of at most {decoding.max_new_tokens} "
+        f"{len(prompts)} prompts x {decoding.samples} continuations of at most {decoding.max_new_tokens} "
         f"tokens, top-p {decoding.top_p:g}, seed {args.seed}; mode {config.mode}, alpha {config.alpha:g}; scorer "
         f"{scorer.name!r}, toxic from {TOXIC_FROM:g}; {time.monotonic() - started:.0f} s in all. These numbers are of "
         "this run on a toy model: another seed gives others. `calibfuse evaluate` measures your model, with intervals; "
@@ -102,7 +102,7 @@ def _decoding(args: argparse.Namespace) -> Decoding:
         from calibfuse.fusion import FusionConfig
 
         FusionConfig.from_dict({"alpha": args.alpha})
-    return Decoding(max_new_tokens=args.max_new_tokens, top_p=DEFAULT_TOP_P, num_return_sequences=args.samples)
+    return Decoding(max_new_tokens=args.max_new_tokens, samples=args.samples)
 
 
 def bundled_prompts(count: int) -> list[str]:

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from calibfuse.cli.compared_methods import baseline_methods, bind_calibrator, check_methods, fusion_methods
 from calibfuse.cli.masking import masking
-from calibfuse.cli.target import Target, load_target
 from calibfuse.cli.terminal import Terminal
 from calibfuse.errors import InputError
 
 if TYPE_CHECKING:
     from calibfuse.calibrator import Calibrator
     from calibfuse.evaluation import BudgetComparison, Evaluation, Prompt
+    from calibfuse.generation.language_model import LanguageModel
     from calibfuse.scorers import ToxicityScorer
 
 EXAMPLES = """\
@@ -172,7 +172,6 @@ def run(args: argparse.Namespace) -> int:
     """Run the command."""
     _check(args)
     from calibfuse.evaluation import (
-        LanguageModel,
         SamplingConfig,
         compare_within_budget,
         evaluate,
@@ -181,6 +180,7 @@ def run(args: argparse.Namespace) -> int:
     )
     from calibfuse.evaluation.prompts import load_texts
     from calibfuse.evaluation.report import write_report
+    from calibfuse.generation.language_model import load_language_model
     from calibfuse.scorers import load_scorer
 
     sampling = SamplingConfig(
@@ -204,7 +204,7 @@ def run(args: argparse.Namespace) -> int:
     benign = [] if args.no_neutrality else None if args.benign is None else load_texts(args.benign, seed=args.seed)
     suites = [load_suite(path, count=args.suite_count or None, seed=args.seed) for path in args.suite]
     scorers = [load_scorer(each, device=args.device, local_files_only=args.local_files_only) for each in args.scorer]
-    target = load_target(
+    target = load_language_model(
         args.target,
         device=args.device,
         dtype=args.dtype,
@@ -213,16 +213,15 @@ def run(args: argparse.Namespace) -> int:
         trust_remote_code=args.trust_remote_code,
     )
     judge = None if args.judge is None else _load_judge(args)
-    model = LanguageModel(target.name, target.model, target.tokenizer)
     fusions = bind_calibrator(args, target)
     methods = [] if fusions is None else fusion_methods(args, fusions)
-    baselines, left_out = baseline_methods(args, model, methods, fusions)
+    baselines, left_out = baseline_methods(args, target, methods, fusions)
     methods += baselines
     notes = [*_notes(args, scorers, None if fusions is None else fusions.calibrator, target), *left_out]
     for note in notes:
         print(f"calibfuse: note: {note}", file=sys.stderr)
     evaluation = evaluate(
-        model,
+        target,
         methods,
         prompts,
         scorers[0],
@@ -305,21 +304,20 @@ def _check_ranges(args: argparse.Namespace) -> None:
         raise InputError(f"--max-perplexity-increase must be at least 0, got {args.max_perplexity_increase}.")
 
 
-def _load_judge(args: argparse.Namespace) -> Any:  # noqa: ANN401
-    from calibfuse.evaluation import LanguageModel
+def _load_judge(args: argparse.Namespace) -> LanguageModel:
+    from calibfuse.generation.language_model import load_language_model
 
-    loaded = load_target(
+    return load_language_model(
         args.judge,
         device=args.device,
         dtype=args.dtype,
         local_files_only=args.local_files_only,
         trust_remote_code=args.trust_remote_code,
     )
-    return LanguageModel(loaded.name, loaded.model, loaded.tokenizer)
 
 
 def _notes(
-    args: argparse.Namespace, scorers: Sequence[ToxicityScorer], calibrator: Calibrator | None, target: Target
+    args: argparse.Namespace, scorers: Sequence[ToxicityScorer], calibrator: Calibrator | None, target: LanguageModel
 ) -> list[str]:
     """What a reader of the figures must know."""
     notes = []

@@ -256,7 +256,7 @@ def _oracle_source(args: argparse.Namespace) -> OracleSource | None:
 
 
 def _bundled_target() -> str:
-    from calibfuse.cli.target import DEMO_TARGET
+    from calibfuse.generation.language_model import DEMO_TARGET
     from calibfuse.hub import resolve_checkpoint
 
     return str(resolve_checkpoint(None, default=DEMO_TARGET))

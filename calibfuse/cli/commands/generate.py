@@ -9,17 +9,12 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from calibfuse.cli.decoding import (
-    Decoding,
     add_decoding_arguments,
-    check_lengths,
-    continue_prompts,
     decoding_of,
-    encode_prompt,
 )
 from calibfuse.cli.masking import Mask, masking
 from calibfuse.cli.prompts import add_prompt_arguments, read_prompts
 from calibfuse.cli.target import (
-    Target,
     add_fusion_arguments,
     add_target_arguments,
     check_fusion_arguments,
@@ -29,11 +24,13 @@ from calibfuse.cli.target import (
 from calibfuse.cli.terminal import Terminal, printable
 from calibfuse.errors import InputError
 from calibfuse.generation.continuations import Continuation, find_padding_id
+from calibfuse.generation.decoding import Decoding, check_lengths, continue_prompts, encode_prompt
 
 if TYPE_CHECKING:
     import torch
     from transformers.generation.streamers import BaseStreamer
 
+    from calibfuse.generation.language_model import LanguageModel
     from calibfuse.processor import CalibFusion
     from calibfuse.scorers import ToxicityScorer
 
@@ -77,15 +74,15 @@ def run(args: argparse.Namespace) -> int:
     check_fusion_arguments(args)
     if args.batch_size < 1:
         raise InputError(f"--batch-size must be at least 1, got {args.batch_size}.")
-    can_stream = len(prompts) == 1 and decoding.num_beams == decoding.num_return_sequences == 1
+    can_stream = len(prompts) == 1 and decoding.num_beams == decoding.samples == 1
     if args.stream and (args.json or args.compare or not can_stream):
         raise InputError(
             "--stream shows one continuation of one prompt; leave out --json, --compare, beams and the like."
         )
     scorer = _load_scorer(args.scorer) if args.compare else None
     target = load_target_of(args)
-    encoded = [encode_prompt(target, prompt, chat=args.chat) for prompt in prompts]
-    check_lengths(target, encoded, decoding.max_new_tokens)
+    encoded = [encode_prompt(target.tokenizer, prompt, chat=args.chat) for prompt in prompts]
+    check_lengths(target.model, encoded, decoding.max_new_tokens, "prompt")
     fusion = load_fusion(args, target)
     terminal = Terminal()
     if target.is_bundled:
@@ -93,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     mask = masking(args.mask, scorer)
     wants_stream = args.stream if args.stream is not None else terminal.is_interactive
     if wants_stream and can_stream and not (args.json or args.compare):
-        _stream(terminal, target, prompts[0], encoded[0], decoding, fusion, args.seed, mask)
+        _stream(terminal, target, prompts[0], encoded[0], decoding, fusion, mask)
         return 0
     batches = _continue_all(target, encoded, decoding, fusion, args)
     for prompt, samples in zip(prompts, batches, strict=True):
@@ -115,14 +112,19 @@ def _load_scorer(name: str) -> ToxicityScorer:
 
 
 def _continue_all(
-    target: Target, prompts: Sequence[list[int]], decoding: Decoding, fusion: CalibFusion, args: argparse.Namespace
+    target: LanguageModel,
+    prompts: Sequence[list[int]],
+    decoding: Decoding,
+    fusion: CalibFusion,
+    args: argparse.Namespace,
 ) -> Iterator[Samples]:
     """The continuations of each prompt, batch by batch; "plain" only with `--compare`."""
     size = args.batch_size if find_padding_id(target.model, target.tokenizer) is not None else 1
     for start in range(0, len(prompts), size):
         batch = prompts[start : start + size]
         seed = (args.seed + start) % 2**63  # another batch, other draws
-        fused = continue_prompts(target, batch, decoding, fusion=fusion, seed=seed)
+        with fusion.required():
+            fused = continue_prompts(target, batch, decoding, [fusion], seed=seed)
         if not args.compare:
             yield from ({"fused": each} for each in fused)
             continue
@@ -177,20 +179,20 @@ def _show_comparison(
 
 def _stream(
     terminal: Terminal,
-    target: Target,
+    target: LanguageModel,
     prompt: str,
     ids: list[int],
     decoding: Decoding,
     fusion: CalibFusion,
-    seed: int,
     mask: Mask,
 ) -> None:
     terminal.write(terminal.style(printable(mask(prompt), keep_lines=True), "dim"), end="")
     streamer = _make_streamer(terminal, target, mask)
-    continue_prompts(target, [ids], decoding, fusion=fusion, seed=seed, streamer=streamer)
+    with fusion.required():
+        continue_prompts(target, [ids], decoding, [fusion], streamer=streamer)
 
 
-def _make_streamer(terminal: Terminal, target: Target, mask: Mask) -> BaseStreamer:
+def _make_streamer(terminal: Terminal, target: LanguageModel, mask: Mask) -> BaseStreamer:
     """A TextStreamer that keeps the space between prompt and continuation, and cleans and masks whole words."""
     from transformers import TextStreamer
 

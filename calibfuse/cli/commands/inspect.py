@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibfuse.cli.decoding import add_decoding_arguments, check_lengths, decoding_of, encode_prompt
+from calibfuse.cli.decoding import add_decoding_arguments, decoding_of
 from calibfuse.cli.masking import Mask, masking
 from calibfuse.cli.target import (
-    Target,
     add_fusion_arguments,
     add_target_arguments,
     check_fusion_arguments,
@@ -20,8 +19,10 @@ from calibfuse.cli.target import (
 )
 from calibfuse.cli.terminal import Terminal, printable
 from calibfuse.errors import InputError
+from calibfuse.generation.decoding import check_lengths, encode_prompt
 
 if TYPE_CHECKING:
+    from calibfuse.generation.language_model import LanguageModel
     from calibfuse.inspection import CalibratorFacts, CandidateTrace, StepTrace
     from calibfuse.processor import CalibFusion
 
@@ -123,11 +124,11 @@ def _trace(args: argparse.Namespace) -> int:
     if page is not None and page.is_dir():
         raise InputError(f"--html expects a file, but {args.html!r} is a folder.")
     target = load_target_of(args)
-    ids = encode_prompt(target, args.prompt, chat=args.chat)
+    ids = encode_prompt(target.tokenizer, args.prompt, chat=args.chat)
     if args.continuation is None:
-        check_lengths(target, [ids], decoding.max_new_tokens)
+        check_lengths(target.model, [ids], decoding.max_new_tokens, "prompt")
     else:
-        check_lengths(target, [encode_prompt(target, args.prompt + args.continuation)], 0)
+        check_lengths(target.model, [encode_prompt(target.tokenizer, args.prompt + args.continuation)], 0, "text")
     fusion = load_fusion(args, target)
     from calibfuse.inspection import trace_generation, trace_page
 
@@ -155,7 +156,7 @@ def _trace(args: argparse.Namespace) -> int:
     return 0
 
 
-def _settings(args: argparse.Namespace, target: Target, fusion: CalibFusion) -> dict[str, str]:
+def _settings(args: argparse.Namespace, target: LanguageModel, fusion: CalibFusion) -> dict[str, str]:
     config = fusion.config
     settings = {
         "target": target.name,

@@ -125,8 +125,8 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("--calibrator is for --kind calibrator; a language-model takes --backbone.")
     if args.backbone is not None and args.kind != "language-model":
         raise InputError("--backbone is for --kind language-model; a calibrator has a body of its own.")
-    from calibfuse.cli.target import load_target
     from calibfuse.evaluation.prompts import load_prompts
+    from calibfuse.generation.language_model import load_language_model
     from calibfuse.value.oracle import load_oracle
 
     logging.basicConfig(level=logging.WARNING if args.quiet else logging.INFO, format="%(message)s")
@@ -137,8 +137,8 @@ def run(args: argparse.Namespace) -> int:
         "trust_remote_code": args.trust_remote_code,
         "device": args.device,
     }
-    target = load_target(args.target, dtype=args.dtype, revision=args.revision, **loading)
-    backbone = None if args.backbone is None else load_target(args.backbone, dtype="float32", **loading).model
+    target = load_language_model(args.target, dtype=args.dtype, revision=args.revision, **loading)
+    backbone = None if args.backbone is None else load_language_model(args.backbone, dtype="float32", **loading).model
     try:
         result = train_guide(
             target.model,

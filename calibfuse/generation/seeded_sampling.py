@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from calibfuse.errors import InputError
+from calibfuse.generation.decoding import Decoding
 
 _MULTIPLIERS = (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)  # of splitmix64 (Steele et al. 2014), as signed numbers
 _INCREMENT = -0x61C8864680B583EB
@@ -96,26 +97,15 @@ class SeededSampling(LogitsProcessor):
     Args:
         keys: one key per row, see `row_key`.
         prompt_length: columns of `input_ids` before the first new token.
-        top_p: see `nucleus`.
-        top_k: see `nucleus`.
-        temperature: of the distribution that is truncated and drawn from; above 0.
+        decoding: its temperature, and the truncation of `nucleus`.
     """
 
     supports_continuous_batching = False
 
-    def __init__(
-        self, keys: Sequence[int], prompt_length: int, *, top_p: float = 1.0, top_k: int = 0, temperature: float = 1.0
-    ) -> None:
-        if not 0.0 < top_p <= 1.0 or top_k < 0 or not temperature > 0.0:
-            raise InputError(
-                f"Expected top_p in (0, 1], top_k of at least 0 and a temperature above 0, got {top_p}, {top_k}, "
-                f"{temperature}."
-            )
+    def __init__(self, keys: Sequence[int], prompt_length: int, decoding: Decoding) -> None:
         self._keys = torch.tensor(list(keys), dtype=torch.int64)
         self._prompt_length = prompt_length
-        self._top_p = top_p
-        self._top_k = top_k
-        self._temperature = temperature
+        self._decoding = decoding
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Choose.
@@ -132,8 +122,8 @@ class SeededSampling(LogitsProcessor):
         """
         if len(self._keys) != scores.shape[0]:
             raise InputError(f"Sampling was set up for {len(self._keys)} rows, but got scores of {scores.shape[0]}.")
-        log_probs = (scores.float() / self._temperature).log_softmax(dim=-1)
-        inside = nucleus(log_probs, top_p=self._top_p, top_k=self._top_k)
+        log_probs = (scores.float() / self._decoding.temperature).log_softmax(dim=-1)
+        inside = nucleus(log_probs, top_p=self._decoding.top_p, top_k=self._decoding.top_k)
         # float64 does not exist on MPS, and float32 noise has too few bits for rare tokens
         place = torch.device("cpu") if scores.device.type == "mps" else scores.device
         rows, ids = inside.to(place).nonzero(as_tuple=True)

@@ -1,0 +1,241 @@
+"""How prompts are continued: the settings, the ids of a prompt, the room it needs, and the call of `generate()`.
+
+Whatever decodes text in calibfuse comes through `generate_tokens`: the model's own `generate()`, so that what it needs
+(caches, positions) is right. Draws are torch's, or a processor's that chooses the token itself (seeded_sampling.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from calibfuse.errors import InputError
+from calibfuse.generation.continuations import (
+    Continuation,
+    encode,
+    end_ids,
+    find_padding_id,
+    pad_left,
+    position_limit,
+    read_continuation,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.generation.streamers import BaseStreamer
+
+    from calibfuse.generation.language_model import LanguageModel
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """How continuations are decoded.
+
+    Attributes:
+        samples: continuations per prompt.
+        max_new_tokens: longest continuation, in tokens.
+        top_p: draw from the smallest set of tokens with this probability, in (0, 1]; 1 is off.
+        top_k: draw from so many best tokens; 0 is off.
+        temperature: of the draw, above 0.
+        seed: of all draws.
+        do_sample: draw tokens; else the best token, or the best beam.
+        num_beams: beams; 1 is off.
+    """
+
+    samples: int = 1
+    max_new_tokens: int = 20
+    top_p: float = 0.9
+    top_k: int = 0
+    temperature: float = 1.0
+    seed: int = 0
+    do_sample: bool = True
+    num_beams: int = 1
+
+    def __post_init__(self) -> None:
+        """Validate.
+
+        Raises:
+            InputError: a value is out of range, or two options exclude each other.
+        """
+        for name in ("samples", "max_new_tokens", "num_beams"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not 0.0 < self.temperature < float("inf"):
+            raise InputError(f"temperature must be above 0, got {self.temperature}; for no randomness decode greedily.")
+        if not 0.0 < self.top_p <= 1.0:
+            raise InputError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
+        if self.top_k < 0:
+            raise InputError(f"top_k must be 0 (off) or positive, got {self.top_k}.")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"seed must lie in 0..2**63-1, got {self.seed}.")
+        if not self.do_sample and self.samples > self.num_beams:
+            raise InputError(
+                f"Without sampling there are only {self.num_beams} different continuations, got samples={self.samples}."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready dictionary; greedy decoding and beams appear only where they are on."""
+        values = asdict(self)
+        for name, off in (("do_sample", True), ("num_beams", 1)):
+            if values[name] == off:
+                del values[name]
+        return values
+
+    def options(self) -> dict[str, Any]:
+        """The arguments of transformers' `generate`."""
+        values: dict[str, Any] = {
+            "max_new_tokens": self.max_new_tokens,
+            "do_sample": self.do_sample,
+            "num_beams": self.num_beams,
+            "num_return_sequences": self.samples,
+        }
+        if self.do_sample:
+            values |= {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        return values
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool = False, system: str | None = None
+) -> list[int]:
+    """Token ids of a prompt, with the marks that the tokenizer puts before a text.
+
+    Args:
+        tokenizer: the target's.
+        prompt: the text, or with `chat` what the user says.
+        chat: put it into the tokenizer's chat template.
+        system: what the template's system message says; only with `chat`.
+
+    Returns:
+        At least one id.
+
+    Raises:
+        InputError: the tokenizer has no chat template, or one without a system message; or the prompt has no tokens.
+    """
+    if not chat:
+        if system is not None:
+            raise InputError("A system message is part of a chat template; turn the chat template on as well.")
+        return encode(tokenizer, prompt)
+    if not tokenizer.chat_template:
+        raise InputError("The target's tokenizer has no chat template; give the prompts as plain text.")
+    messages = [{"role": "user", "content": prompt}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    options: dict[str, Any] = {"add_generation_prompt": True, "tokenize": True, "return_dict": False}
+    try:
+        ids = list(tokenizer.apply_chat_template(messages, **options))
+    except Exception as error:  # a template is a program of its own, and raises jinja2's errors
+        raise InputError(f"The target's chat template refuses this prompt: {' '.join(str(error).split())}") from error
+    if not ids:
+        raise InputError(f"The target's chat template makes no token of the prompt {prompt!r}.")
+    return ids
+
+
+def check_lengths(model: PreTrainedModel, rows: Sequence[Sequence[int]], max_new_tokens: int, what: str) -> None:
+    """Refuse rows of ids that leave no room for what follows.
+
+    Args:
+        model: that reads them.
+        rows: token ids.
+        max_new_tokens: how many may follow; 0: the rows are only read.
+        what: they are, for the message.
+
+    Raises:
+        InputError: a row with what follows is longer than the model's positions; tells which.
+    """
+    limit = position_limit(model)
+    for number, ids in enumerate(rows if limit is not None else (), start=1):
+        if len(ids) + max_new_tokens > (limit or 0):
+            more = f" and {max_new_tokens} more may follow" if max_new_tokens else ""
+            cure = f"leave long {what}s out or lower max_new_tokens" if max_new_tokens else "shorten it or leave it out"
+            raise InputError(
+                f"{what.capitalize()} {number} of {len(rows)} has {len(ids)} tokens{more}, but the model has {limit} "
+                f"positions; {cure}."
+            )
+
+
+def generate_tokens(
+    model: PreTrainedModel,
+    rows: Sequence[Sequence[int]],
+    processors: Sequence[LogitsProcessor],
+    padding_id: int | None,
+    *,
+    streamer: BaseStreamer | None = None,
+    **options: Any,  # noqa: ANN401
+) -> Tensor:
+    """Decode a batch with the model's own `generate()`.
+
+    Args:
+        model: in evaluation mode.
+        rows: token ids; padded on the left.
+        processors: of the scores, in this order.
+        padding_id: see `find_padding_id`; None: rows must be equally long.
+        streamer: gets the tokens of one row as they come.
+        **options: of `generate`: max_new_tokens, do_sample, ...
+
+    Returns:
+        New tokens, int64 [rows, at most max_new_tokens], on the model's device.
+
+    Raises:
+        InputError: rows need padding, and there is no token for it.
+    """
+    import torch
+    from transformers import LogitsProcessorList
+
+    if padding_id is None and len({len(row) for row in rows}) > 1:
+        raise InputError("The target's tokenizer has no special token to pad with; give one prompt at a time.")
+    input_ids, mask = pad_left(rows, padding_id or 0, model.device)  # without padding, any id will do
+    generate: Any = model.generate
+    with torch.no_grad():
+        output: Tensor = generate(
+            input_ids=input_ids,
+            attention_mask=mask,
+            pad_token_id=padding_id or 0,
+            logits_processor=LogitsProcessorList(processors),
+            streamer=streamer,
+            **options,  # single arguments win over the model's generation_config, a whole configuration may not
+        )
+    return output[:, input_ids.shape[1] :]
+
+
+def continue_prompts(
+    target: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    processors: Sequence[LogitsProcessor] = (),
+    *,
+    seed: int | None = None,
+    streamer: BaseStreamer | None = None,
+) -> list[list[Continuation]]:
+    """Continue a batch of prompts with torch's draws.
+
+    Args:
+        target: the model.
+        prompts: token ids; padded on the left.
+        decoding: how.
+        processors: of the scores; without any: the plain model.
+        seed: of torch's generators, set before the call; None: that of `decoding`. The same seed gives the plain and
+            the guided model the same draws.
+        streamer: gets the tokens as they come; one prompt and one continuation only.
+
+    Returns:
+        The continuations of each prompt, `decoding.samples` of them.
+
+    Raises:
+        InputError: rows need padding, and the tokenizer has no special token for it.
+    """
+    import torch
+
+    padding_id = find_padding_id(target.model, target.tokenizer)
+    torch.manual_seed(decoding.seed if seed is None else seed)
+    options = decoding.options()
+    new = generate_tokens(target.model, prompts, processors, padding_id, streamer=streamer, **options).tolist()
+    ends = end_ids(target.model, target.tokenizer)
+    return [
+        [
+            read_continuation(target.tokenizer, prompt, row, ends)
+            for row in new[number * decoding.samples : (number + 1) * decoding.samples]
+        ]
+        for number, prompt in enumerate(prompts)
+    ]

@@ -1,0 +1,227 @@
+"""A causal language model and its tokenizer, from a folder, a GGUF file or the Hub; one sentence where it fails.
+
+transformers reports a model that it cannot load by a dozen kinds of exceptions, some of them many lines long; here each
+becomes a CheckpointError.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calibfuse.errors import CheckpointError, InputError, MissingDependencyError
+from calibfuse.hub import CONFIG_NAME, read_json, resolve_checkpoint
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DEMO_TARGET = "demo-target"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_GGUF = ".gguf"
+_REASON_LENGTH = 200
+
+
+@dataclass(frozen=True, eq=False)
+class LanguageModel:
+    """A causal language model with its tokenizer: the target, or a judge of fluency.
+
+    Attributes:
+        name: in reports and messages, as the user gave it.
+        model: in evaluation mode, on its device.
+        tokenizer: its tokenizer.
+        is_bundled: whether it is the small demo target that comes with calibfuse.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    is_bundled: bool = False
+
+
+def load_language_model(
+    name: str | None,
+    *,
+    gguf_file: str | None = None,
+    device: str | None = None,
+    dtype: str = "auto",
+    revision: str | None = None,
+    local_files_only: bool = False,
+    trust_remote_code: bool = False,
+) -> LanguageModel:
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        name: local folder, Hub id, or a GGUF file; None: the bundled demo target.
+        gguf_file: name of a GGUF file in that folder or repository; its weights are widened to `dtype`.
+        device: as torch names it; None: CUDA, else MPS, else CPU.
+        dtype: "float32", "bfloat16", "float16", or "auto": the checkpoint's own on an accelerator, float32 on a CPU,
+            where half precision is slow.
+        revision: on the Hub.
+        local_files_only: never touch the network.
+        trust_remote_code: run Python code that the model brings along.
+
+    Returns:
+        The model and its tokenizer; the tokenizer pads on the left.
+
+    Raises:
+        CheckpointError: there is no such model, it is damaged or of another kind, or it does not fit into memory.
+        InputError: the device is not there, or a revision was given for a local folder.
+        MissingDependencyError: a GGUF file without the package `gguf`.
+    """
+    place = choose_device(device)
+    source, gguf_file = locate(name, gguf_file, revision)
+    options: dict[str, Any] = {
+        "gguf_file": gguf_file,
+        "revision": revision,
+        "local_files_only": local_files_only,
+        "trust_remote_code": trust_remote_code,
+    }
+    tokenizer = read_tokenizer(source, **options)
+    tokenizer.padding_side = "left"
+    wanted = "float32" if dtype == "auto" and (place.type == "cpu" or gguf_file is not None) else dtype
+    model = read_model(source, device=place, dtype=wanted, **options)
+    if gguf_file is not None and model.generation_config.pad_token_id is None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id  # the file tells it of the tokenizer alone
+    shown = DEMO_TARGET if name is None else source if gguf_file is None else str(Path(source) / gguf_file)
+    return LanguageModel(shown, model, tokenizer, is_bundled=name is None)
+
+
+def load_tokenizer(name: str, *, gguf_file: str | None = None, **options: Any) -> PreTrainedTokenizerBase:  # noqa: ANN401
+    """Load a tokenizer alone; arguments and errors as in `load_language_model`."""
+    source = str(Path(name).expanduser())
+    if source.endswith(_GGUF) or gguf_file is not None:
+        source, gguf_file = locate(name, gguf_file, options.get("revision"))
+    return read_tokenizer(source, gguf_file=gguf_file, **options)
+
+
+def read_tokenizer(source: str, **options: Any) -> PreTrainedTokenizerBase:  # noqa: ANN401
+    """A tokenizer from where `locate` found it; options of transformers that are None are left out.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    quiet_transformers()
+    from transformers import AutoTokenizer
+
+    # transformers, its tokenizers, the Hub's client and torch each raise errors of their own; whatever it is, the
+    # tokenizer could not be loaded.
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **_given(options))
+    except Exception as error:
+        raise CheckpointError(f"Cannot load the tokenizer of {source!r}: {reason(error)}.") from error
+    return tokenizer
+
+
+def read_model(source: str, *, device: torch.device | str, dtype: str, **options: Any) -> PreTrainedModel:  # noqa: ANN401
+    """A causal language model in evaluation mode, from where `locate` found it; options as in `read_tokenizer`.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or does not fit into memory.
+    """
+    quiet_transformers()
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **_given(options))
+        loaded: PreTrainedModel = model.to(device).eval()
+    except Exception as error:  # as in read_tokenizer
+        raise CheckpointError(f"Cannot load the model {source!r}: {reason(error)}.") from error
+    return loaded
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {"trust_remote_code": False} | {key: value for key, value in options.items() if value is not None}
+
+
+def locate(name: str | None, gguf_file: str | None = None, revision: str | None = None) -> tuple[str, str | None]:
+    """What transformers is to load: a folder or Hub id, and the GGUF file in it.
+
+    Raises:
+        CheckpointError: no folder, and no id that the Hub could have; or a folder without a model.
+        InputError: a revision or a GGUF file that does not fit.
+        MissingDependencyError: a GGUF file without the package `gguf`.
+    """
+    if name is None:
+        if gguf_file is not None or revision is not None:
+            raise InputError("A GGUF file or a revision was given without a model; name its folder or Hub id as well.")
+        return str(resolve_checkpoint(None, default=DEMO_TARGET)), None
+    if not name.strip():
+        raise CheckpointError("Expected the folder or the Hub id of a model, got an empty name.")
+    folder = Path(name).expanduser()
+    if folder.is_file() and folder.suffix == _GGUF and gguf_file is None:
+        folder, gguf_file = folder.parent, folder.name
+    if folder.is_dir():
+        if revision is not None:
+            raise InputError(f"Revision {revision!r} was given, but the model is the local folder {str(folder)!r}.")
+        _check_folder(folder, gguf_file)
+    elif folder.exists():
+        raise CheckpointError(f"Expected the folder of a model, but {name!r} is a file; give the folder around it.")
+    elif not _REPO_ID.fullmatch(name):
+        raise CheckpointError(f"There is no model folder {name!r}, and it cannot be the id of a Hub repository.")
+    if gguf_file is not None and importlib.util.find_spec("gguf") is None:
+        raise MissingDependencyError("Reading a GGUF file needs the package gguf: pip install gguf.")
+    return str(folder) if folder.is_dir() else name, gguf_file
+
+
+def _check_folder(folder: Path, gguf_file: str | None) -> None:
+    """Refuse folders that hold no model; what transformers says about them is long and of something else."""
+    if gguf_file is not None:
+        if not (folder / gguf_file).is_file():
+            raise CheckpointError(f"There is no file {gguf_file!r} in the folder {str(folder)!r}.")
+        return
+    if not (folder / CONFIG_NAME).is_file():
+        found = sorted(path.name for path in folder.glob(f"*{_GGUF}"))
+        hint = f"; for {found[0]!r} give that file" if found else ""
+        raise CheckpointError(
+            f"Expected a transformers model in the folder {str(folder)!r}, but it has no {CONFIG_NAME}{hint}."
+        )
+    kind = read_json(folder / CONFIG_NAME, "configuration of a target model").get("format", "")
+    if str(kind).startswith("calibfuse-"):
+        raise CheckpointError(
+            f"Expected a language model in the folder {str(folder)!r}, but it holds a {kind}: is it the calibrator?"
+        )
+
+
+def choose_device(device: str | None) -> torch.device:
+    """The device of a name, or for None the best there is: CUDA, else MPS, else CPU.
+
+    Raises:
+        InputError: torch does not know it, or it is not there.
+    """
+    import torch
+
+    if device is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"Unknown device {device!r}; expected cpu, cuda, cuda:1, mps or the like.") from error
+    try:
+        torch.zeros(1, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"The device {device!r} cannot be used here: {reason(error)}.") from error
+    return chosen
+
+
+def quiet_transformers() -> None:
+    """Keep transformers' progress bars and advice out of a command's output."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def reason(error: BaseException) -> str:
+    """Why, in one line of at most 200 characters, without a closing full stop."""
+    line = " ".join(str(error).split()) or type(error).__name__
+    if len(line) > _REASON_LENGTH:  # the sentences that fit; of a longer first one, the words that do
+        cut = line[:_REASON_LENGTH]
+        line = cut[: end + 1] if (end := cut.rfind(". ")) > 0 else f"{cut.rpartition(' ')[0]} ..."
+    return line.rstrip(".:")
