@@ -1,7 +1,7 @@
 """Masked spellings: which word "f**k", "sh!t", "fvck" or "f u c k" stands for, and how a word may be masked.
 
-What it is for: who masks a word wants it read. A scorer and a word table that know only the plain form let the masked one
-pass, and a model that may not say the word says its mask. The rules here hold for any list of words.
+What it is for: who masks a word wants it read. A scorer and a word table that know only the plain form let the masked
+one pass, and a model that may not say the word says its mask. The rules here hold for any list of words.
 Left out: letters left out or swapped ("fck", "fcuk"), which are other words to these rules.
 """
 
@@ -18,6 +18,7 @@ LETTERS_OF_SIGN = {"0": "o", "1": "il", "3": "e", "4": "a", "5": "s", "7": "t", 
 """Signs that stand for a letter by their looks."""
 
 _SPLIT = re.compile(r"[^\W_](?:[\s._*\-]+[^\W_])+")  # "f u c k", "f.u.c.k"
+_RUNS = re.compile(rf"[{re.escape(MASK_SIGNS)}]{{2,}}|.", re.DOTALL)
 _FEWEST_SHOWN = 2  # letters that must be seen where the number of signs is not the number of letters
 _LONGER_BY = 4  # letters that a run of signs may hide beyond its own length
 
@@ -76,7 +77,7 @@ class WordUnmasker:
                 return word
         if len(shown) < _FEWEST_SHOWN or not spelling[-1].isalnum():
             return None
-        loose = re.compile(re.sub(rf"[{re.escape(MASK_SIGNS)}]{{2,}}", _loose_run, spelling))
+        loose = re.compile("".join(map(_loose_pattern, _RUNS.findall(spelling))))
         return next((word for word in candidates if loose.fullmatch(word)), None)
 
 
@@ -91,9 +92,9 @@ def _letter_pattern(char: str) -> str:
     return "[a-z]" if char in MASK_SIGNS else re.escape(char)
 
 
-def _loose_run(run: re.Match[str]) -> str:
-    """Return a pattern of the letters that a run of signs may hide when their number is not the letters'."""
-    return f"[a-z]{{1,{len(run[0]) + _LONGER_BY}}}"
+def _loose_pattern(part: str) -> str:
+    """Return a pattern of one character, or of a run of signs whose number is not that of the letters it hides."""
+    return _letter_pattern(part) if len(part) == 1 else f"[a-z]{{1,{len(part) + _LONGER_BY}}}"
 
 
 def masked_spellings(word: str, *, signs: str = "*#-", separators: str = " .-_") -> Iterator[str]:
@@ -105,8 +106,8 @@ def masked_spellings(word: str, *, signs: str = "*#-", separators: str = " .-_")
         separators: those that may stand between single letters.
 
     Yields:
-        Spellings of a word of three letters and more, each once: inner letters hidden, all but the first hidden, letters
-        as signs that look like them, "v" for "u", and single letters; never the word itself.
+        Spellings of a word of three letters and more, each once and never the word itself: inner letters hidden, all
+        but the first hidden, letters as signs that look like them, "v" for "u", and single letters.
 
     Example:
         >>> sorted(masked_spellings("damn", signs="*", separators=" "))

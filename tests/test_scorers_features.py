@@ -98,7 +98,8 @@ def test_hashes_equal_a_slow_loop(config):
         ("sh1p tr@in ca$h b!g", ["ship", "train", "cash", "big"]),
         ("gla$$ and 1st of 2024", ["glass", "and", "1st", "of", "2024"]),
         ("soooo looong, good", ["so", "long", "good"]),
-        ("d**n d*rn **bold** *it* a***", ["d*n", "d*rn", "bold", "it", "a*"]),
+        ("d**n d*rn **bold** *it* q***", ["damn", "d*rn", "bold", "it", "q*"]),
+        ("d@#n, D***ED cr*p; a*'es!", ["damn", "damned", "crap", "asses"]),
         ("d a r n it", ["darn", "it"]),
         ("w.o.w and a b", ["wow", "and", "a", "b"]),
         ("Café ＷＩＤＥ", ["cafe", "wide"]),
@@ -113,6 +114,15 @@ def test_hashes_equal_a_slow_loop(config):
 )
 def test_plain_form_of_words(text, words):
     assert words_of(text) == [words]
+
+
+def test_older_scorers_read_masked_words_as_before():
+    stream = split_words(["d**n cr*p"], unmask=False)
+    assert [stream.word(i) for i in range(len(stream))] == [b"d*n", b"cr*p"]
+    values = FeatureConfig().to_dict()
+    assert FeatureConfig.from_dict(values).unmask
+    del values["unmask"]
+    assert not FeatureConfig.from_dict(values).unmask
 
 
 def test_disguises_do_not_run_across_texts():

@@ -16,7 +16,7 @@ import pytest
 from calibfuse.cli.main import main
 from calibfuse.errors import DataError, InputError
 from calibfuse.scorers import LinearScorer
-from calibfuse.scorers.augmentation import insert_words, strong_words
+from calibfuse.scorers.augmentation import insert_words
 from calibfuse.scorers.features import FeatureConfig
 from calibfuse.scorers.identity import ADJECTIVES, PLURALS, identity_sentences, identity_terms
 from calibfuse.scorers.labelled_files import read_labelled, read_pairs, read_texts
@@ -31,6 +31,7 @@ from calibfuse.scorers.training import (
     fit_platt,
     train_linear_scorer,
 )
+from calibfuse.scorers.words import strong_words
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 NOUNS = ["garden", "train", "window", "letter", "river", "song", "table", "teacher", "winter", "house"]

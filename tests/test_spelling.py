@@ -3,6 +3,8 @@
 import doctest
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from calibfuse import spelling
 from calibfuse.spelling import WordUnmasker, masked_spellings
@@ -38,6 +40,11 @@ def test_a_masked_word_is_read_as_the_word(masked, word):
 )
 def test_what_hides_none_of_the_words_is_left(text):
     assert WordUnmasker(WORDS)(text) is None
+
+
+@given(st.text(alphabet="dDfu*#@!(.'v\n\\4é", max_size=9))
+def test_any_text_gives_a_word_or_nothing(text):
+    assert WordUnmasker(WORDS)(text) in {None, *WORDS}
 
 
 def test_every_masked_spelling_is_read_back():

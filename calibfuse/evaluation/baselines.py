@@ -35,7 +35,7 @@ from calibfuse.evaluation.sampling import ProcessorFactory
 from calibfuse.generation.continuations import pad_right
 from calibfuse.generation.language_model import LanguageModel
 from calibfuse.scorers import ToxicityScorer, check_scores
-from calibfuse.scorers.augmentation import strong_words
+from calibfuse.scorers.words import strong_words
 
 _REWARD_CANDIDATES = 20  # k of the paper
 _DEBIAS_FLOOR = 0.01  # epsilon of the paper: no token is scaled below this

@@ -10,26 +10,16 @@ Left out: grammar; a bag of n-grams does not need it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from functools import cache
-from importlib import resources
 
 import numpy as np
 
 from calibfuse.errors import DataError
 from calibfuse.scorers.training import LabelledTexts
 
-__all__ = ["insert_words", "strong_words"]
+__all__ = ["insert_words"]
 
 _CARRIER_WORDS = 20  # longer carriers would only repeat what the training texts hold already
-
-
-@cache
-def strong_words() -> tuple[str, ...]:
-    """Return the bundled list of strong swear words and slurs, lower case, in the file's order."""
-    text = resources.files("calibfuse.scorers").joinpath("strong_words.json").read_text(encoding="utf-8")
-    return tuple(json.loads(text)["words"])
 
 
 def insert_words(

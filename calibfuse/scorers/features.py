@@ -20,6 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibfuse.errors import InputError
+from calibfuse.scorers.words import strong_words
+from calibfuse.spelling import WordUnmasker
 
 __all__ = ["FeatureConfig", "NgramHasher", "WordStream", "split_words"]
 
@@ -33,6 +35,8 @@ _LONGEST_HASHED = 64  # bytes of a word that get their own power of the hash's b
 _DIGIT_AS_LETTER = {"0": "o", "1": "i", "3": "e", "4": "a", "5": "s", "7": "t", "!": "i", "@": "a", "$": "s"}
 _CONTRACTIONS = (b"s", b"m", b"d", b"t", b"ve", b"ll", b"re")
 _LOOKALIKES = dict(zip("аеорсухіјѕԁԛԝһαεορυι", "aeopcyxijsdqwhaeopui", strict=True))
+_HIDING = np.frombuffer(b"*#%", dtype=np.uint8)
+_HIDING_BESIDE = np.frombuffer(b"@$!&^'", dtype=np.uint8)
 _INVISIBLE = "\u00ad\u200b\u200c\u200d\u2060\ufeff"
 
 
@@ -44,6 +48,7 @@ class FeatureConfig:
     char_min: int = 2  # shortest character n-gram, in bytes of the plain form, the word's edges included as spaces
     char_max: int = 5  # longest one
     word_bigrams: bool = True  # pairs of neighbouring words
+    unmask: bool = True  # read "f**k" as the word that it stands for; False in scorers made before this was known
     seed: int = 0  # moves every feature to another bucket
 
     def __post_init__(self) -> None:
@@ -82,7 +87,7 @@ class FeatureConfig:
         unknown = sorted(set(values) - known)
         if unknown:
             raise InputError(f"Unknown feature settings {unknown}; known are {sorted(known)}")
-        return cls(**values)
+        return cls(**{"unmask": False, **values})
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,15 +193,21 @@ def _shifted(mask: NDArray[Any], by: int) -> NDArray[Any]:
     return out
 
 
-def _undo_disguises(codes: NDArray[np.uint8]) -> NDArray[np.bool_]:
+def _undo_disguises(codes: NDArray[np.uint8], *, unmask: bool) -> NDArray[np.bool_]:
     """Replace digits and signs that stand for letters, in place, and say which bytes belong to words.
 
     Args:
         codes: [bytes] uint8, lower case; changed in place.
+        unmask: signs beside a star hide a letter as it does ("f@#k", "f*'ing").
 
     Returns:
         [bytes] bool, True for letters, digits, and signs inside words.
     """
+    if unmask:
+        hides, beside = np.isin(codes, _HIDING), np.isin(codes, _HIDING_BESIDE)
+        for _ in range(2):
+            hides |= beside & (_shifted(hides, 1) | _shifted(hides, -1))
+        codes[hides] = _STAR
     letters, letters_or_digits = _class_tables()
     stands_for = _disguise_table()[codes]
     signs = (codes == ord("@")) | (codes == ord("$"))
@@ -284,11 +295,52 @@ def _as_stream(
     return WordStream(data, origin, starts, spaces[1:] - starts, text_index, n_texts)
 
 
-def split_words(texts: Sequence[str]) -> WordStream:
+# Rude enough to be masked, though harmless people write them out as well.
+_RUDE_WHEN_MASKED = "ass asses damn damned dick dicks crap hell piss pissed sex suck sucks hoe hoes idiot moron"
+_ENDINGS = ("s", "es", "ed", "er", "ers", "ing", "in", "y")
+
+
+@cache
+def _unmaskers() -> tuple[WordUnmasker, WordUnmasker]:
+    """Return the readers of masked words: of the listed words, and of these with an ending."""
+    words = [*strong_words(), *_RUDE_WHEN_MASKED.split()]
+    return WordUnmasker(words), WordUnmasker(
+        word + ending for word in words for ending in _ENDINGS if word[-1] != ending
+    )
+
+
+def _read_masked(stream: WordStream, raw: NDArray[np.uint8]) -> WordStream:
+    """Put words in the place of their masked spellings, which `raw`, the text before any change, still holds."""
+    lower = _lower_table()[raw]
+    suspect = (stream.data != lower[np.minimum(stream.origin + 1, len(raw) - 1)]) & (stream.data != _SPACE)
+    suspect |= (stream.data == _STAR) | (stream.data == ord("v"))
+    words = np.flatnonzero(np.add.reduceat(suspect, stream.starts))
+    data, origin, kept = [], [], 0
+    for word in words.tolist():
+        start, stop = int(stream.starts[word]), int(stream.starts[word] + stream.lengths[word])
+        first, last = int(stream.origin[start]), int(stream.origin[stop - 1])
+        while raw[last + 2] in _HIDING:  # of several stars the plain form keeps one
+            last += 1
+        spelling = raw[first + 1 : last + 2].tobytes().decode("utf-8", "replace")
+        plain = next((found for unmask in _unmaskers() if (found := unmask(spelling))), None)
+        if plain is None:
+            continue
+        data += [stream.data[kept:start], np.frombuffer(plain.encode(), dtype=np.uint8)]
+        origin += [stream.origin[kept:start], np.linspace(first, last, len(plain)).astype(np.int64)]
+        kept = stop
+    if not data:
+        return stream
+    data.append(stream.data[kept:])
+    origin.append(stream.origin[kept:])
+    return _as_stream(np.concatenate(data), np.concatenate(origin), stream.text_index, stream.n_texts)
+
+
+def split_words(texts: Sequence[str], *, unmask: bool = True) -> WordStream:
     """Bring texts into plain form and cut them into words.
 
     Args:
         texts: any texts; empty ones have no words.
+        unmask: write masked words ("f**k") as the words that they stand for.
 
     Returns:
         All their words, in order.
@@ -305,7 +357,7 @@ def split_words(texts: Sequence[str]) -> WordStream:
     # one line feed before, between and after: texts never touch, and every word has two edges
     raw = np.frombuffer(b"\n" + b"\n".join(encoded) + b"\n", dtype=np.uint8)
     codes = _lower_table()[raw]
-    in_word = _undo_disguises(codes)
+    in_word = _undo_disguises(codes, unmask=unmask)
     _leave_out_contractions(codes, in_word)
     keep = _keep_mask(codes, in_word)
     origin = np.flatnonzero(keep)
@@ -317,7 +369,8 @@ def split_words(texts: Sequence[str]) -> WordStream:
     spaces = np.flatnonzero(data == _SPACE)
     # a separator stands before a word; the word lies in the text that its first byte came from
     text_index = np.searchsorted(text_starts, origin[np.minimum(spaces[:-1] + 1, len(origin) - 1)], side="right") - 1
-    return _join_single_letters(_as_stream(data, origin, text_index, len(texts)))
+    stream = _join_single_letters(_as_stream(data, origin, text_index, len(texts)))
+    return _read_masked(stream, raw) if unmask and len(stream) else stream
 
 
 class NgramHasher:

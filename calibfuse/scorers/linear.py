@@ -175,7 +175,7 @@ class LinearScorer:
             ScorerError: `text` is no string.
         """
         check_texts([text], self.name)
-        stream = split_words([text])
+        stream = split_words([text], unmask=self.features.unmask)
         if not len(stream):
             return []
         alone, _ = self._word_values(stream)
@@ -197,7 +197,7 @@ class LinearScorer:
             ScorerError: `text` is no string.
         """
         check_texts([text], self.name)
-        stream = split_words([text])
+        stream = split_words([text], unmask=self.features.unmask)
         if not len(stream):
             return ""
         alone, pairs = self._word_values(stream)
@@ -226,7 +226,7 @@ class LinearScorer:
 
     def _logits(self, texts: Sequence[str]) -> NDArray[np.float64]:
         """Return [texts] float64: the logit of each text's worst window."""
-        stream = split_words(texts)
+        stream = split_words(texts, unmask=self.features.unmask)
         logits = np.full(len(texts), self.bias, dtype=np.float64)
         if not len(stream):
             return logits

@@ -10,9 +10,9 @@ from __future__ import annotations
 from functools import cache
 
 from calibfuse.errors import InputError
-from calibfuse.scorers.augmentation import strong_words
 from calibfuse.scorers.features import split_words
 from calibfuse.scorers.linear import LinearScorer
+from calibfuse.scorers.words import strong_words
 
 __all__ = ["mask_offensive"]
 

@@ -118,7 +118,7 @@ class _Objective:
 
     def __init__(self, data: LabelledTexts, options: TrainingOptions) -> None:
         self.options = options
-        stream = split_words(data.texts)
+        stream = split_words(data.texts, unmask=options.features.unmask)
         if not len(stream):
             raise DataError(f"None of the {len(data)} training texts has a word")
         hasher = NgramHasher(options.features)
