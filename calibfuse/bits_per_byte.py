@@ -19,9 +19,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from calibfuse.calibrator.binding import SPECIAL_MASS, BoundCalibrator, GuideStates
-from calibfuse.calibrator.model import CALIBRATOR_HEAD
+from calibfuse.calibrator.binding import BoundCalibrator, GuideStates
 from calibfuse.errors import DataError
+from calibfuse.guide import CALIBRATOR_HEAD, SPECIAL_MASS
 
 _BLOCK_ELEMENTS = 4_000_000  # of a [positions, vocabulary] block: bounds memory
 
@@ -56,11 +56,6 @@ class Fidelity:
     def restricted_bits_per_byte(self) -> float | None:
         """Bits per byte among the candidates."""
         return None if self.restricted_nats is None else self.restricted_nats / self.bytes / math.log(2)
-
-    @property
-    def nats_per_token(self) -> float:
-        """Nats per token."""
-        return self.nats / self.tokens
 
 
 class FrequentCandidates:

@@ -8,7 +8,7 @@ gains.
 
 With t, c, r the renormalised log-probabilities of target, calibrator and reference, and a = alpha:
 
-    contrast    t + clip(a d, -max_shift, 0 or max_shift)         (Liu et al. 2021, DExperts, with a twin as reference)
+    contrast    t + clip(a d, -max_shift, 0 or max_shift)         (Liu et al. 2021, DExperts)
                 d = c - r, brought nearer to 0 by margin
     geometric   (1 - a) t + a c                                   (log-linear mixture)
     blend       log((1 - a) exp t + a exp c)                      (linear mixture of probabilities)
@@ -16,12 +16,12 @@ With t, c, r the renormalised log-probabilities of target, calibrator and refere
                 v = log R(x_<i, y) - log R(x_<i), R(x_<i) = sum_y exp(t) R(x_<i, y) over the candidates
 
 Dividing by the sum gives a candidate that was lowered part of its loss back, and nearly all of it where it was nearly
-certain: the end of a rude word whose beginning is said. With `hold` the lost probability goes to the others instead:
+certain: the end of a rude word whose beginning is said. With `mass_to_others` the lost mass goes to the others instead:
 exp(t) / (nu + exp(-shift) - 1), nu such that the sum is 1. Of all distributions in which the weighted penalties
 exp(-shift) - 1 are expected no oftener, this one is nearest to the target's, by the divergence from the target.
 
 One mode is none of these: `embedding`, the source paper's own (Tian et al. 2025), fuses hidden states before the
-target's output head, over the whole vocabulary. Its arithmetic is in fusion_embedding.py; here it has its options.
+target's output head, over the whole vocabulary. Its arithmetic is in embedding/fusion.py; here it has its options.
 
 A new mode is one pure function and one line in MODES.
 """
@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import InitVar, asdict, dataclass, fields
 from numbers import Real
 from typing import Any, cast
 
@@ -42,7 +42,7 @@ from calibfuse.candidates import choose_candidates
 from calibfuse.errors import InputError
 
 MAX_ALPHA = 100.0
-_HOLD_STEPS = 6
+_NEWTON_STEPS = 6
 _MAX_PENALTY = 1e18  # its square is still a float32
 _LEAST_NU = 1e-3  # no candidate is raised by more than its inverse
 _TINY = 1e-30
@@ -58,17 +58,18 @@ class FusionConfig:
         alpha: strength; 0 leaves the target as it is. At most 1 for geometric and blend, where 1 means that the guide
             alone ranks the candidates; below 1 for embedding; at most 100 for the others. Default: the mode's.
         candidates: which of the target's tokens are re-ranked. None (default): those to which it gives a probability of
-            at least 0.00005, its best 200 in any case, and the words that the guide minds by themselves. A number: so
-            many of its best. 0: the whole vocabulary, which mode embedding always takes.
+            at least 0.00005, its best 200 in any case, and the words with a bias below 0. A number: so many of its
+            best. 0: the whole vocabulary, which mode embedding always takes.
         one_sided: contrast only lowers tokens, never raises one (raising happens only through renormalisation).
         margin: of contrast: a disagreement of calibrator and reference up to this many nats counts as none, and a
             larger one is smaller by as much. What the two disagree about in calm text is mostly noise.
         max_shift: largest change of a candidate's log-probability in contrast and value mode, before renormalisation,
             in nats.
-        hold: of one-sided contrast: what a candidate loses is not given back to it by renormalisation, however certain
-            it was; see the head of this module.
+        mass_to_others: of one-sided contrast: the mass that a candidate loses goes to the others, and none of it comes
+            back by renormalisation, however certain it was; see the head of this module.
         hidden_temperature: of mode embedding. True: as published, the target's hidden state gets the weight 1 - alpha,
             which also acts as a temperature of 1 / (1 - alpha). False: it keeps weight 1.
+        hold: the former name of `mass_to_others`, for older code and files.
     """
 
     mode: str = "contrast"
@@ -77,10 +78,11 @@ class FusionConfig:
     one_sided: bool = True
     margin: float = 0.0
     max_shift: float = 10.0
-    hold: bool = False
+    mass_to_others: bool = False
     hidden_temperature: bool = True
+    hold: InitVar[bool | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, hold: bool | None) -> None:
         """Validate.
 
         Raises:
@@ -89,6 +91,8 @@ class FusionConfig:
         if not isinstance(self.mode, str) or self.mode not in MODES:
             raise InputError(f"Unknown fusion mode {self.mode!r}; choose one of {', '.join(MODES)}.")
         mode = MODES[self.mode]
+        if hold is not None:
+            object.__setattr__(self, "mass_to_others", hold)
         if cast("float | None", self.alpha) is None:
             object.__setattr__(self, "alpha", mode.default_alpha)
         if not _is_number(self.alpha) or not mode.allows(self.alpha):
@@ -101,7 +105,7 @@ class FusionConfig:
             raise InputError(
                 f"candidates must be None (by probability), 0 (whole vocabulary) or a positive integer, got {count!r}."
             )
-        for name in ("one_sided", "hold", "hidden_temperature"):
+        for name in ("one_sided", "mass_to_others", "hidden_temperature"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         if not _is_number(self.margin) or self.margin < 0:
@@ -122,11 +126,37 @@ class FusionConfig:
         Raises:
             InputError: unknown keys, or values out of range.
         """
+        values = _present_names(values)
         known = [item.name for item in fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:
             raise InputError(f"Unknown fusion options: {', '.join(unknown)}; known are {', '.join(known)}.")
         return cls(**values)
+
+
+def recommended_config(recommended: Mapping[str, Any], options: Mapping[str, Any]) -> FusionConfig:
+    """A guide's recommended options, overridden by the user's.
+
+    A recommendation belongs to its mode: when the user asks for another mode, only the user's options count.
+
+    Args:
+        recommended: `Guide.recommended`.
+        options: of FusionConfig.
+
+    Returns:
+        The config.
+
+    Raises:
+        InputError: unknown keys, or values out of range.
+    """
+    if options.get("mode", recommended.get("mode", FusionConfig.mode)) == recommended.get("mode", FusionConfig.mode):
+        options = {**_present_names(recommended), **_present_names(options)}
+    return FusionConfig.from_dict(options)
+
+
+def _present_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Options by their present names: `mass_to_others` was `hold`."""
+    return {"mass_to_others" if name == "hold" else name: value for name, value in values.items()}
 
 
 def _is_number(value: object, *, allow_infinity: bool = False) -> bool:
@@ -141,40 +171,43 @@ class Mode:
     """One way of fusing.
 
     Attributes:
-        fuse: (target log-probabilities, guide log-probabilities by head, config) -> new scores, all [..., k]. None: the
-            mode fuses hidden states, and needs the target's output head (fusion_embedding.py).
+        fuse: (target log-probabilities, guide log-probabilities by head, fixed entries, config) -> new scores, all
+            [..., k]. None: the mode fuses hidden states, and needs the target's output head (embedding/fusion.py).
         heads: heads of the guide that it needs.
         max_alpha: upper end of alpha.
         default_alpha: alpha where none is given.
         below_max: alpha must be less than `max_alpha`.
+        options: the options of FusionConfig, besides alpha, that this mode reads.
     """
 
-    fuse: Callable[[Tensor, Mapping[str, Tensor], FusionConfig], Tensor] | None
+    fuse: Callable[[Tensor, Mapping[str, Tensor], Tensor, FusionConfig], Tensor] | None
     heads: tuple[str, ...]
     max_alpha: float
     default_alpha: float = 1.0
     below_max: bool = False
+    options: tuple[str, ...] = ("candidates",)
 
     def allows(self, alpha: float) -> bool:
         """Whether a number is a strength of this mode."""
         return 0.0 <= alpha <= self.max_alpha and not (self.below_max and alpha == self.max_alpha)
 
 
-def _contrast(target: Tensor, guide: Mapping[str, Tensor], config: FusionConfig) -> Tensor:
+def _contrast(target: Tensor, guide: Mapping[str, Tensor], fixed: Tensor, config: FusionConfig) -> Tensor:
     disagreement = guide["calibrator"] - guide["reference"]
     if config.margin:
         disagreement = functional.softshrink(disagreement, config.margin)
     shift = config.alpha * disagreement
-    return target + shift.clamp(-config.max_shift, 0.0 if config.one_sided else config.max_shift)
+    fused = target + shift.clamp(-config.max_shift, 0.0 if config.one_sided else config.max_shift)
+    return _give_to_others(target, fused, fixed) if config.mass_to_others and config.one_sided else fused
 
 
-def _geometric(target: Tensor, guide: Mapping[str, Tensor], config: FusionConfig) -> Tensor:
+def _geometric(target: Tensor, guide: Mapping[str, Tensor], fixed: Tensor, config: FusionConfig) -> Tensor:
     if config.alpha == 1.0:  # 0 * -inf would be nan where the target excludes a token
         return torch.where(target == -torch.inf, target, guide["calibrator"])
     return (1.0 - config.alpha) * target + config.alpha * guide["calibrator"]
 
 
-def _blend(target: Tensor, guide: Mapping[str, Tensor], config: FusionConfig) -> Tensor:
+def _blend(target: Tensor, guide: Mapping[str, Tensor], fixed: Tensor, config: FusionConfig) -> Tensor:
     if config.alpha == 1.0:
         mixed = guide["calibrator"]
     else:
@@ -185,18 +218,19 @@ def _blend(target: Tensor, guide: Mapping[str, Tensor], config: FusionConfig) ->
     return torch.where(target == -torch.inf, target, mixed)
 
 
-def _value(target: Tensor, guide: Mapping[str, Tensor], config: FusionConfig) -> Tensor:
+def _value(target: Tensor, guide: Mapping[str, Tensor], fixed: Tensor, config: FusionConfig) -> Tensor:
     # guide["value"] is relative to its expectation under the target (`_relative`): what the clip bounds is how much a
     # token is better or worse than the target's average one, however hopeless the prefix is.
     return target + (config.alpha * guide["value"]).clamp(-config.max_shift, config.max_shift)
 
 
+_OF_CONTRAST = ("candidates", "one_sided", "margin", "max_shift", "mass_to_others")
 MODES: dict[str, Mode] = {
-    "contrast": Mode(_contrast, ("calibrator", "reference"), MAX_ALPHA),
+    "contrast": Mode(_contrast, ("calibrator", "reference"), MAX_ALPHA, options=_OF_CONTRAST),
     "geometric": Mode(_geometric, ("calibrator",), 1.0, default_alpha=0.3),
     "blend": Mode(_blend, ("calibrator",), 1.0, default_alpha=0.3),
-    "value": Mode(_value, ("value",), MAX_ALPHA),
-    "embedding": Mode(None, ("calibrator",), 1.0, default_alpha=0.1, below_max=True),
+    "value": Mode(_value, ("value",), MAX_ALPHA, options=("candidates", "max_shift")),
+    "embedding": Mode(None, ("calibrator",), 1.0, default_alpha=0.1, below_max=True, options=("hidden_temperature",)),
 }
 # Heads whose scores are log-probabilities up to a constant; the value head's are log R.
 _DISTRIBUTION_HEADS = ("calibrator", "reference")
@@ -249,9 +283,7 @@ def fuse(
     for head in mode.heads:
         raw = _fit(guide_scores(head, token_ids), values.shape[-1])
         guide[head] = _renormalise(raw, fixed) if head in _DISTRIBUTION_HEADS else _relative(raw, target, fixed)
-    fused = mode.fuse(target, guide, config)
-    if config.hold and config.one_sided and config.mode == "contrast":
-        fused = _hold(target, fused, fixed)
+    fused = mode.fuse(target, guide, fixed, config)
     fused = _renormalise(fused, fixed)
     values = torch.where(fixed, values, fused + mass)
     if token_ids is None:
@@ -261,7 +293,7 @@ def fuse(
     return scatter(-1, token_ids, values)
 
 
-def _hold(target: Tensor, lowered: Tensor, fixed: Tensor) -> Tensor:
+def _give_to_others(target: Tensor, lowered: Tensor, fixed: Tensor) -> Tensor:
     """Log of exp(target) / (nu + exp(target - lowered) - 1), with the nu in (0, 1] for which the sum is 1.
 
     Newton's method on 1 / sum - 1, which is concave in nu: begun at a lower bound (no part of the sum may exceed 1) it
@@ -271,7 +303,7 @@ def _hold(target: Tensor, lowered: Tensor, fixed: Tensor) -> Tensor:
     probability = target.exp().masked_fill(fixed, 0.0)
     untouched = torch.where(penalty == 0.0, probability, 0.0).sum(dim=-1, keepdim=True)
     nu = (probability - penalty).amax(dim=-1, keepdim=True).maximum(untouched).clamp(min=_LEAST_NU)
-    for _ in range(_HOLD_STEPS):
+    for _ in range(_NEWTON_STEPS):
         share = 1.0 / (nu + penalty)
         total = (probability * share).sum(dim=-1, keepdim=True)
         slope = (probability * share * share).sum(dim=-1, keepdim=True)

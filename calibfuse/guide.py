@@ -1,18 +1,31 @@
-"""What every guide of the fusion offers, whatever stands behind it (universal calibrator, any causal LM).
+"""What every guide of the fusion offers, whatever stands behind it (universal calibrator, any causal LM, value guide).
 
-A *guide* is a calibrator bound to one target vocabulary. A *session* follows one or more generations through their
-token ids. `NextTokens` is what it says about the token that comes next. Nothing here knows text or `generate()`.
+A *guide* is a calibrator bound to one target vocabulary. A *session* follows generations through their token ids.
+`NextTokenScores` is what it says about the token that comes next. Nothing here knows text or `generate()`.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from calibfuse.errors import MissingHeadError, VocabularyMismatchError
+from calibfuse.isolation import isolated
+from calibfuse.vocabulary import Vocabulary
 
-class NextTokens(Protocol):
+CALIBRATOR_HEAD, REFERENCE_HEAD, VALUE_HEAD = "calibrator", "reference", "value"
+SPECIAL_MASS = 1e-4
+"""The probability that all tokens which a guide does not cover share in `log_probs`."""
+_SEQUENCE_CHUNK = 4_000_000  # elements of a [positions, vocabulary] block in log_probs
+
+
+class NextTokenScores(Protocol):
     """What a guide says of the next token at some positions (leading axes `...`: rows, or rows and positions)."""
 
     def log_scores(self, head: str, token_ids: Tensor | None = None) -> Tensor:
@@ -28,7 +41,7 @@ class NextTokens(Protocol):
         """
         ...
 
-    def positions(self, start: int, stop: int) -> NextTokens:
+    def positions(self, start: int, stop: int) -> NextTokenScores:
         """What it says at some of the positions of whole sequences (leading axes rows and positions)."""
         ...
 
@@ -36,7 +49,7 @@ class NextTokens(Protocol):
 class GuideSession(Protocol):
     """Follows generations. Its state derives from the ids alone, so calls may repeat, shrink, reorder or start anew."""
 
-    def step(self, input_ids: Tensor, readings: Tensor) -> tuple[NextTokens, list[float]]:
+    def step(self, input_ids: Tensor, readings: Tensor) -> tuple[NextTokenScores, list[float]]:
         """Advance to the given prefixes.
 
         Args:
@@ -54,36 +67,169 @@ class GuideSession(Protocol):
         ...
 
 
-class Guide(Protocol):
-    """A calibrator bound to one target vocabulary."""
+class Guide(ABC):
+    """A calibrator bound to one target vocabulary.
+
+    Attributes:
+        vocabulary: of the target.
+        calibrator: what was bound to it.
+    """
+
+    vocabulary: Vocabulary
+    calibrator: Any
+    missing_head_hint: ClassVar[str] = ""
+    """What to do about a missing head, behind the sentence that says so."""
 
     @property
+    @abstractmethod
     def heads(self) -> tuple[str, ...]:
         """Names of the heads that can be asked for."""
-        ...
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where it runs."""
+
+    @abstractmethod
+    def to(self, device: torch.device | str) -> Guide:
+        """The same object where it is there already, else a copy on the device."""
+
+    @abstractmethod
+    def covers(self, token_ids: Tensor) -> Tensor:
+        """Bool, same shape: True where the guide knows the token; ids beyond the vocabulary are not covered."""
+
+    @abstractmethod
+    def session(self) -> GuideSession:
+        """A new session."""
+
+    @abstractmethod
+    def read_sequence(self, input_ids: Tensor, masked: Tensor | None) -> NextTokenScores:
+        """All positions of sequences on the guide's device; bool `masked` is True for left padding."""
+
+    @property
+    def recommended(self) -> Mapping[str, Any]:
+        """Options of FusionConfig that suit this guide; what is missing is the default of the mode."""
+        return {}
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the tables that were made for this vocabulary."""
+        return 0
 
     @property
     def target_vocab_size(self) -> int:
         """Number of ids that were bound."""
-        ...
+        return len(self.vocabulary)
 
     @property
-    def device(self) -> torch.device:
-        """Where it runs."""
-        ...
+    def coverage(self) -> float:
+        """Share of the vocabulary's ids that the guide covers, in [0, 1]; the rest are special tokens and holes."""
+        return 1.0 - float(self._uncovered.double().mean())
 
-    def to(self, device: torch.device) -> Guide:
-        """The same guide on another device."""
-        ...
+    def always_candidates(self, vocab_size: int) -> Tensor | None:
+        """Ids below `vocab_size` that are candidates in any case, int64 [n]; None: there are none."""
+        return None
 
-    def covers(self, token_ids: Tensor) -> Tensor:
-        """Bool, same shape: True where the guide knows the token; ids beyond the vocabulary are not covered."""
-        ...
+    def sequence(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> NextTokenScores:
+        """All positions of whole sequences at once; position i speaks of token i + 1.
 
-    def session(self) -> GuideSession:
-        """A new session."""
-        ...
+        Args:
+            input_ids: int64 [batch, length].
+            attention_mask: [batch, length], 0 for left padding; only needed where padding is not a special token.
 
-    def sequence(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> NextTokens:
-        """All positions of whole sequences at once; position i speaks of token i + 1."""
-        ...
+        Returns:
+            What is said after each token: leading axes [batch, length].
+
+        Raises:
+            VocabularyMismatchError: ids or a mask of another shape.
+        """
+        if input_ids.ndim != 2:
+            raise VocabularyMismatchError(f"input_ids must be [batch, length], got shape {tuple(input_ids.shape)}.")
+        masked = None
+        if attention_mask is not None:
+            if attention_mask.shape != input_ids.shape:
+                raise VocabularyMismatchError(
+                    f"attention_mask has shape {tuple(attention_mask.shape)} but input_ids {tuple(input_ids.shape)}."
+                )
+            masked = attention_mask.to(self.device) == 0
+        return self.read_sequence(input_ids.to(self.device), masked)
+
+    def log_probs(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Next-token log-probabilities under the non-toxic head.
+
+        Args:
+            input_ids: int64 [batch, length], the target's ids.
+            attention_mask: [batch, length], 0 for left padding; only needed where padding is not a special token.
+
+        Returns:
+            float32 [batch, length, target_vocab_size], nats; row i scores token i + 1. Normalised; the tokens that are
+            not covered share the probability 1e-4.
+
+        Raises:
+            MissingHeadError: the guide has no such head.
+            VocabularyMismatchError: ids outside the vocabulary, or shapes that do not fit.
+        """
+        return self._all_log_probs(CALIBRATOR_HEAD, input_ids, attention_mask)
+
+    def reference_log_probs(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The same under the reference head (unfiltered text).
+
+        Raises:
+            MissingHeadError: the guide has no such head.
+            VocabularyMismatchError: ids outside the vocabulary, or shapes that do not fit.
+        """
+        return self._all_log_probs(REFERENCE_HEAD, input_ids, attention_mask)
+
+    @isolated
+    def first_log_probs(self, head: str = CALIBRATOR_HEAD) -> Tensor:
+        """Log-probabilities of a text's first token: float32 [target_vocab_size], nats."""
+        self.check_head(head, predicts=True)
+        empty = torch.zeros(1, 0, dtype=torch.int64, device=self.device)
+        said, _ = self.session().step(empty, torch.zeros(0, device=self.device))
+        return self.normalise(said.log_scores(head))[0]
+
+    def normalise(self, scores: Tensor) -> Tensor:
+        """Scores [..., target_vocab_size] -> log-probabilities in which uncovered tokens share SPECIAL_MASS."""
+        count = int(self._uncovered.sum())
+        scores = scores.masked_fill(self._uncovered, -torch.inf).log_softmax(dim=-1)
+        if count == 0:
+            return scores
+        return (scores + math.log1p(-SPECIAL_MASS)).masked_fill(self._uncovered, math.log(SPECIAL_MASS / count))
+
+    def check_head(self, head: str, *, predicts: bool = False) -> None:
+        """Make sure that there is a head, where `predicts` is set one whose scores are those of a distribution.
+
+        Raises:
+            MissingHeadError: there is none.
+        """
+        if head in self.heads and not (predicts and head == VALUE_HEAD):
+            return
+        if predicts and self.heads == (VALUE_HEAD,):
+            raise MissingHeadError("This guide has no head that predicts tokens: it values them.")
+        raise MissingHeadError(
+            f"This needs the head {head!r}, but the calibrator has only {', '.join(map(repr, self.heads))}"
+            f"{self.missing_head_hint}."
+        )
+
+    @cached_property
+    def _uncovered(self) -> Tensor:
+        return ~self.covers(torch.arange(self.target_vocab_size, device=self.device))
+
+    @isolated
+    def _all_log_probs(self, head: str, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        self.check_head(head, predicts=True)
+        size = self.target_vocab_size
+        if input_ids.numel():
+            low, high = (int(value) for value in torch.aminmax(input_ids))
+            if low < 0 or high >= size:
+                raise VocabularyMismatchError(
+                    f"Token id {low if low < 0 else high} is outside the vocabulary of {size} ids (tokenizer "
+                    f"{self.vocabulary.name!r}). Is the calibrator bound to another tokenizer than the model's?"
+                )
+        said = self.sequence(input_ids, attention_mask)
+        batch, length = input_ids.shape
+        result = torch.empty(batch, length, size, dtype=torch.float32, device=self.device)
+        step = max(1, _SEQUENCE_CHUNK // max(1, batch * size))
+        for start in range(0, length, step):
+            result[:, start : start + step] = self.normalise(said.positions(start, start + step).log_scores(head))
+        return result

@@ -19,7 +19,7 @@ R = TypeVar("R")
 _KINDS = tuple(kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind))
 
 
-def undisturbed(function: Callable[P, R]) -> Callable[P, R]:
+def isolated(function: Callable[P, R]) -> Callable[P, R]:
     """Run a function without gradients, outside inference mode and without autocast.
 
     Args:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +19,12 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from calibfuse.calibrator import Calibrator, Guide, NextTokens
+from calibfuse.calibrator import Calibrator, Guide, NextTokenScores
 from calibfuse.embedding.alignment import Alignment, alignable, alignment_folders, find_alignment, last_states
 from calibfuse.embedding.fusion import EmbeddingFusion
 from calibfuse.embedding.output_head import find_output_head
 from calibfuse.errors import FusionNotAppliedError, InputError, MissingHeadError, VocabularyMismatchError
-from calibfuse.fusion import MODES, FusionConfig, fuse
+from calibfuse.fusion import MODES, FusionConfig, fuse, recommended_config
 from calibfuse.hub import resolve_checkpoint
 from calibfuse.vocabulary import Vocabulary
 
@@ -42,7 +43,7 @@ class CalibFusion(LogitsProcessor):
 
     Args:
         guide: a calibrator bound to the target's vocabulary.
-        config: how to fuse.
+        config: how to fuse; None: as the guide recommends.
         alignment: of the guide with the target; for mode "embedding" only.
         target: the target model, whose output head mode "embedding" uses; not needed otherwise.
 
@@ -69,12 +70,19 @@ class CalibFusion(LogitsProcessor):
         target: PreTrainedModel | None = None,
     ) -> None:
         self.guide = guide
-        self.config = config or FusionConfig()
+        self.config = recommended_config(guide.recommended, {}) if config is None else config
         missing = [head for head in MODES[self.config.mode].heads if head not in guide.heads]
         if missing:
             raise MissingHeadError(
                 f"Mode {self.config.mode!r} needs the head {missing[0]!r}, but the calibrator has only "
                 f"{', '.join(map(repr, guide.heads))}. Choose another mode or a calibrator trained with that head."
+            )
+        if self.config.mode == "blend":
+            warnings.warn(
+                "Mode 'blend' is deprecated and goes in the next version, since it flattens the text; use 'contrast', "
+                "or 'geometric' for a mixture.",
+                FutureWarning,
+                stacklevel=2,
             )
         hidden_space = MODES[self.config.mode].fuse is None
         self._embedding = _embedding_fusion(guide, self.config, alignment, target) if hidden_space else None
@@ -106,7 +114,7 @@ class CalibFusion(LogitsProcessor):
                 mode "embedding".
             alpha: strength; None: what the calibrator recommends.
             mode: of fusion; None: what the calibrator recommends.
-            reference: where the calibrator is a causal LM of transformers, a twin of it for mode "contrast".
+            reference: where the calibrator is a causal LM of transformers, its reference model for mode "contrast".
             revision: of the calibrator on the Hub.
             device: of the calibrator; default the target's, else CPU. It follows the scores in any case.
             dtype: of the bound token vectors; bfloat16 halves their memory.
@@ -135,7 +143,7 @@ class CalibFusion(LogitsProcessor):
         if local_files_only and isinstance(source, str) and not os.path.exists(os.path.expanduser(source)):
             source = Vocabulary.from_tokenizer(source, local_files_only=True)  # a Hub id, which `bind` would ask for
         guide = calibrator.bind(source, dtype=dtype, device=device)
-        config = recommended_config(calibrator.config.fusion, options)
+        config = recommended_config(guide.recommended, options)
         alignment = None
         if MODES[config.mode].fuse is None and target is not None:
             # In the Hub's cache by now.
@@ -237,11 +245,11 @@ class CalibFusion(LogitsProcessor):
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
-    def _fuse(self, scores: Tensor, said: NextTokens) -> Tensor:
+    def _fuse(self, scores: Tensor, said: NextTokenScores) -> Tensor:
         if self._embedding is not None:
             return self._embedding(scores, last_states(said))
         return fuse(
-            scores, said.log_scores, self.guide.covers, self.config, always_candidates(self.guide, scores.shape[-1])
+            scores, said.log_scores, self.guide.covers, self.config, self.guide.always_candidates(scores.shape[-1])
         )
 
     def _readings(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -276,22 +284,6 @@ class CalibFusion(LogitsProcessor):
                 f"of the scores and the {self.guide.target_vocab_size} of the tokenizer. Do ids, scores and tokenizer "
                 "belong to the same model?"
             )
-
-
-def always_candidates(guide: Guide, vocab_size: int) -> Tensor | None:
-    """Ids below `vocab_size` that are candidates whatever the target gives them; guides without such have none."""
-    minded_ids = getattr(guide, "minded_ids", None)
-    return minded_ids(vocab_size) if minded_ids is not None else None
-
-
-def recommended_config(recommended: Mapping[str, Any], options: Mapping[str, Any]) -> FusionConfig:
-    """A calibrator's recommended options, overridden by the user's.
-
-    A recommendation belongs to its mode: when the user asks for another mode, only the user's options count.
-    """
-    if options.get("mode", recommended.get("mode", FusionConfig.mode)) == recommended.get("mode", FusionConfig.mode):
-        options = {**recommended, **options}
-    return FusionConfig.from_dict(options)
 
 
 def _embedding_fusion(

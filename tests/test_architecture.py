@@ -1,8 +1,8 @@
 """The shape of the package, read from its syntax trees: imports run downwards, in no circle, on what is declared.
 
-cli  ->  inspection | finetune  ->  processor | training | evaluation | value  ->  loading  ->  embedding
-     ->  calibrator | guides | fusion | scorers | generation
-     ->  guide | vocabulary | prefix_cache | hub | html | ...  ->  errors
+cli  ->  inspection | finetune  ->  processor | training | evaluation | value  ->  embedding
+     ->  calibrator | guides | fusion | scorers | generation  ->  loading  ->  guide
+     ->  vocabulary | hub | html | ...  ->  errors
 """
 
 import ast
@@ -23,11 +23,11 @@ LAYERS = (
     ("cli",),
     ("inspection", "finetune"),  # inspection explains what a processor did
     ("processor", "training", "evaluation", "value"),
-    ("loading",),
     ("embedding", "bits_per_byte"),
     ("calibrator", "guides", "fusion", "scorers", "generation"),
+    ("loading",),
+    ("guide",),
     (
-        "guide",
         "vocabulary",
         "candidates",
         "prefix_cache",
@@ -41,12 +41,6 @@ LAYERS = (
     ("errors", "_version"),
 )
 LEVEL = {unit: -row for row, units in enumerate(LAYERS) for unit in units}
-
-# Imports inside a function that close a circle on purpose.
-LATE_IMPORTS = {
-    # the public method Calibrator.bind makes what builds on Calibrator
-    ("calibfuse.calibrator.model", "calibfuse.calibrator.binding"),
-}
 
 # What a module may import at its top, beside the standard library and the package itself.
 CORE = {"torch", "transformers", "tokenizers", "safetensors", "huggingface_hub", "numpy", "tqdm"}
@@ -130,10 +124,10 @@ def test_imports_between_units_run_downwards():
 
 
 def test_no_module_imports_itself_in_a_circle():
-    """Imports inside functions count, except for the listed ones; those for type checkers alone do not."""
+    """Imports inside functions count; those for type checkers alone do not."""
     edges = {name: set() for name in MODULES}
     for each in OWN:
-        if not each.typing_only and (each.importer, each.imported) not in LATE_IMPORTS:
+        if not each.typing_only:
             edges[each.importer].add(each.imported)
     done, path = set(), []
 
@@ -148,11 +142,6 @@ def test_no_module_imports_itself_in_a_circle():
 
     for module in MODULES:
         visit(module)
-
-
-def test_the_listed_late_imports_exist_and_are_late():
-    late = {(each.importer, each.imported) for each in OWN if each.late}
-    assert late >= LATE_IMPORTS
 
 
 def test_modules_import_at_their_top_only_what_every_installation_has():

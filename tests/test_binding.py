@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_calibrators import BOS, PAD, make_bound, make_calibrator, make_vocabulary
 
+from calibfuse import guide as guide_module
 from calibfuse.calibrator import Calibrator, binding
 from calibfuse.calibrator.binding import SPECIAL_MASS, cache_folder
 from calibfuse.calibrator.body import KeyValueBuffer
@@ -69,7 +70,7 @@ class TestLogProbs:
     def test_chunked_over_positions_like_the_whole(self, bound, monkeypatch):
         ids = random_ids(2, 15)
         whole = bound.log_probs(ids)
-        monkeypatch.setattr(binding, "_SEQUENCE_CHUNK", 1)
+        monkeypatch.setattr(guide_module, "_SEQUENCE_CHUNK", 1)
         torch.testing.assert_close(bound.log_probs(ids), whole)
 
     def test_only_the_past_matters(self, bound):

@@ -10,7 +10,6 @@ from tiny_calibrators import make_calibrator, make_vocabulary
 
 from calibfuse import hub
 from calibfuse.calibrator import Calibrator, CalibratorConfig
-from calibfuse.calibrator import model as model_module
 from calibfuse.errors import CheckpointError, CheckpointFormatError, InputError
 from calibfuse.model_card import PLACEHOLDER
 
@@ -200,7 +199,7 @@ def test_push_uploads_what_save_writes(calibrator, folder, monkeypatch):
         seen.update(repo_id=repo_id, options=options, files=contents(path))
         return "https://hub.example/commit/1"
 
-    monkeypatch.setattr(model_module.hub, "upload_folder", upload)
+    monkeypatch.setattr(hub, "upload_folder", upload)
     url = calibrator.push_to_hub("someone/calibrator", private=True, revision="branch", token="secret")
     assert url == "https://hub.example/commit/1"
     assert seen["repo_id"] == "someone/calibrator"

@@ -69,7 +69,7 @@ def test_several_scorers_stand_side_by_side(run, tmp_path, monkeypatch):
     assert "| own_scorer:rate | 0.7 | 100.0% |" in out
     data = report(tmp_path / "out")
     assert data["facts"]["other_scorers"] == ["own_scorer:rate"]
-    assert data["methods"][1]["settings"]["fusion"]["hold"] is True
+    assert data["methods"][1]["settings"]["fusion"]["mass_to_others"] is True
     rows = {(row["scorer"], row["toxic_from"]): row for row in data["methods"][1]["opinions"]}
     assert rows["own_scorer:rate", 0.9]["estimates"]["toxic_share"]["value"] == 0.0
     assert (

@@ -10,7 +10,7 @@ from test_decoding import generate
 from tiny_calibrators import EOS, PAD, make_calibrator, make_vocabulary
 
 from calibfuse.calibrator import Calibrator
-from calibfuse.calibrator.model import Calibrator as UniversalCalibrator
+from calibfuse.calibrator import Calibrator as UniversalCalibrator
 from calibfuse.errors import (
     CheckpointError,
     CheckpointFormatError,

@@ -93,7 +93,7 @@ def slow_row(scores, heads, covered, config):
         else:
             prefix = log_sum_exp([target[j] + heads["value"][j] for j in chosen])
             fused[i] = target[i] + min(max(a * (heads["value"][i] - prefix), -config.max_shift), config.max_shift)
-    if config.hold and config.one_sided and config.mode == "contrast":
+    if config.mass_to_others and config.one_sided and config.mode == "contrast":
         fused = slow_hold(target, fused)
     constant = log_sum_exp(list(fused.values()))
     return [mass + fused[i] - constant if i in fused else log_probs[i] for i in range(len(scores))]
@@ -121,7 +121,7 @@ configs = st.sampled_from(MODE_NAMES).flatmap(
         one_sided=st.booleans(),
         margin=st.sampled_from([0.0, 0.1, 2.0]),
         max_shift=st.sampled_from([0.5, 10.0, 40.0]),
-        hold=st.booleans(),
+        mass_to_others=st.booleans(),
     )
 )
 
@@ -348,7 +348,7 @@ def test_what_was_nearly_certain_is_held_down_and_everything_else_moves_alike():
         [0.9, 0.05, 0.03, 0.02], calibrator=[0.01, 0.5, 0.29, 0.2], reference=[0.9, 0.05, 0.03, 0.02]
     )
     loose = run(scores, guide, FusionConfig(alpha=8.0, max_shift=4.0, candidates=0)).exp()[0]
-    held = run(scores, guide, FusionConfig(alpha=8.0, max_shift=4.0, candidates=0, hold=True)).exp()[0]
+    held = run(scores, guide, FusionConfig(alpha=8.0, max_shift=4.0, candidates=0, mass_to_others=True)).exp()[0]
     assert loose[0] == pytest.approx(0.9 * math.exp(-4) / (0.9 * math.exp(-4) + 0.1), rel=1e-4)
     assert held[0] < 1.02 * 0.9 * math.exp(-4)
     assert held.sum() == pytest.approx(1.0, abs=1e-5)
@@ -365,7 +365,7 @@ def test_held_down_the_divergence_is_the_least_at_that_much_penalty():
         * (guide.heads["calibrator"].double().log_softmax(-1) - guide.heads["reference"].double().log_softmax(-1))[0]
     ).clamp(-3.0, 0.0)
     penalty = torch.expm1(-shift)
-    held = run(scores, guide, dataclasses.replace(config, hold=True)).double().exp()[0]
+    held = run(scores, guide, dataclasses.replace(config, mass_to_others=True)).double().exp()[0]
 
     def divergence(distribution):
         return float((target.exp() * (target - distribution.log())).sum())
@@ -392,7 +392,7 @@ def test_no_shift_is_larger_than_the_clip(limit):
         spread = change.amax(-1) - change.amin(-1)  # in which the constant of renormalisation cancels
         assert (spread <= width + 1e-4).all()
         assert (spread > 0.9 * width).any()
-    held = run(scores, guide, FusionConfig(alpha=50.0, candidates=0, max_shift=limit, hold=True))
+    held = run(scores, guide, FusionConfig(alpha=50.0, candidates=0, max_shift=limit, mass_to_others=True))
     lowest = (held - scores.log_softmax(-1)).amin(-1)
     assert (lowest >= -limit - 1e-4).all()
     assert (lowest < 0.0).all()

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calibfuse.calibrator import Calibrator, CalibratorConfig
-from calibfuse.calibrator.word_bias import REACH, SPARED_PIECE, MindedWords
+from calibfuse.calibrator.word_bias import PROTECTED_PIECE, REACH, WordBias
 from calibfuse.candidates import MIN_PROBABILITY
 from calibfuse.errors import InputError
 from calibfuse.fusion import FusionConfig, fuse
@@ -21,7 +21,12 @@ from tests.tiny_calibrators import make_calibrator
 # Above 0: names that are given something back, here so that they begin words of the other kind and end them.
 WORDS = {"shit": -4.0, "ass": -2.0, "asshole": -3.0, "idiot": -2.5, "as": 0.6, "hol": 0.4, "hole": 1.0, "assho": 0.3}
 WORDS |= {"shirtot": 0.2, "shirtless": 2.0}
-WHOLE = {b" shit": -4.0, b" ass": -2.0, b" as": 0.6, b" shirt": SPARED_PIECE}  # tokens that are a word, or lead to one
+WHOLE = {
+    b" shit": -4.0,
+    b" ass": -2.0,
+    b" as": 0.6,
+    b" shirt": PROTECTED_PIECE,
+}  # a word, or on the way to one
 TOKENS = [None, b" ", b"s", b" s", b"sh", b" sh", b"it", b" shit", b"Shit", b"shit.", b" shirt", b"irt", b"a", b" as"]
 TOKENS += [b"ss", b" ass", b"hole", b"o", b"hol", b"e", b"idi", b"ot", b".", b"\n", b"i", b"t", b" The", "é".encode()]
 
@@ -33,7 +38,7 @@ def vocabulary():
 
 @pytest.fixture(scope="module")
 def words(vocabulary):
-    return MindedWords(WORDS, vocabulary)
+    return WordBias(WORDS, vocabulary)
 
 
 def slow_after(vocabulary, token_ids):
@@ -58,7 +63,7 @@ def slow_after(vocabulary, token_ids):
         if word not in WORDS and len(word) >= 3:
             # on the way to a spared name
             shift = added = max(
-                (min(s, SPARED_PIECE) for w, s in WORDS.items() if s > 0 and w.startswith(word)), default=0
+                (min(s, PROTECTED_PIECE) for w, s in WORDS.items() if s > 0 and w.startswith(word)), default=0
             )
         if run and ((shift < 0 and added < -0.1) or (shift > 0 and added > 0.1)):
             found[token] = added
@@ -84,7 +89,7 @@ def test_words_in_pieces_are_found(vocabulary, words):
     def after(*tokens):
         return {TOKENS[i]: s for i, s in as_dictionary(words.after([TOKENS.index(t) for t in tokens])).items()}
 
-    towards = {b"i": SPARED_PIECE, b"irt": SPARED_PIECE}  # "shirtless"
+    towards = {b"i": PROTECTED_PIECE, b"irt": PROTECTED_PIECE}  # "shirtless"
     assert after(b" sh") == pytest.approx({b"it": -4.0} | towards)
     assert after(b" shirt") == pytest.approx({b"ot": 0.2, b"o": 0.2})  # a word, and on the way to it
     assert after(b" s") == {}
@@ -221,10 +226,10 @@ def test_their_tokens_are_candidates_however_improbable():
 def test_ids_beyond_a_narrower_head_are_left_out(pair):
     plain, minding = pair
     ids = [i for i, t in enumerate(TOKENS) if t is not None and t.strip(b" .").lower() in (b"shit", b"ass")]
-    assert minding.minded_ids(len(TOKENS)).tolist() == ids
-    assert minding.minded_ids(ids[-1]).tolist() == ids[:-1]
-    assert minding.minded_ids(ids[0]) is None
-    assert plain.minded_ids(len(TOKENS)) is None
+    assert minding.always_candidates(len(TOKENS)).tolist() == ids
+    assert minding.always_candidates(ids[-1]).tolist() == ids[:-1]
+    assert minding.always_candidates(ids[0]) is None
+    assert plain.always_candidates(len(TOKENS)) is None
 
 
 def test_words_change_the_cached_vectors(pair):

@@ -9,10 +9,10 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
-from tiny_calibrators import BOS, PAD, make_bound, make_calibrator
+from tiny_calibrators import BOS, PAD, make_bound, make_calibrator, make_vocabulary
 
 from calibfuse import processor as processor_module
-from calibfuse.calibrator import NextTokens
+from calibfuse.calibrator import Guide, NextTokenScores
 from calibfuse.errors import (
     CheckpointError,
     FusionNotAppliedError,
@@ -21,8 +21,8 @@ from calibfuse.errors import (
     VocabularyError,
     VocabularyMismatchError,
 )
-from calibfuse.fusion import FusionConfig, fuse
-from calibfuse.processor import CalibFusion, recommended_config
+from calibfuse.fusion import FusionConfig, fuse, recommended_config
+from calibfuse.processor import CalibFusion
 
 SIZE = 96
 CONFIG = FusionConfig(alpha=2.0, candidates=30)
@@ -281,10 +281,10 @@ class TestLife:
     def test_any_guide_will_do(self):
         """The processor knows the protocol of guides, not our calibrator: here one that always says the same."""
 
-        class Constant:
+        class Constant(Guide):
             heads = ("calibrator", "reference")
-            target_vocab_size = SIZE
             device = torch.device("cpu")
+            vocabulary = make_vocabulary(SIZE)
 
             def to(self, device):
                 return self
@@ -301,10 +301,10 @@ class TestLife:
             def reset(self):
                 pass
 
-            def sequence(self, input_ids, attention_mask=None):
+            def read_sequence(self, input_ids, masked):
                 return self
 
-            def positions(self, start, stop) -> NextTokens:
+            def positions(self, start, stop) -> NextTokenScores:
                 return self
 
             def log_scores(self, head, token_ids=None):
@@ -431,6 +431,21 @@ class TestFromPretrained:
     def test_a_mode_whose_head_the_calibrator_has_not(self, folder, byte_level_tokenizer):
         with pytest.raises(MissingHeadError, match="needs the head 'value'"):
             CalibFusion.from_pretrained(folder, tokenizer=byte_level_tokenizer, mode="value")
+
+
+def test_without_a_config_the_guides_recommendation_counts():
+    """`CalibFusion(guide)` and `from_pretrained` agree, as do the former and the present name of an option."""
+    options = {"alpha": 1.5, "margin": 0.25, "max_shift": 3.5, "hold": True}
+    guide = make_bound(fusion=options)
+    expected = FusionConfig(alpha=1.5, margin=0.25, max_shift=3.5, mass_to_others=True)
+    assert CalibFusion(guide).config == expected == FusionConfig(alpha=1.5, margin=0.25, max_shift=3.5, hold=True)
+    assert CalibFusion(guide, FusionConfig()).config == FusionConfig()
+    assert recommended_config(guide.recommended, {"mass_to_others": False}).mass_to_others is False
+
+
+def test_blend_is_deprecated(bound):
+    with pytest.warns(FutureWarning, match="'blend' is deprecated"):
+        CalibFusion(bound, FusionConfig(mode="blend"))
 
 
 def test_recommendations_belong_to_their_mode():

@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from calibfuse.guides.projected_lm import ProjectedLM
 from calibfuse.guides.projection import GOES_ON, Marginals, Projection, SortedStrings
-from calibfuse.guides.source_text import MAX_WORD, OwnText
+from calibfuse.guides.source_text import MAX_WORD, SourceText
 from calibfuse.vocabulary import Vocabulary
 
 CPU = torch.device("cpu")
@@ -114,7 +114,7 @@ def exact_marginal(model, strings, text, ids=(0,), done=b""):
 
 def guide_of(model, own=None, target=None, tokenizer=None, further=32):
     own, target = own or OWN, target or TARGET
-    text = OwnText(tokenizer or LongestMatch(own), Vocabulary.from_byte_strings(own), 0)
+    text = SourceText(tokenizer or LongestMatch(own), Vocabulary.from_byte_strings(own), 0)
     return ProjectedLM(
         {"calibrator": model}, text, Vocabulary.from_byte_strings(target), further=further, max_length=None
     )
@@ -230,7 +230,7 @@ def test_permuted_ids_permute_the_distribution():
     assert torch.allclose(moved.log_scores("calibrator")[0][2:], plain[order][2:], atol=1e-4)
 
 
-def test_what_the_own_vocabulary_cannot_spell_is_not_covered():
+def test_what_the_source_vocabulary_cannot_spell_is_not_covered():
     guide = guide_of(model_of(len(OWN)), target=[None, b"a", b"that", b"axe", b"x", b"nt t"])
     assert guide.covers(torch.arange(6)).tolist() == [False, True, True, False, False, True]
     assert guide.covers(torch.tensor([-1, 6, 999])).tolist() == [False] * 3
@@ -287,7 +287,7 @@ def test_crossing_says_what_a_slow_loop_says(own, targets, word):
 @settings(max_examples=80, deadline=None)
 @given(st.lists(st.sampled_from([each or b"" for each in TARGET]), max_size=25), st.integers(0, 25))
 def test_text_extends_as_it_starts_anew(pieces, cut):
-    text = OwnText(LongestMatch(OWN), Vocabulary.from_byte_strings(OWN), 0)
+    text = SourceText(LongestMatch(OWN), Vocabulary.from_byte_strings(OWN), 0)
     whole = text.extend(text.empty(), pieces)
     assert whole == text.extend(text.extend(text.empty(), pieces[:cut]), pieces[cut:])
     if b"" not in pieces:
@@ -296,7 +296,7 @@ def test_text_extends_as_it_starts_anew(pieces, cut):
 
 
 def test_words_that_never_end_are_cut_at_a_character(any_tokenizer):
-    text = OwnText(any_tokenizer, Vocabulary.from_tokenizer(any_tokenizer), 0)
+    text = SourceText(any_tokenizer, Vocabulary.from_tokenizer(any_tokenizer), 0)
     prefix = text.extend(text.empty(), ["é".encode()] * 200)
     assert len(prefix.word) <= MAX_WORD + 1
     prefix.word.decode()
@@ -304,7 +304,7 @@ def test_words_that_never_end_are_cut_at_a_character(any_tokenizer):
 
 def test_own_spelling_is_the_tokenizers_own(any_tokenizer, sample_lines):
     """Finished words are spelled as in the whole text, but for tokenizers whose tokens run across spaces."""
-    text = OwnText(any_tokenizer, Vocabulary.from_tokenizer(any_tokenizer), 0)
+    text = SourceText(any_tokenizer, Vocabulary.from_tokenizer(any_tokenizer), 0)
     vocabulary, same, total = text.vocabulary, 0, 0
     for line in sample_lines[:30]:
         whole = any_tokenizer.encode(line, add_special_tokens=False).ids
@@ -316,10 +316,10 @@ def test_own_spelling_is_the_tokenizers_own(any_tokenizer, sample_lines):
 
 
 def test_broken_characters_are_spelled_or_kept(byte_level_tokenizer):
-    text = OwnText(byte_level_tokenizer, Vocabulary.from_tokenizer(byte_level_tokenizer), 0)
+    text = SourceText(byte_level_tokenizer, Vocabulary.from_tokenizer(byte_level_tokenizer), 0)
     for word in (b" caf\xc3", b" \xff\xfe x", b"\x80", "né".encode()):
         spelling = text.spell(word)
         assert b"".join(map(text.vocabulary.token_bytes, spelling.ids)) + spelling.rest == word
         assert not spelling.rest
-    letters = OwnText(LongestMatch(OWN), Vocabulary.from_byte_strings(OWN), 0)
+    letters = SourceText(LongestMatch(OWN), Vocabulary.from_byte_strings(OWN), 0)
     assert letters.spell(b" that\xc3").rest == b"\xc3"

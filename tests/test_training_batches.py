@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from calibfuse.calibrator.model import Calibrator, CalibratorConfig
+from calibfuse.calibrator import Calibrator, CalibratorConfig
 from calibfuse.training.batches import BOUNDARY, IGNORE, BatchVocabulary, make_batch, pack_rows
 from calibfuse.training.objective import TrainingObjective
 from calibfuse.vocabulary import Vocabulary

@@ -146,7 +146,8 @@ def variants(bound: BoundCalibrator, *, alternatives: bool) -> Makers:
         bound: the calibrator.
         alternatives: with what else one could do, beside plain decoding and the fusion.
     """
-    from calibfuse.processor import CalibFusion, recommended_config
+    from calibfuse.fusion import recommended_config
+    from calibfuse.processor import CalibFusion
 
     config = recommended_config(bound.calibrator.config.fusion, {})  # as from_pretrained does
     every: Makers = {"plain": lambda: None, "fusion": lambda: CalibFusion(bound, config)}
@@ -164,8 +165,9 @@ def variants(bound: BoundCalibrator, *, alternatives: bool) -> Makers:
 
 def causal_lm_variants(calibrator: Calibrator, vocabulary: Vocabulary) -> Makers:
     """Calibrators of every kind for one vocabulary: name -> maker of a fresh processor (None: plain decoding)."""
+    from calibfuse.fusion import recommended_config
     from calibfuse.guides.causal_lm import CausalLMCalibrator
-    from calibfuse.processor import CalibFusion, recommended_config
+    from calibfuse.processor import CalibFusion
 
     shape = calibrator.config
     same = [_calibrator_sized_gpt2(shape, start_id=len(vocabulary) - 1) for _ in range(2)]

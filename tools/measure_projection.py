@@ -31,7 +31,7 @@ from calibfuse.guides.causal_lm import BoundCausalLM, CausalLMCalibrator
 from calibfuse.training.data import iter_documents, split_passages
 
 if TYPE_CHECKING:
-    from calibfuse.guide import NextTokens
+    from calibfuse.guide import NextTokenScores
 
 Encoder = Callable[[str], list[int]]
 
@@ -80,7 +80,7 @@ def measure(bound: BoundCausalLM, rows: Sequence[list[int]], *, batch_size: int)
         began = time.thread_time()
         session = bound.session()
         for at in range(width):
-            said: NextTokens = session.step(ids[:, :at], torch.zeros(0))[0]
+            said: NextTokenScores = session.step(ids[:, :at], torch.zeros(0))[0]
             log_probs = bound.normalise(said.log_scores("calibrator"))
             covered = bound.covers(ids[:, at])
             for row, sequence in enumerate(group):

@@ -1,7 +1,19 @@
 """The calibrator: composer, body, heads, and its binding to a target vocabulary."""
 
 from calibfuse.calibrator.binding import BoundCalibrator
-from calibfuse.calibrator.model import Calibrator, CalibratorConfig
-from calibfuse.guide import Guide, GuideSession, NextTokens
+from calibfuse.calibrator.calibrator import Calibrator, load_universal
+from calibfuse.calibrator.model import CalibratorConfig
+from calibfuse.guide import Guide, GuideSession, NextTokenScores
 
-__all__ = ["BoundCalibrator", "Calibrator", "CalibratorConfig", "Guide", "GuideSession", "NextTokens"]
+NextTokens = NextTokenScores  # its former name
+
+__all__ = [
+    "BoundCalibrator",
+    "Calibrator",
+    "CalibratorConfig",
+    "Guide",
+    "GuideSession",
+    "NextTokenScores",
+    "NextTokens",
+    "load_universal",
+]

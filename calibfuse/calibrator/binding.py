@@ -10,16 +10,15 @@ covered: fusion never moves them, and `log_probs` gives all of them together the
 Ids with equal bytes share the probability of these bytes, alike, or nearly all of it to the ones that the tokenizer
 really uses (`Vocabulary.log_shares`). The differences that `contrast` adds are the same for all of them either way.
 
-Words that the calibrator minds by themselves lower the calibrator head's score of the tokens that complete them, in
-however many pieces they are spelled (minded_words.py).
+Words with a bias move the calibrator head's score of the tokens that complete them, in however many pieces they are
+spelled (word_bias.py).
 """
 
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,28 +28,23 @@ from torch.nn import functional
 from calibfuse.calibrator.body import KeyValueBuffer
 from calibfuse.calibrator.bound_files import bound_path, cache_folder, load_bound, save_bound, vocabulary_of
 from calibfuse.calibrator.composer import token_features
-from calibfuse.calibrator.model import CALIBRATOR_HEAD, FORMAT_VERSION, REFERENCE_HEAD, VALUE_HEAD
-from calibfuse.calibrator.word_bias import REACH, MindedWords, Spelled
-from calibfuse.errors import InputError, MissingHeadError, VocabularyMismatchError
-from calibfuse.isolation import undisturbed
+from calibfuse.calibrator.model import FORMAT_VERSION, CalibratorNetwork
+from calibfuse.calibrator.word_bias import REACH, Spelled, WordBias
+from calibfuse.errors import InputError
+from calibfuse.guide import CALIBRATOR_HEAD, SPECIAL_MASS, VALUE_HEAD, Guide
+from calibfuse.isolation import isolated
 from calibfuse.prefix_cache import match_prefixes
-from calibfuse.vocabulary import Vocabulary
-
-if TYPE_CHECKING:
-    from calibfuse.calibrator.model import Calibrator
-    from calibfuse.vocabulary import TokenizerLike
+from calibfuse.vocabulary import TokenizerLike, Vocabulary
 
 __all__ = ["SPECIAL_MASS", "BoundCalibrator", "GuideStates", "LockStepSession", "bind", "cache_folder"]
 
-SPECIAL_MASS = 1e-4
 _COMPOSE_CHUNK = 8192
-_SEQUENCE_CHUNK = 4_000_000  # elements of a [positions, vocabulary] block in log_probs
 _SCORE_CHUNK = 16_384  # vectors of lower precision that are widened at once
 _WINDOWS_AT_ONCE = 4  # slots fed at once, in windows: the attention mask of a long text as a whole would not fit
 
 
 def bind(
-    calibrator: Calibrator,
+    calibrator: CalibratorNetwork,
     tokenizer: TokenizerLike,
     *,
     dtype: torch.dtype | None = None,
@@ -67,7 +61,7 @@ def bind(
     if use_disk_cache:
         path = bound_path(calibrator.fingerprint, vocabulary, dtype, FORMAT_VERSION)
         tensors = load_bound(path, size=len(vocabulary), token_width=config.token_width, head_count=len(config.heads))
-    words = MindedWords(config.words, vocabulary)
+    words = WordBias(config.words, vocabulary)
     vectors, biases = tensors or compose_vocabulary(calibrator, vocabulary, dtype, words)
     if path is not None and tensors is None:
         save_bound(path, vectors, biases)
@@ -76,9 +70,9 @@ def bind(
     )
 
 
-@undisturbed
+@isolated
 def compose_vocabulary(
-    calibrator: Calibrator, vocabulary: Vocabulary, dtype: torch.dtype, words: MindedWords | None = None
+    calibrator: CalibratorNetwork, vocabulary: Vocabulary, dtype: torch.dtype, words: WordBias | None = None
 ) -> tuple[Tensor, Tensor]:
     """Vectors [target_vocab_size, token_width] in `dtype`, biases [target_vocab_size, heads] in float32, on the CPU.
 
@@ -99,12 +93,12 @@ def compose_vocabulary(
     is_distribution = torch.tensor([head != VALUE_HEAD for head in config.heads], device="cpu")
     biases += torch.from_numpy(vocabulary.log_shares)[:, None] * is_distribution
     if config.words and CALIBRATOR_HEAD in config.heads:
-        whole = (MindedWords(config.words, vocabulary) if words is None else words).whole()
+        whole = (WordBias(config.words, vocabulary) if words is None else words).whole()
         biases[torch.from_numpy(whole.token_ids), config.heads.index(CALIBRATOR_HEAD)] += torch.from_numpy(whole.shifts)
     return vectors, biases
 
 
-class BoundCalibrator:
+class BoundCalibrator(Guide):
     """A guide: the calibrator over one target vocabulary. Made by `Calibrator.bind`.
 
     Args:
@@ -115,13 +109,15 @@ class BoundCalibrator:
         words: the calibrator's words in this vocabulary; None: made here.
     """
 
+    calibrator: CalibratorNetwork
+
     def __init__(
         self,
-        calibrator: Calibrator,
+        calibrator: CalibratorNetwork,
         vocabulary: Vocabulary,
         vectors: Tensor,
         biases: Tensor,
-        words: MindedWords | None = None,
+        words: WordBias | None = None,
     ) -> None:
         self.calibrator = calibrator
         self.vocabulary = vocabulary
@@ -130,8 +126,8 @@ class BoundCalibrator:
         # One entry more than ids: whatever lies beyond the vocabulary (a padded head) counts as special.
         self._is_special = torch.ones(len(vocabulary) + 1, dtype=torch.bool, device="cpu")
         self._is_special[:-1] = torch.from_numpy(vocabulary.is_special.copy())
-        self._words = MindedWords(calibrator.config.words, vocabulary) if words is None else words
-        self._minded_ids: dict[int, Tensor | None] = {}
+        self._words = WordBias(calibrator.config.words, vocabulary) if words is None else words
+        self._always_candidates: dict[int, Tensor | None] = {}
 
     def to(self, device: torch.device | str) -> BoundCalibrator:
         """The same object where it is there already, else a copy on the device, with its own copy of the model."""
@@ -154,19 +150,14 @@ class BoundCalibrator:
         return self.calibrator.config.heads
 
     @property
-    def target_vocab_size(self) -> int:
-        """Number of ids of the bound vocabulary."""
-        return len(self.vocabulary)
-
-    @property
     def device(self) -> torch.device:
         """Where the bound vectors are."""
         return self._vectors.device
 
     @property
-    def coverage(self) -> float:
-        """Share of the vocabulary's ids that have bytes, in [0, 1]; the rest are special tokens and holes."""
-        return 1.0 - float(self.vocabulary.is_special.mean())
+    def recommended(self) -> Mapping[str, Any]:
+        """See `Guide.recommended`."""
+        return self.calibrator.config.fusion
 
     @property
     def memory_bytes(self) -> int:
@@ -181,41 +172,20 @@ class BoundCalibrator:
         """A new session."""
         return LockStepSession(self)
 
-    @undisturbed
-    def sequence(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> GuideStates:
-        """All positions of whole sequences.
-
-        Args:
-            input_ids: int64 [batch, length].
-            attention_mask: [batch, length], 0 for left padding; only needed where padding is not a special token.
-
-        Returns:
-            What is said after each token: leading axes [batch, length].
-
-        Raises:
-            VocabularyMismatchError: a mask of another shape.
-        """
-        input_ids = input_ids.to(self.device)
-        if input_ids.ndim != 2:
-            raise VocabularyMismatchError(f"input_ids must be [batch, length], got shape {tuple(input_ids.shape)}.")
-        masked = None
-        if attention_mask is not None:
-            if attention_mask.shape != input_ids.shape:
-                raise VocabularyMismatchError(
-                    f"attention_mask has shape {tuple(attention_mask.shape)} but input_ids {tuple(input_ids.shape)}."
-                )
-            masked = attention_mask.to(self.device) == 0
+    @isolated
+    def read_sequence(self, input_ids: Tensor, masked: Tensor | None) -> GuideStates:
+        """See `Guide.read_sequence`."""
         states, _ = self._advance(input_ids, None, None, masked)
         readable = input_ids if masked is None else input_ids.masked_fill(masked, -1)
         return GuideStates(self, states[:, 1:], self.spelled(readable.tolist()))
 
-    def minded_ids(self, vocab_size: int) -> Tensor | None:
-        """Ids below `vocab_size` of the tokens that are a minded word, int64 [n]; None where there are none."""
-        if vocab_size not in self._minded_ids:
+    def always_candidates(self, vocab_size: int) -> Tensor | None:
+        """Ids below `vocab_size` of the tokens that are a word with a bias below 0; see `Guide.always_candidates`."""
+        if vocab_size not in self._always_candidates:
             ids = self._words.token_ids
             ids = ids[: np.searchsorted(ids, vocab_size)]
-            self._minded_ids[vocab_size] = torch.from_numpy(ids).to(self.device) if len(ids) else None
-        return self._minded_ids[vocab_size]
+            self._always_candidates[vocab_size] = torch.from_numpy(ids).to(self.device) if len(ids) else None
+        return self._always_candidates[vocab_size]
 
     def spelled(self, rows: Sequence[Sequence[int]]) -> Spelled | None:
         """What would complete a word after each token of some rows; places are (row, position). None: nothing."""
@@ -227,74 +197,7 @@ class BoundCalibrator:
             for place in range(len(ids))
         )
 
-    def log_probs(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Next-token log-probabilities under the non-toxic head.
-
-        Args:
-            input_ids: int64 [batch, length], the target's ids.
-            attention_mask: [batch, length], 0 for left padding; only needed where padding is not a special token.
-
-        Returns:
-            float32 [batch, length, target_vocab_size], nats; row i scores token i + 1. Normalised; special tokens share
-            the probability 1e-4.
-
-        Raises:
-            VocabularyMismatchError: ids outside the vocabulary, or shapes that do not fit.
-        """
-        return self._all_log_probs(CALIBRATOR_HEAD, input_ids, attention_mask)
-
-    def reference_log_probs(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """The same under the reference head (unfiltered text).
-
-        Raises:
-            MissingHeadError: the calibrator has no reference head.
-            VocabularyMismatchError: ids outside the vocabulary, or shapes that do not fit.
-        """
-        return self._all_log_probs(REFERENCE_HEAD, input_ids, attention_mask)
-
-    @undisturbed
-    def first_log_probs(self, head: str = CALIBRATOR_HEAD) -> Tensor:
-        """Log-probabilities of a text's first token: float32 [target_vocab_size], nats."""
-        empty = torch.zeros(1, 0, dtype=torch.int64, device=self.device)
-        states, _ = self._advance(empty, None, None, None)
-        spelled = self.spelled([[-1]])  # an unknown id ends a word as the beginning of a text does
-        return self.normalise(GuideStates(self, states[:, -1:], spelled).log_scores(head))[0, 0]
-
-    @undisturbed
-    def _all_log_probs(self, head: str, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        self._check_ids(input_ids)
-        states = self.sequence(input_ids, attention_mask)
-        batch, length = states.hidden.shape[:2]
-        result = torch.empty(batch, length, self.target_vocab_size, dtype=torch.float32, device=self.device)
-        step = max(1, _SEQUENCE_CHUNK // (batch * self.target_vocab_size))
-        for start in range(0, length, step):
-            part = states.positions(start, start + step)
-            result[:, start : start + step] = self.normalise(part.log_scores(head))
-        return result
-
-    def normalise(self, scores: Tensor) -> Tensor:
-        """Scores [..., target_vocab_size] -> log-probabilities in which special tokens share SPECIAL_MASS."""
-        special = self._is_special[:-1]
-        count = int(special.sum())
-        scores = scores.masked_fill(special, -torch.inf).log_softmax(dim=-1)
-        if count == 0:
-            return scores
-        scores = scores + math.log1p(-SPECIAL_MASS)
-        return scores.masked_fill(special, math.log(SPECIAL_MASS / count))
-
-    def _check_ids(self, input_ids: Tensor) -> None:
-        size = self.target_vocab_size
-        if not input_ids.numel():
-            return
-        low, high = (int(value) for value in torch.aminmax(input_ids))
-        if low < 0 or high >= size:
-            wrong = low if low < 0 else high
-            raise VocabularyMismatchError(
-                f"Token id {wrong} is outside the vocabulary of {size} ids (tokenizer {self.vocabulary.name!r}). Is "
-                "the calibrator bound to another tokenizer than the model's?"
-            )
-
-    @undisturbed
+    @isolated
     def _advance(
         self,
         new_ids: Tensor,
@@ -336,12 +239,12 @@ class BoundCalibrator:
 
 
 class GuideStates:
-    """`NextTokens` of a bound calibrator.
+    """`NextTokenScores` of a bound calibrator.
 
     Args:
         bound: the calibrator.
         hidden: [..., width], body states.
-        spelled: what would complete a minded word, with the same rows (and positions); None: nothing.
+        spelled: what would complete a word with a bias, with the same rows (and positions); None: nothing.
     """
 
     def __init__(self, bound: BoundCalibrator, hidden: Tensor, spelled: Spelled | None = None) -> None:
@@ -352,22 +255,19 @@ class GuideStates:
         self._picked: tuple[Tensor, Tensor, Tensor] | None = None
 
     def positions(self, start: int, stop: int) -> GuideStates:
-        """See `NextTokens.positions`."""
+        """See `NextTokenScores.positions`."""
         spelled = self._spelled.part(start, stop) if self._spelled is not None else None
         return GuideStates(self.bound, self.hidden[:, start:stop], spelled)
 
-    @undisturbed
+    @isolated
     def log_scores(self, head: str, token_ids: Tensor | None = None) -> Tensor:
-        """See `NextTokens.log_scores`.
+        """See `NextTokenScores.log_scores`.
 
         Raises:
             MissingHeadError: the calibrator has no such head.
         """
         bound = self.bound
-        if head not in bound.heads:
-            raise MissingHeadError(
-                f"This needs the head {head!r}, but the calibrator has only {', '.join(map(repr, bound.heads))}."
-            )
+        bound.check_head(head)
         if head not in self._queries:
             self._queries[head] = bound.calibrator.heads[head](self.hidden)
         query = self._queries[head]
@@ -419,7 +319,7 @@ class LockStepSession:
         self._last_start: int | None = None
         self._last: GuideStates | None = None
 
-    @undisturbed
+    @isolated
     def step(self, input_ids: Tensor, readings: Tensor) -> tuple[GuideStates, list[float]]:
         """See `GuideSession.step`."""
         bound = self._bound

@@ -1,52 +1,43 @@
-"""Calibrator: a small language model without a vocabulary of its own.
+"""The network of a calibrator: a small language model without a vocabulary of its own.
 
 Composer (bytes -> token vectors), body (transformer), heads. Every head scores the same token vectors:
 
     score(token | prefix) = <W_head norm(x + adapter_head(x)), h(token)> + bias_head(token)
 
 with x the body's last state. The heads "calibrator" (non-toxic text) and "reference" (unfiltered text) share the body,
-so one forward gives both (design: contrast of a model with its own twin). A third head, "value", may be added by
-`with_value_head`: there log R = log sigmoid(score), a sequence-level guide (Meng et al. 2022, NADO). `bind` compiles
-the model for one vocabulary.
+so one forward gives both (design: contrast of a model with its own reference). A third head, "value", may be added by
+`with_value_head`: there log R = log sigmoid(score), a sequence-level guide (Meng et al. 2022, NADO). binding.py
+compiles it for one vocabulary.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from calibfuse import hub
 from calibfuse.calibrator.body import Body, KeyValueBuffer
 from calibfuse.calibrator.composer import Composer, TokenFeatures
-from calibfuse.errors import CheckpointError, InputError
-from calibfuse.guides.causal_lm import CausalLMCalibrator, is_transformers_checkpoint
-from calibfuse.model_card import PLACEHOLDER, calibrator_card
-from calibfuse.value.value_lm import ValueLM, is_value_lm_checkpoint
+from calibfuse.errors import InputError
+from calibfuse.guide import CALIBRATOR_HEAD, REFERENCE_HEAD, VALUE_HEAD
 
-if TYPE_CHECKING:
-    from calibfuse.calibrator.binding import BoundCalibrator
-    from calibfuse.vocabulary import TokenizerLike
+__all__ = ["CALIBRATOR_HEAD", "REFERENCE_HEAD", "VALUE_HEAD", "CalibratorConfig", "CalibratorNetwork", "Head"]
 
-FORMAT_NAME = "calibfuse-calibrator"
-FORMAT_VERSION = 1
-CALIBRATOR_HEAD, REFERENCE_HEAD, VALUE_HEAD = "calibrator", "reference", "value"
-WEIGHTS_FILE = "model.safetensors"
+FORMAT_VERSION = 1  # of the weights and of what is composed of them
 _WORD = re.compile("[a-z]+")
+_Network = TypeVar("_Network", bound="CalibratorNetwork")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CalibratorConfig:
-    """Shape of a calibrator, and the facts that travel with it.
+    """Shape of a calibrator, and what travels with it.
 
     Attributes:
         bucket_count: rows of the hashed feature table.
@@ -60,10 +51,10 @@ class CalibratorConfig:
         window: tokens that attention looks back, the current one included.
         adapter_width: hidden width of each head's adapter.
         heads: names of the heads, in the order of the bias columns.
-        words: word -> shift in nats: below 0 where the calibrator minds the word by itself, above 0 where a name is
-            given back what the heads take from it; see minded_words.py.
+        words: word -> bias in nats: below 0 for rude words, above 0 for protected names, which are given back what the
+            heads take from them; see word_bias.py.
         fusion: recommended fusion options (keys of FusionConfig) for this calibrator.
-        training: facts of the training, for the model card; any JSON values.
+        training: what is known of the training, for the model card; any JSON values.
     """
 
     bucket_count: int = 32_768
@@ -156,8 +147,8 @@ class Head(nn.Module):
         return query
 
 
-class Calibrator(nn.Module):
-    """The universal calibrator.
+class CalibratorNetwork(nn.Module):
+    """The universal calibrator as a network; `Calibrator` adds binding and files.
 
     Args:
         config: its shape; weights are freshly initialised from torch's global random state.
@@ -187,7 +178,7 @@ class Calibrator(nn.Module):
             {name: Head(config.width, config.adapter_width, config.token_width) for name in config.heads}
         )
 
-    def with_value_head(self, seed: int) -> Calibrator:
+    def with_value_head(self: _Network, seed: int) -> _Network:
         """A copy with a fresh head "value"; a former one is replaced.
 
         Args:
@@ -200,7 +191,7 @@ class Calibrator(nn.Module):
         device, dtype = self.boundary.device, self.boundary.dtype
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            copied = Calibrator(replace(self.config, heads=heads)).to(device, dtype)
+            copied = type(self)(replace(self.config, heads=heads)).to(device, dtype)
         weights = {name: tensor for name, tensor in self.state_dict().items() if f"heads.{VALUE_HEAD}." not in name}
         columns = [self.config.token_width + self.config.heads.index(name) for name in heads[:-1]]
         table = weights.pop("composer.table")
@@ -255,170 +246,8 @@ class Calibrator(nn.Module):
             digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
         return digest.hexdigest()
 
-    def bind(
-        self,
-        tokenizer: TokenizerLike,
-        *,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        use_disk_cache: bool = True,
-    ) -> BoundCalibrator:
-        """Compile the calibrator for one target vocabulary.
-
-        Args:
-            tokenizer: a transformers tokenizer (fast or slow), a `tokenizers.Tokenizer`, a Vocabulary, a path or a
-                Hub id.
-            dtype: of the bound token vectors: float32 (default) or bfloat16, which halves their memory at an error
-                of about 0.01 nats.
-            device: where the bound calibrator runs; default: where the calibrator is.
-            use_disk_cache: keep the token vectors in the cache folder (CALIBFUSE_CACHE, else ~/.cache/calibfuse), keyed
-                by the fingerprints of weights and vocabulary.
-
-        Returns:
-            The bound calibrator; it shares the body's weights with this object.
-
-        Raises:
-            VocabularyError: `tokenizer` is no usable tokenizer.
-        """
-        from calibfuse.calibrator.binding import bind  # binding builds on this module
-
-        return bind(self, tokenizer, dtype=dtype, device=device, use_disk_cache=use_disk_cache)
-
-    def save_pretrained(self, folder: str | os.PathLike[str], *, dtype: torch.dtype = torch.bfloat16) -> Path:
-        """Write config.json, model.safetensors and README.md (the model card).
-
-        Args:
-            folder: made when missing. A complete older checkpoint in it is replaced file by file, config last.
-            dtype: of the weights on disk.
-
-        Returns:
-            The folder.
-
-        Raises:
-            CheckpointError: the files cannot be written (disk full, no permission); nothing half-written is left.
-        """
-        config = {"format": FORMAT_NAME, "format_version": FORMAT_VERSION, **self.config.to_dict()}
-        tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in self.state_dict().items()}
-        minded = sum(shift < 0.0 for shift in self.config.words.values())
-        counts = {"words_and_beginnings_minded_by_themselves": minded, "names_spared": len(self.config.words) - minded}
-        words = {name: count for name, count in counts.items() if count}
-        card = calibrator_card({**config["training"], **words, "fusion": config["fusion"]})
-        hub.write_checkpoint(Path(folder), config=config, tensors=tensors, files={"README.md": card})
-        return Path(folder)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        name_or_path: str | os.PathLike[str] | None = None,
-        *,
-        reference: str | os.PathLike[str] | None = None,
-        revision: str | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> Calibrator:
-        """Load a calibrator.
-
-        Args:
-            name_or_path: a local folder, a Hub id, or None for the bundled one. A causal LM of transformers will do
-                too, and so will a value guide of `calibfuse train-guide`.
-            reference: of a causal LM, a twin of it that becomes the head "reference".
-            revision: branch, tag or commit on the Hub.
-            cache_dir: of the Hub's files.
-            local_files_only: never touch the network.
-            token: Hub token.
-            device: default CPU.
-            dtype: of the weights in memory.
-
-        Returns:
-            The calibrator, in evaluation mode. For a checkpoint of transformers a CausalLMCalibrator: it binds in the
-            same way, but has nothing to train or to align.
-
-        Raises:
-            CheckpointError: nothing there, damaged, or not a calibrator.
-            InputError: a reference for a universal calibrator, or a causal LM that cannot be one.
-            CheckpointFormatError: written by a newer calibfuse.
-        """
-        folder = hub.resolve_checkpoint(
-            name_or_path, revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
-        )
-        if is_transformers_checkpoint(folder):
-            language_model = CausalLMCalibrator.from_pretrained(
-                folder if name_or_path is None else name_or_path,
-                reference=reference,
-                revision=revision,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-                token=token,
-                device=device,
-                dtype=dtype,
-            )
-            # Declared as what nearly all callers get; what they use of it, both have.
-            return cast("Calibrator", language_model)
-        if is_value_lm_checkpoint(folder):
-            value_lm = ValueLM.from_pretrained(folder, name=str(name_or_path), device=device, dtype=dtype)
-            return cast("Calibrator", value_lm)  # as above
-        if reference is not None:
-            raise InputError(
-                f"reference= is for causal language models of transformers; the universal calibrator in "
-                f"{str(folder)!r} has "
-                "its reference as a head of its own."
-            )
-        values = hub.read_config(folder, format_name=FORMAT_NAME, supported_version=FORMAT_VERSION)
-        values = {key: value for key, value in values.items() if key not in ("format", "format_version")}
-        try:
-            config = CalibratorConfig.from_dict(values)
-        except InputError as error:
-            raise CheckpointError(f"The config of the calibrator in {folder} is not valid: {error}") from error
-        with torch.device("meta"):
-            model = cls(config)
-        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        tensors = hub.read_tensors(folder / WEIGHTS_FILE, expected=expected)
-        model.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
-        model.lay_out_for_decoding()
-        return model.to(device or "cpu").eval()
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool = False,
-        revision: str | None = None,
-        commit_message: str = "Upload calibrator",
-        token: str | bool | None = None,
-        card: str | None = None,
-    ) -> str:
-        """Save into a temporary folder and upload it.
-
-        Args:
-            repo_id: `organisation/name`; made when missing. It is what the card's example loads.
-            private: for a new repository; an existing one keeps its visibility.
-            revision: branch, made when missing; None: the main one.
-            commit_message: of the upload.
-            token: Hub token; None: that of the login.
-            card: text of README.md; None: the model card from the facts of the training.
-
-        Returns:
-            The repository's address.
-
-        Raises:
-            CheckpointError: the upload failed; the sentence says why.
-        """
-        import tempfile
-
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            readme = Path(folder) / hub.README_NAME
-            text = readme.read_text(encoding="utf-8") if card is None else card
-            readme.write_text(text.replace(PLACEHOLDER, repo_id), encoding="utf-8")
-            return hub.upload_folder(
-                Path(folder), repo_id, private=private, revision=revision, commit_message=commit_message, token=token
-            )
-
 
 def _shape_of(config: CalibratorConfig) -> dict[str, Any]:
-    """The part of a config that determines the numbers; recommendations and facts do not."""
+    """The part of a config that determines the numbers; recommendations and metadata do not."""
     values = config.to_dict()
     return {key: value for key, value in values.items() if key not in ("fusion", "training")}

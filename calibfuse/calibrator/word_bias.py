@@ -13,7 +13,7 @@ completes it, from the letters that stand before (`after`). Nothing is re-tokeni
 are read off their bytes, and a dictionary holds the beginnings of all words.
 
 A name in pieces ("imm" + "igr" + "ant") may lose at each of them. So tokens that lead on to a beginning of a spared
-name, of three letters or more, are given its shift as well, but SPARED_PIECE at most: they lead to other words, too.
+name, of three letters or more, are given its shift as well, but PROTECTED_PIECE at most: they lead to other words, too.
 
 Left out: words of other letters than a to z, and words over more than `REACH` tokens.
 """
@@ -35,7 +35,7 @@ from calibfuse.vocabulary import Vocabulary
 REACH = 8
 """How many tokens before the next one are looked at."""
 
-SPARED_PIECE = 0.3
+PROTECTED_PIECE = 0.3
 """What a piece of a spared name is given at most, nats; what pieces lost in vocabularies that were measured."""
 _LEAST_LETTERS = 3  # of a beginning that is given something
 
@@ -109,7 +109,7 @@ class Spelled(NamedTuple):
         lines.index_add_(0, touched, dense)
 
 
-class MindedWords:
+class WordBias:
     """The words of one calibrator, in one vocabulary.
 
     Args:
@@ -130,7 +130,7 @@ class MindedWords:
     def whole(self) -> Completions:
         """The tokens that are a space and a word, perhaps with other characters than letters behind it."""
         spaced, _ = self._tokens
-        shifts = {**self._spared_beginnings, **self._shifts}
+        shifts = {**self._protected_beginnings, **self._shifts}
         return _completions([(token, shifts[run]) for run, ids in spaced.items() for token in ids if run in shifts])
 
     @cached_property
@@ -185,20 +185,20 @@ class MindedWords:
                 added = shift - begun if shift * begun > 0.0 else shift
                 if added * shift > 0.0 and abs(added) >= _LEAST:
                     found[beginning] += [(token, added) for token in bare.get(word[cut:], ())]
-        for reached, shift in self._spared_beginnings.items():
+        for reached, shift in self._protected_beginnings.items():
             for cut in range(len(reached)):
                 found[reached[:cut]] += [(token, shift) for token in bare.get(reached[cut:], ())]
         return {beginning: _completions(pairs) for beginning, pairs in found.items() if pairs}
 
     @cached_property
-    def _spared_beginnings(self) -> dict[bytes, float]:
+    def _protected_beginnings(self) -> dict[bytes, float]:
         """Beginnings of spared names that are no words of the list themselves -> what a token that leads there gets."""
         found: dict[bytes, float] = {}
         for word, shift in self._shifts.items():
             for length in range(_LEAST_LETTERS, len(word)):
                 beginning = word[:length]
                 if shift > 0.0 and beginning not in self._shifts:
-                    found[beginning] = max(min(shift, SPARED_PIECE), found.get(beginning, 0.0))
+                    found[beginning] = max(min(shift, PROTECTED_PIECE), found.get(beginning, 0.0))
         return found
 
     @cached_property
@@ -209,7 +209,7 @@ class MindedWords:
         """
         spaced: dict[bytes, list[int]] = defaultdict(list)
         bare: dict[bytes, list[int]] = defaultdict(list)
-        ends = {word[cut:] for word in (*self._shifts, *self._spared_beginnings) for cut in range(len(word))}
+        ends = {word[cut:] for word in (*self._shifts, *self._protected_beginnings) for cut in range(len(word))}
         starts, stops, hashes = _letter_runs(self._vocabulary)
         wanted = np.array([_hash(end) for end in ends], dtype=np.uint64)
         hits = np.flatnonzero(np.isin(hashes, wanted) & (stops > starts) & ~self._vocabulary.is_special)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from calibfuse.cli.terminal import Terminal, printable
 
 if TYPE_CHECKING:
-    from calibfuse.calibrator import Calibrator
     from calibfuse.embedding.alignment import Alignment
+    from calibfuse.loading import PretrainedCalibrator
 
 _CURVE_LINES = 10
 
@@ -49,11 +49,15 @@ def align_target(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         CalibfuseError: calibrator or target cannot be loaded, an option is out of range, or the folder not written to.
     """
-    from calibfuse.calibrator import Calibrator
+    from calibfuse.calibrator import load_universal
     from calibfuse.embedding.training import train_alignment
     from calibfuse.generation.language_model import load_language_model
 
-    calibrator = Calibrator.from_pretrained(args.calibrator, local_files_only=args.local_files_only)
+    calibrator = load_universal(
+        args.calibrator,
+        local_files_only=args.local_files_only,
+        why="Only the universal calibrator can be aligned",
+    )
     target = load_language_model(args.target, device=args.device, local_files_only=args.local_files_only)
     start = time.perf_counter()
     alignment = train_alignment(
@@ -76,7 +80,7 @@ def align_target(args: argparse.Namespace) -> dict[str, Any]:
     return {**alignment.facts.to_dict(), "folder": str(folder), "seconds": round(seconds, 2)}
 
 
-def _place(args: argparse.Namespace, calibrator: Calibrator) -> Path:
+def _place(args: argparse.Namespace, calibrator: PretrainedCalibrator) -> Path:
     """Where the alignment goes: where `CalibFusion.from_pretrained` looks, unless the user says otherwise."""
     from calibfuse.embedding.alignment import alignment_folders
 

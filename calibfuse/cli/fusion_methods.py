@@ -108,7 +108,7 @@ class BoundFusions:
 
     def recommended(self, mode: str | None) -> FusionConfig:
         """What `from_pretrained` would take in a mode; None: the calibrator's."""
-        from calibfuse.processor import recommended_config
+        from calibfuse.fusion import recommended_config
 
         return recommended_config(self.calibrator.config.fusion, {} if mode is None else {"mode": mode})
 
@@ -119,8 +119,8 @@ class BoundFusions:
             InputError: an option is out of range.
             MissingHeadError: the mode needs a head that the calibrator has not, or an alignment with the target.
         """
-        from calibfuse.fusion import MODES
-        from calibfuse.processor import CalibFusion, recommended_config
+        from calibfuse.fusion import MODES, recommended_config
+        from calibfuse.processor import CalibFusion
 
         config = recommended_config(self.calibrator.config.fusion, options)
         if MODES[config.mode].fuse is not None:

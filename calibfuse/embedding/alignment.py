@@ -32,7 +32,6 @@ from torch import Tensor
 
 from calibfuse import hub
 from calibfuse.calibrator.binding import BoundCalibrator, GuideStates, cache_folder
-from calibfuse.calibrator.model import CALIBRATOR_HEAD
 from calibfuse.errors import (
     CheckpointError,
     CheckpointFormatError,
@@ -40,12 +39,13 @@ from calibfuse.errors import (
     MissingHeadError,
     VocabularyMismatchError,
 )
+from calibfuse.guide import CALIBRATOR_HEAD
 from calibfuse.hub.layout import FINGERPRINT_KEY
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from calibfuse.guide import Guide, NextTokens
+    from calibfuse.guide import Guide, NextTokenScores
     from calibfuse.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -317,7 +317,7 @@ def alignable(guide: Guide) -> BoundCalibrator:
     return guide
 
 
-def last_states(said: NextTokens) -> Tensor:
+def last_states(said: NextTokenScores) -> Tensor:
     """The calibrator's last hidden states: what the query of its "calibrator" head reads.
 
     Args:

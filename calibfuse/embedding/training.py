@@ -26,7 +26,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from calibfuse.calibrator.binding import BoundCalibrator, compose_vocabulary
-from calibfuse.calibrator.model import CALIBRATOR_HEAD, Calibrator
+from calibfuse.calibrator.model import CalibratorNetwork
 from calibfuse.embedding.alignment import (
     EMBEDDINGS,
     Alignment,
@@ -38,6 +38,7 @@ from calibfuse.embedding.alignment import (
     target_embeddings,
 )
 from calibfuse.errors import InputError, VocabularyMismatchError
+from calibfuse.guide import CALIBRATOR_HEAD
 from calibfuse.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class _Pairs:
 
 
 def train_alignment(
-    calibrator: Calibrator | BoundCalibrator,
+    calibrator: CalibratorNetwork | BoundCalibrator,
     target: PreTrainedModel,
     tokenizer: TokenizerLike | None = None,
     *,
@@ -157,7 +158,7 @@ def train_alignment(
 
 
 @torch.no_grad()
-def source_embeddings(calibrator: Calibrator, vocabulary: Vocabulary, embeddings: Embeddings) -> Tensor:
+def source_embeddings(calibrator: CalibratorNetwork, vocabulary: Vocabulary, embeddings: Embeddings) -> Tensor:
     """The calibrator's embeddings of all ids, special ones without meaning: float32 [target_vocab_size, width], CPU."""
     vectors, _ = compose_vocabulary(calibrator, vocabulary, torch.float32)
     if embeddings == "input":
@@ -188,13 +189,15 @@ def _check_options(
         raise InputError(f"embeddings must be 'input' or 'output', got {embeddings!r}.")
 
 
-def _unbind(calibrator: Calibrator | BoundCalibrator, tokenizer: TokenizerLike | None) -> tuple[Calibrator, Vocabulary]:
+def _unbind(
+    calibrator: CalibratorNetwork | BoundCalibrator, tokenizer: TokenizerLike | None
+) -> tuple[CalibratorNetwork, Vocabulary]:
     """The model, and the vocabulary it is to be aligned over."""
     if isinstance(calibrator, BoundCalibrator):
         bound = alignable(calibrator)  # it has the head
         vocabulary = bound.vocabulary if tokenizer is None else Vocabulary.from_tokenizer(tokenizer)
         return bound.calibrator, vocabulary
-    if not isinstance(calibrator, Calibrator):
+    if not isinstance(calibrator, CalibratorNetwork):
         # Calibrator.from_pretrained gives a causal LM where the checkpoint is one.
         raise InputError(
             f"Only the universal calibrator can be aligned, got a {type(calibrator).__name__}: the states of another "

@@ -1,8 +1,8 @@
-"""Any transformers causal LM as calibrator, with or without a twin as reference.
+"""Any transformers causal LM as calibrator, with or without a reference model.
 
-A target with the same vocabulary is followed in lock-step (lock_step_lm.py); for any other one the LM reads the text in
-its own tokens and its distribution is carried over by bytes (projection.py). The twin, a second model of the same
-vocabulary, is the head "reference"; without one there is only the head "calibrator", for modes geometric and blend.
+A target with the same vocabulary is followed in lock-step (shared_vocabulary.py); for any other one the LM reads the
+text in its own tokens and its distribution is carried over by bytes (projection.py). The reference model, a second one
+of the same vocabulary, is the head "reference"; without it there is only the head "calibrator", for mode geometric.
 
 Files are in lm_checkpoint.py. Left out: encoder-decoder models, and models without a key/value cache.
 """
@@ -11,33 +11,31 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import math
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from calibfuse import hub
-from calibfuse.errors import InputError, MissingHeadError, VocabularyError, VocabularyMismatchError
+from calibfuse.errors import InputError, VocabularyError
+from calibfuse.guide import CALIBRATOR_HEAD, REFERENCE_HEAD, Guide
 from calibfuse.guides.kv_cache import check_followable
 from calibfuse.guides.lm_checkpoint import (
     ALLOWED_FILES,
-    find_twin,
-    is_transformers_checkpoint,
+    find_reference,
     load_model,
     load_tokenizer,
     save_lm,
 )
 from calibfuse.guides.projected_lm import ProjectedLM, ProjectedSequence, ProjectedSession
 from calibfuse.guides.shared_vocabulary import LMLogits, LockStepLM, LockStepLMSession
-from calibfuse.guides.source_text import MAX_WORD, OwnText
-from calibfuse.isolation import undisturbed
+from calibfuse.guides.source_text import MAX_WORD, SourceText
+from calibfuse.loading import PretrainedCalibrator, Source
 from calibfuse.model_card import calibrator_card
 from calibfuse.vocabulary import Vocabulary
 
@@ -46,23 +44,21 @@ if TYPE_CHECKING:
 
     from calibfuse.vocabulary import TokenizerLike
 
-__all__ = ["BoundCausalLM", "CausalLMCalibrator", "CausalLMConfig", "is_transformers_checkpoint", "same_ids"]
+__all__ = ["HEADS", "BoundCausalLM", "CausalLMCalibrator", "CausalLMConfig", "same_ids"]
 
-HEADS = ("calibrator", "reference")
-SPECIAL_MASS = 1e-4
+HEADS = (CALIBRATOR_HEAD, REFERENCE_HEAD)
 DEFAULT_FURTHER = 8
-_SEQUENCE_CHUNK = 4_000_000  # elements of a [positions, vocabulary] block in log_probs
 _LEAST_LENGTH = MAX_WORD + 4  # a start token, the longest open word byte by byte, and one further token
 
 
 @dataclass(frozen=True, kw_only=True)
 class CausalLMConfig:
-    """Facts of a causal LM as calibrator, named as in CalibratorConfig.
+    """Metadata of a causal LM as calibrator, named as in CalibratorConfig.
 
     Attributes:
         heads: names of the heads.
         fusion: recommended fusion options.
-        training: facts of the training; what the checkpoint is.
+        training: what is known of the training.
         shape: sizes of the model.
     """
 
@@ -77,19 +73,21 @@ class CausalLMConfig:
         return {**self.shape, **facts}
 
 
-class CausalLMCalibrator:
+class CausalLMCalibrator(PretrainedCalibrator):
     """A causal LM that can be bound to any vocabulary.
 
     Args:
         model: a transformers causal LM; used as it is, in evaluation mode.
         tokenizer: its tokenizer, a transformers tokenizer or a `tokenizers.Tokenizer`; None: it has none, and `bind`
             says so.
-        reference: the twin, for the head "reference"; of the same vocabulary.
+        reference: the model of the head "reference"; of the same vocabulary.
         name: for messages.
 
     Raises:
-        InputError: a model is no decoder-only LM, or the twin has another number of embeddings.
+        InputError: a model is no decoder-only LM, or the reference has another number of embeddings.
     """
+
+    config: CausalLMConfig
 
     def __init__(
         self,
@@ -114,8 +112,8 @@ class CausalLMCalibrator:
         ):
             raise InputError(
                 f"The reference has {reference.get_input_embeddings().num_embeddings} token embeddings, the calibrator "
-                f"{name} {model.get_input_embeddings().num_embeddings}; a reference must be a twin with the same "
-                "vocabulary."
+                f"{name} {model.get_input_embeddings().num_embeddings}; a reference must be a model of the "
+                "same vocabulary."
             )
         self.tokenizer = tokenizer
         # transformers keeps what config.json holds beside its own keys.
@@ -154,7 +152,7 @@ class CausalLMCalibrator:
         return (parameter for _, parameter in self.named_parameters())
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> Path:
-        """Write a checkpoint of transformers with tokenizer and model card; the twin goes to `reference` inside.
+        """Write a checkpoint of transformers with tokenizer and model card; the reference goes to `reference` inside.
 
         Args:
             folder: made when missing.
@@ -169,30 +167,7 @@ class CausalLMCalibrator:
         model = self.models[HEADS[0]]
         model.config.fusion, model.config.training = dict(self.config.fusion), dict(self.config.training)
         card = calibrator_card({**self.config.training, "fusion": self.config.fusion})
-        return save_lm(folder, model, self.tokenizer, twin=self.models.get(HEADS[1]), card=card, dtype=dtype)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        private: bool = False,
-        revision: str | None = None,
-        commit_message: str = "Upload calibrator",
-        token: str | bool | None = None,
-    ) -> str:
-        """Save into a temporary folder and upload it.
-
-        Returns:
-            The repository's address.
-
-        Raises:
-            CheckpointError: the upload failed; the sentence says why.
-        """
-        with tempfile.TemporaryDirectory() as folder:
-            place = self.save_pretrained(folder)
-            return hub.upload_folder(
-                place, repo_id, private=private, revision=revision, commit_message=commit_message, token=token
-            )
+        return save_lm(folder, model, self.tokenizer, reference=self.models.get(HEADS[1]), card=card, dtype=dtype)
 
     @classmethod
     def from_pretrained(
@@ -211,8 +186,8 @@ class CausalLMCalibrator:
 
         Args:
             name_or_path: local folder or Hub id.
-            reference: the same of its twin (for instance the model before it was tuned on clean text); None: the
-                folder `reference` of the checkpoint, where there is one.
+            reference: the same of its reference model (for instance the model before it was tuned on clean text); None:
+                the folder `reference` of the checkpoint, where there is one.
             revision: of the calibrator on the Hub.
             cache_dir: of the Hub's files.
             local_files_only: never touch the network.
@@ -226,26 +201,46 @@ class CausalLMCalibrator:
         Raises:
             CheckpointError: no such checkpoint, no safetensors weights, damaged or incomplete ones, or weights of an
                 architecture that is no causal LM.
-            InputError: an encoder-decoder model, or a reference that is no twin.
+            InputError: an encoder-decoder model, or a reference of another vocabulary.
         """
-        places: dict[str, Any] = {"cache_dir": cache_dir, "local_files_only": local_files_only, "token": token}
-        folder = hub.resolve_checkpoint(name_or_path, revision=revision, allow_patterns=ALLOWED_FILES, **places)
+        source = Source(
+            name_or_path=name_or_path,
+            revision=revision,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            token=token,
+        )
+        return cls.read(source.resolve(), source, reference=reference, device=device, dtype=dtype)
+
+    @classmethod
+    def read(
+        cls,
+        folder: Path,
+        source: Source,
+        *,
+        reference: str | os.PathLike[str] | None,
+        device: torch.device | str | None,
+        dtype: torch.dtype,
+    ) -> CausalLMCalibrator:
+        """See `PretrainedCalibrator.read`."""
+        folder = source.resolve(allow_patterns=ALLOWED_FILES)
         model, tokenizer = load_model(folder, dtype), load_tokenizer(folder)
-        other = find_twin(folder)
+        other = find_reference(folder)
         if reference is not None:
-            other = hub.resolve_checkpoint(reference, allow_patterns=ALLOWED_FILES, **places)
-        twin = None
+            other = replace(source, name_or_path=reference, revision=None).resolve(allow_patterns=ALLOWED_FILES)
+        reference_model = None
+        name = str(source.name_or_path or folder)
         if other is not None:
-            twin = load_model(other, dtype)
+            reference_model = load_model(other, dtype)
             other_tokenizer = load_tokenizer(other)
             if tokenizer is not None and other_tokenizer is not None:
                 mine, its = (Vocabulary.from_tokenizer(each) for each in (tokenizer, other_tokenizer))
                 if not same_ids(mine, its):
                     raise InputError(
                         f"The reference {str(reference or other)!r} has another vocabulary ({len(its)} ids) than the "
-                        f"calibrator {str(name_or_path)!r} ({len(mine)} ids); a reference must be a twin."
+                        f"calibrator {name!r} ({len(mine)} ids); a reference must be a model of the same vocabulary."
                     )
-        loaded = cls(model, tokenizer, reference=twin, name=str(name_or_path))
+        loaded = cls(model, tokenizer, reference=reference_model, name=name)
         if device is not None:
             for each in loaded.models.values():
                 each.to(device)
@@ -301,7 +296,7 @@ class CausalLMCalibrator:
                 f"vocabulary it must read {_LEAST_LENGTH}."
             )
         readable = min(int(model.get_input_embeddings().num_embeddings) for model in models.values())
-        text = OwnText(self.tokenizer, own, start_id, readable=readable)
+        text = SourceText(self.tokenizer, own, start_id, readable=readable)
         guide = ProjectedLM(models, text, target, further=further if all(side_by_side) else 0, max_length=max_length)
         return BoundCausalLM(guide, self, own)
 
@@ -331,7 +326,7 @@ class CausalLMCalibrator:
         )
 
 
-class BoundCausalLM:
+class BoundCausalLM(Guide):
     """A guide: a causal LM over one target vocabulary. Made by `CausalLMCalibrator.bind`.
 
     Args:
@@ -340,12 +335,14 @@ class BoundCausalLM:
         own: vocabulary of the LM.
     """
 
+    calibrator: CausalLMCalibrator
+    missing_head_hint: ClassVar[str] = "; load it with reference= (a model of the same vocabulary)"
+
     def __init__(self, guide: LockStepLM | ProjectedLM, calibrator: CausalLMCalibrator, own: Vocabulary) -> None:
         self._guide = guide
         self.calibrator = calibrator
-        self.own_vocabulary = own
+        self.source_vocabulary = own
         self.vocabulary = guide.target
-        self._uncovered = ~guide.covers(torch.arange(len(self.vocabulary), device=guide.device))
 
     @property
     def lock_step(self) -> bool:
@@ -358,19 +355,14 @@ class BoundCausalLM:
         return self.calibrator.heads
 
     @property
-    def target_vocab_size(self) -> int:
-        """Number of ids of the bound vocabulary."""
-        return len(self.vocabulary)
+    def recommended(self) -> Mapping[str, Any]:
+        """See `Guide.recommended`."""
+        return self.calibrator.config.fusion
 
     @property
     def device(self) -> torch.device:
         """Where it runs."""
         return self._guide.device
-
-    @property
-    def coverage(self) -> float:
-        """Share of the vocabulary's ids that have bytes which the LM can spell, in [0, 1]."""
-        return 1.0 - float(self._uncovered.float().mean())
 
     @property
     def memory_bytes(self) -> int:
@@ -383,7 +375,7 @@ class BoundCausalLM:
         if device == self.device:
             return self
         models = {head: _moved(model, None, device) for head, model in self._guide.models.items()}
-        return BoundCausalLM(self._guide.with_models(models), self.calibrator, self.own_vocabulary)
+        return BoundCausalLM(self._guide.with_models(models), self.calibrator, self.source_vocabulary)
 
     def covers(self, token_ids: Tensor) -> Tensor:
         """Bool, same shape: True where the token has bytes that the LM can spell."""
@@ -393,92 +385,9 @@ class BoundCausalLM:
         """A new session."""
         return self._guide.session()
 
-    def sequence(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> LMLogits | ProjectedSequence:
-        """All positions of whole sequences.
-
-        Args:
-            input_ids: int64 [batch, length].
-            attention_mask: [batch, length], 0 for left padding; only needed where padding is not a special token.
-
-        Returns:
-            What is said after each token: leading axes [batch, length]. A projection computes it when asked, token by
-            token.
-
-        Raises:
-            VocabularyMismatchError: ids or a mask of another shape.
-        """
-        if input_ids.ndim != 2:
-            raise VocabularyMismatchError(f"input_ids must be [batch, length], got shape {tuple(input_ids.shape)}.")
-        masked = None
-        if attention_mask is not None:
-            if attention_mask.shape != input_ids.shape:
-                raise VocabularyMismatchError(
-                    f"attention_mask has shape {tuple(attention_mask.shape)} but input_ids {tuple(input_ids.shape)}."
-                )
-            masked = attention_mask.to(self.device) == 0
-        return self._guide.sequence(input_ids.to(self.device), masked)
-
-    def log_probs(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Next-token log-probabilities under the head "calibrator"; see `BoundCalibrator.log_probs`.
-
-        Args:
-            input_ids: int64 [batch, length], the target's ids.
-            attention_mask: [batch, length], 0 for left padding; only needed where padding is not a special token.
-
-        Returns:
-            float32 [batch, length, target_vocab_size], nats; row i scores token i + 1. Normalised; what is not covered
-            shares the probability 1e-4.
-
-        Raises:
-            VocabularyMismatchError: ids outside the vocabulary, or shapes that do not fit.
-        """
-        return self._all_log_probs(HEADS[0], input_ids, attention_mask)
-
-    def reference_log_probs(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """The same under the head "reference".
-
-        Raises:
-            MissingHeadError: there is no reference.
-            VocabularyMismatchError: ids outside the vocabulary, or shapes that do not fit.
-        """
-        if HEADS[1] not in self.heads:
-            raise MissingHeadError(
-                f"The calibrator {self.calibrator.name} has no reference; load it with reference= (a twin)."
-            )
-        return self._all_log_probs(HEADS[1], input_ids, attention_mask)
-
-    @undisturbed
-    def first_log_probs(self, head: str = HEADS[0]) -> Tensor:
-        """Log-probabilities of a text's first token: float32 [target_vocab_size], nats."""
-        empty = torch.zeros(1, 0, dtype=torch.int64, device=self.device)
-        said, _ = self.session().step(empty, torch.zeros(0, device=self.device))
-        return self.normalise(said.log_scores(head))[0]
-
-    def normalise(self, scores: Tensor) -> Tensor:
-        """Scores [..., target_vocab_size] -> log-probabilities in which uncovered tokens share SPECIAL_MASS."""
-        count = int(self._uncovered.sum())
-        scores = scores.masked_fill(self._uncovered, -torch.inf).log_softmax(dim=-1)
-        if count == 0:
-            return scores
-        return (scores + math.log1p(-SPECIAL_MASS)).masked_fill(self._uncovered, math.log(SPECIAL_MASS / count))
-
-    @undisturbed
-    def _all_log_probs(self, head: str, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        size = self.target_vocab_size
-        if input_ids.numel():
-            low, high = (int(value) for value in torch.aminmax(input_ids))
-            if low < 0 or high >= size:
-                raise VocabularyMismatchError(
-                    f"Token id {low if low < 0 else high} is outside the vocabulary of {size} ids (tokenizer "
-                    f"{self.vocabulary.name!r}). Is the calibrator bound to another tokenizer than the model's?"
-                )
-        said = self.sequence(input_ids, attention_mask)
-        batch, length = input_ids.shape
-        result = torch.empty(batch, length, size, dtype=torch.float32, device=self.device)
-        step = max(1, _SEQUENCE_CHUNK // max(1, batch * size))
-        for start in range(0, length, step):
-            result[:, start : start + step] = self.normalise(said.positions(start, start + step).log_scores(head))
-        return result
+    def read_sequence(self, input_ids: Tensor, masked: Tensor | None) -> LMLogits | ProjectedSequence:
+        """See `Guide.read_sequence`; a projection computes it when asked, token by token."""
+        return self._guide.sequence(input_ids, masked)
 
 
 def same_ids(one: Vocabulary, other: Vocabulary) -> bool:

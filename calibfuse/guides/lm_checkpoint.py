@@ -1,7 +1,7 @@
-"""Checkpoints of transformers as calibrators: a causal LM, its tokenizer and its twin, loaded and saved.
+"""Checkpoints of transformers as calibrators: a causal LM, its tokenizer and its reference model, loaded and saved.
 
-A twin (the head "reference") lies in the folder `reference` of the checkpoint and shares its tokenizer. Our own facts,
-the recommended fusion options and what is known of the training, are the keys `fusion` and `training` of
+The model of the head "reference" lies in the folder `reference` of the checkpoint and shares its tokenizer. Our own
+metadata, the recommended fusion options and what is known of the training, are the keys `fusion` and `training` of
 `config.json`, which transformers carries along.
 
 Only safetensors weights are loaded, and no code of a checkpoint is run.
@@ -25,7 +25,7 @@ from calibfuse.errors import CheckpointError, InputError, VocabularyError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-TWIN_FOLDER = "reference"
+REFERENCE_FOLDER = "reference"
 # Tokenizers of transformers checkpoints may be kept in files that calibfuse's own checkpoints do not have.
 ALLOWED_FILES = (*hub.ALLOWED_FILES, "*.model", "merges.txt", "vocab.txt", "*.tiktoken", "*.jinja")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken")
@@ -115,9 +115,9 @@ def load_tokenizer(folder: Path) -> Any:  # noqa: ANN401
         raise VocabularyError(f"The tokenizer in {str(folder)!r} cannot be loaded: {_sentence(error)}") from error
 
 
-def find_twin(folder: Path) -> Path | None:
-    """The twin that lies in a checkpoint, if one does."""
-    place = folder / TWIN_FOLDER
+def find_reference(folder: Path) -> Path | None:
+    """The reference model that lies in a checkpoint, if one does."""
+    place = folder / REFERENCE_FOLDER
     return place if is_transformers_checkpoint(place) else None
 
 
@@ -126,11 +126,11 @@ def save_lm(
     model: PreTrainedModel,
     tokenizer: Any,  # noqa: ANN401
     *,
-    twin: PreTrainedModel | None = None,
+    reference: PreTrainedModel | None = None,
     card: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Path:
-    """Write a causal LM, its tokenizer and its twin as checkpoints of transformers.
+    """Write a causal LM, its tokenizer and its reference model as checkpoints of transformers.
 
     Everything is first written beside its place; `config.json` is renamed last.
 
@@ -138,7 +138,7 @@ def save_lm(
         folder: made when missing; other files in it stay.
         model: a causal LM; its config may have our keys `fusion` and `training`.
         tokenizer: of transformers; None: none is saved.
-        twin: goes to the folder `reference` inside.
+        reference: goes to the folder `reference` inside.
         card: README.md.
         dtype: of the weights on disk; None: as they are.
 
@@ -158,11 +158,11 @@ def save_lm(
             tokenizer.save_pretrained(fresh)
         if card is not None:
             (fresh / hub.README_NAME).write_text(card, encoding="utf-8")
-        if twin is not None:
-            _save_model(twin, fresh / TWIN_FOLDER, dtype)
+        if reference is not None:
+            _save_model(reference, fresh / REFERENCE_FOLDER, dtype)
         config = place / hub.CONFIG_NAME
         config.unlink(missing_ok=True)  # new weights never stand beside an old configuration
-        shutil.rmtree(place / TWIN_FOLDER, ignore_errors=True)  # a twin of the former model is none of this one
+        shutil.rmtree(place / REFERENCE_FOLDER, ignore_errors=True)  # that of the former model is none of this one
         for path in sorted(fresh.iterdir(), key=lambda path: path.name == hub.CONFIG_NAME):
             os.replace(path, place / path.name)
     except Exception as error:  # OSError, and what safetensors and tokenizers raise of their own

@@ -1,6 +1,6 @@
 """A causal LM as guide of a target with another vocabulary: it reads the text in its own tokens.
 
-Each row follows its own text (own_text.py): finished words are in the key/value cache, the open word is read anew at
+Each row follows its own text (source_text.py): finished words are in the key/value cache, the open word is read anew at
 each step and cut from the cache again. Rows have different numbers of own tokens, so slots of the cache are masked
 where a row has none. The distributions after the tokens of the open word are carried over to the target's tokens
 (projection.py), and for the most probable own tokens that targets go on from, the model reads one token further, side
@@ -20,8 +20,8 @@ from torch import Tensor
 
 from calibfuse.guides.kv_cache import CachedLM
 from calibfuse.guides.projection import Projection
-from calibfuse.guides.source_text import OwnPrefix, OwnText, Spelling
-from calibfuse.isolation import undisturbed
+from calibfuse.guides.source_text import SourcePrefix, SourceText, Spelling
+from calibfuse.isolation import isolated
 from calibfuse.prefix_cache import match_prefixes
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class ProjectedLM:
 
     Args:
         models: by head; all with the same own vocabulary.
-        own_text: spells text in that vocabulary.
+        source_text: spells text in that vocabulary.
         target: vocabulary of the ids.
         further: own tokens per position after which the models are asked once more; 0: none.
         max_length: tokens that the models can read; None: any number.
@@ -49,7 +49,7 @@ class ProjectedLM:
     def __init__(
         self,
         models: Mapping[str, PreTrainedModel],
-        own_text: OwnText,
+        source_text: SourceText,
         target: Vocabulary,
         *,
         further: int,
@@ -57,13 +57,13 @@ class ProjectedLM:
         projection: Projection | None = None,
     ) -> None:
         self.models = dict(models)
-        self.own_text = own_text
+        self.source_text = source_text
         self.target = target
         self.further = further
         self.max_length = max_length
         self.device = next(iter(self.models.values())).device
         self.projection = projection or Projection(
-            own_text.vocabulary, target, self.device, initial_space=own_text.adds_space
+            source_text.vocabulary, target, self.device, initial_space=source_text.adds_space
         )
         self._bytes = [target.token_bytes(token_id) for token_id in range(len(target))]
 
@@ -77,7 +77,7 @@ class ProjectedLM:
         there = next(iter(models.values())).device
         return ProjectedLM(
             models,
-            self.own_text,
+            self.source_text,
             self.target,
             further=self.further,
             max_length=self.max_length,
@@ -104,7 +104,7 @@ class ProjectedLM:
         size = len(self._bytes)
         return [self._bytes[each] if 0 <= each < size else b"" for each in ids]
 
-    def context(self, prefix: OwnPrefix, extra: int) -> list[int]:
+    def context(self, prefix: SourcePrefix, extra: int) -> list[int]:
         """The finished own tokens that the models read when `extra` more follow: the last ones, where all are too many.
 
         What is dropped changes only once in a while, so that the cache stays of use.
@@ -116,11 +116,11 @@ class ProjectedLM:
         assert self.max_length is not None
         stride = max(1, self.max_length // 2)
         dropped = min(-(-over // stride) * stride, len(tokens) - 1)
-        return [self.own_text.start_id, *tokens[1 + dropped :]]
+        return [self.source_text.start_id, *tokens[1 + dropped :]]
 
 
 class ProjectedStates:
-    """`NextTokens` of a projected LM.
+    """`NextTokenScores` of a projected LM.
 
     Args:
         guide: the models.
@@ -133,11 +133,11 @@ class ProjectedStates:
         self._logs: dict[str, Tensor] = {}
 
     def positions(self, start: int, stop: int) -> ProjectedStates:
-        """See `NextTokens.positions`."""
+        """See `NextTokenScores.positions`."""
         return ProjectedStates(self._guide, {name: each[:, start:stop] for name, each in self._marginals.items()})
 
     def log_scores(self, head: str, token_ids: Tensor | None = None) -> Tensor:
-        """See `NextTokens.log_scores`."""
+        """See `NextTokenScores.log_scores`."""
         projection = self._guide.projection
         if head not in self._logs:
             masses = projection.token_masses(self._marginals[head])
@@ -154,7 +154,7 @@ class ProjectedStates:
 
 
 class ProjectedSequence:
-    """`NextTokens` of whole sequences, computed when asked for.
+    """`NextTokenScores` of whole sequences, computed when asked for.
 
     Args:
         session: follows the sequences.
@@ -170,12 +170,12 @@ class ProjectedSequence:
         self._states: list[ProjectedStates] | None = None
 
     def positions(self, start: int, stop: int) -> ProjectedSequence:
-        """See `NextTokens.positions`."""
+        """See `NextTokenScores.positions`."""
         part = self._range[start:stop]
         return ProjectedSequence(self._session, self._ids, part.start, part.stop)
 
     def log_scores(self, head: str, token_ids: Tensor | None = None) -> Tensor:
-        """See `NextTokens.log_scores`."""
+        """See `NextTokenScores.log_scores`."""
         if self._states is None:
             nothing = torch.zeros(0, device=self._ids.device)
             self._states = [self._session.step(self._ids[:, : at + 1], nothing)[0] for at in self._range]
@@ -202,7 +202,7 @@ class ProjectedSession:
     def reset(self) -> None:
         """Forget everything."""
         self._ids: Tensor | None = None
-        self._prefixes: list[OwnPrefix] = []
+        self._prefixes: list[SourcePrefix] = []
         self._last: ProjectedStates | None = None
         self._forget_slots()
 
@@ -212,10 +212,10 @@ class ProjectedSession:
         self._slots: list[list[int]] = []  # and the slot of each
         self._width = 0
 
-    @undisturbed
+    @isolated
     def step(self, input_ids: Tensor, readings: Tensor) -> tuple[ProjectedStates, list[float]]:
         """See `GuideSession.step`."""
-        guide, text = self.guide, self.guide.own_text
+        guide, text = self.guide, self.guide.source_text
         if self._ids is None or self._last is None or 0 in (input_ids.shape[1], self._ids.shape[1]):
             values = readings.tolist()
             self.reset()
@@ -239,10 +239,10 @@ class ProjectedSession:
         self._last = ProjectedStates(guide, self._read(prefixes, parents))
         return self._last, values
 
-    def _read(self, prefixes: Sequence[OwnPrefix], parents: list[int] | None) -> dict[str, Tensor]:
+    def _read(self, prefixes: Sequence[SourcePrefix], parents: list[int] | None) -> dict[str, Tensor]:
         """Marginals by head, float64 [rows, target strings]."""
         guide = self.guide
-        spellings = [guide.own_text.spell(prefix.word) for prefix in prefixes]
+        spellings = [guide.source_text.spell(prefix.word) for prefix in prefixes]
         contexts = [guide.context(prefix, len(each.ids) + 1) for prefix, each in zip(prefixes, spellings, strict=True)]
         # The last finished token is read with the open word, so that a distribution after it is at hand.
         finished = [context[:-1] for context in contexts]
@@ -256,7 +256,7 @@ class ProjectedSession:
             news, ahead = finished, max(map(len, finished))
         first, opened = self._width, self._width + ahead
         rows, width = len(contexts), opened + behind
-        ids = np.full((rows, ahead + behind), guide.own_text.start_id)
+        ids = np.full((rows, ahead + behind), guide.source_text.start_id)
         positions = np.zeros((rows, ahead + behind), dtype=np.int64)
         visible = np.zeros((rows, width), dtype=bool)
         for row in range(rows):
@@ -301,7 +301,7 @@ class ProjectedSession:
 
     def _project(
         self,
-        prefixes: Sequence[OwnPrefix],
+        prefixes: Sequence[SourcePrefix],
         spellings: Sequence[Spelling],
         probs: Mapping[str, Tensor],
         visible: np.ndarray,
@@ -311,7 +311,7 @@ class ProjectedSession:
         projection, device = self.guide.projection, self.guide.device
         rows = len(spellings)
         lengths = torch.tensor([len(each.ids) for each in spellings], device=device)
-        at_start = [prefix.at_start(self.guide.own_text.start_id) for prefix in prefixes]
+        at_start = [prefix.at_start(self.guide.source_text.start_id) for prefix in prefixes]
         initial = torch.tensor(at_start, device=device)
         masses, weights, marginals = {}, {}, {}
         for name, each in probs.items():
@@ -348,7 +348,7 @@ class ProjectedSession:
 
     def _read_further(
         self,
-        prefixes: Sequence[OwnPrefix],
+        prefixes: Sequence[SourcePrefix],
         spellings: Sequence[Spelling],
         masses: Mapping[str, Tensor],
         weights: Mapping[str, Tensor],
@@ -367,14 +367,14 @@ class ProjectedSession:
         most = max(map(len, chosen))
         if not most:
             return
-        ids = np.full((rows, most), guide.own_text.start_id)
+        ids = np.full((rows, most), guide.source_text.start_id)
         positions = np.zeros((rows, most), dtype=np.int64)
         sees = np.zeros((rows, most, width + most), dtype=bool)
         for row, questions in enumerate(chosen):
             sees[row, :, :width] = visible[row]
             sees[row, range(most), range(width, width + most)] = True
             for at, (after, _, place) in enumerate(questions):
-                ids[row, at] = guide.own_text.id_of(projection.own.strings[place])
+                ids[row, at] = guide.source_text.id_of(projection.own.strings[place])
                 # Tokens of the open word behind which it is not asked are not there.
                 sees[row, at, opened + after + 1 : width] = False
                 positions[row, at] = int(sees[row, at, :width].sum())
@@ -390,7 +390,7 @@ class ProjectedSession:
                     marginals[name][row].index_add_(-1, onward.targets, change * before)
 
     def _worth_asking(
-        self, prefix: OwnPrefix, spelling: Spelling, masses: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+        self, prefix: SourcePrefix, spelling: Spelling, masses: Mapping[str, Tensor], weights: Mapping[str, Tensor]
     ) -> list[tuple[int, bytes, int]]:
         """The most probable own tokens of one row that targets go on from.
 
@@ -414,7 +414,7 @@ class ProjectedSession:
         for after, remaining in _open_ends(prefix.word, spelling):
             consider(after, remaining, projection.crossing(remaining).goes_on)
         # At the start of a text, own tokens may begin with a space that the text has not: another table.
-        spaced = projection.initial_space and prefix.at_start(self.guide.own_text.start_id)
+        spaced = projection.initial_space and prefix.at_start(self.guide.source_text.start_id)
         if not spelling.rest and not spaced:
             consider(len(spelling.ids), b"", projection.following.goes_on)
         found.sort(key=lambda each: -each[0])

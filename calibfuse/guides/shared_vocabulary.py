@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from calibfuse.guides.kv_cache import CachedLM
-from calibfuse.isolation import undisturbed
+from calibfuse.isolation import isolated
 from calibfuse.prefix_cache import match_prefixes
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class LockStepLM:
         """A new session."""
         return LockStepLMSession(self)
 
-    @undisturbed
+    @isolated
     def sequence(self, input_ids: Tensor, masked: Tensor | None) -> LMLogits:
         """All positions; bool `masked` [rows, length] is True for left padding."""
         rows, length = input_ids.shape
@@ -143,7 +143,7 @@ class LockStepLM:
 
 
 class LMLogits:
-    """`NextTokens` of a lock-step LM.
+    """`NextTokenScores` of a lock-step LM.
 
     Args:
         logits: float32 [..., width of the head] by head.
@@ -155,11 +155,11 @@ class LMLogits:
         self._size = target_vocab_size
 
     def positions(self, start: int, stop: int) -> LMLogits:
-        """See `NextTokens.positions`."""
+        """See `NextTokenScores.positions`."""
         return LMLogits({name: each[:, start:stop] for name, each in self._logits.items()}, self._size)
 
     def log_scores(self, head: str, token_ids: Tensor | None = None) -> Tensor:
-        """See `NextTokens.log_scores`."""
+        """See `NextTokenScores.log_scores`."""
         logits = self._logits[head]
         if token_ids is not None:
             return logits.gather(-1, token_ids.clamp(0, min(self._size, logits.shape[-1]) - 1))
@@ -187,7 +187,7 @@ class LockStepLMSession:
         self._first = 0
         self._readers = {name: CachedLM(model) for name, model in self.guide.models.items()}
 
-    @undisturbed
+    @isolated
     def step(self, input_ids: Tensor, readings: Tensor) -> tuple[LMLogits, list[float]]:
         """See `GuideSession.step`."""
         first = self.guide.first_read(input_ids.shape[1])

@@ -42,7 +42,7 @@ class Spelling:
 
 
 @dataclass(frozen=True)
-class OwnPrefix:
+class SourcePrefix:
     """A prefix of a text in own tokens.
 
     Attributes:
@@ -58,7 +58,7 @@ class OwnPrefix:
         return not self.word and self.closed[-1] == start_id
 
 
-class OwnText:
+class SourceText:
     """Spells text in one vocabulary.
 
     Args:
@@ -95,16 +95,16 @@ class OwnText:
         """The first own token with these bytes."""
         return self._ids[text]
 
-    def empty(self) -> OwnPrefix:
+    def empty(self) -> SourcePrefix:
         """The prefix before any text."""
-        return OwnPrefix((self.start_id,))
+        return SourcePrefix((self.start_id,))
 
-    def extend(self, prefix: OwnPrefix, pieces: Iterable[bytes]) -> OwnPrefix:
+    def extend(self, prefix: SourcePrefix, pieces: Iterable[bytes]) -> SourcePrefix:
         """Go on with the bytes of further ids; empty ones are special tokens."""
         for piece in pieces:
             if not piece:
                 if not prefix.at_start(self.start_id):
-                    prefix = OwnPrefix((*prefix.closed, *self.spell(prefix.word).ids, self.start_id))
+                    prefix = SourcePrefix((*prefix.closed, *self.spell(prefix.word).ids, self.start_id))
                 continue
             word = prefix.word + piece
             if self.adds_space and prefix.at_start(self.start_id) and not piece.startswith(b" "):
@@ -112,7 +112,7 @@ class OwnText:
             prefix = replace(prefix, word=word)
             while (end := _first_cut(prefix.word)) is not None:
                 done = self.spell(prefix.word[:end]).ids
-                prefix = OwnPrefix((*prefix.closed, *done), prefix.word[end:])
+                prefix = SourcePrefix((*prefix.closed, *done), prefix.word[end:])
         return prefix
 
     def _spell(self, word: bytes) -> Spelling:

@@ -19,17 +19,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calibfuse.calibrator import BoundCalibrator
-from calibfuse.calibrator.model import CALIBRATOR_HEAD, VALUE_HEAD
 from calibfuse.errors import DataError
+from calibfuse.guide import CALIBRATOR_HEAD, VALUE_HEAD
 from calibfuse.inspection.spelling import bytes_label
 from calibfuse.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
-    from calibfuse.guides.causal_lm import BoundCausalLM
+    from calibfuse.guide import Guide
 
-# A calibrator over one target vocabulary, of either kind.
-BoundGuide: TypeAlias = "BoundCalibrator | BoundCausalLM"
+# A calibrator over one target vocabulary, of any kind.
+BoundGuide: TypeAlias = "Guide"
 
 _BLOCK_ELEMENTS = 4_000_000  # of a [positions, vocabulary] block: bounds memory
 

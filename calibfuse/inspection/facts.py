@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from calibfuse.calibrator import Calibrator
+from calibfuse.loading import PretrainedCalibrator
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class CalibratorFacts:
         return {**asdict(self), "heads": list(self.heads), "parameter_count": self.parameter_count}
 
 
-def describe_calibrator(calibrator: Calibrator) -> CalibratorFacts:
+def describe_calibrator(calibrator: PretrainedCalibrator) -> CalibratorFacts:
     """Collect the facts of a calibrator.
 
     Args:
@@ -59,7 +59,7 @@ def describe_calibrator(calibrator: Calibrator) -> CalibratorFacts:
         fingerprint=calibrator.fingerprint,
         heads=tuple(config["heads"]),
         parameters=parameters,
-        bytes_in_memory=sum(parameter.nbytes for parameter in calibrator.parameters()),
+        bytes_in_memory=sum(parameter.nbytes for _, parameter in calibrator.named_parameters()),
         shape={name: value for name, value in config.items() if isinstance(value, int)},
         fusion=dict(config["fusion"]),
         training=dict(config["training"]),

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from calibfuse.calibrator.model import CALIBRATOR_HEAD, REFERENCE_HEAD, VALUE_HEAD
 from calibfuse.candidates import choose_candidates
 from calibfuse.errors import InputError
+from calibfuse.guide import CALIBRATOR_HEAD, REFERENCE_HEAD, VALUE_HEAD
 from calibfuse.inspection.spelling import TokenSpeller
-from calibfuse.processor import always_candidates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -229,7 +228,7 @@ class _Recorder(LogitsProcessor):
     def _movable(self, plain: Tensor) -> Tensor:
         """Bool [target_vocab_size]: the tokens that fusion re-ranks."""
         token_ids, values, is_candidate = choose_candidates(
-            plain, self.fusion.config.candidates, always_candidates(self.fusion.guide, plain.shape[-1])
+            plain, self.fusion.config.candidates, self.fusion.guide.always_candidates(plain.shape[-1])
         )
         if token_ids is None:
             among = torch.ones_like(plain, dtype=torch.bool) if is_candidate is None else is_candidate

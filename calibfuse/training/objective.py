@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calibfuse.calibrator.model import CALIBRATOR_HEAD, REFERENCE_HEAD, Calibrator
+from calibfuse.calibrator import Calibrator
+from calibfuse.guide import CALIBRATOR_HEAD, REFERENCE_HEAD
 from calibfuse.training.batches import BOUNDARY, IGNORE, TrainingBatch
 
 

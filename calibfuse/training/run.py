@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibfuse.calibrator.model import CALIBRATOR_HEAD, REFERENCE_HEAD, Calibrator, CalibratorConfig
+from calibfuse.calibrator import Calibrator, CalibratorConfig, load_universal
 from calibfuse.errors import CheckpointError, InputError
+from calibfuse.guide import CALIBRATOR_HEAD, REFERENCE_HEAD
 from calibfuse.training.data import PassageStore, TextSource
 from calibfuse.training.sorting import PassageSorter
 from calibfuse.training.tokenizers.pool import DEFAULT_POOL, MAX_SAMPLE_BYTES, PoolSpec, TokenizerPool
@@ -148,7 +149,7 @@ def _initial_calibrator(
         return make_calibrator(shape or CalibratorConfig(), seed)
     if shape is not None:
         raise InputError("Give either a shape or --init-from: the shape is that of the calibrator to start from.")
-    calibrator = Calibrator.from_pretrained(init_from)
+    calibrator = load_universal(init_from, why="Training starts from a universal calibrator")
     missing = {CALIBRATOR_HEAD, REFERENCE_HEAD} - set(calibrator.config.heads)
     if missing:
         raise InputError(f"The calibrator {init_from} cannot be trained further: it lacks the heads {sorted(missing)}.")

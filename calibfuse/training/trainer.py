@@ -28,8 +28,9 @@ from tqdm.auto import tqdm
 
 from calibfuse import hub
 from calibfuse.bits_per_byte import measure_fidelity
-from calibfuse.calibrator.model import CALIBRATOR_HEAD, REFERENCE_HEAD, Calibrator, CalibratorConfig
+from calibfuse.calibrator import Calibrator, CalibratorConfig
 from calibfuse.errors import CheckpointError, DataError, InputError, MissingDependencyError
+from calibfuse.guide import CALIBRATOR_HEAD, REFERENCE_HEAD
 from calibfuse.training.batches import BatchVocabulary, TrainingBatch, make_batch, pack_rows
 from calibfuse.training.data import PassageStore
 from calibfuse.training.mixed_precision import mixed_precision

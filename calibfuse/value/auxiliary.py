@@ -26,11 +26,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from calibfuse import hub
-from calibfuse.calibrator import Calibrator
+from calibfuse.calibrator import Calibrator, load_universal
 from calibfuse.calibrator.binding import BoundCalibrator, compose_vocabulary
 from calibfuse.calibrator.composer import token_features
-from calibfuse.calibrator.model import VALUE_HEAD, Head
+from calibfuse.calibrator.model import Head
 from calibfuse.errors import CheckpointError, InputError, MissingHeadError, VocabularyError, VocabularyMismatchError
+from calibfuse.guide import VALUE_HEAD
 from calibfuse.value.value_lm import PARAMETERISATIONS, ValueLM, ValueNetwork, is_value_lm_checkpoint
 from calibfuse.vocabulary import Vocabulary
 
@@ -177,7 +178,7 @@ class AuxiliaryModel(nn.Module, ABC):
             size = int(tensors["target_vocab_size"])
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"The auxiliary model in {str(place)!r} is not whole: {error}.") from error
-        return CalibratorAuxiliary(Calibrator.from_pretrained(place), vocabulary, size)
+        return CalibratorAuxiliary(load_universal(place), vocabulary, size)
 
 
 class LanguageModelAuxiliary(AuxiliaryModel):
@@ -489,7 +490,7 @@ def make_auxiliary_model(
             )
         if backbone is not None:
             raise InputError("A backbone is for the kind 'language-model'; the kind 'calibrator' has its own body.")
-        source = calibrator or Calibrator.from_pretrained()
+        source = calibrator or load_universal()
         if not isinstance(source, Calibrator):
             raise InputError(
                 f"The kind 'calibrator' needs a universal calibrator, got a {type(source).__name__}, which has no "

@@ -31,10 +31,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from calibfuse import hub
-from calibfuse.errors import CheckpointError, InputError, MissingHeadError, VocabularyError, VocabularyMismatchError
+from calibfuse.errors import CheckpointError, InputError, VocabularyError, VocabularyMismatchError
 from calibfuse.guides.causal_lm import BoundCausalLM, CausalLMConfig, same_ids
 from calibfuse.guides.kv_cache import check_followable
 from calibfuse.guides.shared_vocabulary import LockStepLM
+from calibfuse.loading import PretrainedCalibrator, Source
 from calibfuse.model_card import calibrator_card
 from calibfuse.vocabulary import Vocabulary
 
@@ -164,7 +165,7 @@ class ValueNetwork(nn.Module):
         return ValueOutput(self.log_r(states[:, -logits_to_keep:]))
 
 
-class ValueLM:
+class ValueLM(PretrainedCalibrator):
     """A value LM with the vocabulary it was made for; loaded and bound as a calibrator is.
 
     Args:
@@ -173,9 +174,11 @@ class ValueLM:
         start_id: stands before every text; special, with an embedding.
         end_ids: special tokens whose R was learned, the target's end marks; fusion may move them.
         fusion: recommended fusion options.
-        training: facts of the training, for the model card.
+        training: what is known of the training, for the model card.
         name: for messages.
     """
+
+    config: CausalLMConfig
 
     def __init__(
         self,
@@ -304,6 +307,21 @@ class ValueLM:
         return Path(folder)
 
     @classmethod
+    def read(
+        cls,
+        folder: Path,
+        source: Source,
+        *,
+        reference: str | os.PathLike[str] | None,
+        device: torch.device | str | None,
+        dtype: torch.dtype,
+    ) -> ValueLM:
+        """See `PretrainedCalibrator.read`."""
+        if reference is not None:
+            raise InputError("reference= is for causal language models of transformers; a value guide has none.")
+        return cls.from_pretrained(folder, name=str(source.name_or_path), device=device, dtype=dtype)
+
+    @classmethod
     def from_pretrained(
         cls,
         folder: str | os.PathLike[str],
@@ -399,31 +417,7 @@ class BoundValueLM(BoundCausalLM):
         copied: Any = copy.deepcopy(network)
         moved = copied.to(device=device, dtype=dtype or network.dtype)
         guide = self._guide.with_models({HEAD: moved})
-        return BoundValueLM(guide, self.calibrator, self.own_vocabulary)  # type: ignore[arg-type]
-
-    def log_probs(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Not of this guide: it values tokens, and predicts none.
-
-        Raises:
-            MissingHeadError: always.
-        """
-        raise MissingHeadError(f"The value guide {self.calibrator.name} has no head that predicts tokens.")
-
-    def reference_log_probs(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """See `log_probs`.
-
-        Raises:
-            MissingHeadError: always.
-        """
-        return self.log_probs(input_ids, attention_mask)
-
-    def first_log_probs(self, head: str = "calibrator") -> Tensor:
-        """See `log_probs`.
-
-        Raises:
-            MissingHeadError: always.
-        """
-        raise MissingHeadError(f"The value guide {self.calibrator.name} has no head {head!r} that predicts tokens.")
+        return BoundValueLM(guide, self.calibrator, self.source_vocabulary)  # type: ignore[arg-type]
 
 
 def is_value_lm_checkpoint(folder: Path) -> bool:

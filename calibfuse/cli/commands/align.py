@@ -9,7 +9,7 @@ import argparse
 import json
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from calibfuse.cli.align_target import add_target_arguments, align_target
 from calibfuse.cli.masking import masking
@@ -109,8 +109,7 @@ def _bind(args: argparse.Namespace, *, for_report: bool) -> tuple[BoundGuide, fl
     from calibfuse.calibrator import Calibrator
     from calibfuse.generation.language_model import choose_device
 
-    # Declared as a Calibrator, but it can be a causal language model as well.
-    calibrator: object = Calibrator.from_pretrained(args.calibrator, local_files_only=args.local_files_only)
+    calibrator = Calibrator.from_pretrained(args.calibrator, local_files_only=args.local_files_only)
     if not isinstance(calibrator, Calibrator) and not for_report:
         raise InputError(
             f"align binds a universal calibrator (format calibfuse-calibrator), and {args.calibrator} is a causal "
@@ -124,7 +123,7 @@ def _bind(args: argparse.Namespace, *, for_report: bool) -> tuple[BoundGuide, fl
         tokenizer = Vocabulary.from_tokenizer(tokenizer, local_files_only=True)
     device = choose_device(args.device or "cpu")
     start = time.perf_counter()
-    bound: BoundGuide = cast("Calibrator", calibrator).bind(tokenizer, dtype=getattr(torch, args.dtype), device=device)
+    bound: BoundGuide = calibrator.bind(tokenizer, dtype=getattr(torch, args.dtype), device=device)
     return bound, time.perf_counter() - start
 
 

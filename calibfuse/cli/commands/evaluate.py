@@ -16,9 +16,9 @@ from calibfuse.cli.terminal import Terminal
 from calibfuse.errors import InputError
 
 if TYPE_CHECKING:
-    from calibfuse.calibrator import Calibrator
     from calibfuse.evaluation import BudgetComparison, Evaluation, Prompt
     from calibfuse.generation.language_model import LanguageModel
+    from calibfuse.loading import PretrainedCalibrator
     from calibfuse.scorers import ToxicityScorer
 
 EXAMPLES = """\
@@ -317,7 +317,10 @@ def _load_judge(args: argparse.Namespace) -> LanguageModel:
 
 
 def _notes(
-    args: argparse.Namespace, scorers: Sequence[ToxicityScorer], calibrator: Calibrator | None, target: LanguageModel
+    args: argparse.Namespace,
+    scorers: Sequence[ToxicityScorer],
+    calibrator: PretrainedCalibrator | None,
+    target: LanguageModel,
 ) -> list[str]:
     """What a reader of the figures must know."""
     notes = []

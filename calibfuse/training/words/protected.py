@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from calibfuse.calibrator.binding import BoundCalibrator, GuideStates
-from calibfuse.calibrator.model import CALIBRATOR_HEAD, REFERENCE_HEAD
+from calibfuse.guide import CALIBRATOR_HEAD, REFERENCE_HEAD
 from calibfuse.training.data import PassageStore
 from calibfuse.training.tokenizers.pool import PoolEntry
 
@@ -116,7 +116,7 @@ def _shifts(bound: BoundCalibrator, sequences: Sequence[list[int]]) -> NDArray[n
         ids = torch.tensor([row + [0] * (width - len(row)) for row in group])
         last = torch.tensor([len(row) - 1 for row in group])
         rows = torch.arange(len(group))
-        states = GuideStates(bound, bound.sequence(ids).hidden[rows, last - 1])
+        states = GuideStates(bound, bound.read_sequence(ids.to(bound.device), None).hidden[rows, last - 1])
         own = ids[rows, last].to(bound.device)[:, None]
         calibrator, reference = (
             bound.normalise(states.log_scores(head)).gather(1, own)[:, 0] for head in (CALIBRATOR_HEAD, REFERENCE_HEAD)

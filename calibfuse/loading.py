@@ -1,0 +1,193 @@
+"""Loading of calibrators: one table of formats, and what every loaded calibrator offers.
+
+A format is told by the entry "format" of config.json; a checkpoint of transformers has a "model_type" instead. The
+table holds names, not classes: loading lies below the packages that make calibrators, so that each of them can be
+loaded without the others.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from calibfuse import hub
+from calibfuse.errors import CheckpointError
+from calibfuse.guide import Guide
+from calibfuse.model_card import PLACEHOLDER
+from calibfuse.vocabulary import TokenizerLike
+
+TRANSFORMERS = "transformers"
+FORMATS = {
+    "calibfuse-calibrator": "calibfuse.calibrator.calibrator:Calibrator",
+    "calibfuse-value-lm": "calibfuse.value.value_lm:ValueLM",
+    TRANSFORMERS: "calibfuse.guides.causal_lm:CausalLMCalibrator",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where a checkpoint comes from; see `Calibrator.from_pretrained`."""
+
+    name_or_path: str | os.PathLike[str] | None = None
+    revision: str | None = None
+    cache_dir: str | os.PathLike[str] | None = None
+    local_files_only: bool = False
+    token: str | bool | None = None
+
+    def resolve(self, **options: Any) -> Path:  # noqa: ANN401
+        """Its folder on this machine, downloaded where it is not there yet.
+
+        Raises:
+            CheckpointError: no such checkpoint.
+        """
+        return hub.resolve_checkpoint(
+            self.name_or_path,
+            revision=self.revision,
+            cache_dir=self.cache_dir,
+            local_files_only=self.local_files_only,
+            token=self.token,
+            **options,
+        )
+
+
+class CalibratorMetadata(Protocol):
+    """The config of a calibrator, as far as all of them have it."""
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Names of the heads."""
+        ...
+
+    @property
+    def fusion(self) -> Mapping[str, Any]:
+        """Recommended fusion options."""
+        ...
+
+    @property
+    def training(self) -> Mapping[str, Any]:
+        """What is known of the training."""
+        ...
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready dictionary."""
+        ...
+
+
+class PretrainedCalibrator(ABC):
+    """What every calibrator offers, whatever its format: binding, files, metadata.
+
+    Attributes:
+        config: its shape, recommended fusion options and training.
+    """
+
+    config: CalibratorMetadata
+
+    @classmethod
+    @abstractmethod
+    def read(
+        cls,
+        folder: Path,
+        source: Source,
+        *,
+        reference: str | os.PathLike[str] | None,
+        device: torch.device | str | None,
+        dtype: torch.dtype,
+    ) -> PretrainedCalibrator:
+        """Load a checkpoint of this format from `folder`, which is where `source` lies."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Hex digest of the weights; the key of everything derived from them."""
+
+    @abstractmethod
+    def bind(
+        self,
+        tokenizer: TokenizerLike,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        use_disk_cache: bool = True,
+    ) -> Guide:
+        """Make the guide of one target vocabulary."""
+
+    @abstractmethod
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the checkpoint."""
+
+    @abstractmethod
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Its parameters, by name."""
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        revision: str | None = None,
+        commit_message: str = "Upload calibrator",
+        token: str | bool | None = None,
+        card: str | None = None,
+    ) -> str:
+        """Save into a temporary folder and upload it.
+
+        Args:
+            repo_id: `organisation/name`; made when missing. It is what the card's example loads.
+            private: for a new repository; an existing one keeps its visibility.
+            revision: branch, made when missing; None: the main one.
+            commit_message: of the upload.
+            token: Hub token; None: that of the login.
+            card: text of README.md; None: the model card.
+
+        Returns:
+            The repository's address.
+
+        Raises:
+            CheckpointError: the upload failed; the sentence says why.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            place = self.save_pretrained(folder)
+            readme = place / hub.README_NAME
+            text = readme.read_text(encoding="utf-8") if card is None else card
+            readme.write_text(text.replace(PLACEHOLDER, repo_id), encoding="utf-8")
+            return hub.upload_folder(
+                place, repo_id, private=private, revision=revision, commit_message=commit_message, token=token
+            )
+
+
+def load_calibrator(
+    source: Source,
+    *,
+    reference: str | os.PathLike[str] | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> PretrainedCalibrator:
+    """Load a calibrator of whatever format; see `Calibrator.from_pretrained`.
+
+    Raises:
+        CheckpointError: nothing there, damaged, or not a calibrator.
+        InputError: a reference for a calibrator that takes none, or a causal LM that cannot be one.
+        CheckpointFormatError: written by a newer calibfuse.
+    """
+    folder = source.resolve()
+    values = hub.read_json(folder / hub.CONFIG_NAME, "configuration of a calibrator")
+    name = values.get("format", TRANSFORMERS if "model_type" in values else None)
+    if name not in FORMATS:
+        found = f"its format is {name!r}" if name is not None else "it has no entry 'format'"
+        raise CheckpointError(
+            f"Expected the configuration of a calibrator ({', '.join(FORMATS)}) in {str(folder)!r}, but {found}."
+        )
+    module, _, attribute = FORMATS[name].partition(":")
+    loaded: PretrainedCalibrator = getattr(importlib.import_module(module), attribute).read(
+        folder, source, reference=reference, device=device, dtype=dtype
+    )
+    return loaded
