@@ -6,7 +6,7 @@ cli  ->  inspection | finetune  ->  processor | training | evaluation | value  -
 """
 
 import ast
-import importlib.metadata
+import itertools
 import re
 import sys
 from dataclasses import dataclass
@@ -156,12 +156,14 @@ def test_modules_import_at_their_top_only_what_every_installation_has():
 
 def test_every_import_is_declared():
     """Each third-party package is a requirement of the project or of one of its extras."""
-    requirements = importlib.metadata.requires("calibfuse") or []
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 reads pyproject.toml")
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    requirements = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
     declared = {re.match(r"[\w.-]+", each)[0].lower().replace("-", "_") for each in requirements}
     declared = {{"scikit_learn": "sklearn"}.get(name, name) for name in declared}
     missing = [each for each in FOREIGN if each.imported.split(".")[0].lower() not in declared]
     assert not missing, show(missing)
-    core = {re.match(r"[\w.-]+", each)[0].replace("-", "_") for each in requirements if "extra ==" not in each}
+    core = {re.match(r"[\w.-]+", each)[0].replace("-", "_") for each in project["dependencies"]}
     assert core == CORE
 
 
