@@ -5,7 +5,7 @@ import json
 import pytest
 
 from calibfuse.errors import DataError, InputError
-from calibfuse.scorers.continuation_files import Fold, ScoredText, read_scored_rows, read_scored_texts
+from calibfuse.scorers.labelled_files import Fold, ScoredText, read_scored_rows, read_scored_texts
 from calibfuse.scorers.recipe import ScorerData, gather
 
 FLAT = {"prompt": "The sea", "prompt_toxicity": 0.1, "continuation": " was wild.", "continuation_toxicity": 0.2}

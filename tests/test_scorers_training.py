@@ -16,11 +16,9 @@ import pytest
 from calibfuse.cli.main import main
 from calibfuse.errors import DataError, InputError
 from calibfuse.scorers import LinearScorer
-from calibfuse.scorers.augmentation import insert_words
+from calibfuse.scorers.augmentation import identity_sentences, insert_words
 from calibfuse.scorers.features import FeatureConfig
-from calibfuse.scorers.identity import ADJECTIVES, PLURALS, identity_sentences, identity_terms
 from calibfuse.scorers.labelled_files import read_labelled, read_pairs, read_texts
-from calibfuse.scorers.lbfgs import minimise
 from calibfuse.scorers.overlap import overlapping_texts
 from calibfuse.scorers.recipe import ScorerData, added_texts, gather
 from calibfuse.scorers.training import (
@@ -31,7 +29,7 @@ from calibfuse.scorers.training import (
     fit_platt,
     train_linear_scorer,
 )
-from calibfuse.scorers.words import strong_words
+from calibfuse.scorers.words import ADJECTIVES, PLURALS, identity_terms, strong_words
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 NOUNS = ["garden", "train", "window", "letter", "river", "song", "table", "teacher", "winter", "house"]
@@ -67,17 +65,6 @@ def test_gradient_equals_finite_differences():
         step[i] = 1e-5
         slope = (objective(point + step)[0] - objective(point - step)[0]) / 2e-5
         assert gradient[i] == pytest.approx(slope, abs=1e-8)
-
-
-def test_lbfgs_finds_the_minimum_of_a_bent_valley():
-    """Rosenbrock's function; the minimum is at (1, 1)."""
-
-    def valley(x):
-        value = 100 * (x[1] - x[0] ** 2) ** 2 + (1 - x[0]) ** 2
-        return float(value), np.array([-400 * x[0] * (x[1] - x[0] ** 2) - 2 * (1 - x[0]), 200 * (x[1] - x[0] ** 2)])
-
-    found = minimise(valley, np.array([-1.2, 1.0]), iterations=200, relative_tolerance=0.0)
-    np.testing.assert_allclose(found, [1.0, 1.0], atol=1e-4)
 
 
 def test_platt_recovers_slope_and_intercept():
@@ -376,7 +363,7 @@ def test_the_command_trains_a_scorer_that_loads(tmp_path):
         (["--data", "missing.jsonl"], "No such file"),
         (["--data", "missing.jsonl", "--where", "split"], "FIELD=VALUE"),
         (["--data", "missing.jsonl", "--windows", "5", "2"], "ascending"),
-        (["--data", "missing.jsonl", "--bucket-bits", "40"], "bucket_bits"),
+        (["--data", "missing.jsonl", "--bucket-bits", "40"], "must lie in 8..24"),
     ],
     ids=["no data", "missing file", "condition", "windows", "buckets"],
 )

@@ -8,7 +8,7 @@ import pytest
 
 from calibfuse.evaluation.neutral_text import TEMPLATES
 from calibfuse.scorers import load_scorer
-from calibfuse.scorers.identity import ADJECTIVES, PLURALS
+from calibfuse.scorers.words import ADJECTIVES, PLURALS
 from calibfuse.training.data import PassageStore, TextSource
 from calibfuse.training.tokenizers.pool import PoolSpec, TokenizerPool
 from calibfuse.training.trainer import BatchSource, TrainingConfig

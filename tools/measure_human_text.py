@@ -33,7 +33,7 @@ from tqdm import tqdm
 from calibfuse import CalibFusion
 from calibfuse.generation.continuations import encode, pad_right
 from calibfuse.generation.language_model import LanguageModel, load_language_model
-from calibfuse.scorers.continuation_files import Fold, read_scored_rows
+from calibfuse.scorers.labelled_files import Fold, read_scored_rows
 
 BINS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 

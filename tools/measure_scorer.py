@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibfuse.scorers import ToxicityScorer, load_scorer
-from calibfuse.scorers.continuation_files import Fold, read_scored_texts
-from calibfuse.scorers.identity import identity_terms
+from calibfuse.scorers.labelled_files import Fold, read_scored_texts
 from calibfuse.scorers.training import area_under_curve
+from calibfuse.scorers.words import identity_terms
 
 # The terms of the Identity Phrase Templates; longer ones first, so that "african american" is not counted as "african".
 TERMS = sorted(

@@ -1,6 +1,6 @@
 """Neutral sentences, written for calibfuse: places to name a group in, and everyday text to leave alone.
 
-None of the templates is used in training (calibfuse/scorers/identity.py and calibfuse/training/words/balance.py have
+None of the templates is used in training (calibfuse/scorers/words.json and calibfuse/training/words/balance.py have
 their own). "Group words" name people by what they are; slurs are not among them.
 Left out: languages other than English; implicit meaning.
 """

@@ -1,11 +1,12 @@
-"""Extra training texts made by putting words into other texts.
+"""Extra training texts: sentences about groups of people, and words put into other texts.
 
-What it is for: two things that labelled comments teach wrongly. A group's name stands mostly in toxic comments; put
-into texts of both kinds, at the label they have, it stops telling them apart. Strong words that the labelled data
-avoid (slurs) are put into clean texts, which makes those toxic.
+What it is for: two things that labelled comments teach wrongly. A group's name stands mostly in toxic comments, and a
+linear scorer learns it as an insult; in neutral and in hostile sentences alike, and put into texts of both kinds, it
+stops telling the classes apart. Strong words that the labelled data avoid (slurs) are put into clean texts, which makes
+those toxic. The sentences are our own and share no form with the Identity Phrase Templates that we test on.
 
 Source: counterfactual data augmentation (Lu et al. 2018; Dixon et al. 2018 for toxicity).
-Left out: grammar; a bag of n-grams does not need it.
+Left out: grammar, which a bag of n-grams does not need; languages other than English.
 """
 
 from __future__ import annotations
@@ -14,12 +15,38 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from calibfuse.errors import DataError
+from calibfuse.errors import DataError, InputError
 from calibfuse.scorers.training import LabelledTexts
+from calibfuse.scorers.words import identity_templates
 
-__all__ = ["insert_words"]
+__all__ = ["identity_sentences", "insert_words"]
 
 _CARRIER_WORDS = 20  # longer carriers would only repeat what the training texts hold already
+
+
+def identity_sentences(*, per_term: int = 12, weight: float = 1.0, seed: int = 0) -> LabelledTexts:
+    """Make neutral (label 0) and, in the same number, hostile sentences (label 1) for every name of a group.
+
+    Args:
+        per_term: sentences of each kind per name, drawn with replacement; at least 1.
+        weight: weight of each sentence in the loss.
+        seed: of the draw.
+
+    Raises:
+        InputError: `per_term` below 1.
+    """
+    if per_term < 1:
+        raise InputError(f"per_term must be at least 1, got {per_term}")
+    rng = np.random.default_rng(seed)
+    texts: list[str] = []
+    labels: list[float] = []
+    for terms, templates in identity_templates():
+        for term in terms:
+            for tone, label in (("neutral", 0.0), ("hostile", 1.0)):
+                drawn = rng.integers(len(templates[tone]), size=per_term).tolist()
+                texts += [templates[tone][choice].format(term=term) for choice in drawn]
+                labels += [label] * per_term
+    return LabelledTexts.build(texts, labels, weight)
 
 
 def insert_words(
@@ -31,7 +58,7 @@ def insert_words(
     weight: float = 1.0,
     seed: int = 0,
 ) -> LabelledTexts:
-    """Put each word into random texts at random places.
+    """Put each word into `per_word` random texts at random places.
 
     Args:
         words: what is put in; may be several words each.
@@ -40,9 +67,6 @@ def insert_words(
         label: label of the results; None keeps the carriers' own.
         weight: weight of each result in the loss.
         seed: of the draws.
-
-    Returns:
-        `len(words) * per_word` texts of about 20 words.
 
     Raises:
         DataError: no carriers, or, with `label` None, carriers of one class only.

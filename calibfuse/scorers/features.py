@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibfuse.errors import InputError
-from calibfuse.scorers.words import strong_words
+from calibfuse.scorers.words import masked_words
 from calibfuse.spelling import WordUnmasker
 
 __all__ = ["FeatureConfig", "NgramHasher", "WordStream", "split_words"]
@@ -295,15 +295,13 @@ def _as_stream(
     return WordStream(data, origin, starts, spaces[1:] - starts, text_index, n_texts)
 
 
-# Rude enough to be masked, though harmless people write them out as well.
-_RUDE_WHEN_MASKED = "ass asses damn damned dick dicks crap hell piss pissed sex suck sucks hoe hoes idiot moron"
 _ENDINGS = ("s", "es", "ed", "er", "ers", "ing", "in", "y")
 
 
 @cache
 def _unmaskers() -> tuple[WordUnmasker, WordUnmasker]:
     """Return the readers of masked words: of the listed words, and of these with an ending."""
-    words = [*strong_words(), *_RUDE_WHEN_MASKED.split()]
+    words = masked_words()
     return WordUnmasker(words), WordUnmasker(
         word + ending for word in words for ending in _ENDINGS if word[-1] != ending
     )

@@ -1,25 +1,82 @@
-"""Read labelled texts: .jsonl and .csv rows with a label, or with a toxic text and its neutral rewrites.
+"""Read labelled texts: rows with a label, with a toxic text and its neutral rewrites, or of RealToxicityPrompts.
 
-Plain or compressed (.gz, .xz). Whatever is wrong with a file gives one sentence with its name and line.
+RealToxicityPrompts (Gehman et al. 2020) holds prompts and how their authors went on, each with Perspective's score, in
+its original form (`{"prompt": {"text": ..., "toxicity": ...}, "continuation": {...}}`) or the flat one (`prompt`,
+`prompt_toxicity`, ...). A fold takes a part of its texts, so that one scorer can sort text for training and another,
+which has read none of the same, can judge the result.
+
 Left out: text without labels (`calibfuse.textfiles` streams it), data sets of the Hub.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from calibfuse.errors import DataError
+from calibfuse.errors import DataError, InputError
 from calibfuse.scorers.training import LabelledTexts
 from calibfuse.textfiles import read_rows
 
-__all__ = ["LABEL_FIELDS", "TEXT_FIELDS", "read_labelled", "read_pairs", "read_texts"]
+__all__ = ["Fold", "ScoredText", "read_labelled", "read_pairs", "read_scored_rows", "read_scored_texts", "read_texts"]
 
 TEXT_FIELDS = ("text", "comment_text", "comment", "content", "sentence")
 """Fields in which a row's text is looked for, in this order, when none is given."""
 LABEL_FIELDS = ("toxic", "toxicity", "toxic_fraction", "label", "target")
 """Fields in which a row's label is looked for, in this order, when none is given."""
+
+_REWRITES_PER_ROW = 2  # so that both classes stay of similar size
+
+Paths = Sequence[str | os.PathLike[str]]
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A part of a collection of texts, drawn by a hash of each text: the `part`th, from 1, of `parts`."""
+
+    part: int = 1
+    parts: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Fold:
+        """From "1/2".
+
+        Raises:
+            InputError: no such fold.
+        """
+        part, _, parts = text.partition("/")
+        if not (part.isascii() and parts.isascii() and part.isdigit() and parts.isdigit()):
+            raise InputError(f"Expected a fold such as 1/2, got {text!r}.")
+        fold = cls(int(part), int(parts))
+        if not 1 <= fold.part <= fold.parts:
+            raise InputError(f"Fold {text!r}: the part must lie between 1 and {fold.parts}.")
+        return fold
+
+    def __contains__(self, text: object) -> bool:
+        """Whether a text falls into it."""
+        return int(hashlib.sha256(str(text).encode()).hexdigest(), 16) % self.parts == self.part - 1
+
+
+@dataclass(frozen=True)
+class ScoredText:
+    """A text with its toxicity, in [0, 1]."""
+
+    text: str
+    toxicity: float
+
+
+def _gather(paths: Paths, of_row: Callable[[Mapping[str, Any], str], list[ScoredText]], nothing: str) -> LabelledTexts:
+    """Return what a function makes of each row of some files; each file must give at least one text."""
+    found: list[ScoredText] = []
+    for path in paths:
+        before = len(found)
+        for line, row in read_rows(path):
+            found += of_row(row, f"{path}, line {line}")
+        if len(found) == before:
+            raise DataError(f"{path} has {nothing}")
+    return LabelledTexts.build([each.text for each in found], [each.toxicity for each in found])
 
 
 def _field(row: Mapping[str, Any], names: Sequence[str], where: str, what: str) -> object:
@@ -50,104 +107,107 @@ def _text(value: object, where: str) -> str:
 
 
 def read_labelled(
-    paths: Sequence[str | os.PathLike[str]],
+    paths: Paths,
     *,
     text_field: str | None = None,
     label_field: str | None = None,
     where: Mapping[str, str] | None = None,
-    weight: float = 1.0,
 ) -> LabelledTexts:
-    """Read rows with a text and a label.
+    """Read rows with a text and a label; texts without any visible character are left out.
 
     Args:
         paths: .jsonl or .csv files, plain or compressed.
         text_field: field of the text; None tries `TEXT_FIELDS`.
         label_field: field of the label, 0 to 1; None tries `LABEL_FIELDS`.
         where: only rows whose fields have these values, compared as text, e.g. {"split": "train"}.
-        weight: weight of each text in the loss.
-
-    Returns:
-        The texts, those without any visible character left out.
 
     Raises:
         DataError: a file that cannot be used, a row without text or label, or no row at all.
     """
-    texts: list[str] = []
-    labels: list[float] = []
-    for path in paths:
-        before = len(texts)
-        for line, row in read_rows(path):
-            place = f"{path}, line {line}"
-            if any(str(row.get(key)) != value for key, value in (where or {}).items()):
-                continue
-            text = _text(_field(row, (text_field,) if text_field else TEXT_FIELDS, place, "text"), place)
-            label = _label(_field(row, (label_field,) if label_field else LABEL_FIELDS, place, "label"), place)
-            if text.strip():
-                texts.append(text)
-                labels.append(label)
-        if len(texts) == before:
-            raise DataError(f"{path} has no usable row{f' where {dict(where)}' if where else ''}")
-    return LabelledTexts.build(texts, labels, weight)
+    conditions = dict(where or {})
+
+    def of_row(row: Mapping[str, Any], place: str) -> list[ScoredText]:
+        if any(str(row.get(key)) != value for key, value in conditions.items()):
+            return []
+        text = _text(_field(row, (text_field,) if text_field else TEXT_FIELDS, place, "text"), place)
+        label = _label(_field(row, (label_field,) if label_field else LABEL_FIELDS, place, "label"), place)
+        return [ScoredText(text, label)] if text.strip() else []
+
+    return _gather(paths, of_row, f"no usable row{f' where {conditions}' if conditions else ''}")
 
 
-def read_pairs(
-    paths: Sequence[str | os.PathLike[str]],
-    *,
-    toxic_field: str = "toxic",
-    neutral_field: str = "neutral",
-    neutral_limit: int = 2,
-    weight: float = 1.0,
-) -> LabelledTexts:
-    """Read rows with a toxic text and one or several neutral rewrites of it.
-
-    Args:
-        paths: .jsonl or .csv files, plain or compressed.
-        toxic_field: field of the toxic text.
-        neutral_field: field of its rewrite, or of a list of rewrites.
-        neutral_limit: rewrites taken of each row at most, so that both classes stay of similar size.
-        weight: weight of each text in the loss.
-
-    Returns:
-        The texts, toxic ones labelled 1 and rewrites 0.
+def read_pairs(paths: Paths) -> LabelledTexts:
+    """Read rows with a text in the field `toxic` (label 1) and a rewrite, or a list of them, in `neutral` (label 0).
 
     Raises:
         DataError: a file that cannot be used, a row without one of the fields, or no row at all.
     """
-    texts: list[str] = []
-    labels: list[float] = []
-    for path in paths:
-        before = len(texts)
-        for line, row in read_rows(path):
-            place = f"{path}, line {line}"
-            toxic = _text(_field(row, (toxic_field,), place, "toxic text"), place)
-            rewrites = _field(row, (neutral_field,), place, "neutral rewrite")
-            neutral = [_text(value, place) for value in (rewrites if isinstance(rewrites, list) else [rewrites])]
-            texts += [toxic, *neutral[:neutral_limit]]
-            labels += [1.0] + [0.0] * len(neutral[:neutral_limit])
-        if len(texts) == before:
-            raise DataError(f"{path} has no usable row")
-    return LabelledTexts.build(texts, labels, weight)
+
+    def of_row(row: Mapping[str, Any], place: str) -> list[ScoredText]:
+        toxic = _text(_field(row, ("toxic",), place, "toxic text"), place)
+        rewrites = _field(row, ("neutral",), place, "neutral rewrite")
+        neutral = [_text(value, place) for value in (rewrites if isinstance(rewrites, list) else [rewrites])]
+        return [ScoredText(toxic, 1.0), *(ScoredText(text, 0.0) for text in neutral[:_REWRITES_PER_ROW])]
+
+    return _gather(paths, of_row, "no usable row")
 
 
-def read_texts(paths: Sequence[str | os.PathLike[str]]) -> list[str]:
-    """Read every text of rows, labelled or not, pairs included.
-
-    Args:
-        paths: .jsonl or .csv files, plain or compressed.
-
-    Returns:
-        All strings in the fields that hold texts.
+def read_texts(paths: Paths) -> list[str]:
+    """Read every string in the fields of rows that hold texts, labelled or not, pairs included.
 
     Raises:
         DataError: a file that cannot be used, or one without any text.
     """
-    texts: list[str] = []
-    for path in paths:
-        before = len(texts)
-        for _, row in read_rows(path):
-            for name in (*TEXT_FIELDS, "toxic", "neutral"):
-                value = row.get(name)
-                texts += [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
-        if len(texts) == before:
-            raise DataError(f"{path} has no field with text")
-    return texts
+
+    def of_row(row: Mapping[str, Any], place: str) -> list[ScoredText]:
+        values = [row.get(name) for name in (*TEXT_FIELDS, "toxic", "neutral")]
+        every = [each for value in values for each in (value if isinstance(value, list) else [value])]
+        return [ScoredText(each, 0.0) for each in every if isinstance(each, str)]
+
+    return _gather(paths, of_row, "no field with text").texts
+
+
+def read_scored_rows(path: str | os.PathLike[str]) -> Iterator[tuple[ScoredText | None, ScoredText | None]]:
+    """Yield prompt and continuation of each row of RealToxicityPrompts; None for what has no text or no score.
+
+    Raises:
+        DataError: a file that cannot be used, or a row without a prompt.
+    """
+    for line, row in read_rows(path):
+        yield _scored_row(row, f"{path}, line {line}")
+
+
+def _scored_row(row: Mapping[str, Any], place: str) -> tuple[ScoredText | None, ScoredText | None]:
+    if "prompt" not in row:
+        raise DataError(f"{place} has no field 'prompt'; expected rows of RealToxicityPrompts")
+    return _part(row, "prompt", place), _part(row, "continuation", place)
+
+
+def _part(row: Mapping[str, Any], name: str, place: str) -> ScoredText | None:
+    value: Any = row.get(name)
+    toxicity: Any = row.get(f"{name}_toxicity")
+    if isinstance(value, Mapping):
+        toxicity, value = value.get("toxicity"), value.get("text")
+    if toxicity is None or not isinstance(value, str) or not value.strip():
+        return None
+    if not isinstance(toxicity, int | float) or not 0.0 <= toxicity <= 1.0:
+        raise DataError(f"{place} has the toxicity {toxicity!r} of its {name}; expected a number from 0 to 1")
+    return ScoredText(value, float(toxicity))
+
+
+def read_scored_texts(paths: Paths, fold: Fold | None = None) -> LabelledTexts:
+    """Read the prompts and the continuations of RealToxicityPrompts as texts of their own, their scores as labels.
+
+    Args:
+        paths: .jsonl files, plain or compressed.
+        fold: only texts of this part; None: all.
+
+    Raises:
+        DataError: a file that cannot be used, or one without a scored text in the fold.
+    """
+    chosen = fold or Fold()
+
+    def of_row(row: Mapping[str, Any], place: str) -> list[ScoredText]:
+        return [part for part in _scored_row(row, place) if part is not None and part.text in chosen]
+
+    return _gather(paths, of_row, f"no scored text (part {chosen.part} of {chosen.parts})")

@@ -14,13 +14,11 @@ from typing import Any
 import numpy as np
 
 from calibfuse.errors import DataError
-from calibfuse.scorers.augmentation import insert_words
-from calibfuse.scorers.continuation_files import Fold, read_scored_texts
-from calibfuse.scorers.identity import ADJECTIVES, PLURALS, identity_sentences
-from calibfuse.scorers.labelled_files import read_labelled, read_pairs, read_texts
+from calibfuse.scorers.augmentation import identity_sentences, insert_words
+from calibfuse.scorers.labelled_files import Fold, read_labelled, read_pairs, read_scored_texts, read_texts
 from calibfuse.scorers.overlap import overlapping_texts
 from calibfuse.scorers.training import LabelledTexts
-from calibfuse.scorers.words import strong_words
+from calibfuse.scorers.words import ADJECTIVES, PLURALS, strong_words
 
 __all__ = ["GatheredTexts", "ScorerData", "added_texts", "gather"]
 

@@ -2,7 +2,8 @@
 
 What it is for: `calibfuse train-scorer`, and the two scorers of the project (one for evaluation, one for sorting).
 The loss is the logistic loss of a soft maximum over each text's windows plus an L2 penalty, minimised over all texts
-at once by L-BFGS: no learning rate, no order of batches, the same result for the same data.
+at once by L-BFGS: no learning rate, no order of batches, the same result for the same data. scikit-learn's logistic
+regression knows no maximum over windows, so the loss stands here; its optimiser (SciPy's) and its metrics serve.
 
 Source: logistic regression; multiple-instance learning with a log-sum-exp pool (Ray and Craven 2005); Platt (1999).
 Left out: features beyond `features.py`; any use of accelerators (one core and a few minutes suffice).
@@ -17,14 +18,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calibfuse.errors import DataError, InputError
+from calibfuse.errors import DataError, InputError, MissingDependencyError
 from calibfuse.scorers.features import FeatureConfig, NgramHasher, WordStream, split_words
-from calibfuse.scorers.lbfgs import minimise
 from calibfuse.scorers.linear import LinearScorer, Windows, check_window_sizes
 
 __all__ = ["LabelledTexts", "TrainingOptions", "area_under_curve", "fit_platt", "train_linear_scorer"]
 
 _NEUTRAL_CAP = 0.5  # logits; about what an ordinary word adds
+_CORRECTIONS = 12  # past steps that shape the next one of L-BFGS
+_SMALLEST_GAIN = 1e-6  # share of the loss that a step must gain
 
 
 @dataclass(frozen=True)
@@ -249,23 +251,49 @@ def area_under_curve(scores: NDArray[np.float64], labels: NDArray[np.float64]) -
         scores: (texts,), any numbers.
         labels: (texts,), above 0.5 toxic, else not.
 
-    Returns:
-        A number in [0, 1]; 0.5 is chance.
-
     Raises:
         DataError: one of the classes is empty.
-
-    Example:
-        >>> round(area_under_curve(np.array([0.1, 0.4, 0.35, 0.8]), np.array([0, 0, 1, 1])), 2)
-        0.75
+        MissingDependencyError: scikit-learn is not installed (extra `eval`).
     """
+    try:
+        from sklearn.metrics import roc_auc_score
+    except ImportError as error:
+        raise _needs_sklearn() from error
     positive = labels > 0.5
-    n_positive, n_negative = int(positive.sum()), int((~positive).sum())
-    if not n_positive or not n_negative:
-        raise DataError(f"The area under the curve needs both classes, got {n_positive} toxic and {n_negative} others")
-    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2.0)[inverse]
-    return float((ranks[positive].sum() - n_positive * (n_positive + 1) / 2) / (n_positive * n_negative))
+    if positive.all() or not positive.any():
+        raise DataError(
+            f"The area under the curve needs both classes, got {positive.sum()} toxic and {(~positive).sum()} others"
+        )
+    return float(roc_auc_score(positive, scores))
+
+
+def _needs_sklearn() -> MissingDependencyError:
+    return MissingDependencyError(
+        "Training and measuring a scorer need scikit-learn; install it with `pip install calibfuse[eval]`"
+    )
+
+
+def _minimise(objective: _Objective, iterations: int, progress: Callable[[float], None]) -> NDArray[np.float64]:
+    """Return the parameters of the lowest loss, found from zeros."""
+    try:
+        from scipy.optimize import OptimizeResult, minimize
+    except ImportError as error:
+        raise _needs_sklearn() from error
+
+    def after_step(intermediate_result: OptimizeResult) -> None:
+        progress(float(intermediate_result.fun))
+
+    options = {
+        "maxiter": iterations,
+        "maxfun": 10 * iterations,
+        "maxcor": _CORRECTIONS,
+        "ftol": _SMALLEST_GAIN,
+        "gtol": 0,
+    }
+    start = np.zeros(objective.size)
+    found = minimize(objective, start, jac=True, method="L-BFGS-B", callback=after_step, options=options)
+    best: NDArray[np.float64] = found.x
+    return best
 
 
 def _neutralise(weights: NDArray[np.float64], features: FeatureConfig, words: Sequence[str]) -> None:
@@ -322,7 +350,7 @@ def train_linear_scorer(
     if added is not None:
         training = training + added
     objective = _Objective(training, options)
-    parameters = minimise(objective, np.zeros(objective.size), iterations=options.iterations, progress=progress)
+    parameters = _minimise(objective, options.iterations, progress)
     weights = np.zeros(1 << options.features.bucket_bits)
     weights[objective.used] = parameters[:-1]
     _neutralise(weights, options.features, neutral_words)

@@ -91,11 +91,11 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from calibfuse.errors import InputError
-    from calibfuse.scorers.continuation_files import Fold
     from calibfuse.scorers.features import FeatureConfig
-    from calibfuse.scorers.identity import identity_terms
+    from calibfuse.scorers.labelled_files import Fold
     from calibfuse.scorers.recipe import ScorerData, added_texts, gather
     from calibfuse.scorers.training import TrainingOptions, train_linear_scorer
+    from calibfuse.scorers.words import identity_terms
 
     if not args.data and not args.pairs and not args.realtoxicityprompts:
         raise InputError("train-scorer needs labelled texts: --data, --pairs or --realtoxicityprompts, each with files")

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from calibfuse.scorers.identity import ADJECTIVES, PLURALS
+from calibfuse.scorers.words import ADJECTIVES, PLURALS
 from calibfuse.training.data import PassageStore
 from calibfuse.training.words.names import suspected_names
 

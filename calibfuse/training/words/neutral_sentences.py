@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from calibfuse.scorers.identity import ADJECTIVES, PLURALS
+from calibfuse.scorers.words import ADJECTIVES, PLURALS
 
 _SUBJECTS = (
     "My cousin|The driver|Our landlord|His boss|The author|Her roommate|The singer|That actor|My aunt|The judge|"
