@@ -9,7 +9,7 @@ import torch
 
 from calibfuse.training.data import PassageStore
 from calibfuse.training.tokenizers.pool import PoolEntry, PoolSpec, TokenizerPool
-from calibfuse.training.words.protected import LEAST_OCCURRENCES, LEAST_SHIFT, QUANTILE, spared_shifts
+from calibfuse.training.words.protected import LEAST_OCCURRENCES, LEAST_SHIFT, QUANTILE, protected_shifts
 from tests.sorted_store import build_sorted_store
 from tests.tiny_calibrators import make_calibrator
 
@@ -71,7 +71,7 @@ def _slow_shift(bound, entry, store, name, passages, change):
 
 def test_a_name_is_given_back_what_its_occurrences_lack(bound, entry, store):
     holders = {name: _holders(store, name) for name in NAMES}
-    found = spared_shifts(bound, entry, store, holders, excluded=None, seed=0)
+    found = protected_shifts(bound, entry, store, holders, excluded=None, seed=0)
     expected = {name: slow_shift(bound, entry, store, name, passages) for name, passages in holders.items()}
     assert min(expected.values()) < LEAST_SHIFT < max(expected.values())  # both kinds are there
     assert found == {name: pytest.approx(value, abs=0.006) for name, value in expected.items() if value >= LEAST_SHIFT}
@@ -80,16 +80,16 @@ def test_a_name_is_given_back_what_its_occurrences_lack(bound, entry, store):
 def test_rare_names_and_passages_left_out_do_not_count(bound, entry, store):
     everywhere = np.arange(len(store))
     holders = {"wuggle": np.array([i for i in everywhere if "wuggle" in store.text(int(i))]), "came": everywhere}
-    assert "wuggle" not in spared_shifts(bound, entry, store, holders, excluded=None, seed=0)
+    assert "wuggle" not in protected_shifts(bound, entry, store, holders, excluded=None, seed=0)
     excluded = np.ones(len(store), dtype=bool)
     excluded[store.train_indices[: LEAST_OCCURRENCES - 1]] = False
-    assert spared_shifts(bound, entry, store, holders, excluded=excluded, seed=0) == {}
+    assert protected_shifts(bound, entry, store, holders, excluded=excluded, seed=0) == {}
 
 
 def test_with_the_shift_a_name_is_spared(bound, entry, store):
     """Bound again with what was found, the same occurrences lack nothing that would be given back."""
     holders = {name: _holders(store, name) for name in NAMES}
-    found = spared_shifts(bound, entry, store, holders, excluded=None, seed=0)
+    found = protected_shifts(bound, entry, store, holders, excluded=None, seed=0)
     model = bound.calibrator
     plain = model.config
     model.config = dataclasses.replace(plain, words=found)

@@ -21,14 +21,14 @@ def vocabulary_of(size: int) -> Vocabulary:
 
 def test_rows_begin_with_a_boundary_and_passages_go_on_in_the_next_row():
     passages = iter([([1, 2], True), ([3, 4, 5, 6], False), ([7], True)])
-    ids, flags = pack_rows(passages, rows=2, slots=5)
+    ids, flags = pack_rows(passages, batch_size=2, sequence_length=5)
     # row 0: boundary, 1 2, boundary, 3 4; row 1: boundary, 5 6, boundary, 7, boundary
     assert ids.tolist() == [[BOUNDARY, 1, 2, BOUNDARY, 3, 4], [BOUNDARY, 5, 6, BOUNDARY, 7, BOUNDARY]]
     assert flags.tolist() == [[False, True, True, False, False, False], [False, False, False, False, True, False]]
 
 
 def test_rows_stay_boundary_when_the_passages_run_out():
-    ids, flags = pack_rows(iter([([1], True)]), rows=2, slots=3)
+    ids, flags = pack_rows(iter([([1], True)]), batch_size=2, sequence_length=3)
     assert ids.tolist() == [[BOUNDARY, 1, BOUNDARY, BOUNDARY], [BOUNDARY] * 4]
     assert flags.sum() == 1
 

@@ -9,9 +9,10 @@ import pytest
 from calibfuse.evaluation.neutral_text import TEMPLATES
 from calibfuse.scorers import load_scorer
 from calibfuse.scorers.words import ADJECTIVES, PLURALS
+from calibfuse.training.batches import BatchSource
+from calibfuse.training.config import TrainingConfig
 from calibfuse.training.data import PassageStore, TextSource
 from calibfuse.training.tokenizers.pool import PoolSpec, TokenizerPool
-from calibfuse.training.trainer import BatchSource, TrainingConfig
 from calibfuse.training.words.neutral_sentences import neutral_passage
 
 
@@ -54,7 +55,12 @@ def test_both_heads_read_the_same_share_of_them(tmp_path):
         list(store.sample_texts(20_000, 0)), (PoolSpec(style="byte-level", vocab_size=300),), show_progress=False
     )
     config = TrainingConfig(
-        rows=4, slots=32, vocabulary_size=300, candidate_count=300, neutral_share=0.4, flagged_share=0.25
+        batch_size=4,
+        sequence_length=32,
+        vocabulary_size=300,
+        candidate_count=300,
+        neutral_share=0.4,
+        flagged_share=0.25,
     )
     source = BatchSource(store, pool, config, 256, show_progress=False)
     counts: Counter[tuple[bool, bool]] = Counter()

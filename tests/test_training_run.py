@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,10 +17,11 @@ from safetensors.torch import load_file
 
 from calibfuse import Calibrator
 from calibfuse.calibrator.model import CalibratorConfig
-from calibfuse.errors import CheckpointError, InputError
-from calibfuse.training.run import TrainingText, run_training
+from calibfuse.errors import CheckpointError, DataError, InputError
+from calibfuse.training.config import TrainingConfig, TrainingText
+from calibfuse.training.data import PassageStore
+from calibfuse.training.run import run_training
 from calibfuse.training.tokenizers.pool import PoolSpec
-from calibfuse.training.trainer import TrainingConfig
 from calibfuse.training.words.balance import TERMS
 from calibfuse.training.words.protected import LISTED_SHIFT
 
@@ -27,7 +30,14 @@ SHAPE = CalibratorConfig(
     window=16, adapter_width=8,
 )  # fmt: skip
 POOL = (PoolSpec(style="byte-level", vocab_size=400), PoolSpec(style="metaspace-bytes", vocab_size=500))
-QUICK = {"rows": 4, "slots": 32, "candidate_count": 256, "vocabulary_size": 800, "save_every": 5, "validate_every": 0}
+QUICK = {
+    "batch_size": 4,
+    "sequence_length": 32,
+    "candidate_count": 256,
+    "vocabulary_size": 800,
+    "save_every": 5,
+    "validate_every": 0,
+}
 
 
 @pytest.fixture
@@ -35,7 +45,7 @@ def text(tmp_path: Path, sample_lines: list[str]) -> TrainingText:
     half = len(sample_lines) // 2
     (tmp_path / "clean.txt").write_text("\n\n".join(sample_lines[:half]), encoding="utf-8")
     (tmp_path / "web.txt").write_text("\n\n".join(sample_lines[half:]), encoding="utf-8")
-    return TrainingText(non_toxic=[str(tmp_path / "clean.txt")], reference=[str(tmp_path / "web.txt")])
+    return TrainingText(wanted=[str(tmp_path / "clean.txt")], unwanted=[str(tmp_path / "web.txt")])
 
 
 def train(text: TrainingText, output: Path, **options) -> Path | None:
@@ -68,12 +78,12 @@ def test_training_lowers_the_loss_and_writes_a_loadable_calibrator_with_its_fact
 
 
 def test_words_of_the_reference_alone_are_minded(text, tmp_path):
-    Path(text.reference[0]).write_text("\n\n".join(f"What a nitwit number {i} is." for i in range(200)), "utf-8")
+    Path(text.unwanted[0]).write_text("\n\n".join(f"What a nitwit number {i} is." for i in range(200)), "utf-8")
     minded = Calibrator.from_pretrained(train(text, tmp_path / "on", training={"steps": 2})).config.words
     assert minded["nitwit"] < -1.9
     assert "the" not in minded
     assert min(minded[term] for term in TERMS) >= LISTED_SHIFT  # groups of people are spared, whatever the text says
-    off = train(text, tmp_path / "off", training={"steps": 2, "mind_words": False})
+    off = train(text, tmp_path / "off", training={"steps": 2, "word_table": False})
     assert Calibrator.from_pretrained(off).config.words == {}
 
 
@@ -82,25 +92,25 @@ def test_a_resumed_run_ends_with_the_same_weights(text, tmp_path):
     # 10 of 20 steps, then on: the schedule is that of 20 steps in both, so the first half is cut by a signal
     code = (
         "import sys, signal, os\n"
-        "from calibfuse.training import trainer\n"
-        "original = trainer.Trainer._train_step\n"
+        "from calibfuse.training.trainer import Trainer\n"
+        "original = Trainer.take_step\n"
         "def step(self):\n"
         "    if self.step == 11: os.kill(os.getpid(), signal.SIGINT)\n"
         "    return original(self)\n"
-        "trainer.Trainer._train_step = step\n"
+        "Trainer.take_step = step\n"
         "sys.path.insert(0, sys.argv[1])\n"
         "from test_training_run import train, TrainingText\n"
         "from pathlib import Path\n"
-        "text = TrainingText(non_toxic=[sys.argv[2]], reference=[sys.argv[3]])\n"
+        "text = TrainingText(wanted=[sys.argv[2]], unwanted=[sys.argv[3]])\n"
         "assert train(text, Path(sys.argv[4])) is None\n"
     )
     halves = tmp_path / "halves"
-    arguments = [str(Path(__file__).parent), text.non_toxic[0], text.reference[0], str(halves)]
+    arguments = [str(Path(__file__).parent), text.wanted[0], text.unwanted[0], str(halves)]
     result = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert len(history(halves)) == 12
     assert not (halves / "model.safetensors").exists()
-    with pytest.raises(CheckpointError, match="--resume"):
+    with pytest.raises(CheckpointError, match="go on with resume"):
         train(text, halves)
     assert train(text, halves, resume=True) == halves
     assert history(halves) == history(whole)
@@ -122,6 +132,39 @@ def test_a_run_can_start_from_an_earlier_calibrator(text, tmp_path):
         show_progress=False,
     )
     assert history(second)[0]["reference_nats"] < history(first)[0]["reference_nats"] - 0.3
+
+
+def test_the_word_table_of_the_calibrator_to_start_from_is_kept(text, tmp_path):
+    """A short run counts few words; those of the base must not be lost with it."""
+    Path(text.unwanted[0]).write_text("\n\n".join(f"What a nitwit number {i} is." for i in range(200)), "utf-8")
+    base = train(text, tmp_path / "base", training={"steps": 2}, facts={"name": "mine", "license": "mit"})
+    Path(text.unwanted[0]).write_text("\n\n".join(f"Such a dimwit number {i} is." for i in range(200)), "utf-8")
+    options = {"pool_folder": next((base / "work").glob("pool-*")), "init_from": base, "device": "cpu"}
+    training = TrainingConfig(**{**QUICK, "steps": 2, "precision": "fp32"})
+    config = Calibrator.from_pretrained(
+        run_training(text, tmp_path / "next", training=training, show_progress=False, **options)
+    ).config
+    assert config.words["nitwit"] < -1.9
+    assert config.words["dimwit"] < -1.9
+    told = config.training["base"]
+    assert (told["name"], told["license"]) == ("mine", "mit")
+    assert told["data"]["files"] == ["clean.txt", "web.txt"]
+    assert told["inherited"][-1].endswith("words of its word table")
+
+
+def test_bad_options_are_found_before_the_text_is_read(text, tmp_path, monkeypatch):
+    monkeypatch.setattr(PassageStore, "build", None)
+    with pytest.raises(InputError, match="either a shape or init_from"):
+        train(text, tmp_path / "out", init_from="bundled")
+    missing = replace(text, wanted=[str(tmp_path / "none.txt")])
+    with pytest.raises(DataError, match="No such file"):
+        train(missing, tmp_path / "out")
+
+
+def test_the_losses_are_drawn(text, tmp_path):
+    picture = (train(text, tmp_path / "out", training={"steps": 3}) / "training.svg").read_text()
+    assert picture.startswith("<?xml")
+    assert "</svg>" in picture
 
 
 def test_heads_alone_leave_body_and_token_vectors_as_they_are(text, tmp_path):
@@ -149,7 +192,7 @@ def test_heads_alone_leave_body_and_token_vectors_as_they_are(text, tmp_path):
             assert not torch.equal(tensor[:, width:], after[name][:, width:])  # the heads' biases
         else:
             assert torch.equal(tensor, after[name]), name
-    with pytest.raises(InputError, match="init-from"):
+    with pytest.raises(InputError, match="init_from"):
         train(text, tmp_path / "none", training={"heads_only": True})
 
 
@@ -161,16 +204,24 @@ def test_resuming_with_other_text_is_refused(text, tmp_path):
 
 
 def test_resuming_without_a_checkpoint_is_refused(text, tmp_path):
-    with pytest.raises(CheckpointError, match="no such file"):
+    with pytest.raises(CheckpointError, match="no checkpoint yet in .*out: run it without resume"):
         train(text, tmp_path / "out", resume=True)
+    assert not (tmp_path / "out").exists()  # it is said before the text is read
+
+
+def test_a_finished_calibrator_is_not_overwritten(text, tmp_path):
+    output = train(text, tmp_path / "out", training={"steps": 2})
+    shutil.rmtree(output / "work")
+    with pytest.raises(CheckpointError, match="holds a finished calibrator"):
+        train(text, output)
 
 
 @pytest.mark.parametrize(
     ("sources", "message"),
     [
-        ({"non_toxic": ["a"]}, "--reference"),
-        ({"from_unfiltered": ["a"], "reference": ["b"]}, "not both"),
-        ({"from_unfiltered": ["a"]}, "scorer"),
+        ({"unwanted": ["a"]}, "needs wanted"),
+        ({"unfiltered": ["a"], "unwanted": ["b"]}, "not both"),
+        ({"unfiltered": ["a"]}, "scorer"),
     ],
 )
 def test_sources_that_make_no_sense_are_refused(sources, message):
@@ -202,8 +253,8 @@ def test_a_loss_that_is_no_number_stops_the_run(text, tmp_path):
 @pytest.mark.slow
 def test_the_command_stops_cleanly_on_ctrl_c_and_resumes(text, tmp_path):
     command = [
-        sys.executable, "-m", "calibfuse", "train-calibrator", "--non-toxic", text.non_toxic[0], "--reference",
-        text.reference[0], "--output", str(tmp_path / "out"), "--steps", "100000", "--rows", "4", "--slots", "32",
+        sys.executable, "-m", "calibfuse", "train-calibrator", "--non-toxic", text.wanted[0], "--reference",
+        text.unwanted[0], "--output", str(tmp_path / "out"), "--steps", "100000", "--rows", "4", "--slots", "32",
         "--layers", "1", "--width", "16", "--token-width", "16", "--buckets", "512", "--validate-every", "0",
         "--save-every", "20", "--device", "cpu",
     ]  # fmt: skip
@@ -238,7 +289,7 @@ def test_two_processes_follow_the_loss_curve_of_one(text, tmp_path):
         f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "from test_training_run import train, TrainingText\n"
         "from pathlib import Path\n"
-        f"text = TrainingText(non_toxic=[{text.non_toxic[0]!r}], reference=[{text.reference[0]!r}])\n"
+        f"text = TrainingText(wanted=[{text.wanted[0]!r}], unwanted=[{text.unwanted[0]!r}])\n"
         f"train(text, Path({str(tmp_path / 'double')!r}), training={{'steps': 15}})\n"
     )
     launch = [

@@ -1,4 +1,4 @@
-"""Calibrators from the first layers of a language model: the same states, exact resume, a twin, clear refusals."""
+"""Calibrators from the first layers of a language model: the same states, exact resume, reference models, refusals."""
 
 import json
 import os
@@ -13,12 +13,19 @@ from safetensors.torch import load_file
 from calibfuse import CalibFusion, Calibrator
 from calibfuse.cli.main import main
 from calibfuse.errors import CheckpointError, DataError, InputError, VocabularyError
+from calibfuse.training.config import TrainingConfig, TrainingText
 from calibfuse.training.data import PassageStore, TextSource
 from calibfuse.training.lm_trainer import LMBatches, LMTrainer, bits_per_byte
-from calibfuse.training.trainer import TrainingConfig
-from calibfuse.training.truncated_lm import LMText, run_lm_training, truncate_model
+from calibfuse.training.truncated_lm import run_lm_training, truncate_model
 
-QUICK = {"rows": 4, "slots": 32, "save_every": 5, "validate_every": 0, "learning_rate": 3e-3, "precision": "fp32"}
+QUICK = {
+    "batch_size": 4,
+    "sequence_length": 32,
+    "save_every": 5,
+    "validate_every": 0,
+    "learning_rate": 3e-3,
+    "precision": "fp32",
+}
 FAMILIES = {
     "gpt2": (transformers.GPT2Config, {"n_layer": 3, "n_embd": 32, "n_head": 2, "n_positions": 64}),
     "llama": (
@@ -74,7 +81,7 @@ def test_truncation_gives_the_states_of_the_model_stopped_after_so_many_layers(k
 
 @pytest.mark.parametrize("count", [0, 4, -1])
 def test_more_layers_than_there_are_cannot_be_kept(count):
-    with pytest.raises(InputError, match=r"has 3 layers; --num-layers must be 1 to 3, got"):
+    with pytest.raises(InputError, match=r"has 3 layers; 1 to 3 of them can be kept, got"):
         truncate_model(build("gpt2"), count)
 
 
@@ -110,7 +117,7 @@ def files(tmp_path, sample_lines):
 
 @pytest.fixture
 def text(files):
-    return LMText(non_toxic=[str(files / "clean.txt")], reference=[str(files / "web.txt")])
+    return TrainingText(wanted=[str(files / "clean.txt")], unwanted=[str(files / "web.txt")])
 
 
 def train(text, output, start, *, steps=12, resume=False, **more):
@@ -122,10 +129,11 @@ def train(text, output, start, *, steps=12, resume=False, **more):
 
 
 def losses(output, head="calibrator"):
-    return json.loads((output / "work" / head / "checkpoint" / "state.json").read_text())["losses"]
+    state = json.loads((output / "work" / head / "checkpoint" / "state.json").read_text())
+    return [row["loss"] for row in state["history"]]
 
 
-def test_a_run_gives_a_calibrator_and_its_twin(text, tmp_path, start, tokenizer):
+def test_a_run_gives_a_calibrator_and_its_reference_model(text, tmp_path, start, tokenizer):
     output = train(text, tmp_path / "out", start, steps=40)
     assert np.mean(losses(output)[-5:]) < losses(output)[0] - 0.5
     model = transformers.AutoModelForCausalLM.from_pretrained(output)  # an ordinary checkpoint
@@ -142,8 +150,8 @@ def test_a_run_gives_a_calibrator_and_its_twin(text, tmp_path, start, tokenizer)
     assert not torch.equal(*(each.get_output_embeddings().weight for each in calibrator.models.values()))
 
 
-def test_without_unfiltered_text_there_is_no_twin(files, tmp_path, start):
-    output = train(LMText(non_toxic=[str(files / "clean.txt")]), tmp_path / "out", start, steps=2)
+def test_without_unfiltered_text_there_is_no_reference_model(files, tmp_path, start):
+    output = train(TrainingText(wanted=[str(files / "clean.txt")]), tmp_path / "out", start, steps=2)
     calibrator = Calibrator.from_pretrained(output)
     assert calibrator.heads == ("calibrator",)
     assert calibrator.config.fusion == {"mode": "geometric"}
@@ -152,19 +160,19 @@ def test_without_unfiltered_text_there_is_no_twin(files, tmp_path, start):
 @pytest.mark.parametrize("head", ["calibrator", "reference"])
 def test_a_resumed_run_ends_with_the_same_weights(head, text, tmp_path, start, monkeypatch):
     whole = train(text, tmp_path / "whole", start)
-    original, halves = LMTrainer._train_step, tmp_path / "halves"
+    original, halves = LMTrainer.take_step, tmp_path / "halves"
 
     def step(self):
-        if self.step == 6 and self._label.endswith(head):
+        if self.step == 6 and self.label.endswith(head):
             os.kill(os.getpid(), signal.SIGINT)
         return original(self)
 
-    monkeypatch.setattr(LMTrainer, "_train_step", step)
+    monkeypatch.setattr(LMTrainer, "take_step", step)
     assert train(text, halves, start) is None
-    monkeypatch.setattr(LMTrainer, "_train_step", original)
+    monkeypatch.setattr(LMTrainer, "take_step", original)
     assert len(losses(halves, head)) == 7
     assert not (halves / "model.safetensors").exists()
-    with pytest.raises(CheckpointError, match="--resume"):
+    with pytest.raises(CheckpointError, match="go on with resume"):
         train(text, halves, start)
     assert train(text, halves, start, resume=True) == halves
     for place in ("", "reference"):
@@ -191,13 +199,13 @@ def test_dropout_resumes_exactly_too(tmp_path, sample_lines, tokenizer):
     whole, half = trainer("whole"), trainer("half")
     assert whole.train()
     for _ in range(3):
-        half._train_step()
+        half.take_step()
     half.save_checkpoint()
     rest = trainer("half")
     rest.resume()
     assert rest.step == 3
     assert rest.train()
-    assert rest.losses == whole.losses
+    assert rest.history == whole.history
     other = trainer("half")
     other.identity = {"a": 2}
     with pytest.raises(CheckpointError, match="was made with another a"):
@@ -207,7 +215,7 @@ def test_dropout_resumes_exactly_too(tmp_path, sample_lines, tokenizer):
 def test_every_passage_stands_behind_a_start_mark(tmp_path, sample_lines, tokenizer):
     (tmp_path / "text.txt").write_text("\n\n".join(sample_lines), encoding="utf-8")
     store = PassageStore.build([TextSource(str(tmp_path / "text.txt"), True)], tmp_path, show_progress=False)
-    config = TrainingConfig(rows=2, slots=64, steps=1)
+    config = TrainingConfig(batch_size=2, sequence_length=64, steps=1)
 
     def encode(texts):
         return tokenizer(list(texts), add_special_tokens=False)["input_ids"]
@@ -233,7 +241,7 @@ def test_bits_per_byte_is_that_of_texts_one_by_one(tokenizer):
         return tokenizer(list(texts), add_special_tokens=False)["input_ids"]
 
     texts = ["The weather.", "A dog and a cat, é", "One"]
-    whole = bits_per_byte(model, texts, encode, start_id=0, slots=64)
+    whole = bits_per_byte(model, texts, encode, start_id=0, sequence_length=64)
     nats = 0.0
     for ids in encode(texts):
         with torch.no_grad():
@@ -241,7 +249,7 @@ def test_bits_per_byte_is_that_of_texts_one_by_one(tokenizer):
         nats -= sum(float(logs[at, each]) for at, each in enumerate(ids))
     assert whole == pytest.approx(nats / sum(len(each.encode()) for each in texts) / np.log(2), rel=1e-5)
     with pytest.raises(DataError, match="no text"):
-        bits_per_byte(model, [], encode, start_id=0, slots=64)
+        bits_per_byte(model, [], encode, start_id=0, sequence_length=64)
 
 
 # ---- refusals, and the command line
@@ -251,11 +259,11 @@ def test_bad_starts_are_one_sentence(text, tmp_path, start):
     transformers.T5Config(vocab_size=99).save_pretrained(tmp_path / "t5")
     with pytest.raises(InputError, match="encoder-decoder"):
         train(text, tmp_path / "out", tmp_path / "t5")
-    with pytest.raises(InputError, match="has 3 layers; --num-layers must be 1 to 3, got 9"):
+    with pytest.raises(InputError, match="has 3 layers; 1 to 3 of them can be kept, got 9"):
         run_lm_training(text, tmp_path / "out", init_from=start, layer_count=9, show_progress=False)
     with pytest.raises(InputError, match="reads at most 64 tokens, but rows have 65"):
-        train(text, tmp_path / "out", start, slots=65)
-    with pytest.raises(InputError, match="--flagged-share"):
+        train(text, tmp_path / "out", start, sequence_length=65)
+    with pytest.raises(InputError, match="flagged_share"):
         train(text, tmp_path / "out", start, flagged_share=0.2)
     (start / "tokenizer.json").unlink()
     (start / "tokenizer_config.json").unlink()
@@ -266,14 +274,14 @@ def test_bad_starts_are_one_sentence(text, tmp_path, start):
 @pytest.mark.parametrize(
     ("sources", "message"),
     [
-        ({"reference": ["a"]}, "--non-toxic"),
-        ({"from_unfiltered": ["a"], "reference": ["b"]}, "not both"),
-        ({"from_unfiltered": ["a"]}, "scorer"),
+        ({"unwanted": ["a"]}, "needs wanted"),
+        ({"unfiltered": ["a"], "unwanted": ["b"]}, "not both"),
+        ({"unfiltered": ["a"]}, "scorer"),
     ],
 )
 def test_sources_that_make_no_sense_are_refused(sources, message):
     with pytest.raises(InputError, match=message):
-        LMText(**sources)
+        TrainingText(**sources)
 
 
 def test_the_command_trains_from_unfiltered_text(files, tmp_path, start, capsys):

@@ -28,8 +28,8 @@ from pathlib import Path
 
 from calibfuse.evaluation import load_prompts
 from calibfuse.scorers import load_scorer
-from calibfuse.training.run import TrainingText, run_training
-from calibfuse.training.trainer import TrainingConfig
+from calibfuse.training.config import TrainingConfig, TrainingText
+from calibfuse.training.run import run_training
 
 
 def main() -> int:
@@ -47,7 +47,7 @@ def main() -> int:
     said = _write(work / "comments.jsonl", comments(args.data))
     scorer = train_sorting_scorer(args.data, work)
     files = [args.data / "text" / f"{name}.jsonl.xz" for name in ("reddit", "wikipedia", "conversation", "novels")]
-    text = TrainingText(from_unfiltered=[*map(str, files), str(said)], scorer=load_scorer(str(scorer)), threshold=0.5)
+    text = TrainingText(unfiltered=[*map(str, files), str(said)], scorer=load_scorer(str(scorer)), threshold=0.5)
     training = TrainingConfig(steps=args.steps, decay=0.35, warmup=0.01, flagged_share=0.25, seed=args.seed)
     facts = {"name": "calibfuse default calibrator", "license": "apache-2.0"}
     return 0 if run_training(text, args.output, training=training, resume=args.resume, facts=facts) else 130

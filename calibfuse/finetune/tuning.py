@@ -21,7 +21,7 @@ from calibfuse.errors import InputError
 from calibfuse.finetune.constrained import constrained_log_probs
 from calibfuse.finetune.corpus import PackedCorpus
 from calibfuse.finetune.objective import constrained_kl, continuation_positions, corpus_loss
-from calibfuse.training.mixed_precision import mixed_precision
+from calibfuse.training.loop import mixed_precision
 from calibfuse.value.auxiliary import AuxiliaryModel
 from calibfuse.value.samples import SampleSet
 

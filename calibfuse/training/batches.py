@@ -1,6 +1,6 @@
 """Passages -> packed training batches over one tokenizer's vocabulary.
 
-A batch holds rows of slots, each row beginning with the document boundary; passages follow one another with boundaries
+A batch holds rows of tokens, each row beginning with the document boundary; passages follow one another with boundaries
 between them, and a passage that a row cuts goes on in the next one. One tokenizer of the pool serves a whole batch.
 
 The softmax of a large vocabulary is estimated on a subset of it: all targets of the batch and the tokenizer's most
@@ -11,6 +11,7 @@ So vocabularies of 200,000 tokens cost no more than small ones.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -18,12 +19,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from calibfuse.calibrator.composer import TokenFeatures, token_features
+from calibfuse.errors import DataError
+from calibfuse.training.config import TrainingConfig
+from calibfuse.training.data import PassageStore
+from calibfuse.training.tokenizers.pool import PoolEntry, TokenizerPool
+from calibfuse.training.words.balance import balance_terms
+from calibfuse.training.words.neutral_sentences import neutral_passage
 from calibfuse.vocabulary import Vocabulary
+
+logger = logging.getLogger(__name__)
 
 BOUNDARY = -1
 IGNORE = -100
+_ENCODE_CHUNK = 16  # passages tokenized at a time
+_NEGATIVES_SAMPLE_BYTES = 8_000_000
 
 
 @dataclass(frozen=True)
@@ -32,9 +44,9 @@ class TrainingBatch:
 
     Attributes:
         features: of the tokens that occur in it or are candidates ("local" tokens).
-        inputs: int64 [rows, slots], local token index, or BOUNDARY.
-        targets: int64 [rows, slots], index into `candidates`, or IGNORE where the next slot is a boundary.
-        is_non_toxic: bool [rows, slots], whether the target belongs to a non-toxic passage.
+        inputs: int64 [rows, sequence_length], local token index, or BOUNDARY.
+        targets: int64 [rows, sequence_length], index into `candidates`, or IGNORE where the next slot is a boundary.
+        is_non_toxic: bool [rows, sequence_length], whether the target belongs to a non-toxic passage.
         candidates: int64 [candidates], local token indices of the softmax.
         log_weights: float32 [candidates], log of how many tokens of the vocabulary each stands for, plus the log of its
             share of the probability of its bytes.
@@ -108,26 +120,26 @@ class BatchVocabulary:
 
 
 def pack_rows(
-    passages: Iterator[tuple[Sequence[int], bool]], *, rows: int, slots: int
+    passages: Iterator[tuple[Sequence[int], bool]], *, batch_size: int, sequence_length: int
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Fill rows with tokenized passages.
 
     Args:
         passages: (token ids, is non-toxic), as many as needed.
-        rows: number of rows.
-        slots: inputs per row; each row gets slots + 1 entries.
+        batch_size: number of rows.
+        sequence_length: inputs per row; each row gets one entry more.
 
     Returns:
-        ids [rows, slots + 1], BOUNDARY at the start of rows and passages, and the non-toxic flag of every entry. When
-        the passages run out, the rest is BOUNDARY.
+        ids [rows, sequence_length + 1], BOUNDARY at the start of rows and passages, and the non-toxic flag of every
+        entry. When the passages run out, the rest is BOUNDARY.
     """
-    width = slots + 1
-    ids = np.full((rows, width), BOUNDARY, dtype=np.int64)
-    flags = np.zeros((rows, width), dtype=bool)
+    width = sequence_length + 1
+    ids = np.full((batch_size, width), BOUNDARY, dtype=np.int64)
+    flags = np.zeros((batch_size, width), dtype=bool)
     row, column = 0, 1
     for tokens, is_non_toxic in passages:
         rest = np.asarray(tokens, dtype=np.int64)
-        while len(rest) and row < rows:
+        while len(rest) and row < batch_size:
             part = rest[: width - column]
             ids[row, column : column + len(part)] = part
             flags[row, column : column + len(part)] = is_non_toxic
@@ -135,7 +147,7 @@ def pack_rows(
             rest = rest[len(part) :]
             if column >= width - 1:
                 row, column = row + 1, 1
-        if row >= rows:
+        if row >= batch_size:
             break
     return ids, flags
 
@@ -146,7 +158,7 @@ def make_batch(
     """Turn packed rows into a batch.
 
     Args:
-        ids: [rows, slots + 1] of `pack_rows`.
+        ids: [rows, sequence_length + 1] of `pack_rows`.
         is_non_toxic: likewise.
         vocabulary: of the tokenizer that made the ids.
         rng: for the candidates.
@@ -170,3 +182,108 @@ def make_batch(
         log_weights=torch.from_numpy(log_weights),
         target_bytes=int(np.diff(vocabulary.vocabulary.offsets)[targets[targets >= 0]].sum()),
     )
+
+
+class BatchSource:
+    """Endless training batches, as a function of the seed and a small state.
+
+    Args:
+        store: the passages.
+        pool: the tokenizers.
+        config: of the training.
+        bucket_count: rows of the composer's table.
+        show_progress: show a progress bar while vocabularies are prepared.
+    """
+
+    def __init__(
+        self,
+        store: PassageStore,
+        pool: TokenizerPool,
+        config: TrainingConfig,
+        bucket_count: int,
+        *,
+        show_progress: bool = True,
+    ) -> None:
+        self.store, self.pool, self.config = store, pool, config
+        self.balance = balance_terms(store, config.seed) if config.balance_identity_terms else None
+        labels = store.labels[store.train_indices]
+        if self.balance is not None:
+            labels = labels[~self.balance.excluded[store.train_indices]]
+        self._shares = {1: int((labels == 1).sum()), 0: int((labels == 0).sum())}
+        if not self._shares[1]:
+            raise DataError(
+                "None of the training passages is wanted text, so there is nothing for the calibrator to learn from. "
+                "Check the files of wanted text, or the scorer's threshold."
+            )
+        if not self._shares[0]:
+            logger.warning(
+                "No passage is unwanted: the two heads will learn the same, and mode contrast will do nothing."
+            )
+        self.cursors = {1: 0, 0: 0}
+        self._orders: dict[int, tuple[int, np.ndarray]] = {}
+        self._show_progress = show_progress
+        sample = list(store.sample_texts(_NEGATIVES_SAMPLE_BYTES, config.seed))
+        negatives = pool.negatives(config.vocabulary_size, sample, config.seed)
+        self.vocabularies = [
+            BatchVocabulary(
+                entry.extended_vocabulary(negatives, config.vocabulary_size),
+                entry.unigram_counts,
+                bucket_count=bucket_count,
+                candidate_count=config.candidate_count,
+            )
+            for entry in tqdm(
+                pool, desc="preparing vocabularies", unit="tokenizer", leave=False, disable=not show_progress
+            )
+        ]
+
+    def batch(self, step: int) -> TrainingBatch:
+        """The batch of a step; advances the cursors."""
+        config = self.config
+        rng = np.random.default_rng([config.seed, 1, step])
+        index = self.pool.draw(rng)
+        passages = self._passages(self.pool[index], rng, split=rng.random() < 0.5)
+        ids, flags = pack_rows(passages, batch_size=config.batch_size, sequence_length=config.sequence_length)
+        return make_batch(ids, flags, self.vocabularies[index], rng)
+
+    def _passages(
+        self, entry: PoolEntry, rng: np.random.Generator, *, split: bool
+    ) -> Iterator[tuple[Sequence[int], bool]]:
+        """Tokenized passages; a passage counts as used when it is taken."""
+        while True:
+            drawn: list[tuple[int, bool]] = []
+            texts: list[str] = []
+            ahead = dict(self.cursors)
+            for _ in range(_ENCODE_CHUNK):
+                label = self._draw_label(rng)
+                is_made = rng.random() < self.config.neutral_share
+                drawn.append((label, is_made))
+                if is_made:
+                    texts.append(neutral_passage(rng))
+                    continue
+                texts.append(self.store.text(self._index_at(label, ahead[label])))
+                ahead[label] += 1
+            rows = entry.encode_batch(texts, split_rate=self.config.split_rate if split else 0.0, rng=rng)
+            for (label, is_made), row in zip(drawn, rows, strict=True):
+                self.cursors[label] += not is_made
+                yield row, label == 1
+
+    def _draw_label(self, rng: np.random.Generator) -> int:
+        if not self._shares[0]:
+            return 1
+        return 0 if rng.random() < self.flagged_share else 1
+
+    @property
+    def flagged_share(self) -> float:
+        """Share of the passages that are drawn from the unwanted ones, which only the reference reads."""
+        if self.config.flagged_share is not None:
+            return self.config.flagged_share
+        return self._shares[0] / (self._shares[0] + self._shares[1])
+
+    def _index_at(self, label: int, cursor: int) -> int:
+        epoch, position = divmod(cursor, self._shares[label])
+        if self._orders.get(label, (-1, None))[0] != epoch:
+            order = self.store.permutation(epoch, self.config.seed, label)
+            if self.balance is not None:
+                order = order[~self.balance.excluded[order]]
+            self._orders[label] = (epoch, order)
+        return int(self._orders[label][1][position])

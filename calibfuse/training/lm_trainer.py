@@ -8,15 +8,8 @@ Left out: several processes (a model of this size trains on one device), and los
 
 from __future__ import annotations
 
-import contextlib
-import json
-import logging
 import math
-import os
-import shutil
-import signal
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,20 +18,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
-from tqdm.auto import tqdm
 
-from calibfuse import hub
-from calibfuse.errors import CheckpointError, DataError, InputError
+from calibfuse.errors import DataError, InputError
+from calibfuse.training.config import TrainingConfig
 from calibfuse.training.data import PassageStore
-from calibfuse.training.mixed_precision import mixed_precision
-from calibfuse.training.trainer import TrainingConfig, best_device
+from calibfuse.training.loop import TrainingLoop, best_device, make_optimizer, mixed_precision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-logger = logging.getLogger(__name__)
-
-STATE_FORMAT = 1
 IGNORE = -100
 _ENCODE_CHUNK = 16  # passages tokenized at a time
 _VALIDATION_ROWS = 8
@@ -53,7 +41,7 @@ class LMBatches:
         encode: texts to own ids without special tokens.
         start_id: own id before every passage.
         end_id: own id after every passage; None: the next start mark ends it.
-        config: of the training: rows, slots, seed.
+        config: of the training: batch_size, sequence_length, seed.
 
     Raises:
         DataError: there is no passage.
@@ -77,8 +65,8 @@ class LMBatches:
         self._order: tuple[int, NDArray[np.int64]] | None = None
 
     def next(self) -> Tensor:
-        """int64 [rows, slots]; the passage that the batch cuts does not go on. Advances the cursor."""
-        count = self.config.rows * self.config.slots
+        """int64 [batch_size, sequence_length]; the passage that the batch cuts does not go on. Advances the cursor."""
+        count = self.config.batch_size * self.config.sequence_length
         ids: list[int] = []
         while len(ids) < count:
             texts = [self.store.text(self._index_at(self.cursor + ahead)) for ahead in range(_ENCODE_CHUNK)]
@@ -87,10 +75,10 @@ class LMBatches:
                 self.cursor += 1
                 if len(ids) >= count:
                     break
-        return torch.tensor(ids[:count]).reshape(self.config.rows, self.config.slots)
+        return torch.tensor(ids[:count]).reshape(self.config.batch_size, self.config.sequence_length)
 
     def labels(self, ids: Tensor) -> Tensor:
-        """What is to be predicted after each slot but the last, int64 [rows, slots - 1]: IGNORE for a start mark.
+        """What follows each slot but the last, int64 [batch_size, sequence_length - 1]: IGNORE for a start mark.
 
         Where the start mark ends a passage as well, it is to be predicted.
         """
@@ -104,7 +92,7 @@ class LMBatches:
         return int(self._order[1][position])
 
 
-class LMTrainer:
+class LMTrainer(TrainingLoop):
     """Trains a causal LM, resumably.
 
     Args:
@@ -126,175 +114,63 @@ class LMTrainer:
         model: PreTrainedModel,
         batches: LMBatches,
         config: TrainingConfig,
-        folder: str | os.PathLike[str],
+        folder: Path,
         *,
         identity: dict[str, Any],
         label: str = "training",
         device: str | None = None,
         show_progress: bool = True,
     ) -> None:
-        longest = getattr(model.config, "max_position_embeddings", None)
-        if isinstance(longest, int) and 0 < longest < config.slots:
-            raise InputError(f"The model reads at most {longest} tokens, but rows have {config.slots}: lower --slots.")
+        check_length(model, config)
         self.device = torch.device(device or best_device())
         moved: Any = model
         self.model: PreTrainedModel = moved.to(self.device)
-        self.batches, self.config, self.folder, self.identity = batches, config, Path(folder), identity
-        self._label, self._show_progress = label, show_progress
-        self.parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
-        matrices = [each for each in self.parameters.values() if each.ndim >= 2]
-        vectors = [each for each in self.parameters.values() if each.ndim < 2]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-            lr=config.learning_rate,
-            betas=(0.9, 0.98),
-            fused=self.device.type in ("cpu", "cuda"),
+        self.batches, self.config = batches, config
+        parameters = {name: each for name, each in model.named_parameters() if each.requires_grad}
+        super().__init__(
+            parameters,
+            make_optimizer(parameters, rate=config.learning_rate, weight_decay=config.weight_decay, fused=True),
+            steps=config.steps,
+            rate=config.rate_at,
+            folder=folder,
+            identity=identity,
+            save_every=config.save_every,
+            label=label,
+            show_progress=show_progress,
         )
-        self.step, self.tokens, self.seconds = 0, 0, 0.0
-        self.losses: list[float] = []
 
-    def train(self, validate: Callable[[], float] | None = None) -> bool:
-        """Run the remaining steps.
-
-        Args:
-            validate: gives bits per byte of held-out text, logged on the way.
-
-        Returns:
-            True when all steps are done, False when Ctrl-C (or SIGTERM) stopped the run after a checkpoint.
-
-        Raises:
-            InputError: the loss is no number.
-            CheckpointError: a checkpoint cannot be written.
-        """
-        config = self.config
-        if self.step >= config.steps:
-            return True
-        began, before = time.monotonic(), self.seconds
-        bar = tqdm(
-            total=config.steps, initial=self.step, desc=self._label, unit="step", disable=not self._show_progress
-        )
-        with stop_on_signal() as told, bar:
-            smooth = 0.0
-            while self.step < config.steps:
-                loss = self._train_step()
-                smooth = loss if not smooth else 0.98 * smooth + 0.02 * loss
-                self.seconds = before + time.monotonic() - began
-                bar.set_postfix_str(f"{smooth:.3f} nats/token, {self.tokens / self.seconds:,.0f} tokens/s", False)
-                bar.update()
-                if told():
-                    self.save_checkpoint()
-                    return False
-                if validate and config.validate_every and self.step % config.validate_every == 0:
-                    logger.info("%s, step %d: %.3f bits per byte", self._label, self.step, validate())
-                if self.step % config.save_every == 0:
-                    self.save_checkpoint()
-        self.save_checkpoint()
-        return True
-
-    def _train_step(self) -> float:
+    def losses(self) -> dict[str, float]:
+        """See `TrainingLoop.losses`."""
         config, device = self.config, self.device
         self.model.train()
         ids = self.batches.next()
         labels = self.batches.labels(ids).to(device)
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.rate_at(self.step)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             torch.manual_seed(config.seed * 1_000_003 + self.step)  # dropout
             with mixed_precision(device, config.precision):
                 logits = self.model(input_ids=ids.to(device), use_cache=False).logits[:, :-1]
             loss = functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
             loss.backward()  # type: ignore[no-untyped-call]
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise InputError(
-                f"The loss became {value} at step {self.step}: training has diverged. Resume from the checkpoint in "
-                f"{self.folder} with a lower --learning-rate."
-            )
-        torch.nn.utils.clip_grad_norm_(self.parameters.values(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
         self.tokens += ids.numel()
-        self.losses.append(value)
-        return value
+        return {"loss": float(loss.detach())}
 
-    def save_checkpoint(self) -> None:
-        """Write weights, optimiser state and position; the former checkpoint is replaced only by a complete one.
+    def position(self) -> int:
+        """How many passages were read."""
+        return self.batches.cursor
 
-        Raises:
-            CheckpointError: it cannot be written (disk full); the former checkpoint is still there.
-        """
-        final, fresh, old = (self.folder / name for name in ("checkpoint", "checkpoint.new", "checkpoint.old"))
-        names = {id(parameter): name for name, parameter in self.parameters.items()}
-        moments = {
-            f"{names[id(parameter)]}|{key}": value
-            for parameter, values in self.optimizer.state.items()
-            for key, value in values.items()
-        }
-        state = {
-            "format": STATE_FORMAT,
-            "identity": self.identity,
-            "step": self.step,
-            "tokens": self.tokens,
-            "seconds": self.seconds,
-            "cursor": self.batches.cursor,
-            "losses": self.losses,
-        }
-        try:
-            shutil.rmtree(fresh, ignore_errors=True)
-            hub.write_tensors(fresh / "model.safetensors", self.parameters)
-            hub.write_tensors(fresh / "optimizer.safetensors", moments)
-            (fresh / "state.json").write_text(json.dumps(state), encoding="utf-8")
-            if final.exists():
-                shutil.rmtree(old, ignore_errors=True)
-                os.replace(final, old)
-            os.replace(fresh, final)
-            shutil.rmtree(old, ignore_errors=True)
-        except (OSError, CheckpointError) as error:
-            shutil.rmtree(fresh, ignore_errors=True)
-            if not final.exists() and old.exists():
-                os.replace(old, final)
-            raise CheckpointError(
-                f"The checkpoint of step {self.step} cannot be written to {self.folder}: {error} The one before it is "
-                "untouched; free some space and go on with --resume."
-            ) from error
+    def set_position(self, position: int) -> None:
+        """Inverse of `position`."""
+        self.batches.cursor = int(position)
 
-    @property
-    def checkpoint(self) -> Path | None:
-        """The folder of the checkpoint, if there is one."""
-        # checkpoint.old: killed between the two renames of save_checkpoint
-        places = (self.folder / name for name in ("checkpoint", "checkpoint.old"))
-        return next((place for place in places if (place / "state.json").is_file()), None)
 
-    def resume(self) -> None:
-        """Load the checkpoint in the folder, where there is one, and go on from there exactly.
-
-        Raises:
-            CheckpointError: it is damaged, or belongs to another run.
-        """
-        place = self.checkpoint
-        if place is None:
-            return
-        state = hub.read_json(place / "state.json", "training state")
-        found = state.get("identity")
-        if state.get("format") != STATE_FORMAT or found != self.identity:
-            known = found if isinstance(found, dict) else {}
-            what = next((key for key, value in self.identity.items() if known.get(key) != value), "format")
-            raise CheckpointError(
-                f"The checkpoint in {self.folder} was made with another {what}; resume with the same inputs, or choose "
-                "another --output."
-            )
-        expected = {name: tuple(each.shape) for name, each in self.parameters.items()}
-        weights = hub.read_tensors(place / "model.safetensors", expected=expected)
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(weights[name])
-        for key, tensor in hub.read_tensors(place / "optimizer.safetensors").items():
-            name, _, kind = key.partition("|")
-            on_device = kind != "step" or self.optimizer.defaults.get("fused")
-            self.optimizer.state[self.parameters[name]][kind] = tensor.to(self.device if on_device else "cpu")
-        self.step, self.tokens, self.seconds = int(state["step"]), int(state["tokens"]), float(state["seconds"])
-        self.batches.cursor, self.losses = int(state["cursor"]), list(state["losses"])
+def check_length(model: PreTrainedModel, config: TrainingConfig) -> None:
+    """Refuse rows that are longer than the model can read."""
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(longest, int) and 0 < longest < config.sequence_length:
+        raise InputError(
+            f"The model reads at most {longest} tokens, but rows have {config.sequence_length}: lower the sequence "
+            "length."
+        )
 
 
 @torch.no_grad()
@@ -304,7 +180,7 @@ def bits_per_byte(
     encode: Callable[[Sequence[str]], list[list[int]]],
     *,
     start_id: int,
-    slots: int,
+    sequence_length: int,
 ) -> float:
     """Bits per byte of texts, each from an empty context, under the model's own tokenization.
 
@@ -313,7 +189,7 @@ def bits_per_byte(
         texts: at least one that is not empty.
         encode: texts to own ids without special tokens.
         start_id: own id before every text.
-        slots: longest row; what goes beyond is read as a text of its own.
+        sequence_length: longest row; what goes beyond is read as a text of its own.
 
     Returns:
         Nats of all tokens / bytes of all texts / ln 2.
@@ -325,7 +201,9 @@ def bits_per_byte(
     if not byte_count:
         raise DataError("There is no text to measure: expected at least one passage.")
     model.eval()  # type: ignore[no-untyped-call]
-    pieces = [row[at : at + slots - 1] for row in encode(texts) for at in range(0, len(row), slots - 1)]
+    pieces = [
+        row[at : at + sequence_length - 1] for row in encode(texts) for at in range(0, len(row), sequence_length - 1)
+    ]
     pieces.sort(key=len)
     nats = 0.0
     for start in range(0, len(pieces), _VALIDATION_ROWS):
@@ -339,27 +217,3 @@ def bits_per_byte(
             )
         )
     return nats / byte_count / math.log(2)
-
-
-@contextlib.contextmanager
-def stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM are noted, for the caller to finish its step and save; a second one stops at once.
-
-    Yields:
-        A function: whether one came.
-    """
-    came: list[int] = []
-
-    def note(number: int, frame: object) -> None:
-        came.append(number)
-        signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
-
-    former: dict[signal.Signals, Any] = {}
-    with contextlib.suppress(ValueError):  # not the main thread: no signals there
-        for number in (signal.SIGINT, signal.SIGTERM):
-            former[number] = signal.signal(number, note)
-    try:
-        yield lambda: bool(came)
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)

@@ -2,10 +2,11 @@
 
 Source: the detoxified pre-training of Tian et al. 2025 (arXiv 2506.01266), whose calibration model has three layers:
 here the first K layers of a pretrained model with its embeddings, final norm and output head, trained by next-token
-cross-entropy. With unfiltered text a twin is trained on it in the same way, as the reference of mode "contrast"
+cross-entropy. With unwanted or unfiltered text a reference model is trained in the same way, for mode "contrast"
 (docs/guides/any-causal-lm.md).
 
-The result is an ordinary checkpoint of transformers with the model's tokenizer; the twin lies in `reference` inside.
+The result is an ordinary checkpoint of transformers with the model's tokenizer; the reference model lies in
+`reference` inside.
 
 Left out: training on the completion of a prompt alone, and adapters.
 """
@@ -24,68 +25,27 @@ import numpy as np
 import torch
 
 from calibfuse import hub
-from calibfuse.errors import CheckpointError, InputError, VocabularyError
+from calibfuse.errors import InputError, VocabularyError
 from calibfuse.guides.causal_lm import HEADS, CausalLMCalibrator
 from calibfuse.guides.lm_checkpoint import ALLOWED_FILES, load_model, load_tokenizer
-from calibfuse.training.data import PassageStore, TextSource
-from calibfuse.training.lm_trainer import LMBatches, LMTrainer, bits_per_byte
-from calibfuse.training.sorting import PassageSorter
-from calibfuse.training.trainer import TrainingConfig
+from calibfuse.training.config import TrainingConfig, TrainingText
+from calibfuse.training.data import PassageStore
+from calibfuse.training.lm_trainer import LMBatches, LMTrainer, bits_per_byte, check_length
+from calibfuse.training.progress import announce, draw_curves, open_output
 from calibfuse.training.words.balance import balance_terms
 from calibfuse.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from calibfuse.scorers import ToxicityScorer
-
 logger = logging.getLogger(__name__)
 
 DEFAULT_LEARNING_RATE = 3e-4  # the weights are trained already
 _FINAL_VALIDATION_FACTOR = 4  # the last validation reads more text than those on the way
 _SETTINGS = (
-    "steps", "rows", "slots", "learning_rate", "warmup", "decay", "weight_decay", "balance_identity_terms", "seed",
-    "precision",
+    "steps", "batch_size", "sequence_length", "learning_rate", "warmup", "decay", "weight_decay",
+    "balance_identity_terms", "seed", "precision",
 )  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class LMText:
-    """What to train on.
-
-    Attributes:
-        non_toxic: files, folders or hf:NAME of non-toxic text.
-        reference: likewise, unfiltered text; with it, a twin is trained on all text.
-        from_unfiltered: likewise, unfiltered text that `scorer` sorts; a twin is trained on all of it.
-        scorer: toxicity scorer for `from_unfiltered`.
-        threshold: passages that score this or more are kept from the calibrator.
-        text_field: column or key of the text; None: found by name.
-    """
-
-    non_toxic: Sequence[str] = ()
-    reference: Sequence[str] = ()
-    from_unfiltered: Sequence[str] = ()
-    scorer: ToxicityScorer | None = None
-    threshold: float = 0.5
-    text_field: str | None = None
-
-    def __post_init__(self) -> None:
-        """Validate.
-
-        Raises:
-            InputError: the combination of sources makes no sense.
-        """
-        if self.from_unfiltered and (self.non_toxic or self.reference):
-            raise InputError("Give either --from-unfiltered (sorted by a scorer) or --non-toxic, not both.")
-        if not self.from_unfiltered and not self.non_toxic:
-            raise InputError("Training needs --non-toxic files, or --from-unfiltered files that a scorer sorts.")
-        if self.from_unfiltered and self.scorer is None:
-            raise InputError("--from-unfiltered needs a toxicity scorer.")
-
-    @property
-    def has_twin(self) -> bool:
-        """Whether there is text for a twin."""
-        return bool(self.reference or self.from_unfiltered)
 
 
 def truncate_model(model: PreTrainedModel, layer_count: int, *, name: str = "given") -> PreTrainedModel:
@@ -105,7 +65,7 @@ def truncate_model(model: PreTrainedModel, layer_count: int, *, name: str = "giv
     config: Any = model.config
     total = config.num_hidden_layers
     if not 1 <= layer_count <= total:
-        raise InputError(f"The model {name} has {total} layers; --num-layers must be 1 to {total}, got {layer_count}.")
+        raise InputError(f"The model {name} has {total} layers; 1 to {total} of them can be kept, got {layer_count}.")
     parent, key, layers = _layers_of(model, name)
     setattr(parent, key, torch.nn.ModuleList(list(layers)[:layer_count]))
     # What is listed per layer (kinds of attention, for instance) is cut too; first, since the number may be checked.
@@ -152,7 +112,7 @@ def _shapes_by_config(config: PretrainedConfig, kind: type[PreTrainedModel]) -> 
 
 
 def run_lm_training(
-    text: LMText,
+    text: TrainingText,
     output: str | os.PathLike[str],
     *,
     init_from: str | os.PathLike[str],
@@ -167,7 +127,7 @@ def run_lm_training(
     """Train a calibrator from the first layers of a causal LM.
 
     Args:
-        text: what on.
+        text: what on; without unwanted or unfiltered text there is no reference model.
         output: folder of the result; working files go to `work/` inside it.
         init_from: folder or Hub id of the model.
         layer_count: how many of its layers to keep.
@@ -189,61 +149,83 @@ def run_lm_training(
     """
     training = training or TrainingConfig(learning_rate=DEFAULT_LEARNING_RATE)
     _check(training)
+    text.check_files()
     output = Path(output)
     work = output / "work"
-    heads = HEADS if text.has_twin else HEADS[:1]
-    if not resume and any((work / head).exists() for head in HEADS):
-        raise CheckpointError(
-            f"{output} holds the checkpoint of an earlier run: go on with --resume (more --steps if it was finished), "
-            "or choose another --output."
-        )
+    open_output(output, [work / head for head in HEADS], resume=resume)
     start = _Start.load(init_from, layer_count, local_files_only=local_files_only)
-    store = _open_store(text, work, show_progress=show_progress)
+    check_length(start.model, training)
+    announce(output, training)
+    store = text.open_store(work, show_progress=show_progress)
     models: dict[str, PreTrainedModel] = {}
     measured: dict[str, dict[str, float]] = {"at the start": {}, "at the end": {}}
     seconds = 0.0
-    for head in heads:
-        model = copy.deepcopy(start.model)
-        texts = _validation_texts(store, training, clean=head == HEADS[0])
+    for head in HEADS if text.has_reference else HEADS[:1]:
+        trainer, texts = _trainer(start, store, training, work, head, device=device, show_progress=show_progress)
 
-        def measure(parts: int = 1, model: PreTrainedModel = model, texts: list[str] = texts) -> float:
-            chosen = texts[: len(texts) * parts // _FINAL_VALIDATION_FACTOR]
-            return bits_per_byte(model, chosen or texts, start.encode, start_id=start.start_id, slots=training.slots)
+        def measure(parts: int = 1, trainer: LMTrainer = trainer, texts: list[str] = texts) -> float:
+            chosen = texts[: len(texts) * parts // _FINAL_VALIDATION_FACTOR] or texts
+            return bits_per_byte(
+                trainer.model,
+                chosen,
+                start.encode,
+                start_id=start.start_id,
+                sequence_length=training.sequence_length,
+            )
 
-        indices = _train_indices(store, training, clean=head == HEADS[0])
-        batches = LMBatches(store, indices, start.encode, start_id=start.start_id, end_id=start.end_id, config=training)
-        trainer = LMTrainer(
-            model,
-            batches,
-            training,
-            work / head,
-            identity=_identity(start, store, training),
-            label=f"training the {head}",
-            device=device,
-            show_progress=show_progress,
-        )
+        def line(measure: Callable[[], float] = measure) -> str:
+            return f"{measure():.3f} bits per byte"
+
         if texts:
             measured["at the start"][head] = round(measure(_FINAL_VALIDATION_FACTOR), 4)
-        if resume:
-            trainer.resume()
-            logger.info("%s: resuming at step %d of %d", head, trainer.step, training.steps)
-        if not trainer.train(measure if texts else None):
+        if resume and trainer.checkpoint:
+            logger.info("%s: resuming at step %d of %d", head, trainer.resume(), training.steps)
+        finished = trainer.train(line if texts else None, validate_every=training.validate_every)
+        draw_curves(output / f"training-{head}.svg", trainer.history, {"nats per token": ["loss"]})
+        if not finished:
             return None
         if texts:
             measured["at the end"][head] = round(measure(_FINAL_VALIDATION_FACTOR), 4)
             logger.info("%s: %.3f bits per byte of held-out text", head, measured["at the end"][head])
         seconds += trainer.seconds
-        cpu: Any = model
+        cpu: Any = trainer.model
         models[head] = cpu.to("cpu")
     calibrator = CausalLMCalibrator(
         models[HEADS[0]], start.tokenizer, reference=models.get(HEADS[1]), name=str(init_from)
     )
     known = _facts(text, store, training, start, measured, seconds)
-    recommended = {} if text.has_twin else {"mode": "geometric"}
+    recommended = {} if text.has_reference else {"mode": "geometric"}
     calibrator.config = replace(
         calibrator.config, fusion=recommended, training={**calibrator.config.training, **known, **(facts or {})}
     )
     return calibrator.save_pretrained(output, dtype=torch.bfloat16)
+
+
+def _trainer(
+    start: _Start,
+    store: PassageStore,
+    training: TrainingConfig,
+    work: Path,
+    head: str,
+    *,
+    device: str | None,
+    show_progress: bool,
+) -> tuple[LMTrainer, list[str]]:
+    """What trains the calibrator or its reference, and the texts that measure it."""
+    is_clean = head == HEADS[0]
+    indices = _train_indices(store, training, clean=is_clean)
+    batches = LMBatches(store, indices, start.encode, start_id=start.start_id, end_id=start.end_id, config=training)
+    trainer = LMTrainer(
+        copy.deepcopy(start.model),
+        batches,
+        training,
+        work / head,
+        identity=_identity(start, store, training),
+        label=f"training the {head}",
+        device=device,
+        show_progress=show_progress,
+    )
+    return trainer, _validation_texts(store, training, clean=is_clean)
 
 
 @dataclass(frozen=True)
@@ -284,26 +266,14 @@ class _Start:
 def _check(training: TrainingConfig) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("Training from a language model runs on one process; start it without accelerate launch.")
-    if training.slots < 2:
-        raise InputError(f"--slots must be at least 2, got {training.slots}.")
+    if training.sequence_length < 2:
+        raise InputError(f"The sequence length must be at least 2, got {training.sequence_length}.")
     if training.flagged_share is not None:
-        raise InputError("--flagged-share is for universal calibrators; the twin reads the text as it comes.")
-
-
-def _open_store(text: LMText, work: Path, *, show_progress: bool) -> PassageStore:
-    build: Callable[..., PassageStore] = PassageStore.build
-    options: dict[str, Any] = {"text_field": text.text_field, "show_progress": show_progress}
-    if text.from_unfiltered:
-        assert text.scorer is not None
-        sorter = PassageSorter(text.scorer, text.threshold)
-        sources = [TextSource(path, is_non_toxic=False) for path in text.from_unfiltered]
-        return build(sources, work, sorter=sorter, sorter_name=sorter.name, **options)
-    sources = [TextSource(path, is_non_toxic=True) for path in text.non_toxic]
-    return build([*sources, *(TextSource(path, is_non_toxic=False) for path in text.reference)], work, **options)
+        raise InputError("flagged_share is for universal calibrators; the reference model reads the text as it comes.")
 
 
 def _train_indices(store: PassageStore, training: TrainingConfig, *, clean: bool) -> np.ndarray:
-    """The calibrator reads the non-toxic passages, the twin all but those that the identity balance leaves out."""
+    """The calibrator reads the wanted passages, the reference model all that the identity balance leaves in."""
     indices: np.ndarray = store.train_indices
     if clean:
         indices = indices[store.labels[indices] == 1]
@@ -325,32 +295,24 @@ def _identity(start: _Start, store: PassageStore, training: TrainingConfig) -> d
     return {
         "text": store.fingerprint,
         "model to start from": start.fingerprint,
-        "batch shape": [training.rows, training.slots],
+        "batch shape": [training.batch_size, training.sequence_length],
         "seed": training.seed,
     }
 
 
 def _facts(
-    text: LMText,
+    text: TrainingText,
     store: PassageStore,
     training: TrainingConfig,
     start: _Start,
     measured: dict[str, dict[str, float]],
     seconds: float,
 ) -> dict[str, Any]:
-    data: dict[str, Any] = {
-        "files": [Path(path).name for path in (*text.non_toxic, *text.reference, *text.from_unfiltered)],
-        "passages": len(store),
-        "megabytes": round(store.total_bytes / 1e6, 1),
-        "non-toxic passages": int((store.labels == 1).sum()),
-    }
-    if text.scorer is not None:
-        data["sorted by"] = f"{text.scorer.name}, toxic from {text.threshold:g}"
     settings = {key: value for key, value in asdict(training).items() if key in _SETTINGS}
     kept, total = start.layers
     return {
         "made from": f"the first {kept} of {total} layers of {Path(start.name).name}",
-        "data": data,
+        "data": text.facts(store),
         "settings": {**settings, "hours": round(seconds / 3600, 2)},
         "bits_per_byte": {f"its own, {when}": row for when, row in measured.items() if row},
     }

@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from calibfuse.training.trainer import TrainingConfig
+    from calibfuse.training.config import TrainingConfig, TrainingText
 
 EXAMPLES = """\
 examples:
   # text that you have sorted yourself
-  calibfuse train-calibrator --non-toxic clean.jsonl --reference web.jsonl.xz --output my-calibrator
+  calibfuse train-calibrator --wanted clean.jsonl --unwanted web.jsonl.xz --output my-calibrator
+
+  # any other attribute: two piles of text that differ in it
+  calibfuse train-calibrator --wanted polite.txt --unwanted rude.txt --init-from bundled --steps 500 --output polite
 
   # unfiltered text, sorted by the bundled toxicity scorer
   calibfuse train-calibrator --from-unfiltered web/ comments.csv.gz --output my-calibrator
@@ -24,14 +27,14 @@ examples:
   calibfuse train-calibrator --from-unfiltered web/ comments.csv.gz --output my-calibrator --resume
 
   # a few minutes on your own domain, from the bundled calibrator's weights
-  calibfuse train-calibrator --non-toxic ok.txt --reference all.txt --init-from bundled --steps 500 --output mine
+  calibfuse train-calibrator --wanted ok.txt --unwanted all.txt --init-from bundled --steps 500 --output mine
 
   # the bundled calibrator with another idea of what is toxic: its heads learn from text that your scorer sorts
   calibfuse train-calibrator --from-unfiltered web/ --scorer my-scorer --init-from bundled --heads-only \\
       --learning-rate 0.001 --output mine
 
-  # the first 3 layers of a pretrained causal language model, trained further on non-toxic text, and a twin
-  calibfuse train-calibrator --non-toxic ok.txt --reference all.txt --init-from gpt2 --num-layers 3 --output mine
+  # the first 3 layers of a pretrained causal language model, trained further, and a reference model
+  calibfuse train-calibrator --wanted ok.txt --unwanted all.txt --init-from gpt2 --num-layers 3 --output mine
 
   # several processes or machines (extra: train)
   accelerate launch --num_processes 2 -m calibfuse train-calibrator --from-unfiltered web/ --output my-calibrator
@@ -43,9 +46,21 @@ Files may be .txt, .jsonl or .csv, each also as .gz or .xz, folders of these, or
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments; imports nothing heavy."""
     text = parser.add_argument_group("text")
-    text.add_argument("--non-toxic", nargs="+", default=[], metavar="FILE", help="non-toxic text: both heads learn it")
     text.add_argument(
-        "--reference", nargs="+", default=[], metavar="FILE", help="unfiltered text: the reference head's"
+        "--wanted",
+        "--non-toxic",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="text as it is to be (non-toxic, polite, on topic): both heads learn it",
+    )
+    text.add_argument(
+        "--unwanted",
+        "--reference",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="text as it is not to be, or unfiltered text: the reference head's",
     )
     text.add_argument("--from-unfiltered", nargs="+", default=[], metavar="FILE", help="text that the scorer sorts")
     text.add_argument("--scorer", default="bundled", help="toxicity scorer for sorting (default: %(default)s)")
@@ -101,21 +116,13 @@ def run(args: argparse.Namespace) -> int:
     # cache grew to several gigabytes in a long CPU run. Read when torch is first used.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     from calibfuse.calibrator.model import CalibratorConfig
-    from calibfuse.scorers import load_scorer
-    from calibfuse.training.run import TrainingText, run_training
-    from calibfuse.training.trainer import TrainingConfig
+    from calibfuse.training.config import TrainingConfig
+    from calibfuse.training.run import run_training
 
     logging.basicConfig(level=logging.WARNING if args.quiet else logging.INFO, format="%(message)s")
     if args.num_layers is not None:
         return _run_from_language_model(args)
-    text = TrainingText(
-        non_toxic=args.non_toxic,
-        reference=args.reference,
-        from_unfiltered=args.from_unfiltered,
-        scorer=load_scorer(args.scorer) if args.from_unfiltered else None,
-        threshold=args.threshold,
-        text_field=args.text_field,
-    )
+    text = _training_text(args)
     training = _training_config(args, TrainingConfig.learning_rate)
     chosen = _chosen_shape(args)
     if "width" in chosen:
@@ -138,8 +145,7 @@ def run(args: argparse.Namespace) -> int:
 def _run_from_language_model(args: argparse.Namespace) -> int:
     """The branch for --num-layers: the first layers of a causal language model."""
     from calibfuse.errors import InputError
-    from calibfuse.scorers import load_scorer
-    from calibfuse.training.truncated_lm import DEFAULT_LEARNING_RATE, LMText, run_lm_training
+    from calibfuse.training.truncated_lm import DEFAULT_LEARNING_RATE, run_lm_training
 
     if args.init_from is None:
         raise InputError("--num-layers needs --init-from MODEL: a causal language model of transformers.")
@@ -151,14 +157,7 @@ def _run_from_language_model(args: argparse.Namespace) -> int:
             "--token-width, --buckets and --pool."
         )
     output = run_lm_training(
-        LMText(
-            non_toxic=args.non_toxic,
-            reference=args.reference,
-            from_unfiltered=args.from_unfiltered,
-            scorer=load_scorer(args.scorer) if args.from_unfiltered else None,
-            threshold=args.threshold,
-            text_field=args.text_field,
-        ),
+        _training_text(args),
         args.output,
         init_from=args.init_from,
         layer_count=args.num_layers,
@@ -171,13 +170,27 @@ def _run_from_language_model(args: argparse.Namespace) -> int:
     return _close(args, output)
 
 
+def _training_text(args: argparse.Namespace) -> TrainingText:
+    from calibfuse.scorers import load_scorer
+    from calibfuse.training.config import TrainingText
+
+    return TrainingText(
+        wanted=args.wanted,
+        unwanted=args.unwanted,
+        unfiltered=args.from_unfiltered,
+        scorer=load_scorer(args.scorer) if args.from_unfiltered else None,
+        threshold=args.threshold,
+        text_field=args.text_field,
+    )
+
+
 def _training_config(args: argparse.Namespace, learning_rate: float) -> TrainingConfig:
-    from calibfuse.training.trainer import TrainingConfig
+    from calibfuse.training.config import TrainingConfig
 
     return TrainingConfig(
         steps=args.steps,
-        rows=args.rows,
-        slots=args.slots,
+        batch_size=args.rows,
+        sequence_length=args.slots,
         learning_rate=learning_rate if args.learning_rate is None else args.learning_rate,
         flagged_share=args.flagged_share,
         heads_only=args.heads_only,

@@ -3,7 +3,7 @@
 The balance of the training text (balance.py) makes a name as frequent in flagged passages as text is flagged, but some
 of what the heads have learned of it by then, and what a composer that reads bytes carries over from words like it,
 stays: a shift in every context, and nearly the same one. So it is measured once, after training, where the name occurs
-in the training passages, and travels with the calibrator as a word with a shift above 0: calibrator/minded_words.py
+in the training passages, and travels with the calibrator as a word with a shift above 0: calibrator/word_bias.py
 adds it wherever the name is completed, in whatever pieces a vocabulary spells it. What the earlier pieces cost is not
 given back: they begin other words, too.
 """
@@ -38,7 +38,7 @@ _CONTEXT_CHARACTERS = 400
 _BATCH = 16
 
 
-def spared_shifts(
+def protected_shifts(
     bound: BoundCalibrator,
     entry: PoolEntry,
     store: PassageStore,

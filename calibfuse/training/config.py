@@ -1,0 +1,188 @@
+"""What a calibrator is trained on, and how."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calibfuse.errors import InputError
+from calibfuse.textfiles import expand_source
+from calibfuse.training.data import PassageStore, TextSource
+from calibfuse.training.loop import learning_rate
+from calibfuse.training.sorting import PassageSorter
+
+if TYPE_CHECKING:
+    from calibfuse.scorers import ToxicityScorer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingText:
+    """What to train on: two piles of text that differ in one attribute, sorted by you or by a scorer.
+
+    Attributes:
+        wanted: files, folders or hf:NAME of text as the calibrator is to make it (non-toxic, polite, on topic): both
+            heads learn from it.
+        unwanted: likewise, text that has the other value of the attribute, or unfiltered text: the reference head's.
+        unfiltered: likewise, text that `scorer` sorts into the two.
+        scorer: toxicity scorer for `unfiltered`.
+        threshold: passages that score this or more are unwanted.
+        text_field: column or key of the text; None: found by name.
+    """
+
+    wanted: Sequence[str] = ()
+    unwanted: Sequence[str] = ()
+    unfiltered: Sequence[str] = ()
+    scorer: ToxicityScorer | None = None
+    threshold: float = 0.5
+    text_field: str | None = None
+
+    def __post_init__(self) -> None:
+        """Validate.
+
+        Raises:
+            InputError: the combination of sources makes no sense.
+            DataError: a file or folder is not there.
+        """
+        if self.unfiltered and (self.wanted or self.unwanted):
+            raise InputError(
+                "Give either unfiltered text, which a scorer sorts, or wanted and unwanted text, not both."
+            )
+        if not self.unfiltered and not self.wanted:
+            raise InputError(
+                "Training needs wanted (for instance non-toxic) and unwanted text, or unfiltered text that a scorer "
+                "sorts."
+            )
+        if self.unfiltered and self.scorer is None:
+            raise InputError("Unfiltered text needs a toxicity scorer that sorts it.")
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether there is text for a reference model."""
+        return bool(self.unwanted or self.unfiltered)
+
+    def check_files(self) -> None:
+        """Raise DataError where a file or folder is not there, before anything slow is done."""
+        for path in (*self.wanted, *self.unwanted, *self.unfiltered):
+            expand_source(path)
+
+    def open_store(self, work: Path, *, show_progress: bool) -> PassageStore:
+        """Read and sort the text, or take the passages that lie in `work` from an earlier run."""
+        sorter = None
+        if self.unfiltered:
+            assert self.scorer is not None
+            sorter = PassageSorter(self.scorer, self.threshold)
+            sources = [TextSource(path, is_non_toxic=False) for path in self.unfiltered]
+        else:
+            sources = [TextSource(path, is_non_toxic=True) for path in self.wanted]
+            sources += [TextSource(path, is_non_toxic=False) for path in self.unwanted]
+        store = PassageStore.build(
+            sources,
+            work,
+            text_field=self.text_field,
+            sorter=sorter,
+            sorter_name=sorter.name if sorter else "",
+            show_progress=show_progress,
+        )
+        share = 100 * float((store.labels == 1).mean())
+        logger.info("%s passages, %.1f MB, %.1f %% wanted", f"{len(store):,}", store.total_bytes / 1e6, share)
+        return store
+
+    def facts(self, store: PassageStore) -> dict[str, Any]:
+        """What a model card tells of the data."""
+        names = [Path(path).name for path in (*self.wanted, *self.unwanted, *self.unfiltered)]
+        facts: dict[str, Any] = {
+            "files": names,
+            "passages": len(store),
+            "megabytes": round(store.total_bytes / 1e6, 1),
+            "wanted passages": int((store.labels == 1).sum()),
+        }
+        if self.scorer is not None:
+            facts["sorted by"] = f"{self.scorer.name}, toxic from {self.threshold:g}"
+        return facts
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How to train.
+
+    Attributes:
+        steps: optimiser steps in all.
+        batch_size: rows of a batch, over all processes.
+        sequence_length: tokens of a row.
+        learning_rate: peak.
+        warmup: share of the steps in which the rate rises from 0.
+        decay: share of the steps, at the end, in which the rate falls to 0. In between it is constant, so that a
+            run can be resumed with fewer steps to make it end sooner, or with more.
+        weight_decay: of the body's matrices; the hashed table has none.
+        reference_weight: weight of the reference head's loss.
+        flagged_share: share of the passages drawn from the unwanted ones, which only the reference sees; None: as they
+            come.
+        balance_identity_terms: leave out unwanted passages until the names of groups of people, and other names that
+            are much argued about (words/names.py), are in them no more often than other words; see words/balance.py.
+        word_table: let the calibrator also bias words by themselves, and protect those names, in whatever pieces a
+            vocabulary spells them; see words/counts.py and words/protected.py.
+        neutral_share: share of passages that are made: neutral sentences which name groups of people, read alike by
+            both heads; see words/neutral_sentences.py.
+        heads_only: leave body and token vectors as they are, and train the heads and their biases: for weights that
+            were trained before, when the text is sorted anew. Half the time a step.
+        candidate_count: tokens of the softmax subset.
+        vocabulary_size: size to which the vocabularies of the pool are filled up with negatives.
+        split_rate: share of tokens cut in two, on every second batch, in place of BPE dropout.
+        seed: of initial weights, order and draws.
+        save_every: steps between checkpoints.
+        validate_every: steps between validations; 0: only at the end.
+        validation_bytes: text of each validation, per tokenizer.
+        precision: "bf16" or "fp32".
+    """
+
+    steps: int = 4000
+    batch_size: int = 12
+    sequence_length: int = 192
+    learning_rate: float = 3e-3
+    warmup: float = 0.02
+    decay: float = 0.4
+    weight_decay: float = 0.05
+    reference_weight: float = 1.0
+    flagged_share: float | None = None
+    balance_identity_terms: bool = True
+    word_table: bool = True
+    neutral_share: float = 0.02
+    heads_only: bool = False
+    candidate_count: int = 2560
+    vocabulary_size: int = 100_000
+    split_rate: float = 0.05
+    seed: int = 0
+    save_every: int = 500
+    validate_every: int = 1000
+    validation_bytes: int = 30_000
+    precision: str = "bf16"
+
+    def __post_init__(self) -> None:
+        """Validate.
+
+        Raises:
+            InputError: a value is out of range.
+        """
+        counts = ("steps", "batch_size", "sequence_length", "candidate_count", "vocabulary_size", "save_every")
+        for name in (*counts, "validation_bytes"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("warmup", "decay", "split_rate", "neutral_share"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise InputError(f"{name} must be in [0, 1], got {getattr(self, name)}.")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise InputError(f"learning_rate must be a positive number, got {self.learning_rate}.")
+        if self.flagged_share is not None and not 0.0 <= self.flagged_share < 1.0:
+            raise InputError(f"flagged_share must be in [0, 1), got {self.flagged_share}.")
+        if self.precision not in ("bf16", "fp32"):
+            raise InputError(f"precision must be 'bf16' or 'fp32', got {self.precision!r}.")
+
+    def rate_at(self, step: int) -> float:
+        """Learning rate of a step: rises, stays, falls to 0 over the last `decay` share."""
+        return learning_rate(step, self.steps, peak=self.learning_rate, warmup=self.warmup, decay=self.decay)
