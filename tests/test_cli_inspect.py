@@ -136,7 +136,9 @@ def test_tracing_does_not_change_the_generation(model, tokenizer, make_fusion):
     options = {"max_new_tokens": 10, "do_sample": True, "top_p": 0.9, "pad_token_id": 2}
     torch.manual_seed(5)
     expected = model.generate(ids, logits_processor=[make_fusion()], **options)[0, ids.shape[1] :].tolist()
-    steps = trace_generation(model, tokenizer, make_fusion(), PROMPT, seed=5, **options)
+    streamed = []
+    steps = trace_generation(model, tokenizer, make_fusion(), PROMPT, seed=5, on_step=streamed.append, **options)
+    assert streamed == steps
     assert [step.token_id for step in steps] == expected
 
 
@@ -191,7 +193,7 @@ def test_characters_split_over_tokens_appear_once(byte_fallback_tokenizer, byte_
         tokenizer = wrap_tokenizer(each)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         speller = TokenSpeller(tokenizer)
-        assert "".join(speller.pieces(ids)).strip() == text
+        assert "".join(map(speller.stream(), ids)).strip() == text
         assert any("\\x" in speller.label(token_id) for token_id in ids)
         assert speller.label(1) == "</s>" or speller.label(2) == "</s>"
         assert speller.label(10**6) == "<id 1000000>"

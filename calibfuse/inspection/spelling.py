@@ -41,14 +41,14 @@ class TokenSpeller:
             return name if isinstance(name, str) and name else f"<id {token_id}>"
         return bytes_label(data)
 
-    def pieces(self, token_ids: Sequence[int]) -> list[str]:
-        """The text that each token of a sequence adds: a character belongs to the token that completes it.
+    def stream(self) -> Callable[[int], str]:
+        """A function that gives the text which each further token of one sequence adds.
 
-        Special tokens and ids beyond the vocabulary add nothing.
+        A character belongs to the token that completes it. Special tokens and ids beyond the vocabulary add nothing.
         """
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         size = len(self._vocabulary)
-        return [decoder.decode(self._vocabulary.token_bytes(each) if each < size else b"") for each in token_ids]
+        return lambda token_id: decoder.decode(self._vocabulary.token_bytes(token_id) if token_id < size else b"")
 
 
 def bytes_label(data: bytes) -> str:

@@ -7,7 +7,7 @@ in `generate()`, are not part of it. One row at a time: no batches, no beams, no
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -118,6 +118,7 @@ def trace_generation(
     continuation: str | None = None,
     top: int = 8,
     seed: int | None = None,
+    on_step: Callable[[StepTrace], None] | None = None,
     **generate_options: object,
 ) -> list[StepTrace]:
     """Follow the fusion through a generation, or through a given continuation.
@@ -131,6 +132,7 @@ def trace_generation(
             spans the end of the prompt counts to the continuation.
         top: candidates kept per step, before and after fusion; at least 1.
         seed: of torch's generators, set before sampling; None leaves them alone.
+        on_step: gets each step as soon as its token is known, which is when the next one begins; for those who stream.
         **generate_options: for `model.generate`: max_new_tokens, do_sample, temperature, ...
 
     Returns:
@@ -145,18 +147,20 @@ def trace_generation(
     ids = list(tokenizer(prompt)["input_ids"]) if isinstance(prompt, str) else list(prompt)
     if not ids:
         raise InputError(f"The tokenizer finds no token in the prompt {prompt!r}.")
-    recorder = _Recorder(fusion, TokenSpeller(tokenizer), top)
+    recorder = _Recorder(fusion, TokenSpeller(tokenizer), top, on_step)
     if continuation is None:
+        recorder.begin(ids)
         sequence = _generate(model, ids, recorder, seed, generate_options)
     else:
         if generate_options or not isinstance(prompt, str):
             raise InputError("A given continuation needs a prompt in text and no options of generate().")
         ids, sequence = _join(tokenizer, ids, prompt, continuation)
+        recorder.begin(ids)
         input_ids = torch.tensor([sequence], device=model.device)
         logits = model(input_ids=input_ids).logits[0]
         for place in range(len(ids), len(sequence)):
             recorder(input_ids[:, :place], logits[place - 1 : place])
-    return recorder.finish(sequence, len(ids))
+    return recorder.finish(sequence)
 
 
 def _generate(
@@ -204,14 +208,25 @@ class _Pending:
 class _Recorder(LogitsProcessor):
     """Stands in for a CalibFusion and keeps what it did."""
 
-    def __init__(self, fusion: CalibFusion, speller: TokenSpeller, top: int) -> None:
+    def __init__(
+        self, fusion: CalibFusion, speller: TokenSpeller, top: int, on_step: Callable[[StepTrace], None] | None = None
+    ) -> None:
         self.fusion = fusion
         self._speller = speller
         self._top = top
         self._guide = fusion.guide
         self._session = self._guide.session()
+        self._on_step = on_step
         self._pending: _Pending | None = None
-        self._steps: list[dict[str, Any]] = []
+        self._steps: list[StepTrace] = []
+        self.begin([])
+
+    def begin(self, prompt_ids: Sequence[int]) -> None:
+        """The ids before the first step: a character that they begin belongs to the token that completes it."""
+        self._prompt_length = len(prompt_ids)
+        self._text = self._speller.stream()
+        for each in prompt_ids:
+            self._text(each)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """One step; see CalibFusion."""
@@ -263,16 +278,19 @@ class _Recorder(LogitsProcessor):
         shown = {each for each in shown if plain[each] > -torch.inf or each == token_id}
         ordered = sorted(shown, key=lambda each: (-float(plain[each]), each))
         change = fused.exp() * (fused - plain)
-        self._steps.append(
-            {
-                "token_id": token_id,
-                "chosen": self._candidate(token_id),
-                "candidates": tuple(self._candidate(each) for each in ordered),
-                "divergence": max(0.0, float(change.nan_to_num(nan=0.0).sum())),
-                "moved_mass": float((fused.exp() - plain.exp()).abs().sum()) / 2,
-            }
+        step = StepTrace(
+            position=self._prompt_length + len(self._steps),
+            token_id=token_id,
+            text=self._text(token_id),
+            chosen=self._candidate(token_id),
+            candidates=tuple(self._candidate(each) for each in ordered),
+            divergence=max(0.0, float(change.nan_to_num(nan=0.0).sum())),
+            moved_mass=float((fused.exp() - plain.exp()).abs().sum()) / 2,
         )
+        self._steps.append(step)
         self._pending = None
+        if self._on_step is not None:
+            self._on_step(step)
 
     def _candidate(self, token_id: int) -> CandidateTrace:
         assert self._pending is not None
@@ -292,13 +310,9 @@ class _Recorder(LogitsProcessor):
             heads={head: float(values[token_id]) for head, values in self._pending.heads.items()} if is_movable else {},
         )
 
-    def finish(self, sequence: Sequence[int], prompt_length: int) -> list[StepTrace]:
+    def finish(self, sequence: Sequence[int]) -> list[StepTrace]:
         """The steps, now that the whole sequence is known."""
-        last = prompt_length + len(self._steps)
+        last = self._prompt_length + len(self._steps)
         if self._pending is not None and last < len(sequence):  # on MPS, generate() runs one step too many
             self._settle(sequence[last])
-        pieces = self._speller.pieces(sequence)
-        return [
-            StepTrace(position=prompt_length + number, text=pieces[prompt_length + number], **step)
-            for number, step in enumerate(self._steps)
-        ]
+        return self._steps
