@@ -10,9 +10,10 @@ from calibfuse.evaluation.methods import PLAIN, Method
 from calibfuse.evaluation.metrics import METRICS, Estimate
 from calibfuse.evaluation.neutrality import Neutrality, measure_neutrality
 from calibfuse.evaluation.prompts import Prompt, load_prompts
+from calibfuse.evaluation.report import to_data
 from calibfuse.evaluation.sampling import SamplingConfig, sample_continuations
 from calibfuse.evaluation.suites import Suite, load_suite, measure_suite
-from calibfuse.evaluation.tables import to_data, to_markdown
+from calibfuse.evaluation.tables import to_markdown
 from calibfuse.generation.language_model import LanguageModel
 
 __all__ = [

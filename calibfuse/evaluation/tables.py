@@ -1,4 +1,4 @@
-"""The report as data (JSON) and as a Markdown table."""
+"""The tables of a report, the same on the page and in Markdown."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import math
 import platform
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from typing import Any, cast
+from dataclasses import dataclass
 
 import numpy
 import torch
@@ -17,25 +16,33 @@ from calibfuse._version import __version__
 from calibfuse.evaluation.budget import METRICS_AT_BUDGET, AtBudget, BudgetComparison
 from calibfuse.evaluation.evaluate import Evaluation, MethodResult
 from calibfuse.evaluation.metrics import METRICS, Estimate
-from calibfuse.evaluation.neutrality import Neutrality
-from calibfuse.evaluation.suites import SuiteRow
+from calibfuse.evaluation.suites import Suppression
+from calibfuse.html.pages import Cell, Table
 
-FORMAT = "calibfuse-evaluation"
-FORMAT_VERSION = 1
 _PERCENT = frozenset({"toxic_share", "empty_share", "refusal_share", "finished_share", "repetition"})
-_COLUMNS = (
-    "toxic_share",
-    "toxicity_probability",
-    "expected_maximum_toxicity",
-    "perplexity",
-    "target_perplexity",
-    "distinct_1",
-    "distinct_2",
-    "distinct_3",
-    "repetition",
-    "length",
-    "tokens_per_second",
+_TOXICITY = (
+    *("toxic_share", "toxicity_probability", "expected_maximum_toxicity", "mean_toxicity"),
+    *("perplexity", "target_perplexity"),
 )
+_TEXT = ("distinct_1", "distinct_2", "distinct_3", "repetition", "length", "empty_share", "refusal_share")
+_JUDGED_FROM = 50  # prompts; a bootstrap over fewer gives intervals that are too narrow to colour a change by
+
+
+@dataclass(frozen=True)
+class Section:
+    """A table with its heading.
+
+    Attributes:
+        key: where a chart of the same figures belongs.
+        title: heading.
+        table: the figures.
+        note: what they mean.
+    """
+
+    key: str
+    title: str
+    table: Table
+    note: str = ""
 
 
 def versions() -> dict[str, str]:
@@ -50,194 +57,88 @@ def versions() -> dict[str, str]:
     }
 
 
-def to_data(
-    evaluation: Evaluation, *, with_examples: bool = True, within_budget: BudgetComparison | None = None
-) -> dict[str, Any]:
-    """Everything as JSON values; numbers that JSON lacks (infinite, none) become null.
-
-    Args:
-        evaluation: the results.
-        with_examples: also continuations, as they are.
-        within_budget: the comparison at one fluency, if it was made.
-
-    Returns:
-        A dictionary that `json.dumps(..., allow_nan=False)` accepts.
-    """
-    data = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "facts": evaluation.facts,
-        "versions": versions(),
-        "methods": [_method_data(result, with_examples) for result in evaluation.results],
-        "fluency_budget": None if within_budget is None else within_budget.to_dict(),
-    }
-    return cast("dict[str, Any]", _without_nan(data))
-
-
-def _method_data(result: MethodResult, with_examples: bool) -> dict[str, Any]:
-    method = result.method
-    data: dict[str, Any] = {
-        "key": method.key,
-        "title": method.title,
-        "family": method.family,
-        "alpha": method.alpha,
-        "settings": dict(method.settings),
-        "is_default": method.is_default,
-        "metrics": {name: asdict(each) for name, each in result.estimates.items()},
-        "change_against_plain": {name: asdict(each) for name, each in result.changes.items()},
-        "difference_to_plain": {name: asdict(each) for name, each in result.differences.items()},
-        "groups": {
-            group: {name: asdict(each) for name, each in figures.items()} for group, figures in result.groups.items()
-        },
-        "speed": None if result.speed is None else asdict(result.speed),
-        "suites": {name: asdict(each) for name, each in result.suites.items()},
-        "opinions": [{**asdict(opinion), **asdict(figures)} for opinion, figures in result.opinions.items()],
-        "neutrality": None if result.neutrality is None else _neutrality_data(result.neutrality),
-    }
-    if with_examples:
-        for name, examples in (("first", result.measured.first), ("worst", result.measured.worst)):
-            data[f"{name}_examples"] = [asdict(each) for each in examples]
-    return data
-
-
-def _neutrality_data(neutrality: Neutrality) -> dict[str, Any]:
-    return {**asdict(neutrality), "kept": neutrality.kept, "kept_by_group": neutrality.groups()}
-
-
-def _without_nan(value: object) -> object:
-    if isinstance(value, Mapping):
-        return {key: _without_nan(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(each) for each in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
 def to_markdown(evaluation: Evaluation, *, within_budget: BudgetComparison | None = None) -> str:
     """Tables: figures with intervals, changes against plain, neutral text, and how all of it was made."""
-    results = evaluation.results
-    columns = [name for name in _COLUMNS if any(name in result.estimates for result in results)]
-    parts = ["# Evaluation", "", "## Figures", ""]
-    rows = [
-        [result.method.title, *(_with_interval(name, result.estimates.get(name)) for name in columns)]
-        for result in results
-    ]
-    parts += table(["method", *(METRICS[name].title for name in columns)], rows)
-    if len(results) > 1:
-        parts += ["", "## Change against plain, paired by prompts", ""]
-        rows = [
-            [result.method.title, *(change(result.changes.get(name)) for name in columns)] for result in results[1:]
-        ]
-        parts += table(["method", *(METRICS[name].title for name in columns)], rows)
-    if within_budget is not None:
+    parts = ["# Evaluation"]
+    for section in sections_of(evaluation, within_budget):
+        headers, rows = section.table.headers, section.table.rows
         parts += [
             "",
-            f"## {budget_title(within_budget)}",
+            f"## {section.title}",
             "",
-            *table(*budget_table(within_budget)),
-            "",
-            budget_note(within_budget),
+            *table(headers, [[_with_interval(cell) for cell in row] for row in rows]),
         ]
-    parts += ["", f"## {OPINIONS_TITLE}", "", *table(*opinions_table(results)), "", OPINIONS_NOTE]
-    parts += [*_neutral_part(results), *_suite_part(results), *_speed_part(results)]
+        if any(cell.change for row in rows for cell in row):
+            changes = [[cell.change or (cell.text if cell.interval is None else "-") for cell in row] for row in rows]
+            compared = [row for row, cells in zip(changes, rows, strict=True) if any(cell.change for cell in cells)]
+            parts += ["", "Change against plain, paired by prompts:", "", *table(headers, compared)]
+        parts += ["", section.note] if section.note else []
     parts += ["", "In brackets: 95 % bootstrap intervals over prompts.", "", "## How it was made", ""]
-    parts += [f"- {name.replace('_', ' ')}: {_show(value)}" for name, value in evaluation.facts.items()]
+    parts += [f"- {name.replace('_', ' ')}: {shown_value(value)}" for name, value in evaluation.facts.items()]
     parts += [f"- {name}: {value}" for name, value in versions().items()]
     return "\n".join(parts) + "\n"
 
 
-def _neutral_part(results: Sequence[MethodResult]) -> list[str]:
-    known = [(result, result.neutrality) for result in results if result.neutrality is not None]
-    if not known:
-        return []
-    groups = list(known[0][1].groups())
-    headers = [
-        "method",
-        "KL(target, method), nats per token",
-        "KL(method, target)",
-        "group words keep",
-        "lowest word",
-        *groups,
+def sections_of(evaluation: Evaluation, within_budget: BudgetComparison | None = None) -> list[Section]:
+    """Everything that was measured, in the order of a report."""
+    results = evaluation.results
+    few = len(evaluation.prompts) < _JUDGED_FROM
+    note = "Changes are against plain decoding, paired by prompts; on the page, " + (
+        f"changes are coloured from {_JUDGED_FROM} prompts on: intervals over fewer are too narrow to go by."
+        if few
+        else "one is coloured where its 95 % interval excludes 0."
+    )
+    sections = [
+        Section("toxicity", "Toxicity and fluency", _figures(results, _TOXICITY, few), note),
+        *([] if within_budget is None else [_budget_section(within_budget)]),
+        Section("text", "Diversity and length", _figures(results, _TEXT, few)),
+        _threshold_section(results),
+        *_neutral_sections(results),
+        *_suite_sections(results),
+        *_group_sections(results),
+        *_speed_sections(results),
     ]
+    return [section for section in sections if section.table.rows]
+
+
+def _figures(results: Sequence[MethodResult], wanted: Sequence[str], few: bool) -> Table:
+    names = [name for name in wanted if any(name in result.estimates for result in results)]
     rows = [
         [
-            result.method.title,
-            f"{neutrality.divergence:.4f}",
-            f"{neutrality.reverse_divergence:.4f}",
-            f"{neutrality.kept:.1%}",
-            f"{neutrality.lowest_word.word} {neutrality.lowest_word.kept:.1%}",
-            *(f"{value:.1%}" for value in neutrality.groups().values()),
+            Cell(result.method.title),
+            *(_figure_cell(name, result.estimates.get(name), result.changes.get(name), few) for name in names),
         ]
-        for result, neutrality in known
+        for result in results
     ]
-    return ["", "## Neutral text", "", *table(headers, rows)]
+    return Table(["method", *(METRICS[name].title for name in names)], rows)
 
 
-OPINIONS_TITLE = "Toxic continuations by threshold and scorer"
-OPINIONS_NOTE = (
-    "Share of continuations that a scorer gives this score or more, and its change against plain. The figures above "
-    "are the first scorer's. Every scorer flags some harmless text, the more the lower the threshold, and no method "
-    "can remove that."
-)
+def _figure_cell(name: str, estimate: Estimate | None, against: Estimate | None = None, few: bool = True) -> Cell:
+    if estimate is None or not math.isfinite(estimate.value):
+        return Cell("-")
+    interval = (figure(name, estimate.low), figure(name, estimate.high)) if math.isfinite(estimate.low) else None
+    if against is None:
+        return Cell(figure(name, estimate.value), interval)
+    better = METRICS[name].lower_is_better
+    is_clear = math.isfinite(against.low) and not against.low <= 0.0 <= against.high
+    verdict = "" if few or better is None or not is_clear else "good" if (against.high < 0.0) == better else "bad"
+    return Cell(figure(name, estimate.value), interval, change(against), verdict)
 
 
-def opinions_table(results: Sequence[MethodResult]) -> tuple[list[str], list[list[str]]]:
-    """Headers and rows: a line for each scorer and threshold."""
-    rows = []
-    for opinion in results[0].opinions:
-        cells = [opinion.scorer, f"{opinion.toxic_from:g}"]
-        for result in results:
-            figures = result.opinions[opinion]
-            cell = figure("toxic_share", figures.estimates["toxic_share"].value)
-            if figures.changes:
-                cell += f" ({change(figures.changes['toxic_share'])})"
-            cells.append(cell)
-        rows.append(cells)
-    return ["scorer", "toxic from", *(result.method.title for result in results)], rows
-
-
-def _suite_part(results: Sequence[MethodResult]) -> list[str]:
-    parts: list[str] = []
-    for name, (headers, rows) in suite_tables(results).items():
-        parts += ["", f"## Labelled sentences: {name}", "", *table(headers, rows)]
-    return [*parts, "", SUITE_NOTE] if parts else []
-
-
-SUITE_NOTE = (
-    "Mean over the sentences of log p(method) - log p(target), nats; then the share of sentences in which a token (a "
-    "word or a part of one) keeps less than half of its probability, with 95 % Wilson intervals. Of harmless sentences "
-    "these are false positives. AUC: chance that a harmful sentence is lowered more than a harmless one (0.5: not told "
-    "apart); odds: what harmful ones keep over what harmless ones keep. Nothing is sampled."
-)
-
-
-def suite_tables(results: Sequence[MethodResult]) -> dict[str, tuple[list[str], list[list[str]]]]:
-    """Headers and rows by name of the suite: sentences by functionality and group, then AUC and odds."""
-    tables = {}
-    methods = [result for result in results if result.suites]
-    for name, first in (methods[0].suites if methods else {}).items():
-        found = [result.suites[name] for result in methods]
-        rows = []
-        for kind in ("rows", "groups"):
-            for place, row in enumerate(getattr(first, kind)):
-                same = [getattr(each, kind)[place] for each in found]
-                rows.append([f"{row.name}, {row.label}", str(row.cases), *map(_suite_cell, same)])
-        for place, contrast in enumerate(first.contrasts):
-            count = f"{contrast.harmful} + {contrast.harmless}"
-            same_pairs = [each.contrasts[place] for each in found]
-            rows.append([f"AUC, {contrast.name}", count, *(_in_brackets(each.auc) for each in same_pairs)])
-            rows.append([f"odds, {contrast.name}", count, *(_in_brackets(each.odds) for each in same_pairs)])
-        tables[name] = (["sentences", "how many", *(result.method.title for result in methods)], rows)
-    return tables
-
-
-def _suite_cell(row: SuiteRow) -> str:
-    return f"{row.mean_shift:+.2f}, {row.halved.value:.1%} [{row.halved.low:.1%}, {row.halved.high:.1%}]"
-
-
-def _in_brackets(estimate: Estimate) -> str:
-    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"
+def _budget_section(within_budget: BudgetComparison) -> Section:
+    fluency = METRICS[within_budget.measured_by].title
+    headers = [
+        *("method", "default: toxic", f"default: {fluency}", "best", "toxic continuations", fluency),
+        *("toxicity probability", "distinct-2", "toxic, exactly at the budget"),
+    ]
+    rows = [_budget_row(each, within_budget.measured_by) for each in within_budget.families]
+    note = (
+        f"The budget: {fluency} at most {within_budget.budget:.1%} higher than plain decoding's, and distinct-1, -2 and "
+        f"-3 at most {within_budget.budget:.1%} lower. Best: of the strengths that were measured, the one with the "
+        "lowest mean toxicity within it. Exactly at the budget: interpolated where the cost crosses it; a dash: it "
+        "never does, or there are no strengths. All figures are changes against plain."
+    )
+    return Section("budget", budget_title(within_budget), Table(headers, rows), note)
 
 
 def budget_title(within_budget: BudgetComparison) -> str:
@@ -245,59 +146,127 @@ def budget_title(within_budget: BudgetComparison) -> str:
     return f"Every method within a fluency budget of {within_budget.budget:.1%}"
 
 
-def budget_note(within_budget: BudgetComparison) -> str:
-    """What the columns of that table mean."""
-    return (
-        f"The budget: {METRICS[within_budget.measured_by].title} at most {within_budget.budget:.1%} higher than plain "
-        f"decoding's, and distinct-1, -2 and -3 at most {within_budget.budget:.1%} lower. Best: of the strengths that "
-        "were measured, the one with the lowest mean toxicity within it. Exactly at the budget: interpolated where the "
-        "cost crosses it; a dash: it never does, or there are no strengths. Changes are against plain."
-    )
+def _budget_row(each: AtBudget, fluency: str) -> list[Cell]:
+    def changed(result: MethodResult | None, name: str) -> Cell:
+        estimate = None if result is None else result.changes.get(name)
+        if estimate is None or not math.isfinite(estimate.value):
+            return Cell("-")
+        ends = (f"{estimate.low:+.1%}", f"{estimate.high:+.1%}") if math.isfinite(estimate.low) else None
+        return Cell(f"{estimate.value:+.1%}", ends)
 
-
-def budget_table(within_budget: BudgetComparison) -> tuple[list[str], list[list[str]]]:
-    """Headers and rows of the comparison at one fluency."""
-    headers = [
-        "method",
-        "default: toxic",
-        "default: perplexity",
-        "best",
-        "toxic continuations",
-        METRICS[within_budget.measured_by].title,
-        "toxicity probability",
-        "distinct-2",
-        "toxic, exactly at the budget",
-    ]
-    return headers, [_budget_row(each, within_budget.measured_by) for each in within_budget.families]
-
-
-def _budget_row(each: AtBudget, name: str) -> list[str]:
-    default = ["-", "-"]
-    if each.default is not None:
-        default = [change(each.default.changes.get("toxic_share")), change(each.default.changes.get(name))]
-    best = ["none", "-", "-", "-", "-"]
-    if each.best is not None:
-        metrics = ("toxic_share", name, "toxicity_probability", "distinct_2")
-        best = [each.best.method.title, *(change(each.best.changes.get(metric)) for metric in metrics)]
     crossing = "-"
     if each.strength is not None and math.isfinite(each.changes[METRICS_AT_BUDGET[0]]):
         crossing = f"{each.changes[METRICS_AT_BUDGET[0]]:+.1%} (strength {each.strength:.3g})"
-    return [each.family, *default, *best, crossing]
+    return [
+        Cell(each.family),
+        *(changed(each.default, name) for name in ("toxic_share", fluency)),
+        Cell("none" if each.best is None else each.best.method.title),
+        *(changed(each.best, name) for name in ("toxic_share", fluency, "toxicity_probability", "distinct_2")),
+        Cell(crossing),
+    ]
 
 
-def _speed_part(results: Sequence[MethodResult]) -> list[str]:
-    known = [(result, result.speed) for result in results if result.speed is not None]
+def _threshold_section(results: Sequence[MethodResult]) -> Section:
+    """A line for each scorer and threshold."""
+    rows = []
+    for threshold in results[0].opinions:
+        row = [Cell(threshold.scorer), Cell(f"{threshold.toxic_from:g}")]
+        for result in results:
+            figures = result.opinions[threshold]
+            value = figure("toxic_share", figures.estimates["toxic_share"].value)
+            row.append(Cell(value, None, change(figures.changes["toxic_share"]) if figures.changes else ""))
+        rows.append(row)
+    note = (
+        "Share of continuations that a scorer gives this score or more, and its change against plain. The figures above "
+        "are the first scorer's. Every scorer flags some harmless text, the more the lower the threshold, and no method "
+        "can remove that."
+    )
+    headers = ["scorer", "toxic from", *(result.method.title for result in results)]
+    return Section("thresholds", "Toxic continuations by threshold and scorer", Table(headers, rows), note)
+
+
+def _neutral_sections(results: Sequence[MethodResult]) -> list[Section]:
+    known = [(result.method.title, result.neutrality) for result in results if result.neutrality is not None]
     if not known:
         return []
     rows = [
         [
-            result.method.title,
-            f"{speed.tokens_per_second:.0f}",
-            f"{speed.kept:.3f} [{speed.lowest:.3f}, {speed.highest:.3f}]",
+            Cell(title),
+            Cell(f"{each.divergence:.4f}"),
+            Cell(f"{each.reverse_divergence:.4f}"),
+            Cell(f"{each.log_prob_shift:+.4f}"),
+            Cell(f"{each.kept:.1%}"),
+            Cell(f"{each.lowest_word.word} {each.lowest_word.kept:.1%}"),
         ]
-        for result, speed in known
+        for title, each in known
     ]
-    return ["", "## Speed, interleaved with plain", "", *table(["method", "tokens/s", "share of plain's"], rows)]
+    headers = ["method", "KL(target, method)", "KL(method, target)", "log-probability of the text"]
+    headers += ["group words keep", "lowest word"]
+    groups = {title: each.groups() for title, each in known}
+    kept = [[Cell(name), *(Cell(f"{each[name]:.1%}") for each in groups.values())] for name in known[0][1].groups()]
+    note = "In nats per token, on benign text; the log-probability is the change of the text's own tokens."
+    words = "The probability that words keep after neutral beginnings such as “The new teacher is”; 100 % is unchanged."
+    return [
+        Section("neutral", "Neutral text", Table(headers, rows), note),
+        Section("words", "Words that name groups", Table(["words", *groups], kept), words),
+    ]
+
+
+def _suite_sections(results: Sequence[MethodResult]) -> list[Section]:
+    """Per suite: neutral sentences, toxic ones, then the neutral ones of each group."""
+    methods = [result for result in results if result.suites]
+    note = (
+        "Share of sentences in which a token (a word or a part of one) keeps less than half of its probability, with "
+        "95 % Wilson intervals. Of neutral sentences these are false positives; nothing is sampled."
+    )
+    sections = []
+    for name, first in (methods[0].suites if methods else {}).items():
+        found = [result.suites[name] for result in methods]
+        lines: list[tuple[str, Sequence[Suppression | None]]] = [
+            ("neutral sentences", [each.neutral for each in found]),
+            ("toxic sentences", [each.toxic for each in found]),
+            *((group, [each.groups[group] for each in found]) for group in first.groups),
+        ]
+        rows = [
+            [Cell(title), Cell(str(parts[0].texts)), *(_suppressed(each) for each in parts)]
+            for title, parts in lines
+            if parts[0] is not None
+        ]
+        headers = ["sentences", "how many", *(result.method.title for result in methods)]
+        sections.append(Section(f"suite {name}", f"Suppressed sentences: {name}", Table(headers, rows), note))
+    return sections
+
+
+def _suppressed(part: Suppression | None) -> Cell:
+    if part is None:
+        return Cell("-")
+    return Cell(f"{part.share.value:.1%}", (f"{part.share.low:.1%}", f"{part.share.high:.1%}"))
+
+
+def _group_sections(results: Sequence[MethodResult]) -> list[Section]:
+    rows = [
+        [
+            Cell(group.replace("_", " ")),
+            *(_figure_cell("toxic_share", result.groups[group].get("toxic_share")) for result in results),
+        ]
+        for group in results[0].groups
+    ]
+    headers = ["prompts", *(result.method.title for result in results)]
+    return [Section("groups", "Toxic continuations by group of prompts", Table(headers, rows))]
+
+
+def _speed_sections(results: Sequence[MethodResult]) -> list[Section]:
+    rows = [
+        [
+            Cell(result.method.title),
+            Cell(f"{result.speed.tokens_per_second:.0f}"),
+            Cell(f"{result.speed.kept:.3f}", (f"{result.speed.lowest:.3f}", f"{result.speed.highest:.3f}")),
+        ]
+        for result in results
+        if result.speed is not None
+    ]
+    note = "Timed in turn with plain decoding in one process, eight rows; the ends are the lowest and highest round."
+    return [Section("speed", "Speed", Table(["method", "tokens/s", "share of plain's"], rows), note)]
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -314,7 +283,7 @@ def figure(name: str, value: float) -> str:
         return f"{value:.2%}" if abs(value) < 0.1 else f"{value:.1%}"
     if name in ("perplexity", "target_perplexity", "length", "words"):
         return f"{value:.1f}"
-    return f"{value:.0f}" if name == "tokens_per_second" else f"{value:.3f}"
+    return f"{value:.3f}"
 
 
 def change(estimate: Estimate | None) -> str:
@@ -326,15 +295,12 @@ def change(estimate: Estimate | None) -> str:
     return f"{estimate.value:+.1%} [{estimate.low:+.1%}, {estimate.high:+.1%}]"
 
 
-def _with_interval(name: str, estimate: Estimate | None) -> str:
-    if estimate is None or not math.isfinite(estimate.value):
-        return "-"
-    if not math.isfinite(estimate.low):
-        return figure(name, estimate.value)
-    return f"{figure(name, estimate.value)} [{figure(name, estimate.low)}, {figure(name, estimate.high)}]"
+def _with_interval(cell: Cell) -> str:
+    return cell.text if cell.interval is None else f"{cell.text} [{', '.join(cell.interval)}]"
 
 
-def _show(value: object) -> str:
+def shown_value(value: object) -> str:
+    """A setting as text."""
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {each}" for key, each in value.items())
     if isinstance(value, list | tuple):
