@@ -123,7 +123,7 @@ def test_a_text_without_a_covered_token_is_refused(tokenizer):
 def test_the_page_escapes_tokens():
     vocabulary = Vocabulary.from_byte_strings([None, b"<b>", b"&amp;", b" c"], name="<i>")
     bound = make_calibrator().bind(vocabulary, use_disk_cache=False)
-    page = coverage_page(report_vocabulary(vocabulary), report_text(bound, [[1, 2, 3]]), facts={"tokenizer": "<i>"})
+    page = coverage_page(report_vocabulary(vocabulary), report_text(bound, [[1, 2, 3]]), metadata={"tokenizer": "<i>"})
     assert "&lt;b&gt;" in page
     assert "<b>" not in page
     assert "<i>" not in page

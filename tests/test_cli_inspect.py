@@ -238,7 +238,7 @@ class Page(html.parser.HTMLParser):
 def test_the_page_needs_nothing_else_and_escapes_everything(model, tokenizer, make_fusion):
     prompt = 'The <script>alert("1")</script> & river'
     steps = trace_generation(model, tokenizer, make_fusion(), prompt, max_new_tokens=6, seed=0, pad_token_id=2)
-    page = trace_page(steps, prompt=prompt, facts={"target": "<b>name</b>"})
+    page = trace_page(steps, prompt=prompt, metadata={"target": "<b>name</b>"})
     parsed = Page(page)
     tags = [tag for tag, _ in parsed.tags]
     assert tags.count("script") == 1
@@ -255,7 +255,7 @@ def test_the_page_needs_nothing_else_and_escapes_everything(model, tokenizer, ma
 
 def test_the_page_masks_words_in_text_and_tables(model, tokenizer, make_fusion):
     steps = trace_generation(model, tokenizer, make_fusion(), "what the", continuation=" heck")
-    page = trace_page(steps, prompt="what the", facts={}, mask=stars)
+    page = trace_page(steps, prompt="what the", metadata={}, mask=stars)
     assert "heck" not in Page(page).text.replace("␣", " ")
     assert "h**k" in "".join(Page(page).text.split("\n"))
 

@@ -4,6 +4,7 @@ import html.parser
 import json
 import math
 import re
+import sys
 import tracemalloc
 from dataclasses import replace
 from xml.etree import ElementTree
@@ -11,11 +12,12 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
+from matplotlib.transforms import Bbox
 from tiny_calibrators import make_calibrator
 from transformers import LogitsProcessor
 
 from calibfuse.calibrator import Calibrator
-from calibfuse.errors import InputError, ScorerError
+from calibfuse.errors import InputError, MissingDependencyError, ScorerError
 from calibfuse.evaluation import LanguageModel, Method, Prompt, SamplingConfig, evaluate, to_data, to_markdown
 from calibfuse.evaluation.budget import compare_within_budget
 from calibfuse.evaluation.journal import Journal, PromptRecord
@@ -28,7 +30,8 @@ from calibfuse.evaluation.report import write_report
 from calibfuse.evaluation.suites import LabelledText, Suite
 from calibfuse.fusion import FusionConfig
 from calibfuse.generation.continuations import Continuation
-from calibfuse.html.charts import Curve, Point, bars, curves
+from calibfuse.html.charts import Curve, Point, bars, curves, training_curves
+from calibfuse.html.pages import render
 from calibfuse.scorers import load_scorer
 
 PROMPTS = [
@@ -219,7 +222,7 @@ def test_every_scorer_and_threshold_is_counted_as_a_slow_loop_counts(target, sco
     assert lowered.opinions[half].changes["toxic_share"] == lowered.changes["toxic_share"]
     text = to_markdown(found)
     assert "## Toxic continuations by threshold and scorer" in text
-    assert re.search(r"\| \S*by_length \| 0\.7 \|", text)
+    assert re.search(r"\| \S*by_length, from 0\.7 \|", text)
     assert "by_length" in to_html(found)
     assert to_data(found)["methods"][1]["opinions"][4]["scorer"] == other.name
 
@@ -327,8 +330,28 @@ def test_the_page_needs_no_other_file_and_what_models_say_is_text(evaluation):
     names = {tag for tag, _ in page.tags}
     assert "svg" in names
     assert names.isdisjoint({"script", "link", "img", "iframe", "b"})
-    assert not re.search(r"""(src|href)=|url\(|@import""", content)
+    assert not re.search(r"""(src|href)="[^#]|url\([^#]|@import""", content)
     assert "She said <b>that</b> & then" in page.text
+
+
+def test_few_prompts_give_no_verdict_and_few_toxic_continuations_a_note(evaluation):
+    content = to_html(evaluation)
+    assert not re.search(r'class="(good|bad)"', content)
+    assert "coloured from 50 prompts on" in content
+    assert "too few to compare shares of toxic continuations" in content
+    many = replace(evaluation, prompts=evaluation.prompts * 17)
+    assert re.search(r'<small class="good">-', to_html(many))
+
+
+def test_changes_stand_whole_in_one_line_of_their_cell(evaluation):
+    """A relative change keeps its interval's brackets."""
+    changes = re.findall(r'<small class="\w*">([^<]*)</small>', to_html(evaluation))
+    assert len(changes) > 10
+    assert all(each.count("[") == each.count("]") for each in changes)
+
+
+def test_markdown_has_mean_toxicity(evaluation):
+    assert re.search(r"^\| method \|.* mean toxicity \|", to_markdown(evaluation), re.MULTILINE)
 
 
 def test_examples_are_masked_on_the_page(evaluation):
@@ -345,25 +368,56 @@ def test_reports_are_written_together(evaluation, tmp_path):
     ElementTree.parse(tmp_path / "new" / "curve.svg")  # a file of its own
 
 
+def figures_of(value, low=math.nan, high=math.nan):
+    return Estimate(value, low, high)
+
+
 def test_charts_place_points_and_take_missing_numbers():
-    good = Point("1", Estimate(20.0, 19.0, 21.0), Estimate(0.1, 0.05, 0.2))
-    bad = Point("2", Estimate(math.inf, math.nan, math.nan), Estimate(0.1, math.nan, math.nan))
+    good = Point("1", figures_of(20.0, 19.0, 21.0), figures_of(0.1, 0.05, 0.2))
+    bad = Point("2", figures_of(math.inf), figures_of(0.1))
     chart = curves({"<a>": Curve([good, bad])}, x_title="x", y_title="y")
     assert len(marks(chart)) == 1
-    assert "&lt;a&gt;" in chart
-    assert "nan" not in chart
-    assert curves({"a": Curve([bad])}, x_title="x", y_title="y", origin=bad) == ""
-    figures = {"row": {"one": Estimate(0.5, math.nan, math.nan), "two": Estimate(math.nan, math.nan, math.nan)}}
-    chart = bars(figures, title="t", reference=1.0)
-    assert chart.count("<rect") == 1
-    assert "nan" not in chart
-    assert bars({}, title="t") == ""
+    assert "&lt;a&gt;" in chart.markup()
+    assert "nan" not in chart.markup()
+    assert curves({"a": Curve([bad])}, x_title="x", y_title="y", origin=bad) is None
+    chart = bars({"row": {"one": figures_of(0.5), "two": figures_of(math.nan)}}, title="t", reference=1.0)
+    assert list(chart.draw(7).tooltips.values()) == ["row, one: 0.5"]
+    assert "nan" not in chart.markup()
+    assert bars({}, title="t") is None
 
 
-def marks(chart):
-    """Where the marks of a chart lie, those of its legend left out."""
-    drawing = chart.partition('<p class="legend">')[0]
-    return re.findall(r'<path d="[^"]+" transform="translate\(([-.\d]+) ([-.\d]+)\)"', drawing)
+def test_bars_go_both_ways():
+    """Mean shifts of sentences are mostly below 0."""
+    chart = bars({"a": {"m": figures_of(-2.0, -3.0, -1.0)}, "b": {"m": figures_of(0.5)}}, title="nats")
+    low, high = chart.draw(7).figure.axes[0].get_xlim()
+    assert low < -3.0
+    assert high > 0.5
+
+
+@pytest.mark.parametrize("is_share", [True, False])
+def test_an_axis_of_nothing_but_zeros_has_a_height(is_share):
+    zero = figures_of(0.0, 0.0, 0.0)
+    origin = Point("plain", figures_of(20.0, 19.0, 21.0), zero)
+    chart = curves(
+        {"a": Curve([Point("1", figures_of(22.0), zero)])}, x_title="x", y_title="y", origin=origin, y_is_share=is_share
+    )
+    for drawn in (chart, bars({"a": {"m": zero}}, title="t", is_share=is_share)):
+        assert "e-" not in "".join(re.findall(r">([^<>]*)</text>", drawn.markup()))
+    assert chart.draw(7).figure.axes[0].get_ylim()[1] >= (0.01 if is_share else 1e-3)
+
+
+def test_intervals_stay_within_the_axes():
+    wide = Point("1", figures_of(20.0, 2.0, 300.0), figures_of(0.1, 0.0, 0.9))
+    axes = curves({"a": Curve([wide])}, x_title="x", y_title="y").draw(7).figure.axes[0]
+    assert axes.get_xlim()[0] <= 2.0
+    assert axes.get_xlim()[1] >= 300.0
+    assert axes.get_ylim()[1] >= 0.9
+
+
+def marks(chart, width=7):
+    """Where the marks of points lie: those that have a tooltip."""
+    drawing = chart.draw(width)
+    return [line.get_xydata()[0] for line in drawing.figure.axes[0].lines if line.get_gid() in drawing.tooltips]
 
 
 def crowd(families):
@@ -371,7 +425,7 @@ def crowd(families):
     return {
         f"method {number}": Curve(
             [
-                Point(f"{alpha:g}", *(Estimate(value, 0.9 * value, 1.1 * value) for value in (x, y)))
+                Point(f"{alpha:g}", *(figures_of(value, 0.9 * value, 1.1 * value) for value in (x, y)))
                 for alpha, x, y in (
                     (alpha, 200.0 + alpha * (1 + number), 0.1 / (1 + alpha / (2 + number)))
                     for alpha in (0.5, 1.0, 3.0, 5.0)
@@ -383,49 +437,75 @@ def crowd(families):
     }
 
 
-def label_boxes(chart):
-    """Boxes of the strengths' labels, by the width of wide digits."""
-    found = re.findall(
-        r'<text x="([-.\d]+)" y="([-.\d]+)" text-anchor="(\w+)" font-size="(\d+)" class="label[^"]*">([^<]+)', chart
-    )
-    for x, y, anchor, size, text in found:
-        width = 0.6 * int(size) * len(text)
-        left = float(x) - {"start": 0.0, "middle": width / 2, "end": width}[anchor]
-        yield left, float(y) - 0.75 * int(size), left + width, float(y)
-
-
 @pytest.mark.parametrize("families", [1, 3, 12])
-def test_labels_of_a_crowded_chart_overlap_neither_each_other_nor_marks(families):
-    origin = Point("plain", Estimate(200.0, 190.0, 210.0), Estimate(0.1, 0.08, 0.12))
-    chart = curves(crowd(families), x_title="x", y_title="y", origin=origin, standalone=True)
-    labels = list(label_boxes(chart))
+@pytest.mark.parametrize("width", [3.9, 7.6])
+def test_labels_of_a_crowded_chart_overlap_neither_each_other_nor_marks(families, width):
+    origin = Point("plain", figures_of(200.0, 190.0, 210.0), figures_of(0.1, 0.08, 0.12))
+    chart = curves(crowd(families), x_title="x", y_title="y", origin=origin)
+    axes = chart.draw(width).figure.axes[0]
+    labels = [text.get_window_extent() for text in axes.texts]
+    assert axes.texts[0].get_text() == "plain"
     assert len(labels) > families
-    centres = [(float(x), float(y)) for x, y in marks(chart)]
-    assert len(centres) == 1 + 4 * families + families  # plain, the points, the legend
-    boxes = [*labels, *((x - 4, y - 4, x + 4, y + 4) for x, y in centres)]
-    for number, (left, top, right, bottom) in enumerate(labels):
-        for other in boxes[number + 1 :]:
-            assert other[0] >= right or other[2] <= left or other[1] >= bottom or other[3] <= top
+    assert len(marks(chart, width)) == 1 + 4 * families  # plain and the points
+    centres = [axes.transData.transform(place) for place in marks(chart, width)]
+    taken = [Bbox.from_extents(x - 3, y - 3, x + 3, y + 3) for x, y in centres]
+    for number, box in enumerate(labels):
+        assert not any(box.overlaps(other) for other in [*labels[number + 1 :], *taken])
 
 
 def test_every_family_has_a_colour_or_a_line_of_its_own():
-    root = ElementTree.fromstring(curves(crowd(12), x_title="x", y_title="y", standalone=True))
-    lines = [each for each in root.iter() if each.tag.endswith("polyline")]
-    assert len({(each.get("class"), each.get("stroke-dasharray")) for each in lines}) == 12
-    shapes = [each for each in root.iter() if each.tag.endswith("path") and each.find("{*}title") is None]
-    assert len({(each.get("class"), each.get("d")) for each in shapes}) == 12
+    figure = curves(crowd(12), x_title="x", y_title="y").draw(7).figure
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    assert len(labels) == 12
+    assert len({(each.get_color(), each.get_linestyle()) for each in handles}) == 12
+    assert len({(each.get_color(), each.get_marker()) for each in handles}) == 12
+
+
+def test_the_default_strength_has_a_ring():
+    points = [Point("1", figures_of(20.0), figures_of(0.1)), Point("2", figures_of(21.0), figures_of(0.05), True)]
+    axes = curves({"a": Curve(points)}, x_title="x", y_title="y").draw(7).figure.axes[0]
+    rings = [line.get_xydata()[0].tolist() for line in axes.lines if line.get_gid() == "ring"]
+    assert rings == [[21.0, 0.05]]
 
 
 def test_perplexities_that_differ_much_are_on_a_logarithmic_axis():
-    def chart(largest):
-        points = [Point("", Estimate(x, x, x), Estimate(0.1, 0.1, 0.1)) for x in (10.0, largest / 2, largest)]
-        return curves({"a": Curve(points)}, x_title="perplexity", y_title="y")
+    def axes(largest):
+        points = [Point("", figures_of(x, x, x), figures_of(0.1)) for x in (10.0, largest / 2, largest)]
+        return curves({"a": Curve(points)}, x_title="perplexity", y_title="y").draw(7).figure.axes[0]
 
-    near, far = chart(20.0), chart(1000.0)
-    assert "logarithmic" not in near
-    assert "perplexity, logarithmic" in far
-    x = [float(left) for left, _ in marks(far)]
-    assert (x[2] - x[1]) / (x[1] - x[0]) == pytest.approx(math.log(2) / math.log(50), rel=0.01)
+    assert (axes(20.0).get_xscale(), axes(20.0).get_xlabel()) == ("linear", "perplexity")
+    assert (axes(1000.0).get_xscale(), axes(1000.0).get_xlabel()) == ("log", "perplexity, logarithmic")
+
+
+def test_colours_in_a_page_follow_its_style_and_a_file_brings_its_own():
+    chart = curves(crowd(2), x_title="x", y_title="y")
+    assert not re.search("#[0-9a-f]{6}", chart.markup())
+    assert "stroke: var(--c1)" in chart.markup()
+    root = ElementTree.fromstring(chart.svg())
+    style = root.find("{*}style").text
+    assert "prefers-color-scheme: dark" in style
+    assert "--c1: #d1480f" in style
+
+
+def test_training_curves_are_files(tmp_path):
+    records = [{"step": step, "loss": 5.0 / step, "bits_per_byte": math.nan} for step in range(1, 100)]
+    chart = training_curves(records)
+    assert [axes.get_ylabel() for axes in chart.draw(7).figure.axes] == ["loss, nats per token"]
+    chart.save(tmp_path / "a.svg")
+    ElementTree.parse(tmp_path / "a.svg")
+    chart.save(tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(InputError, match=r"\.svg or \.png, got 'a\.pdf'"):
+        chart.save(tmp_path / "a.pdf")
+    assert training_curves([{"step": 1}]) is None
+
+
+@pytest.mark.parametrize(("package", "call"), [("matplotlib", "markup"), ("jinja2", "page")])
+def test_a_missing_package_is_named_with_its_extra(monkeypatch, evaluation, package, call):
+    monkeypatch.setitem(sys.modules, package, None)
+    chart = curves(crowd(1), x_title="x", y_title="y")
+    with pytest.raises(MissingDependencyError, match=rf"{package}: pip install 'calibfuse\[eval\]'"):
+        _ = chart.markup() if call == "markup" else render("evaluation/report.html.jinja")
 
 
 def test_a_method_has_one_colour_on_the_whole_page(target, scorer, tmp_path):
@@ -433,11 +513,11 @@ def test_a_method_has_one_colour_on_the_whole_page(target, scorer, tmp_path):
     other = Method("other", "other", lambda: [Lower(2.0)], "other")
     evaluation = evaluate(target, [lowering(1.0), other], PROMPTS, scorer, tmp_path, **OPTIONS)
     content = to_html(evaluation)
-    fills = re.findall(r'<(?:rect|path)[^>]* class="(?:dot )?(f\w)"><title>[^<]*\bother[:,]', content)
+    fills = re.findall(r"<title>[^<]*\bother[:,].*?fill: (var\(--\w+\))", content, re.DOTALL)
     assert len(fills) > 4
-    assert set(fills) == {"f1"}
-    plain = re.findall(r'<rect[^>]* class="(f\w)"><title>[^<]*, plain:', content)
-    assert set(plain) == {"fp"}
+    assert set(fills) == {"var(--c1)"}
+    plain = re.findall(r"<title>[^<]*, plain:.*?fill: (var\(--\w+\))", content, re.DOTALL)
+    assert set(plain) == {"var(--ink)"}
 
 
 # ---- the choice of a strength
@@ -488,9 +568,13 @@ def test_methods_are_compared_at_one_fluency(evaluation, changes, best, strength
         toxic = [result.changes["mean_toxicity"].value for result in evaluation.results[1:]]
         low, high, share = (0.0, toxic[0], strength) if strength < 1 else (*toxic, (strength - 1.0) / 29.0)
         assert family.changes["mean_toxicity"] == pytest.approx(low + share * (high - low))
-    shown = to_markdown(evaluation, within_budget=within_budget), to_html(evaluation, within_budget=within_budget)
-    assert all("within a fluency budget of 2.0%" in each for each in shown)
+    assert "within a fluency budget of 2.0%" in to_markdown(evaluation, within_budget=within_budget)
     assert json.dumps(to_data(evaluation, within_budget=within_budget), allow_nan=False)
+
+
+def test_the_page_compares_within_the_budget(evaluation):
+    within_budget = compare_within_budget(with_figures(evaluation, (0.01, 0.05)), 0.02)
+    assert "within a fluency budget of 2.0%" in to_html(evaluation, within_budget=within_budget)
 
 
 def test_text_that_is_always_the_same_costs_fluency_at_any_perplexity(evaluation):

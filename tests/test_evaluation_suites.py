@@ -22,8 +22,9 @@ from calibfuse.evaluation import (
 )
 from calibfuse.evaluation.likelihood import split_ids
 from calibfuse.evaluation.page import to_html
+from calibfuse.evaluation.report import to_data
 from calibfuse.evaluation.suites import HARMFUL, HARMLESS, LabelledText, Suite, auc, summarise, wilson
-from calibfuse.evaluation.tables import to_data, to_markdown
+from calibfuse.evaluation.tables import to_markdown
 from calibfuse.scorers import load_scorer
 
 SUITE = Suite(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from calibfuse.evaluation.budget import BudgetComparison, perplexity_metric
@@ -9,10 +10,12 @@ from calibfuse.evaluation.evaluate import Evaluation, MethodResult
 from calibfuse.evaluation.measuring import Example
 from calibfuse.evaluation.methods import PLAIN
 from calibfuse.evaluation.metrics import METRICS, Estimate
+from calibfuse.evaluation.suites import HARMFUL, HARMLESS, SuiteResult
 from calibfuse.evaluation.tables import sections_of, shown_value, versions
 from calibfuse.html.charts import Chart, Curve, Point, bars, curves
 from calibfuse.html.pages import Mask, render, unchanged
 
+Rows = dict[str, dict[str, Estimate]]  # row of bars -> title of a method -> figure
 _EXAMPLES = 12
 _MOST_SHOWN = 7  # methods side by side in bars and examples
 _FEW_TOXIC = 20  # flagged continuations of plain decoding, below which shares of them say little
@@ -47,8 +50,8 @@ def to_html(evaluation: Evaluation, *, mask: Mask | None = None, within_budget: 
         f"{facts.get('judge') or 'the target itself'}.",
         notes=[*(facts.get("notes") or []), *_warnings(evaluation)],
         curves=[{"fluency": title, "markup": chart.markup()} for title, chart in found if chart is not None],
-        sections=sections_of(evaluation, within_budget),
-        charts={key: chart.markup() for key, chart in charts.items() if chart is not None},
+        sections=sections_of(evaluation, within_budget, shown),
+        charts={key: [chart.markup() for chart in found] for key, found in charts.items()},
         mask=mask,
         shown=shown,
         first_examples=_first_examples(shown),
@@ -127,28 +130,54 @@ def _colours(shown: Sequence[MethodResult], results: Sequence[MethodResult]) -> 
     return {PLAIN.title: None, **numbers}
 
 
-def _bar_charts(shown: Sequence[MethodResult], colours: Mapping[str, int | None]) -> dict[str, Chart | None]:
+def _bar_charts(shown: Sequence[MethodResult], colours: Mapping[str, int | None]) -> dict[str, list[Chart]]:
     """By key of the section that they stand in."""
-    groups: dict[str, dict[str, Estimate]] = {}
-    words: dict[str, dict[str, Estimate]] = {}
-    suites: dict[str, dict[str, dict[str, Estimate]]] = {}
+    groups: Rows = {}
+    words: Rows = {}
+    suites: dict[str, list[tuple[str, SuiteResult]]] = {}
     for result in shown:
         title = result.method.title
         for group, figures in result.groups.items():
             if "toxic_share" in figures:
                 groups.setdefault(group, {})[title] = figures["toxic_share"]
         for group, kept in ({} if result.neutrality is None else result.neutrality.groups()).items():
-            words.setdefault(group, {})[title] = Estimate(kept, float("nan"), float("nan"))
+            words.setdefault(group, {})[title] = _without_interval(kept)
         for name, suite in result.suites.items():
-            for group, part in suite.groups.items():
-                suites.setdefault(name, {}).setdefault(group, {})[title] = part.share
-    charts = {
-        f"suite {name}": bars(rows, title="neutral sentences that are suppressed", is_share=True, colours=colours)
-        for name, rows in suites.items()
-    }
-    charts["groups"] = bars(groups, title="toxic continuations", is_share=True, colours=colours)
-    charts["words"] = bars(words, title="probability kept", reference=1.0, is_share=True, colours=colours)
-    return charts
+            suites.setdefault(name, []).append((title, suite))
+    charts = {f"suite {name}": suite_charts(found, colours) for name, found in suites.items()}
+    charts["groups"] = [bars(groups, title="toxic continuations", is_share=True, colours=colours)]
+    charts["words"] = [bars(words, title="probability kept", reference=1.0, is_share=True, colours=colours)]
+    return {key: [chart for chart in found if chart is not None] for key, found in charts.items()}
+
+
+def suite_charts(
+    results: Sequence[tuple[str, SuiteResult]], colours: Mapping[str, int | None] | None = None
+) -> list[Chart | None]:
+    """Bars of what methods do to a suite of labelled sentences.
+
+    Args:
+        results: title of a method and its result.
+        colours: of the methods; by default in their order.
+
+    Returns:
+        The mean shift of harmful and of harmless sentences by functionality, and the harmless ones halved by group.
+    """
+    shifts: dict[str, Rows] = {HARMFUL: {}, HARMLESS: {}}
+    halved: Rows = {}
+    for title, result in results:
+        for row in result.rows:
+            shifts[row.label].setdefault(row.name, {})[title] = _without_interval(row.mean_shift)
+        for row in result.groups:
+            halved.setdefault(row.name, {})[title] = row.halved
+    return [
+        bars(shifts[HARMFUL], title="harmful sentences: mean shift, nats (lower is better)", colours=colours),
+        bars(shifts[HARMLESS], title="harmless sentences: mean shift, nats (nearer to 0 is better)", colours=colours),
+        bars(halved, title="harmless sentences with a token halved", is_share=True, colours=colours),
+    ]
+
+
+def _without_interval(value: float) -> Estimate:
+    return Estimate(value, math.nan, math.nan)
 
 
 def _first_examples(shown: Sequence[MethodResult]) -> list[list[tuple[str, Example]]]:

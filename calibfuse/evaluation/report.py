@@ -1,4 +1,4 @@
-"""The report of an evaluation: as data, and as files (report.json with everything, report.md, report.html, curve.svg)."""
+"""The report of an evaluation: as data, and as files (report.json, report.md, report.html, curve.svg)."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from calibfuse._version import __version__
 from calibfuse.evaluation.budget import METRICS_AT_BUDGET, AtBudget, BudgetComparison
 from calibfuse.evaluation.evaluate import Evaluation, MethodResult
 from calibfuse.evaluation.metrics import METRICS, Estimate
-from calibfuse.evaluation.suites import Suppression
+from calibfuse.evaluation.suites import SuiteRow
 from calibfuse.html.pages import Cell, Table
 
 _PERCENT = frozenset({"toxic_share", "empty_share", "refusal_share", "finished_share", "repetition"})
@@ -79,9 +79,23 @@ def to_markdown(evaluation: Evaluation, *, within_budget: BudgetComparison | Non
     return "\n".join(parts) + "\n"
 
 
-def sections_of(evaluation: Evaluation, within_budget: BudgetComparison | None = None) -> list[Section]:
-    """Everything that was measured, in the order of a report."""
+def sections_of(
+    evaluation: Evaluation,
+    within_budget: BudgetComparison | None = None,
+    side_by_side: Sequence[MethodResult] | None = None,
+) -> list[Section]:
+    """Everything that was measured, in the order of a report.
+
+    Args:
+        evaluation: the results.
+        within_budget: the comparison at one fluency, if it was made.
+        side_by_side: the methods that are columns where groups or sentences are rows; None: all.
+
+    Returns:
+        Those that have figures.
+    """
     results = evaluation.results
+    columns = results if side_by_side is None else side_by_side
     few = len(evaluation.prompts) < _JUDGED_FROM
     note = "Changes are against plain decoding, paired by prompts; on the page, " + (
         f"changes are coloured from {_JUDGED_FROM} prompts on: intervals over fewer are too narrow to go by."
@@ -93,9 +107,9 @@ def sections_of(evaluation: Evaluation, within_budget: BudgetComparison | None =
         *([] if within_budget is None else [_budget_section(within_budget)]),
         Section("text", "Diversity and length", _figures(results, _TEXT, few)),
         _threshold_section(results),
-        *_neutral_sections(results),
-        *_suite_sections(results),
-        *_group_sections(results),
+        *_neutral_sections(results, columns),
+        *_suite_sections(columns),
+        *_group_sections(columns),
         *_speed_sections(results),
     ]
     return [section for section in sections if section.table.rows]
@@ -133,8 +147,8 @@ def _budget_section(within_budget: BudgetComparison) -> Section:
     ]
     rows = [_budget_row(each, within_budget.measured_by) for each in within_budget.families]
     note = (
-        f"The budget: {fluency} at most {within_budget.budget:.1%} higher than plain decoding's, and distinct-1, -2 and "
-        f"-3 at most {within_budget.budget:.1%} lower. Best: of the strengths that were measured, the one with the "
+        f"The budget: {fluency} at most {within_budget.budget:.1%} higher than plain decoding's, and distinct-1, -2 "
+        f"and -3 at most {within_budget.budget:.1%} lower. Best: of the strengths that were measured, the one with the "
         "lowest mean toxicity within it. Exactly at the budget: interpolated where the cost crosses it; a dash: it "
         "never does, or there are no strengths. All figures are changes against plain."
     )
@@ -167,25 +181,24 @@ def _budget_row(each: AtBudget, fluency: str) -> list[Cell]:
 
 
 def _threshold_section(results: Sequence[MethodResult]) -> Section:
-    """A line for each scorer and threshold."""
+    """A column for each scorer and threshold."""
     rows = []
-    for threshold in results[0].opinions:
-        row = [Cell(threshold.scorer), Cell(f"{threshold.toxic_from:g}")]
-        for result in results:
-            figures = result.opinions[threshold]
+    for result in results:
+        cells = [Cell(result.method.title)]
+        for figures in result.opinions.values():
             value = figure("toxic_share", figures.estimates["toxic_share"].value)
-            row.append(Cell(value, None, change(figures.changes["toxic_share"]) if figures.changes else ""))
-        rows.append(row)
+            cells.append(Cell(value, None, change(figures.changes["toxic_share"]) if figures.changes else ""))
+        rows.append(cells)
     note = (
-        "Share of continuations that a scorer gives this score or more, and its change against plain. The figures above "
-        "are the first scorer's. Every scorer flags some harmless text, the more the lower the threshold, and no method "
-        "can remove that."
+        "Share of continuations that a scorer gives this score or more, and its change against plain. The figures "
+        "above are the first scorer's. Every scorer flags some harmless text, the more the lower the threshold, and no "
+        "method can remove that."
     )
-    headers = ["scorer", "toxic from", *(result.method.title for result in results)]
+    headers = ["method", *(f"{each.scorer}, from {each.toxic_from:g}" for each in results[0].opinions)]
     return Section("thresholds", "Toxic continuations by threshold and scorer", Table(headers, rows), note)
 
 
-def _neutral_sections(results: Sequence[MethodResult]) -> list[Section]:
+def _neutral_sections(results: Sequence[MethodResult], columns: Sequence[MethodResult]) -> list[Section]:
     known = [(result.method.title, result.neutrality) for result in results if result.neutrality is not None]
     if not known:
         return []
@@ -202,7 +215,7 @@ def _neutral_sections(results: Sequence[MethodResult]) -> list[Section]:
     ]
     headers = ["method", "KL(target, method)", "KL(method, target)", "log-probability of the text"]
     headers += ["group words keep", "lowest word"]
-    groups = {title: each.groups() for title, each in known}
+    groups = {each.method.title: each.neutrality.groups() for each in columns if each.neutrality is not None}
     kept = [[Cell(name), *(Cell(f"{each[name]:.1%}") for each in groups.values())] for name in known[0][1].groups()]
     note = "In nats per token, on benign text; the log-probability is the change of the text's own tokens."
     words = "The probability that words keep after neutral beginnings such as “The new teacher is”; 100 % is unchanged."
@@ -213,34 +226,46 @@ def _neutral_sections(results: Sequence[MethodResult]) -> list[Section]:
 
 
 def _suite_sections(results: Sequence[MethodResult]) -> list[Section]:
-    """Per suite: neutral sentences, toxic ones, then the neutral ones of each group."""
+    """Two per suite: its sentences by functionality and by group, and how well harmful ones are told from others."""
     methods = [result for result in results if result.suites]
-    note = (
-        "Share of sentences in which a token (a word or a part of one) keeps less than half of its probability, with "
-        "95 % Wilson intervals. Of neutral sentences these are false positives; nothing is sampled."
+    titles = [result.method.title for result in methods]
+    rows_note = (
+        "Mean over the sentences of log p(method) - log p(target), nats, and the share of sentences in which a token "
+        "(a word or a part of one) keeps less than half of its probability, with a 95 % Wilson interval. Of harmless "
+        "sentences these are false positives. Nothing is sampled."
+    )
+    contrasts_note = (
+        "AUC: chance that a harmful sentence is lowered more than a harmless one (0.5: not told apart). Odds: what "
+        "harmful ones keep of their probability over what harmless ones keep."
     )
     sections = []
     for name, first in (methods[0].suites if methods else {}).items():
         found = [result.suites[name] for result in methods]
-        lines: list[tuple[str, Sequence[Suppression | None]]] = [
-            ("neutral sentences", [each.neutral for each in found]),
-            ("toxic sentences", [each.toxic for each in found]),
-            *((group, [each.groups[group] for each in found]) for group in first.groups),
-        ]
-        rows = [
-            [Cell(title), Cell(str(parts[0].texts)), *(_suppressed(each) for each in parts)]
-            for title, parts in lines
-            if parts[0] is not None
-        ]
-        headers = ["sentences", "how many", *(result.method.title for result in methods)]
-        sections.append(Section(f"suite {name}", f"Suppressed sentences: {name}", Table(headers, rows), note))
+        rows = []
+        for kind in ("rows", "groups"):
+            for place, row in enumerate(getattr(first, kind)):
+                cells = [_suite_cell(getattr(each, kind)[place]) for each in found]
+                rows.append([Cell(f"{row.name.replace('_', ' ')}, {row.label}"), Cell(str(row.cases)), *cells])
+        table_ = Table(["sentences", "how many", *titles], rows)
+        sections.append(Section(f"suite {name}", f"Labelled sentences: {name}", table_, rows_note))
+        told = []
+        for place, contrast in enumerate(first.contrasts):
+            count = Cell(f"{contrast.harmful} + {contrast.harmless}")
+            for figure_ in ("auc", "odds"):
+                ends = [_three_digits(getattr(each.contrasts[place], figure_)) for each in found]
+                told.append([Cell(f"{figure_.replace('auc', 'AUC')}, {contrast.name}"), count, *ends])
+        table_ = Table(["harmful against harmless", "how many", *titles], told)
+        sections.append(Section(f"contrasts {name}", f"Harmful told from harmless: {name}", table_, contrasts_note))
     return sections
 
 
-def _suppressed(part: Suppression | None) -> Cell:
-    if part is None:
-        return Cell("-")
-    return Cell(f"{part.share.value:.1%}", (f"{part.share.low:.1%}", f"{part.share.high:.1%}"))
+def _suite_cell(row: SuiteRow) -> Cell:
+    ends = (f"{row.halved.low:.1%}", f"{row.halved.high:.1%}")
+    return Cell(f"{row.mean_shift:+.2f}, {row.halved.value:.1%} halved", ends)
+
+
+def _three_digits(estimate: Estimate) -> Cell:
+    return Cell(f"{estimate.value:.3f}", (f"{estimate.low:.3f}", f"{estimate.high:.3f}"))
 
 
 def _group_sections(results: Sequence[MethodResult]) -> list[Section]:

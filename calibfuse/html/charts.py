@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from xml.etree import ElementTree
 
-from calibfuse.errors import InputError, MissingDependencyError
+from calibfuse.errors import InputError
+from calibfuse.html import require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,7 +40,7 @@ _WIDE, _NARROW = 7.6, 3.9  # inches; a page scales them to its width
 _LOG_FROM = 3.0  # largest over smallest value from which on a horizontal axis is logarithmic
 _SMOOTH_FROM = 60  # records from which on a running mean is drawn over a training curve
 _FONT = "system-ui, -apple-system, 'Segoe UI', sans-serif"
-_SETTINGS = {
+_SETTINGS: dict[Any, Any] = {
     **{f"{part}.color": _INK for part in ("text", "xtick", "ytick", "grid")},
     **{"axes.edgecolor": _INK, "axes.labelcolor": _INK, "axes.facecolor": "none", "figure.facecolor": "none"},
     **{"grid.alpha": 0.15, "axes.grid": True, "axes.axisbelow": True, "font.size": 9.5, "legend.frameon": False},
@@ -191,9 +192,8 @@ def curves(
                     _draw_curve(axes, drawing, name, number, [*start, *points], skipped=len(start), faint=faint)
             if origin is not None:
                 _draw_interval(axes, origin, _INK, 0.6)
-                style = {"marker": "o", "markersize": 9, "color": _PAPER, "markeredgecolor": _INK, "markeredgewidth": 2}
-                tip = drawing.tip(_tooltip(origin.label, origin))
-                axes.plot(origin.x.value, origin.y.value, clip_on=False, zorder=5, gid=tip, **style)
+                ring = {"marker": "o", "markersize": 9, "color": _PAPER, "markeredgecolor": _INK, "markeredgewidth": 2}
+                _draw_mark(axes, origin, drawing.tip(_tooltip(origin.label, origin)), **ring)
             _finish_axes(axes, everything, y_is_share=y_is_share)
             axes.set_xlabel(x_title + (", logarithmic" if axes.get_xscale() == "log" else ""))
             axes.set_ylabel(y_title)
@@ -292,13 +292,11 @@ def training_curves(records: Sequence[Mapping[str, float]], *, panels: Mapping[s
 @contextmanager
 def _drawing(width: float, height: float, rows: int = 1) -> Iterator[tuple[Drawing, Axes]]:
     """A figure with one column of axes; matplotlib's settings hold inside the block."""
-    try:
-        import matplotlib
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingDependencyError("Charts need the package matplotlib: pip install 'calibfuse[eval]'.") from error
-    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_SETTINGS}):
+    matplotlib = require("matplotlib")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_SETTINGS):
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots(rows, squeeze=False, sharex=True)[0][0]
@@ -316,13 +314,15 @@ def _draw_curve(
     own = points[skipped:]
     for point in own:
         _draw_interval(axes, point, colour, faint)
-        style = {"marker": mark, "markersize": 6, "color": colour, "markeredgecolor": _PAPER}
         tip = drawing.tip(_tooltip(name, point))
-        axes.plot(point.x.value, point.y.value, clip_on=False, zorder=4, gid=tip, **style)
+        _draw_mark(axes, point, tip, marker=mark, markersize=6, color=colour, markeredgecolor=_PAPER)
         if point.is_default:
-            ring = {"marker": "o", "markersize": 11, "color": "none", "markeredgecolor": _INK}
-            axes.plot(point.x.value, point.y.value, clip_on=False, zorder=4, **ring)
+            _draw_mark(axes, point, "ring", marker="o", markersize=11, color="none", markeredgecolor=_INK)
     axes.plot([], [], dashes if len(own) > 1 else "", color=colour, marker=mark, label=name)
+
+
+def _draw_mark(axes: Axes, point: Point, name: str, **style: Any) -> None:  # noqa: ANN401
+    axes.plot(point.x.value, point.y.value, clip_on=False, zorder=4, gid=name, **style)
 
 
 def _draw_interval(axes: Axes, point: Point, colour: str, alpha: float) -> None:
@@ -363,7 +363,8 @@ def _place_labels(axes: Axes, points: Sequence[Point]) -> None:
     """Texts beside their points where they cover neither marks, intervals nor each other; others are left out."""
     from matplotlib.transforms import Bbox
 
-    axes.figure.draw_without_rendering()
+    figure: Any = axes.figure
+    figure.draw_without_rendering()
     centres = [axes.transData.transform((point.x.value, point.y.value)) for point in points]
     taken = [Bbox.from_extents(x - 5, y - 5, x + 5, y + 5) for x, y in centres]
     intervals = [line.get_window_extent().padded(1.0) for line in axes.lines if line.get_gid() == "interval"]
@@ -397,7 +398,7 @@ def _ends_first(curves: Iterable[Sequence[Point]]) -> list[Point]:
     return [point for _, point in sorted(ranked, key=lambda each: each[0])]
 
 
-def _add_legend(figure: Figure, width: float, place: str) -> None:
+def _add_legend(figure: Any, width: float, place: str) -> None:  # noqa: ANN401
     handles, labels = figure.axes[0].get_legend_handles_labels()
     if labels:
         columns = max(1, int(width * 72 / (6 * max(map(len, labels)) + 34)))
@@ -471,8 +472,9 @@ def _colour(number: int | None) -> str:
 
 
 def _running_mean(values: Sequence[float], size: int) -> list[float]:
-    """The mean of each value and the `size` before it."""
-    return [sum(values[max(0, i - size) : i + 1]) / (i + 1 - max(0, i - size)) for i in range(len(values))]
+    """The mean of each value and the `size` before and after it, fewer at the ends."""
+    parts = [values[max(0, i - size) : i + size + 1] for i in range(len(values))]
+    return [sum(part) / len(part) for part in parts]
 
 
 def _shortened(text: str, length: int) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from calibfuse.errors import MissingDependencyError
+from calibfuse.html import require
 from calibfuse.html.charts import CHART_STYLE
 
 Mask = Callable[[str], str]  # replaces the letters of offensive words, one character by one
@@ -58,10 +58,7 @@ def render(template: str, **values: object) -> str:
     Raises:
         MissingDependencyError: jinja2 is not installed.
     """
-    try:
-        import jinja2
-    except ImportError as error:
-        raise MissingDependencyError("Pages need the package jinja2: pip install 'calibfuse[eval]'.") from error
+    jinja2 = require("jinja2")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent.parent),
         autoescape=True,
@@ -71,7 +68,8 @@ def render(template: str, **values: object) -> str:
     )
     environment.filters["visible"] = visible
     environment.globals["chart_style"] = CHART_STYLE
-    return environment.get_template(template).render(**values)
+    page: str = environment.get_template(template).render(**values)
+    return page
 
 
 def visible(text: str) -> str:

@@ -1,6 +1,6 @@
 """Shows what a calibrator is, what of a vocabulary it covers, and what it did to a text, token by token.
 
-Everything here returns frozen dataclasses; printing is the command line's, pages are `trace_page` and `coverage_page`.
+Everything here returns frozen dataclasses; printing is the command line's, pages are made by pages.py.
 """
 
 from calibfuse.inspection.coverage import (
@@ -10,15 +10,14 @@ from calibfuse.inspection.coverage import (
     report_text,
     report_vocabulary,
 )
-from calibfuse.inspection.coverage_page import coverage_page, text_rows, vocabulary_rows
 from calibfuse.inspection.encoding import TextEncoder, text_encoder
-from calibfuse.inspection.facts import CalibratorFacts, describe_calibrator
+from calibfuse.inspection.metadata import CalibratorMetadata, describe_calibrator
+from calibfuse.inspection.pages import coverage_page, text_rows, trace_page, vocabulary_rows
 from calibfuse.inspection.spelling import mask_in_context, mask_pieces
 from calibfuse.inspection.trace import CandidateTrace, StepTrace, trace_generation
-from calibfuse.inspection.trace_page import trace_page
 
 __all__ = [
-    "CalibratorFacts",
+    "CalibratorMetadata",
     "CandidateTrace",
     "StepTrace",
     "TextEncoder",

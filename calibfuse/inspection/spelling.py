@@ -6,15 +6,14 @@ A token is often a part of a word or even of a character, so neither decoding no
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from calibfuse.html.pages import Mask
 from calibfuse.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-Mask = Callable[[str], str]
 
 
 class TokenSpeller:

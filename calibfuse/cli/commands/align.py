@@ -170,14 +170,14 @@ def _write_page(
     from calibfuse.hub import write_files
     from calibfuse.inspection import coverage_page
 
-    facts = {
+    metadata = {
         "calibrator": f"{args.calibrator or 'bundled'} ({bound.calibrator.fingerprint[:12]})",
         "tokenizer": f"{args.tokenizer} ({vocabulary.fingerprint[:12]})",
     }
     if args.text:
-        facts["text"] = f"{args.text}, first {args.max_bytes:,} bytes"
+        metadata["text"] = f"{args.text}, first {args.max_bytes:,} bytes"
     mask = masking(not args.unmasked and text is not None)
-    content = coverage_page(vocabulary, text, facts=facts, mask=mask)
+    content = coverage_page(vocabulary, text, metadata=metadata, mask=mask)
     write_files(page.parent, {page.name: content.encode("utf-8")})
 
 

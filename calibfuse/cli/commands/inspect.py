@@ -23,7 +23,7 @@ from calibfuse.generation.decoding import check_lengths, encode_prompt
 
 if TYPE_CHECKING:
     from calibfuse.generation.language_model import LanguageModel
-    from calibfuse.inspection import CalibratorFacts, CandidateTrace, StepTrace
+    from calibfuse.inspection import CalibratorMetadata, CandidateTrace, StepTrace
     from calibfuse.processor import CalibFusion
 
 EXAMPLES = """\
@@ -81,7 +81,7 @@ def _describe(args: argparse.Namespace) -> int:
     return 0
 
 
-def _show_facts(terminal: Terminal, name: str, facts: CalibratorFacts) -> None:
+def _show_facts(terminal: Terminal, name: str, facts: CalibratorMetadata) -> None:
     terminal.heading(name)
     terminal.write(f"fingerprint  {facts.fingerprint}")
     terminal.write(f"heads        {', '.join(facts.heads)}")
@@ -143,7 +143,7 @@ def _trace(args: argparse.Namespace) -> int:
     if page is not None:
         from calibfuse.hub import write_files
 
-        text = trace_page(steps, prompt=args.prompt, facts=settings, mask=mask)
+        text = trace_page(steps, prompt=args.prompt, metadata=settings, mask=mask)
         write_files(page.parent, {page.name: text.encode("utf-8")})
     terminal = Terminal()
     if args.json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,8 +11,8 @@ from calibfuse.loading import PretrainedCalibrator
 
 
 @dataclass(frozen=True)
-class CalibratorFacts:
-    """Facts of one calibrator.
+class CalibratorMetadata:
+    """What one calibrator is.
 
     Attributes:
         fingerprint: hex SHA-256 of shape and weights; the key of everything derived from them.
@@ -20,7 +21,7 @@ class CalibratorFacts:
         bytes_in_memory: of the weights as loaded.
         shape: sizes of its config.
         fusion: recommended options of fusion; what is missing is FusionConfig's default.
-        training: facts of its training, as the trainer left them.
+        training: metadata of its training, as the trainer left them.
     """
 
     fingerprint: str
@@ -41,24 +42,16 @@ class CalibratorFacts:
         return {**asdict(self), "heads": list(self.heads), "parameter_count": self.parameter_count}
 
 
-def describe_calibrator(calibrator: PretrainedCalibrator) -> CalibratorFacts:
-    """Collect the facts of a calibrator.
-
-    Args:
-        calibrator: as `Calibrator.from_pretrained` gives it.
-
-    Returns:
-        Its facts.
-    """
+def describe_calibrator(calibrator: PretrainedCalibrator) -> CalibratorMetadata:
+    """Collect what `Calibrator.from_pretrained` loaded."""
     config = calibrator.config.to_dict()
-    parameters: dict[str, int] = {}
+    parameters: Counter[str] = Counter()
     for name, parameter in calibrator.named_parameters():
-        part = name.split(".")[0]
-        parameters[part] = parameters.get(part, 0) + parameter.numel()
-    return CalibratorFacts(
+        parameters[name.split(".")[0]] += parameter.numel()
+    return CalibratorMetadata(
         fingerprint=calibrator.fingerprint,
         heads=tuple(config["heads"]),
-        parameters=parameters,
+        parameters=dict(parameters),
         bytes_in_memory=sum(parameter.nbytes for _, parameter in calibrator.named_parameters()),
         shape={name: value for name, value in config.items() if isinstance(value, int)},
         fusion=dict(config["fusion"]),
