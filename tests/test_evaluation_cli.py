@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 from tiny_checkpoints import save_bundle
@@ -46,6 +47,14 @@ def run(bundle, monkeypatch, capsys, prompts, tmp_path):
 
 def report(folder):
     return json.loads((folder / "report.json").read_text())
+
+
+def test_a_missing_package_is_told_before_any_work(run, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, _, err = run("--alpha", "1")
+    assert code == 2
+    assert "pip install 'calibfuse[eval]'" in err
+    assert not (tmp_path / "out").exists()
 
 
 def test_everything_is_measured_and_written(run, bundle, tmp_path):

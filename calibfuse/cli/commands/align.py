@@ -73,6 +73,10 @@ def run(args: argparse.Namespace) -> int:
     page = Path(args.html).expanduser() if args.html else None
     if page is not None and page.is_dir():
         raise InputError(f"--html expects a file, but {args.html!r} is a folder.")
+    if page is not None:
+        from calibfuse.html import require
+
+        require("jinja2")
     # The text is read first: it is the quickest to be found wanting.
     passages = _read_passages(args.text, args.text_field, args.max_bytes) if args.text else []
     alignment = align_target(args) if args.target else None

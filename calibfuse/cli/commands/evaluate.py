@@ -181,8 +181,11 @@ def run(args: argparse.Namespace) -> int:
     from calibfuse.evaluation.prompts import load_texts
     from calibfuse.evaluation.report import write_report
     from calibfuse.generation.language_model import load_language_model
+    from calibfuse.html import require
     from calibfuse.scorers import load_scorer
 
+    require("jinja2")
+    require("matplotlib")
     sampling = SamplingConfig(
         samples=args.samples,
         max_new_tokens=args.max_new_tokens,

@@ -123,6 +123,10 @@ def _trace(args: argparse.Namespace) -> int:
     page = Path(args.html).expanduser() if args.html else None
     if page is not None and page.is_dir():
         raise InputError(f"--html expects a file, but {args.html!r} is a folder.")
+    if page is not None:
+        from calibfuse.html import require
+
+        require("jinja2")
     target = load_target_of(args)
     ids = encode_prompt(target.tokenizer, args.prompt, chat=args.chat)
     if args.continuation is None:
