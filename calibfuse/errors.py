@@ -4,6 +4,9 @@ Each child also inherits the builtin that fits, so code that catches `ValueError
 This module imports nothing.
 """
 
+# Longer messages of other libraries are advice, not a reason; a sentence is never cut.
+_LONG_REASON = 200
+
 
 class CalibfuseError(Exception):
     """Base class of every error that calibfuse raises on purpose."""
@@ -47,3 +50,18 @@ class ScorerError(CalibfuseError, RuntimeError):
 
 class MissingDependencyError(CalibfuseError, ImportError):
     """A feature needs a package of an extra that is not installed."""
+
+
+def reason_of(error: BaseException) -> str:
+    r"""Why, as said by an error of another library: its first whole sentences on one line, without the last full stop.
+
+    Example:
+        >>> reason_of(ValueError("It is\n damaged.  Get another."))
+        'It is damaged. Get another'
+    """
+    reason, *others = (" ".join(str(error).split()) or type(error).__name__).split(". ")
+    for sentence in others:
+        if len(reason) + len(sentence) > _LONG_REASON:
+            break
+        reason += ". " + sentence
+    return reason.rstrip(".:")

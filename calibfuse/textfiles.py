@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from calibfuse.errors import DataError, MissingDependencyError
+from calibfuse.errors import DataError, MissingDependencyError, reason_of
 
 __all__ = ["HUB_PREFIX", "expand_source", "iter_documents", "open_text", "read_lines", "read_rows", "split_passages"]
 
@@ -362,5 +362,4 @@ def _hub_rows(source: str) -> Iterator[dict[str, Any]]:
     try:
         return iter(datasets.load_dataset(name, config, split=split, streaming=True))
     except Exception as error:  # the package raises many kinds: network, script, missing split
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise DataError(f"Data set {source} cannot be loaded: {reason}") from error
+        raise DataError(f"Data set {source} cannot be loaded: {reason_of(error)}.") from error

@@ -102,6 +102,18 @@ class TestRight:
         # what fusion may not move keeps its probability
         assert fused[0, 0].exp().item() == pytest.approx(0.25, abs=1e-5)
 
+    @pytest.mark.parametrize("mark", ["<｜User｜>", "<|12.54|>", "<tool_call>", "[INST]"])
+    def test_a_mark_without_the_special_flag_keeps_its_probability(self, checkpoint, mark):
+        tokenizer = byte_level()
+        tokenizer.add_tokens([tokenizers.AddedToken(mark, normalized=False), "word"])
+        fusion = check_works(checkpoint, tokenizer)
+        scores = torch.randn(1, 258, generator=torch.Generator().manual_seed(0))
+        scores[0, 256] = math.log(4) + scores[0, [*range(256), 257]].logsumexp(0)  # probability 0.8
+        fused = fusion(torch.tensor([list(b"you are")]), scores)
+        assert fused[0, 256].exp().item() == pytest.approx(0.8, abs=1e-5)
+        assert (fused - scores.log_softmax(-1)).abs().max() > 0.01, "words are moved"
+        assert fusion.guide.covers(torch.tensor([256, 257])).tolist() == [False, True]
+
     def test_single_bytes_only(self, checkpoint):
         fusion = check_works(checkpoint, byte_level())
         assert {len(fusion.guide.vocabulary.token_bytes(i)) for i in range(256)} == {1}

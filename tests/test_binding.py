@@ -3,6 +3,8 @@
 import dataclasses
 import logging
 import math
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from calibfuse import guide as guide_module
 from calibfuse.calibrator import Calibrator, binding
 from calibfuse.calibrator.binding import SPECIAL_MASS, cache_folder
 from calibfuse.calibrator.body import KeyValueBuffer
+from calibfuse.embedding.alignment import alignment_folders
 from calibfuse.errors import InputError, MissingHeadError, VocabularyError, VocabularyMismatchError
 from calibfuse.vocabulary import Vocabulary
 from calibfuse.vocabulary import vocabulary as vocabulary_module
@@ -456,6 +459,41 @@ class TestDiskCache:
         assert calibrator.bind(byte_fallback_tokenizer).vocabulary.fingerprint == expected
         assert "Ignoring the damaged cache file" in caplog.text
         assert len(encoded) == 2
+
+    def test_without_a_home_directory_loading_goes_on_with_a_warning(
+        self, calibrator, byte_fallback_tokenizer, monkeypatch, caplog
+    ):
+        expected = calibrator.bind(byte_fallback_tokenizer, use_disk_cache=False)
+        for name in ("CALIBFUSE_CACHE", "XDG_CACHE_HOME"):
+            monkeypatch.delenv(name, raising=False)
+
+        def homeless():
+            raise RuntimeError("Could not determine home directory.")
+
+        monkeypatch.setattr(Path, "home", homeless)
+        with caplog.at_level(logging.WARNING, logger="calibfuse"):
+            bound = calibrator.bind(byte_fallback_tokenizer)
+        assert "set CALIBFUSE_CACHE" in caplog.text
+        assert torch.equal(bound._vectors, expected._vectors)
+        assert alignment_folders(None, calibrator.fingerprint) == ()
+
+    def test_a_cache_that_may_not_be_entered_only_warns(
+        self, calibrator, byte_fallback_tokenizer, tmp_path, monkeypatch, caplog
+    ):
+        (tmp_path / "locked").mkdir()
+        monkeypatch.setenv("CALIBFUSE_CACHE", str(tmp_path / "locked"))
+        original = os.stat
+
+        def refused(path, *arguments, **options):  # root may enter every folder
+            if "locked" in os.fspath(path):
+                raise PermissionError(13, "Permission denied", path)
+            return original(path, *arguments, **options)
+
+        monkeypatch.setattr(os, "stat", refused)
+        with caplog.at_level(logging.WARNING, logger="calibfuse"):
+            bound = calibrator.bind(byte_fallback_tokenizer)
+        assert bound.target_vocab_size > 0
+        assert "Not reading the cache file" in caplog.text
 
     def test_where_it_is(self, monkeypatch, tmp_path):
         monkeypatch.setenv("CALIBFUSE_CACHE", str(tmp_path))

@@ -16,7 +16,7 @@ from calibfuse.vocabulary import Vocabulary, quick_fingerprint
 from calibfuse.vocabulary.byte_strings import BYTE_ALPHABET, encode_tokens, spelling_of, token_to_bytes
 from calibfuse.vocabulary.loading import load_table
 from calibfuse.vocabulary.sentencepiece import PieceType, WireFormatError, read_pieces
-from calibfuse.vocabulary.token_table import Hints, TokenTable
+from calibfuse.vocabulary.token_table import Hints, TokenTable, is_mark
 from calibfuse.vocabulary.vocabulary import FALLBACK_SHARE
 
 ALPHABET = {byte: character for character, byte in BYTE_ALPHABET.items()}
@@ -113,7 +113,7 @@ def test_added_tokens_stand_for_their_own_text_in_a_byte_level_vocabulary():
     assert decoded[256:] == [b"  ", "é".encode(), "Ġx".encode(), b"", "日".encode()]
 
 
-def test_added_token_that_looks_like_a_control_token_keeps_its_text():
+def test_a_literal_token_of_a_table_keeps_its_text():
     assert all_bytes(["▁a", "b", "<|x|>"], literal=(2,)) == [b" a", b"b", b"<|x|>"]
 
 
@@ -234,6 +234,48 @@ def test_added_tokens_of_a_transformers_tokenizer(byte_level_tokenizer, wrap_tok
         assert [vocabulary.token_bytes(size + i) for i in range(4)] == [b"   ", "日é".encode(), b"", b""]
 
 
+MARKS = (
+    "<think> </think> <tool_call> <start_of_image> <fim_prefix> <|fim_middle|> <｜User｜> <｜fim▁hole｜> <|12.54|> "
+    "<s> </s> [INST] [/INST] [multimodal] [gMASK] <unused12> |||EMAIL_ADDRESS||| <search>"
+).split()
+TEXTS = [
+    *"<td> </table> <H1> <br/> <0x0A> [1] <3> <> || word don't _ ... [a <b x>".split(),
+    "   ",
+    "\n\n",
+    "\t",
+    "<a b>",
+]
+
+
+def test_added_tokens_that_look_like_marks_are_marks_and_others_are_text(
+    byte_level_tokenizer, wrap_tokenizer, tmp_path
+):
+    assert [token for token in MARKS if not is_mark(token)] == []
+    assert [token for token in TEXTS if is_mark(token)] == []
+    size = byte_level_tokenizer.get_vocab_size()
+    library = tokenizers.Tokenizer.from_str(byte_level_tokenizer.to_str())
+    library.add_tokens([tokenizers.AddedToken(token, normalized=False) for token in (*MARKS, "  \t", "日é")])
+    library.save(str(tmp_path / "tokenizer.json"))
+    first = library.token_to_id("<think>")
+    assert first >= size - 1
+    for given in (library, wrap_tokenizer(library), tmp_path):
+        vocabulary = Vocabulary.from_tokenizer(given)
+        assert [token for token in MARKS if not vocabulary.is_special[library.token_to_id(token)]] == []
+        assert [vocabulary.token_bytes(library.token_to_id(token)) for token in ("  \t", "日é")] == [
+            b"  \t",
+            "日é".encode(),
+        ]
+
+
+def test_a_mark_that_the_model_has_under_the_same_id_is_a_mark_too():
+    vocab = {**byte_level_vocab(b" the"), "<tool_call>": 257, "<td>": 258}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab, []))
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens(["<tool_call>", "<td>"])
+    vocabulary = Vocabulary.from_tokenizer(tokenizer)
+    assert [vocabulary.token_bytes(i) for i in (256, 257, 258)] == [b" the", b"", b"<td>"]
+
+
 def test_added_token_that_the_model_has_is_spelled_as_the_model_spells_it():
     vocab = byte_level_vocab(b" the", "日".encode())
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab, []))
@@ -265,10 +307,10 @@ def test_split_before_byte_level_as_in_qwen_is_recognised(sample_lines):
         ]
     )
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.add_tokens([tokenizers.AddedToken("<|im_start|>", special=True), tokenizers.AddedToken("<tool>")])
+    tokenizer.add_tokens([tokenizers.AddedToken("<|im_start|>", special=True), tokenizers.AddedToken("tool.")])
     vocabulary = Vocabulary.from_tokenizer(tokenizer)
     assert vocabulary.token_bytes(257) == b" th"
-    assert vocabulary.token_bytes(tokenizer.token_to_id("<tool>")) == b"<tool>"
+    assert vocabulary.token_bytes(tokenizer.token_to_id("tool.")) == b"tool."
     text = "\n".join(sample_lines) + " 12 🙂"
     assert (
         b"".join(map(vocabulary.token_bytes, tokenizer.encode(text).ids)) == unicodedata.normalize("NFC", text).encode()
@@ -457,7 +499,7 @@ def test_sentencepiece_model_by_hand(tmp_path):
     path = tmp_path / "tokenizer.model"
     path.write_bytes(sentencepiece_model(pieces))
     vocabulary = Vocabulary.from_tokenizer(path)
-    expected = [b"", b"", b"\n", b" the", "é".encode(), b"  x", b"<|u|>", b""]
+    expected = [b"", b"", b"\n", b" the", "é".encode(), b"  x", b"", b""]
     assert [vocabulary.token_bytes(i) for i in range(8)] == expected
     assert Vocabulary.from_tokenizer(tmp_path).fingerprint == vocabulary.fingerprint
 
@@ -471,7 +513,7 @@ def test_sentencepiece_model_of_the_library_reads_as_the_library_says(tmp_path, 
         model_type="bpe",
         vocab_size=400,
         byte_fallback=True,
-        user_defined_symbols=["<tool>"],
+        user_defined_symbols=["@tool"],
         minloglevel=2,
     )
     processor = library.SentencePieceProcessor(model_file=f"{prefix}.model")
@@ -479,7 +521,7 @@ def test_sentencepiece_model_of_the_library_reads_as_the_library_says(tmp_path, 
     assert [piece.text for piece in pieces] == [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
     assert [piece.type == PieceType.BYTE for piece in pieces] == [processor.is_byte(i) for i in range(len(pieces))]
     vocabulary = Vocabulary.from_tokenizer(prefix.with_suffix(".model"))
-    for line in [*sample_lines, "日本 🙂 <tool> x"]:
+    for line in [*sample_lines, "日本 🙂 @tool x"]:
         ids = processor.encode(line)
         assert b"".join(map(vocabulary.token_bytes, ids)).decode() == " " + line
 
@@ -507,10 +549,10 @@ def test_tiktoken_file(tmp_path):
     path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % i for i, token in enumerate(tokens)))
     vocabulary = Vocabulary.from_tokenizer(path)
     assert [vocabulary.token_bytes(i) for i in range(4)] == tokens
-    config = {"added_tokens_decoder": {"4": {"content": "<|end|>", "special": True}, "6": {"content": "<tool>"}}}
+    config = {"added_tokens_decoder": {"4": {"content": "<|end|>", "special": True}, "6": {"content": "tool"}}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     beside = Vocabulary.from_tokenizer(tmp_path)
-    assert [beside.token_bytes(i) for i in range(7)] == [*tokens, b"", b"", b"<tool>"]
+    assert [beside.token_bytes(i) for i in range(7)] == [*tokens, b"", b"", b"tool"]
     path.write_bytes(path.read_bytes() + b"not a rank\n")
     with pytest.raises(VocabularyError, match=r"Line 5 of .*cl.tiktoken is no base64 token and its rank"):
         Vocabulary.from_tokenizer(path)
@@ -626,6 +668,19 @@ def test_folder_without_tokenizer_gives_one_sentence(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_a_tokenizer_with_code_of_its_own_is_asked_for_as_an_object(tmp_path):
+    folder = tmp_path / ("long-" * 30)
+    folder.mkdir()
+    auto_map = {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]}
+    (folder / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Own", "auto_map": auto_map}))
+    (folder / "tokenization_own.py").write_text("raise SystemExit('never run')")
+    with pytest.raises(VocabularyError, match="pass the tokenizer object") as caught:
+        Vocabulary.from_tokenizer(folder)
+    assert str(caught.value).endswith(".")
+    assert "..." not in str(caught.value).replace("(..., trust", "")
+
+
 def test_device_files_and_huge_files_are_not_read(tmp_path):
     with pytest.raises(VocabularyError, match="is no tokenizer file"):
         Vocabulary.from_tokenizer("/dev/zero")
@@ -724,12 +779,22 @@ REAL = {
     "phi-2.json": (" the", 262, 50295, {50256}),
     "llama-3.json": (" the", 279, 128000, set()),
     "falcon.json": (" the", 248, 65024, set(range(12))),
-    "phi-3-mini.json": (" the", 278, 32011, {0, 1, *range(32000, 32011)}),
+    "phi-3-mini.json": (" the", 278, 32011, {0, 1, 2, *range(32000, 32011)}),
     "t5-small.json": (" the", 8, 32100, {0, 1, 2, *range(32000, 32100)}),
     "llama-2.tokenizer.model": (" the", 278, 32000, {0, 1, 2}),
     "mistral-v1.tokenizer.model": (" the", 272, 32000, {0, 1, 2}),
     "bert-base-uncased.vocab.txt": (" the", 1996, 30522, None),
 }
+
+
+def test_added_tokens_of_real_tokenizers_without_the_special_flag(shared_data):
+    found = {}
+    for name in (name for name in REAL if name.endswith(".json")):
+        added = json.loads((shared_data / "tokenizers" / name).read_text(encoding="utf-8"))["added_tokens"]
+        unflagged = [token["content"] for token in added if not token["special"]]
+        found[name] = [token for token in unflagged if is_mark(token)]
+        assert not any(token.strip() for token in set(unflagged) - set(found[name])), "the others are runs of spaces"
+    assert {name: marks for name, marks in found.items() if marks} == {"phi-3-mini.json": ["</s>"]}
 
 
 def some(*names, slow=()):

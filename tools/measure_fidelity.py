@@ -32,9 +32,9 @@ from calibfuse import Calibrator, Vocabulary
 from calibfuse.bits_per_byte import FrequentCandidates, measure_fidelity
 from calibfuse.calibrator.binding import BoundCalibrator, GuideStates
 from calibfuse.errors import CalibfuseError
-from calibfuse.inspection.encoding import TextEncoder, text_encoder
 from calibfuse.training.data import PassageStore, iter_documents, split_passages
 from calibfuse.training.tokenizers.pool import TokenizerPool
+from calibfuse.vocabulary.text_encoder import TextEncoder, text_encoder
 
 _SMALLEST_COMPARED = 8_000
 _BLOCK = 128  # positions of which the source's whole distribution is held at once

@@ -33,24 +33,34 @@ _CHECKSUM = "zz.checksum"
 _CHECKSUM_START = 0x5CA1AB1E  # not 0, or a file of zeroed pages would be whole
 
 
-def cache_folder() -> Path:
-    """Where bound vectors are kept: CALIBFUSE_CACHE, else $XDG_CACHE_HOME/calibfuse, else ~/.cache/calibfuse."""
+def cache_folder() -> Path | None:
+    """Where bound vectors are kept: CALIBFUSE_CACHE, else $XDG_CACHE_HOME/calibfuse, else ~/.cache/calibfuse.
+
+    None, with a warning, where the user has no home directory (containers that run under a foreign user id).
+    """
     explicit = os.environ.get("CALIBFUSE_CACHE")
-    if explicit:
-        return Path(explicit).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "calibfuse"
+    try:
+        if explicit:
+            return Path(explicit).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "calibfuse"
+    except RuntimeError as error:  # of pathlib
+        logger.warning("Nothing is cached (%s); set CALIBFUSE_CACHE to a folder that can be written.", error)
+        return None
 
 
-def bound_path(calibrator_fingerprint: str, vocabulary: Vocabulary, dtype: torch.dtype, version: int) -> Path:
-    """The file of one calibrator's vectors for one vocabulary."""
+def bound_path(calibrator_fingerprint: str, vocabulary: Vocabulary, dtype: torch.dtype, version: int) -> Path | None:
+    """The file of one calibrator's vectors for one vocabulary; None where there is no place for a cache."""
+    folder = cache_folder()
+    if folder is None:
+        return None
     # Byte strings and fallbacks: all that the bound vectors and biases depend on.
     fallbacks = zlib.crc32(vocabulary.is_fallback.tobytes())
     name = str(dtype).removeprefix("torch.")
     key = f"{calibrator_fingerprint[:24]}-{vocabulary.fingerprint[:24]}-{fallbacks:08x}-{name}-v{version}.{_LAYOUT}"
-    return cache_folder() / "bound" / f"{key}.safetensors"
+    return folder / "bound" / f"{key}.safetensors"
 
 
-def load_bound(path: Path, *, size: int, token_width: int, head_count: int) -> tuple[Tensor, Tensor] | None:
+def load_bound(path: Path | None, *, size: int, token_width: int, head_count: int) -> tuple[Tensor, Tensor] | None:
     """Vectors [size, token_width] and biases [size, head_count], memory-mapped; None where there are no good ones."""
     shapes = {_VECTORS: (size, token_width), _BIASES: (size, head_count), _CHECKSUM: (8,)}
     tensors = _load(path, shapes, "composing the vocabulary again")
@@ -86,7 +96,8 @@ def vocabulary_of(tokenizer: TokenizerLike, *, use_disk_cache: bool = True) -> V
         key = table.fingerprint()
         if key is None:
             return Vocabulary.from_table(table)
-    path = cache_folder() / "vocabularies" / f"{key[:32]}-{__version__}-{SPELLING_VERSION}.safetensors"
+    folder = cache_folder()
+    path = folder and folder / "vocabularies" / f"{key[:32]}-{__version__}-{SPELLING_VERSION}.safetensors"
     tensors = _load(path, None, "reading the tokenizer again")
     if tensors is not None:
         try:
@@ -110,10 +121,10 @@ def checksum(tensors: Mapping[str, Tensor]) -> Tensor:
     return torch.tensor(list((total % (1 << 64)).to_bytes(8, "little")), dtype=torch.uint8, device="cpu")
 
 
-def _load(path: Path, shapes: Mapping[str, tuple[int, ...]] | None, instead: str) -> dict[str, Tensor] | None:
-    if not path.is_file():
-        return None
+def _load(path: Path | None, shapes: Mapping[str, tuple[int, ...]] | None, instead: str) -> dict[str, Tensor] | None:
     try:
+        if path is None or not path.is_file():
+            return None
         tensors = hub.read_tensors(path, expected=shapes)
         said = tensors.pop(_CHECKSUM, None)
         if said is None or not torch.equal(said, checksum(tensors)):
@@ -121,10 +132,15 @@ def _load(path: Path, shapes: Mapping[str, tuple[int, ...]] | None, instead: str
     except CheckpointError as error:
         logger.warning("Ignoring the damaged cache file %s and %s: %s", path, instead, error)
         return None
+    except OSError as error:  # the folder may not be entered
+        logger.warning("Not reading the cache file %s, %s: %s", path, instead, error)
+        return None
     return tensors
 
 
-def _save(path: Path, tensors: Mapping[str, Tensor], what: str) -> None:
+def _save(path: Path | None, tensors: Mapping[str, Tensor], what: str) -> None:
+    if path is None:
+        return
     try:
         contents = {**tensors, _CHECKSUM: checksum(tensors)}
         hub.write_tensors(path, contents, fingerprint=False, durable=False, alignment=_ALIGNMENT)

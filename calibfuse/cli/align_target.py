@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibfuse.cli.terminal import Terminal, printable
+from calibfuse.errors import InputError
 
 if TYPE_CHECKING:
     from calibfuse.embedding.alignment import Alignment
@@ -89,7 +90,10 @@ def _place(args: argparse.Namespace, calibrator: PretrainedCalibrator) -> Path:
     beside = Path(args.calibrator).expanduser() if args.calibrator else None
     if beside is None or not beside.is_dir() or not os.access(beside, os.W_OK):
         beside = None  # the bundled one, the Hub's cache, or a folder of somebody else
-    return alignment_folders(beside, calibrator.fingerprint)[0]
+    folders = alignment_folders(beside, calibrator.fingerprint)
+    if not folders:
+        raise InputError("There is no home directory to keep the alignment in; name a folder with --output.")
+    return folders[0]
 
 
 def _show(alignment: Alignment, folder: Path, seconds: float) -> None:

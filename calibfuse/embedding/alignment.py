@@ -53,7 +53,7 @@ logger = logging.getLogger(__name__)
 FORMAT_NAME = "calibfuse-alignment"
 FORMAT_VERSION = 1
 FOLDER = "alignments"
-FACTS_FILE = "alignment.json"
+METADATA_FILE = "alignment.json"
 WEIGHTS_FILE = "alignment.safetensors"
 
 Embeddings = Literal["input", "output"]
@@ -173,7 +173,7 @@ class Alignment:
         facts = {"format": FORMAT_NAME, "format_version": FORMAT_VERSION, **self.facts.to_dict()}
         text = json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         hub.write_files(
-            place, {WEIGHTS_FILE: safetensors.torch.save(tensors, metadata), FACTS_FILE: text.encode("utf-8")}
+            place, {WEIGHTS_FILE: safetensors.torch.save(tensors, metadata), METADATA_FILE: text.encode("utf-8")}
         )
         return place
 
@@ -240,7 +240,7 @@ class Alignment:
 
 
 def _read_facts(folder: Path) -> AlignmentFacts:
-    values = hub.read_config(folder, FACTS_FILE, format_name=FORMAT_NAME, supported_version=FORMAT_VERSION)
+    values = hub.read_config(folder, METADATA_FILE, format_name=FORMAT_NAME, supported_version=FORMAT_VERSION)
     values = {key: value for key, value in values.items() if key not in ("format", "format_version")}
     try:
         return AlignmentFacts.from_dict(values)
@@ -249,9 +249,19 @@ def _read_facts(folder: Path) -> AlignmentFacts:
 
 
 def alignment_folders(calibrator_folder: Path | None, calibrator_fingerprint: str) -> tuple[Path, ...]:
-    """Where a calibrator's alignments are looked for: beside it, then in the cache folder."""
-    cached = cache_folder() / "aligned" / calibrator_fingerprint[:24]
-    return (cached,) if calibrator_folder is None else (calibrator_folder, cached)
+    """Where a calibrator's alignments are looked for: beside it, then in the cache folder, where there is one."""
+    cache = cache_folder()
+    cached = None if cache is None else cache / "aligned" / calibrator_fingerprint[:24]
+    return tuple(folder for folder in (calibrator_folder, cached) if folder is not None)
+
+
+def _alignments_in(folder: Path) -> list[Path]:
+    """The alignments beside a calibrator or in the cache; none, with a warning, in a folder that cannot be read."""
+    try:
+        return sorted(path.parent for path in (folder / FOLDER).glob(f"*/{METADATA_FILE}"))
+    except OSError as error:
+        logger.warning("Not looking for alignments in %s, which cannot be read: %s", folder, error)
+        return []
 
 
 def find_alignment(folders: Sequence[Path], guide: Guide, target: PreTrainedModel, *, calibrator: str) -> Alignment:
@@ -274,7 +284,7 @@ def find_alignment(folders: Sequence[Path], guide: Guide, target: PreTrainedMode
     fingerprint = bound.calibrator.fingerprint
     found: list[tuple[float, bool, Alignment]] = []
     outdated = False
-    for place in (path.parent for folder in folders for path in sorted((folder / FOLDER).glob(f"*/{FACTS_FILE}"))):
+    for place in (place for folder in folders for place in _alignments_in(folder)):
         try:
             facts = _read_facts(place)
         except CheckpointFormatError:

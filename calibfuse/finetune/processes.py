@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from calibfuse import errors
-from calibfuse.errors import CalibfuseError, InputError
+from calibfuse.errors import CalibfuseError, InputError, reason_of
 from calibfuse.finetune.schedule import ROLES, Job
 
 _GRACE_SECONDS = 5.0
@@ -193,8 +193,7 @@ def find_devices(device: str | None) -> list[str]:
             try:
                 torch.zeros(1, device=name)
             except (RuntimeError, AssertionError, NotImplementedError) as error:
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
-                raise InputError(f"The device {name!r} cannot be used here: {reason}") from error
+                raise InputError(f"The device {name!r} cannot be used here: {reason_of(error)}.") from error
         return names
     if torch.cuda.is_available():
         return [f"cuda:{number}" for number in range(torch.cuda.device_count())]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibfuse.errors import CheckpointError, InputError, MissingDependencyError
+from calibfuse.errors import CheckpointError, InputError, MissingDependencyError, reason_of
 from calibfuse.hub import CONFIG_NAME, read_json, resolve_checkpoint
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ DEMO_TARGET = "demo-target"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _GGUF = ".gguf"
-_REASON_LENGTH = 200
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +112,7 @@ def read_tokenizer(source: str, **options: Any) -> PreTrainedTokenizerBase:  # n
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **_given(options))
     except Exception as error:
-        raise CheckpointError(f"Cannot load the tokenizer of {source!r}: {reason(error)}.") from error
+        raise CheckpointError(f"Cannot load the tokenizer of {source!r}: {reason_of(error)}.") from error
     return tokenizer
 
 
@@ -130,7 +129,7 @@ def read_model(source: str, *, device: torch.device | str, dtype: str, **options
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **_given(options))
         loaded: PreTrainedModel = model.to(device).eval()
     except Exception as error:  # as in read_tokenizer
-        raise CheckpointError(f"Cannot load the model {source!r}: {reason(error)}.") from error
+        raise CheckpointError(f"Cannot load the model {source!r}: {reason_of(error)}.") from error
     return loaded
 
 
@@ -206,7 +205,7 @@ def choose_device(device: str | None) -> torch.device:
     try:
         torch.zeros(1, device=chosen)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"The device {device!r} cannot be used here: {reason(error)}.") from error
+        raise InputError(f"The device {device!r} cannot be used here: {reason_of(error)}.") from error
     return chosen
 
 
@@ -216,12 +215,3 @@ def quiet_transformers() -> None:
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-def reason(error: BaseException) -> str:
-    """Why, in one line of at most 200 characters, without a closing full stop."""
-    line = " ".join(str(error).split()) or type(error).__name__
-    if len(line) > _REASON_LENGTH:  # the sentences that fit; of a longer first one, the words that do
-        cut = line[:_REASON_LENGTH]
-        line = cut[: end + 1] if (end := cut.rfind(". ")) > 0 else f"{cut.rpartition(' ')[0]} ..."
-    return line.rstrip(".:")

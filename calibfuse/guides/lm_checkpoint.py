@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from calibfuse import hub
-from calibfuse.errors import CheckpointError, InputError, VocabularyError
+from calibfuse.errors import CheckpointError, InputError, VocabularyError, reason_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,7 +56,7 @@ def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds, for unknown architectures among others
-        raise CheckpointError(f"The model in {str(folder)!r} cannot be loaded: {_sentence(error)}") from error
+        raise CheckpointError(f"The model in {str(folder)!r} cannot be loaded: {reason_of(error)}.") from error
     if config.is_encoder_decoder:
         raise InputError(
             f"The model {config.model_type!r} in {str(folder)!r} is an encoder-decoder model; a calibrator must be a "
@@ -75,7 +75,7 @@ def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
                 output_loading_info=True,
             )
     except Exception as error:  # as above; damaged weights too
-        raise CheckpointError(f"The model in {str(folder)!r} cannot be loaded: {_sentence(error)}") from error
+        raise CheckpointError(f"The model in {str(folder)!r} cannot be loaded: {reason_of(error)}.") from error
     model, report = loading  # a pair, because of output_loading_info
     # transformers would go on with random numbers in their place.
     wrong = sorted(map(str, [*report["missing_keys"], *report.get("mismatched_keys", ())]))
@@ -112,7 +112,7 @@ def load_tokenizer(folder: Path) -> Any:  # noqa: ANN401
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds
-        raise VocabularyError(f"The tokenizer in {str(folder)!r} cannot be loaded: {_sentence(error)}") from error
+        raise VocabularyError(f"The tokenizer in {str(folder)!r} cannot be loaded: {reason_of(error)}.") from error
 
 
 def find_reference(folder: Path) -> Path | None:
@@ -166,7 +166,7 @@ def save_lm(
         for path in sorted(fresh.iterdir(), key=lambda path: path.name == hub.CONFIG_NAME):
             os.replace(path, place / path.name)
     except Exception as error:  # OSError, and what safetensors and tokenizers raise of their own
-        raise CheckpointError(f"Cannot write the model to {str(place)!r}: {_sentence(error)}") from error
+        raise CheckpointError(f"Cannot write the model to {str(place)!r}: {reason_of(error)}.") from error
     finally:
         if fresh is not None:
             shutil.rmtree(fresh, ignore_errors=True)
@@ -199,8 +199,3 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if had_bar:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
-
-
-def _sentence(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."

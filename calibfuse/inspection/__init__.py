@@ -10,11 +10,11 @@ from calibfuse.inspection.coverage import (
     report_text,
     report_vocabulary,
 )
-from calibfuse.inspection.encoding import TextEncoder, text_encoder
 from calibfuse.inspection.metadata import CalibratorMetadata, describe_calibrator
 from calibfuse.inspection.pages import coverage_page, text_rows, trace_page, vocabulary_rows
 from calibfuse.inspection.spelling import mask_in_context, mask_pieces
 from calibfuse.inspection.trace import CandidateTrace, StepTrace, trace_generation
+from calibfuse.vocabulary.text_encoder import TextEncoder, text_encoder
 
 __all__ = [
     "CalibratorMetadata",

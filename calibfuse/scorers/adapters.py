@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from calibfuse.errors import CheckpointError, InputError, MissingDependencyError, ScorerError
+from calibfuse.errors import CheckpointError, InputError, MissingDependencyError, ScorerError, reason_of
 from calibfuse.scorers.checks import check_scores, check_texts
 
 if TYPE_CHECKING:
@@ -218,9 +218,9 @@ class TransformersScorer:
                 name, use_safetensors=True, output_loading_info=True, **options
             )
         except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise CheckpointError(
-                f"Expected a transformers text-classification model with safetensors weights at {name!r}: {reason}"
+                f"Expected a transformers text-classification model with safetensors weights at {name!r}: "
+                f"{reason_of(error)}."
             ) from error
         missing = sorted(loading["missing_keys"])
         if missing:

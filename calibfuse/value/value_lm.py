@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from calibfuse import hub
-from calibfuse.errors import CheckpointError, InputError, VocabularyError, VocabularyMismatchError
+from calibfuse.errors import CheckpointError, InputError, VocabularyError, VocabularyMismatchError, reason_of
 from calibfuse.guides.causal_lm import BoundCausalLM, CausalLMConfig, same_ids
 from calibfuse.guides.kv_cache import check_followable
 from calibfuse.guides.shared_vocabulary import LockStepLM
@@ -367,8 +367,7 @@ class ValueLM(PretrainedCalibrator):
                 name=name or str(folder),
             )
         except (KeyError, TypeError, ValueError, RuntimeError, VocabularyError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise CheckpointError(f"The value guide in {str(place)!r} is not whole: {reason}.") from error
+            raise CheckpointError(f"The value guide in {str(place)!r} is not whole: {reason_of(error)}.") from error
         network.to(device or "cpu")
         return loaded
 

@@ -33,7 +33,7 @@ from calibfuse.vocabulary.token_table import CONTROL_TOKEN, Hints, TokenTable
 
 METASPACE = "\u2581"
 # To be raised by whoever changes the bytes of any token: disk caches of vocabularies are keyed by it.
-SPELLING_VERSION = 1
+SPELLING_VERSION = 2
 # A mark on one token in twenty is a convention of the vocabulary; a stray one is text.
 _CLEAR_SHARE = 0.05
 # The blocks that BERT's basic tokenizer calls Chinese characters.

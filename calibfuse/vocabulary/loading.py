@@ -8,7 +8,7 @@ import os
 import re
 from pathlib import Path
 
-from calibfuse.errors import VocabularyError
+from calibfuse.errors import VocabularyError, reason_of
 from calibfuse.vocabulary.token_table import TokenTable
 from calibfuse.vocabulary.tokenizer_files import TOKENIZER_KINDS, read_file
 from calibfuse.vocabulary.tokenizer_objects import read_object
@@ -55,7 +55,7 @@ def load_table(tokenizer: object, *, revision: str | None = None, local_files_on
         if path.exists():
             return read_file(path)
     except OSError as error:
-        raise VocabularyError(f"Cannot read the tokenizer at {name!r:.200}: {_one_line(error)}") from error
+        raise VocabularyError(f"Cannot read the tokenizer at {name!r:.200}: {reason_of(error)}.") from error
     if isinstance(tokenizer, str) and _HUB_ID.fullmatch(name) and not name.endswith(_FILE_ENDINGS):
         return _from_hub(name, revision=revision, local_files_only=local_files_only)
     raise VocabularyError(f"No tokenizer at {name!r:.200}: there is no such file or folder, and it is no Hub id.")
@@ -96,7 +96,7 @@ def _from_hub(name: str, *, revision: str | None, local_files_only: bool) -> Tok
             return None
         except (OSError, ValueError) as error:
             raise VocabularyError(
-                f"No tokenizer {name!r}: neither a file or folder nor readable on the Hub ({_one_line(error)})."
+                f"No tokenizer {name!r}: neither a file or folder nor readable on the Hub ({reason_of(error)})."
             ) from error
         return Path(path)
 
@@ -124,13 +124,13 @@ def _from_auto_tokenizer(name: str, *, revision: str | None, local_files_only: b
             name, revision=revision or "main", local_files_only=local_files_only, trust_remote_code=False
         )
     except Exception as error:  # transformers raises many kinds for a folder that is no tokenizer
-        raise VocabularyError(f"No tokenizer can be loaded from {name!r} ({_one_line(error)}).") from error
+        if "trust_remote_code" in str(error):
+            raise VocabularyError(
+                f"The tokenizer {name!r} needs code of its own, which calibfuse does not run: load it yourself, with "
+                "AutoTokenizer.from_pretrained(..., trust_remote_code=True), and pass the tokenizer object."
+            ) from error
+        raise VocabularyError(f"No tokenizer can be loaded from {name!r} ({reason_of(error)}).") from error
     return read_object(tokenizer)
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def quick_fingerprint(tokenizer: object) -> str | None:

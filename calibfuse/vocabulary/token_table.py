@@ -21,6 +21,16 @@ MAX_VOCABULARY_SIZE = 4_194_304
 # `<|endoftext|>`, with DeepSeek's full-width bars too: control syntax by convention; some tokenizer files hold such
 # tokens as ordinary entries.
 CONTROL_TOKEN = re.compile(r"<[|\uff5c][^|\uff5c<>\s]+[|\uff5c]>")
+# `<think>`, `</s>`, `<start_of_image>`, `[INST]`, `|||EMAIL|||`: a name between brackets or bars.
+_BRACKETED_NAME = re.compile(r"<[^<>\s]*[^\W\d_][^<>\s]*>|\[[^\[\]\s]*[^\W\d_][^\[\]\s]*\]|\|{2,}[^|\s]+\|{2,}")
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+# Elements that only lay text out; some vocabularies (Gemma) have them as added tokens. `<s>`, which HTML has too, marks
+# a sentence in most vocabularies, and `<search>` or `<output>` a step of a model.
+_HTML_TAG = re.compile(
+    r"</?(?:a|b|blockquote|body|br|caption|code|div|em|footer|h[1-6]|head|header|hr|html|i|iframe|img|li|ol|p|pre|span"
+    r"|strong|sub|sup|table|tbody|td|tfoot|th|thead|tr|u|ul)/?>",
+    re.IGNORECASE,
+)
 _WHITE_SPACE_SPLITTERS = frozenset({"Whitespace", "WhitespaceSplit", "BertPreTokenizer"})
 
 
@@ -122,34 +132,52 @@ def table_from_ids(
         other = tokens[token_id]
         if other is None or _sort_key(token) > _sort_key(other):
             tokens[token_id] = token
-    literal = literal_ids(added, tokens.__getitem__)
+    marks, literal = added_roles(added, tokens.__getitem__)
     for token_id, (content, _) in added.items():
         tokens[token_id] = content
     return TokenTable(
         tokens=tokens,
-        special=frozenset(control) | {i for i, (_, is_special) in added.items() if is_special},
+        special=marks | frozenset(control),
         literal=literal,
         name=name,
         hints=hints or Hints(),
     )
 
 
-def literal_ids(
-    added: Mapping[int, tuple[str, bool]], model_token: Callable[[int], str | bytes | None]
-) -> frozenset[int]:
-    """Ids of added tokens that stand for their own text.
+def is_mark(content: str) -> bool:
+    """Whether an added token is a control mark by its looks, whatever its special flag says.
 
-    An added token that the model has under the same id is spelled as the model spells it, since the model produces it.
+    Real tokenizer files leave the flag off `<think>`, `<tool_call>`, `<|fim_prefix|>`, `<｜User｜>` (DeepSeek),
+    `<|12.54|>` (Whisper) and `</s>` (Phi-3). The rule: an added token is a mark if all of it is a name in angle or
+    square brackets or between bars, without white space. Tags of HTML that only lay text out (`<td>`, `</b>`), byte
+    tokens (`<0x0A>`), brackets around no letter (`[1]`) and all else (words, runs of spaces or line breaks) are text.
+
+    Example:
+        >>> [is_mark(token) for token in ("<think>", "<|12.54|>", "[INST]", "<td>", "[1]", "word")]
+        [True, True, True, False, False, False]
+    """
+    content = content.strip()
+    if CONTROL_TOKEN.fullmatch(content):
+        return True
+    return bool(
+        _BRACKETED_NAME.fullmatch(content) and not _HTML_TAG.fullmatch(content) and not _BYTE_TOKEN.fullmatch(content)
+    )
+
+
+def added_roles(
+    added: Mapping[int, tuple[str, bool]], model_token: Callable[[int], str | bytes | None]
+) -> tuple[frozenset[int], frozenset[int]]:
+    """Ids of the added tokens that are control tokens, and of those that stand for their own text.
+
+    The others are the model's own tokens under the same id, spelled as the model spells them, since it produces them.
 
     Args:
         added: id -> (content, is special).
         model_token: the model's own token of an id; None where it has none.
     """
-    return frozenset(
-        token_id
-        for token_id, (content, is_special) in added.items()
-        if not is_special and (model_token(token_id) != content or CONTROL_TOKEN.fullmatch(content))
-    )
+    special = frozenset(i for i, (content, is_special) in added.items() if is_special or is_mark(content))
+    literal = {i for i, (content, _) in added.items() if model_token(i) != content}
+    return special, frozenset(literal - special)
 
 
 def _sort_key(token: str | bytes) -> tuple[bool, str | bytes]:

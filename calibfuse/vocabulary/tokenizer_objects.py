@@ -8,8 +8,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
-from calibfuse.errors import VocabularyError
-from calibfuse.vocabulary.token_table import Hints, TokenTable, decoder_hints, literal_ids, table_from_ids
+from calibfuse.errors import VocabularyError, reason_of
+from calibfuse.vocabulary.token_table import Hints, TokenTable, added_roles, decoder_hints, table_from_ids
 
 _UNKNOWN_ID = re.compile(rb'"unk_id":\s*(\d+)')
 # Every role but padding: an ordinary word that a user lent as padding ("!" in GPT-2) keeps its text.
@@ -103,12 +103,12 @@ def _from_library(tokenizer: LibraryTokenizer, name: str) -> TokenTable:
         tokens = [tokenizer.id_to_token(i) for i in range(max(len(listed), len(tokens)))]
     for token_id, (content, _) in added.items():
         tokens[token_id] = content
-    special = {token_id for token_id, (_, is_special) in added.items() if is_special}
-    special.update(_unknown_ids(tokenizer))
+    marks, literal = added_roles(added, tokenizer.model.id_to_token)
+    special = marks.union(_unknown_ids(tokenizer))
     return TokenTable(
         tokens=tokens,
-        special=frozenset(special),
-        literal=literal_ids(added, tokenizer.model.id_to_token) - special,
+        special=special,
+        literal=literal - special,
         name=name,
         hints=_hints(tokenizer),
     )
@@ -179,7 +179,9 @@ def _from_python(
     except VocabularyError:
         raise
     except Exception as error:  # tokenizers with code of their own raise whatever they like
-        raise VocabularyError(f"The tokenizer {name} cannot list its vocabulary ({error!r:.200}).") from error
+        raise VocabularyError(
+            f"The tokenizer {name} cannot list its vocabulary ({type(error).__name__}: {reason_of(error)})."
+        ) from error
     controls = {table.tokens[token_id] for token_id in table.special}
     for token_id, token in zip(unlisted, tokens, strict=True):
         if token not in controls:  # for a real hole, many give their unknown token

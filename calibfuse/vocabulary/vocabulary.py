@@ -40,8 +40,9 @@ class Vocabulary:
     Attributes:
         data: uint8 [total_bytes]. The bytes of all tokens one after the other.
         offsets: int64 [size + 1]. Token i is data[offsets[i]:offsets[i + 1]].
-        is_special: bool [size]. Control tokens (bos, eos, pad, unk, mask, chat marks), holes in the id range and empty
-            tokens: they have no text, so no bytes.
+        is_special: bool [size]. Control tokens (bos, eos, pad, unk, mask, chat marks; also added tokens that look like
+            marks but lack the special flag, see `token_table.is_mark`), holes in the id range and empty tokens: they
+            have no text, so no bytes.
         name: where it came from, for messages.
         is_fallback: bool [size]. Ids that the tokenizer uses only where no other id has the same bytes: byte tokens
             (`<0x2C>` beside `,`) and WordPiece's inner pieces of punctuation (`##,` beside `,`). Default: no id is one.

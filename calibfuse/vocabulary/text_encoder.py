@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import tokenizers
 
-from calibfuse.errors import DataError, InputError, MissingDependencyError
+from calibfuse.errors import DataError, InputError, MissingDependencyError, reason_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,7 +72,7 @@ def _file_encoder(path: Path) -> TextEncoder:
             return _library_encoder(tokenizers.Tokenizer.from_file(str(path)))
         except Exception as error:  # the library raises bare Exceptions
             raise DataError(
-                f"{str(path)!r} cannot cut a text into tokens ({_first_line(error)}); a tokenizer.json is expected."
+                f"{str(path)!r} cannot cut a text into tokens ({reason_of(error)}); a tokenizer.json is expected."
             ) from error
     if head[:1] == b"\x0a":
         return _sentencepiece_encoder(path)
@@ -95,7 +95,7 @@ def _sentencepiece_encoder(path: Path) -> TextEncoder:
     try:
         processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError) as error:
-        raise DataError(f"{str(path)!r} is a damaged SentencePiece model: {_first_line(error)}.") from error
+        raise DataError(f"{str(path)!r} is a damaged SentencePiece model: {reason_of(error)}.") from error
     return lambda texts: [list(processor.encode(text)) for text in texts]
 
 
@@ -115,7 +115,3 @@ def _word_piece_encoder(path: Path) -> TextEncoder:
     tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=not cased)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
     return _library_encoder(tokenizer)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:200]
