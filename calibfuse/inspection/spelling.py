@@ -6,7 +6,7 @@ A token is often a part of a word or even of a character, so neither decoding no
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from calibfuse.html.pages import Mask
