@@ -1,6 +1,7 @@
 """`calibfuse evaluate` on tiny random checkpoints: what it writes and prints, and how it refuses bad input."""
 
 import json
+import re
 import shutil
 import sys
 
@@ -75,7 +76,8 @@ def test_several_scorers_stand_side_by_side(run, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     code, out, err = run("--alpha", "1", "--no-neutrality", "--hold", "--scorer", "bundled", "own_scorer:rate")
     assert code == 0, err
-    assert "| own_scorer:rate | 0.7 | 100.0% |" in out
+    assert "| own_scorer:rate, from 0.7 | own_scorer:rate, from 0.9 |\n" in out
+    assert re.search(r"^\| plain \|.*\| 100\.0% \| 0\.00% \|$", out, re.MULTILINE)
     data = report(tmp_path / "out")
     assert data["facts"]["other_scorers"] == ["own_scorer:rate"]
     assert data["methods"][1]["settings"]["fusion"]["mass_to_others"] is True

@@ -185,7 +185,8 @@ def curves(
     faint = 0.45 if sum(map(bool, kept.values())) <= 4 else 0.2  # intervals of many curves
 
     def draw(width: float) -> Drawing:
-        with _drawing(width, width * 0.56 if width > 5 else width * 0.85) as (drawing, axes):
+        height = (width * 0.5 if width > 5 else width * 0.75) + _legend_height(list(kept), width)
+        with _drawing(width, height) as (drawing, axes):
             for number, (name, points) in enumerate(kept.items()):
                 if points:
                     start = [origin] if origin is not None and families[name].from_origin else []
@@ -229,7 +230,8 @@ def bars(
     step = 0.85 / max(1, len(series))
 
     def draw(width: float) -> Drawing:
-        with _drawing(width, 0.8 + len(rows) * (0.13 * len(series) + 0.12)) as (drawing, axes):
+        height = 0.7 + len(rows) * (0.13 * len(series) + 0.12) + _legend_height(series, width)
+        with _drawing(width, height) as (drawing, axes):
             for place, name in enumerate(series):
                 axes.barh(0, 0, color=_colour(chosen[name]), label=name)  # the key
                 for row, (group, figures) in enumerate(rows.items()):
@@ -398,11 +400,19 @@ def _ends_first(curves: Iterable[Sequence[Point]]) -> list[Point]:
     return [point for _, point in sorted(ranked, key=lambda each: each[0])]
 
 
+def _legend_columns(names: Sequence[str], width: float) -> int:
+    return max(1, min(len(names), int(width * 72 / (6 * max(map(len, names), default=1) + 34))))
+
+
+def _legend_height(names: Sequence[str], width: float) -> float:
+    """Inches."""
+    return 0.19 * math.ceil(len(names) / _legend_columns(names, width)) + 0.1
+
+
 def _add_legend(figure: Any, width: float, place: str) -> None:  # noqa: ANN401
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    if labels:
-        columns = max(1, int(width * 72 / (6 * max(map(len, labels)) + 34)))
-        figure.legend(handles, labels, loc=place, ncols=min(columns, len(labels)), fontsize=9)
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    if names:
+        figure.legend(handles, names, loc=place, ncols=_legend_columns(names, width), fontsize=9)
 
 
 def _show_percent(axis: Axis) -> None:
