@@ -31,7 +31,7 @@ def bundle(tmp_path_factory, byte_level_tokenizer, wrap_tokenizer, tiny_llama):
 @pytest.fixture
 def run(bundle, monkeypatch, capsys, tmp_path):
     """A function: arguments -> (exit code, standard output, standard error)."""
-    monkeypatch.setattr("calibfuse.hub.locating._BUNDLED", bundle)
+    monkeypatch.setattr("calibfuse.hub.remote._BUNDLED", bundle)
     monkeypatch.setenv("CALIBFUSE_CACHE", str(tmp_path / "cache"))
 
     def call(*arguments):

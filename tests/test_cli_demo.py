@@ -34,7 +34,7 @@ def target(bundle):
 @pytest.fixture
 def run(bundle, monkeypatch, capsys):
     """A function: arguments -> (exit code, standard output, standard error)."""
-    monkeypatch.setattr("calibfuse.hub.locating._BUNDLED", bundle)
+    monkeypatch.setattr("calibfuse.hub.remote._BUNDLED", bundle)
 
     def call(*arguments):
         try:
@@ -206,7 +206,7 @@ def test_bad_input_gives_one_sentence_and_exit_code_2(run, arguments, message):
 
 
 def test_a_missing_bundle_is_told_in_one_sentence(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("calibfuse.hub.locating._BUNDLED", tmp_path)
+    monkeypatch.setattr("calibfuse.hub.remote._BUNDLED", tmp_path)
     assert cli.main(["demo"]) == 2
     assert "is missing from this installation" in capsys.readouterr().err
 

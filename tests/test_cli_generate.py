@@ -29,7 +29,7 @@ def bundle(tmp_path_factory, byte_level_tokenizer, wrap_tokenizer, tiny_llama):
 @pytest.fixture
 def run(bundle, monkeypatch, capsys):
     """A function: arguments of the command line -> (exit code, standard output, standard error)."""
-    monkeypatch.setattr("calibfuse.hub.locating._BUNDLED", bundle)
+    monkeypatch.setattr("calibfuse.hub.remote._BUNDLED", bundle)
 
     def call(*arguments):
         try:

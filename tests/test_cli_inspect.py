@@ -49,7 +49,7 @@ def bundle(tmp_path_factory, tokenizer, model):
 @pytest.fixture
 def run(bundle, monkeypatch, capsys):
     """A function: arguments -> (exit code, standard output, standard error)."""
-    monkeypatch.setattr("calibfuse.hub.locating._BUNDLED", bundle)
+    monkeypatch.setattr("calibfuse.hub.remote._BUNDLED", bundle)
 
     def call(*arguments):
         try:

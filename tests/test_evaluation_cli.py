@@ -31,7 +31,7 @@ def prompts(tmp_path):
 @pytest.fixture
 def run(bundle, monkeypatch, capsys, prompts, tmp_path):
     """A function: further arguments -> (exit code, standard output, standard error)."""
-    monkeypatch.setattr("calibfuse.hub.locating._BUNDLED", bundle)
+    monkeypatch.setattr("calibfuse.hub.remote._BUNDLED", bundle)
 
     def call(*arguments, bare=False):
         options = () if "--prompts" in arguments or bare else ("--prompts", str(prompts))

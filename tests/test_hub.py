@@ -43,13 +43,13 @@ def read_config(folder, version=1):
 
 
 def test_nothing_given_means_the_bundled_checkpoint(tmp_path, monkeypatch):
-    monkeypatch.setattr(hub.locating, "_BUNDLED", tmp_path)
+    monkeypatch.setattr(hub.remote, "_BUNDLED", tmp_path)
     (tmp_path / "small").mkdir()
     assert hub.resolve_checkpoint(None, default="small") == tmp_path / "small"
 
 
 def test_a_missing_bundled_checkpoint_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(hub.locating, "_BUNDLED", tmp_path)
+    monkeypatch.setattr(hub.remote, "_BUNDLED", tmp_path)
     with pytest.raises(CheckpointError, match="bundled checkpoint 'large' is missing"):
         hub.resolve_checkpoint(None, default="large")
 

@@ -8,11 +8,20 @@ so a checkpoint cannot run code.
 Left out on purpose: other weight formats, several weight files, and remote code.
 """
 
-from calibfuse.hub.layout import ALLOWED_FILES, CONFIG_NAME, README_NAME, WEIGHTS_NAME, weights_fingerprint
-from calibfuse.hub.locating import resolve_checkpoint
-from calibfuse.hub.reading import read_config, read_json, read_tensors
-from calibfuse.hub.remote import upload_folder
-from calibfuse.hub.writing import write_checkpoint, write_files, write_tensors
+from calibfuse.hub.files import (
+    ALLOWED_FILES,
+    CONFIG_NAME,
+    README_NAME,
+    WEIGHTS_NAME,
+    read_config,
+    read_json,
+    read_tensors,
+    weights_fingerprint,
+    write_checkpoint,
+    write_files,
+    write_tensors,
+)
+from calibfuse.hub.remote import resolve_checkpoint, upload_folder
 
 __all__ = [
     "ALLOWED_FILES",
