@@ -130,7 +130,8 @@ def test_further_files_are_written_in_utf8(checkpoint):
 def test_written_files_are_readable_by_others(checkpoint):
     umask = os.umask(0)
     os.umask(umask)
-    assert (checkpoint / "config.json").stat().st_mode & 0o777 == 0o666 & ~umask
+    for name in ("config.json", "model.safetensors", "README.md"):
+        assert (checkpoint / name).stat().st_mode & 0o777 == 0o666 & ~umask, name
 
 
 def test_the_fingerprint_depends_on_names_dtypes_shapes_and_contents_only():

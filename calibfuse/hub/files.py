@@ -291,7 +291,10 @@ def _write_whole(
         place.mkdir(parents=True, exist_ok=True)
         for name, write in writers.items():
             path = temporary[place / name] = place / f".{name}.{uuid.uuid4().hex[:8]}.tmp"
+            path.touch(exist_ok=False)
+            mode = path.stat().st_mode
             write(path)
+            path.chmod(mode)  # safetensors makes a file for the user alone
             if durable:
                 with path.open("rb+") as file:
                     os.fsync(file.fileno())
