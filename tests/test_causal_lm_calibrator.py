@@ -291,7 +291,7 @@ def test_the_twin_lies_in_the_checkpoint(tmp_path, tiny_gpt2, target_tokenizer, 
 
 
 def test_facts_and_recommended_fusion_travel_in_the_config(checkpoint):
-    from calibfuse.evaluation.picking import write_recommendation
+    from calibfuse.evaluation.budget import write_recommendation
     from calibfuse.inspection import describe_calibrator
 
     write_recommendation(checkpoint, checkpoint, {"mode": "geometric", "alpha": 0.25})

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from calibfuse.errors import InputError
-from calibfuse.evaluation import metrics, opinions
+from calibfuse.evaluation import metrics
 from calibfuse.evaluation.metrics import (
     METRICS,
     Sums,
@@ -25,7 +25,6 @@ def value(sums):
 
 def test_the_examples_of_the_docstrings_are_true():
     assert doctest.testmod(metrics).failed == 0
-    assert doctest.testmod(opinions).failed == 0
 
 
 def test_toxicity_worked_by_hand():

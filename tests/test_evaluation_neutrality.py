@@ -11,7 +11,8 @@ from transformers import LogitsProcessor
 from calibfuse.evaluation import LanguageModel, measure_neutrality
 from calibfuse.evaluation.likelihood import split_ids
 from calibfuse.evaluation.neutral_text import BENIGN_TEXTS, GROUP_WORDS, TEMPLATES
-from calibfuse.evaluation.neutrality import PLAIN_GROUP, divergence, divergence_by_token, method_log_probs
+from calibfuse.evaluation.neutrality import PLAIN_GROUP, divergence
+from calibfuse.evaluation.reading import method_log_probs
 from calibfuse.fusion import FusionConfig
 from calibfuse.processor import CalibFusion
 
@@ -130,33 +131,6 @@ def test_groups_and_the_lowest_word_leave_plain_words_out(target, guide):
     assert groups["one"] == pytest.approx(math.sqrt(kept["tall"] * kept["blind"]))
     assert found.kept == pytest.approx((kept["tall"] * kept["blind"] * kept["well known"]) ** (1 / 3))
     assert found.lowest_word.word == min(("tall", "blind", "well known"), key=kept.get)
-
-
-def test_the_parts_of_the_divergence_add_up_and_stand_at_the_tokens_that_lose(target):
-    class Lower(LogitsProcessor):
-        """Takes from two tokens, and does not normalise."""
-
-        def __call__(self, input_ids, scores):
-            scores = scores.clone()
-            scores[:, [40, 70]] -= torch.tensor([0.5, 2.0])
-            return scores
-
-    parts = divergence_by_token(target, lambda: [Lower()], TEXTS)
-    whole = measure(target, [Lower()]).divergence
-    assert parts.sum().item() == pytest.approx(whole, rel=1e-4)
-    assert set(parts.topk(2).indices.tolist()) == {40, 70}
-    others = parts.clone()
-    others[[40, 70]] = 0.0
-    assert others.abs().max() < 1e-6
-
-
-def test_a_forbidden_token_has_an_infinite_part(target):
-    class Forbid(LogitsProcessor):
-        def __call__(self, input_ids, scores):
-            return scores.index_fill(1, torch.tensor([50]), -torch.inf)
-
-    parts = divergence_by_token(target, lambda: [Forbid()], TEXTS)
-    assert parts.isinf().nonzero().flatten().tolist() == [50]
 
 
 def test_divergence_takes_excluded_tokens():

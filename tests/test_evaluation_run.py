@@ -19,13 +19,11 @@ from transformers import LogitsProcessor
 from calibfuse.calibrator import Calibrator
 from calibfuse.errors import InputError, MissingDependencyError, ScorerError
 from calibfuse.evaluation import LanguageModel, Method, Prompt, SamplingConfig, evaluate, to_data, to_markdown
-from calibfuse.evaluation.budget import compare_within_budget
-from calibfuse.evaluation.journal import Journal, PromptRecord
-from calibfuse.evaluation.measure_files import load_measured, save_measured
-from calibfuse.evaluation.measuring import measure
-from calibfuse.evaluation.metrics import Estimate
+from calibfuse.evaluation.budget import compare_within_budget, pick_alpha, write_recommendation
+from calibfuse.evaluation.journal import Journal, PromptRecord, run_stage
+from calibfuse.evaluation.measuring import Measured, measure
+from calibfuse.evaluation.metrics import Estimate, Sums
 from calibfuse.evaluation.page import to_html
-from calibfuse.evaluation.picking import pick_alpha, write_recommendation
 from calibfuse.evaluation.report import write_report
 from calibfuse.evaluation.suites import LabelledText, Suite
 from calibfuse.fusion import FusionConfig
@@ -111,13 +109,14 @@ def test_a_method_that_does_nothing_changes_nothing(target, scorer, tmp_path):
     nothing = Method("nothing", "nothing", lambda: [Lower(0.0)])
     result = evaluate(target, [nothing], PROMPTS, scorer, tmp_path, **OPTIONS).results[1]
     for name, change in result.differences.items():
-        if name != "tokens_per_second":
-            assert (change.value, change.low, change.high) == (0.0, 0.0, 0.0), name
+        assert (change.value, change.low, change.high) == (0.0, 0.0, 0.0), name
 
 
-def test_a_resumed_run_samples_and_scores_nothing_again(target, scorer, tmp_path):
+def test_a_resumed_run_samples_reads_and_times_nothing_again(target, scorer, tmp_path, monkeypatch):
     methods = [lowering(2.0)]
-    first = evaluate(target, methods, PROMPTS, scorer, tmp_path, **OPTIONS)
+    suite = Suite("mine", (LabelledText("The river was wide", False, "x"),))
+    options = {**OPTIONS, "suites": [suite]}
+    first = evaluate(target, methods, PROMPTS, scorer, tmp_path, **options)
 
     class Broken:
         name = scorer.name
@@ -127,12 +126,28 @@ def test_a_resumed_run_samples_and_scores_nothing_again(target, scorer, tmp_path
                 raise AssertionError("scored again")
             return scorer.score(texts)
 
-    again = evaluate(target, methods, PROMPTS, Broken(), tmp_path, resume=True, **OPTIONS)
+    def forward(*_, **__):
+        raise AssertionError("read again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(target.model, "forward", forward)
+        again = evaluate(target, methods, PROMPTS, Broken(), tmp_path, resume=True, **options)
+    assert again.results[1].neutrality == first.results[1].neutrality
+    assert again.results[1].suites == first.results[1].suites
+    assert again.results[1].speed == first.results[1].speed
     assert [each.estimates["mean_toxicity"] for each in again.results] == [
         each.estimates["mean_toxicity"] for each in first.results
     ]
     with pytest.raises(ScorerError, match="scored again"):
         evaluate(target, methods, PROMPTS[:2], Broken(), tmp_path, resume=True, **OPTIONS)
+
+
+def test_a_folder_with_an_evaluation_is_not_overwritten(target, scorer, tmp_path):
+    evaluate(target, [], PROMPTS, scorer, tmp_path, **OPTIONS)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match="already holds an evaluation; resume it"):
+        evaluate(target, [], PROMPTS[:1], scorer, tmp_path, **OPTIONS)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_resuming_another_method_or_target_is_refused(target, scorer, tmp_path, tiny_llama):
@@ -207,31 +222,34 @@ def test_every_scorer_and_threshold_is_counted_as_a_slow_loop_counts(target, sco
 
     other = load_scorer(by_length)
     found = evaluate(target, [lowering(1.0)], PROMPTS, scorer, tmp_path, other_scorers=[other], **OPTIONS)
-    assert [(each.scorer, each.toxic_from) for each in found.results[0].opinions] == [
+    assert [(each.scorer, each.toxic_from) for each in found.results[0].thresholds] == [
         (name, start) for name in (scorer.name, other.name) for start in (0.3, 0.5, 0.7, 0.9)
     ]
     for result in found.results:
         place = tmp_path / "continuations" / f"{result.method.key}.jsonl"
-        for opinion, figures in result.opinions.items():
-            chosen = scorer if opinion.scorer == scorer.name else other
-            expected = slow_toxic_share(place, chosen, opinion.toxic_from)
+        for figures in result.thresholds:
+            chosen = scorer if figures.scorer == scorer.name else other
+            expected = slow_toxic_share(place, chosen, figures.toxic_from)
             assert figures.estimates["toxic_share"].value == pytest.approx(expected)
+            assert figures.flagged == round(12 * expected)
+            assert figures.is_too_few  # of 12 continuations
     plain, lowered = found.results
-    assert all(not figures.changes for figures in plain.opinions.values())
-    half = next(each for each in plain.opinions if (each.scorer, each.toxic_from) == (scorer.name, 0.5))
-    assert lowered.opinions[half].changes["toxic_share"] == lowered.changes["toxic_share"]
+    assert all(not figures.changes for figures in plain.thresholds)
+    half = next(each for each in lowered.thresholds if (each.scorer, each.toxic_from) == (scorer.name, 0.5))
+    assert half.changes["toxic_share"] == lowered.changes["toxic_share"]
+    assert any("too few" in note and other.name in note for note in found.facts["notes"])
     text = to_markdown(found)
     assert "## Toxic continuations by threshold and scorer" in text
     assert re.search(r"\| \S*by_length, from 0\.7 \|", text)
     assert "by_length" in to_html(found)
-    assert to_data(found)["methods"][1]["opinions"][4]["scorer"] == other.name
+    assert to_data(found)["methods"][1]["scorer_thresholds"][4]["scorer"] == other.name
 
 
 def test_a_second_opinion_is_scored_again_where_it_is_new(target, scorer, tmp_path):
     evaluate(target, [], PROMPTS, scorer, tmp_path, **OPTIONS)
     other = load_scorer(lambda texts: [0.6] * len(texts))
     found = evaluate(target, [], PROMPTS, scorer, tmp_path, other_scorers=[other], resume=True, **OPTIONS)
-    shares = [figures.estimates["toxic_share"].value for figures in list(found.results[0].opinions.values())[4:]]
+    shares = [figures.estimates["toxic_share"].value for figures in found.results[0].thresholds[4:]]
     assert shares == [1.0, 1.0, 0.0, 0.0]
 
 
@@ -243,20 +261,27 @@ def test_two_scorers_of_one_name_are_refused(target, scorer, tmp_path):
 # ---- measures on disk
 
 
-def test_measures_survive_their_file_and_other_settings_do_not_match(evaluation, tmp_path):
+def test_a_stage_survives_its_file_and_other_settings_do_not_match(evaluation, tmp_path):
     measured = evaluation.results[1].measured
-    save_measured(tmp_path / "m.json", measured, {"a": [1, None]})
-    found = load_measured(tmp_path / "m.json", {"a": [1, None]})
+
+    def run(settings, found=None, *, resume=True):
+        return run_stage(tmp_path / "m.json", Measured, settings, lambda: found, resume=resume)
+
+    run({"a": [1, None]}, measured)
+    found = run({"a": [1, None]})
     assert found.first == measured.first
     assert found.worst == measured.worst
-    assert len(found.opinions) == 4
-    for opinion, sums in measured.opinions.items():
-        assert np.array_equal(found.opinions[opinion]["toxic_share"].numerator, sums["toxic_share"].numerator)
+    assert len(found.thresholds) == 4
+    for own, read in zip(measured.thresholds, found.thresholds, strict=True):
+        assert np.array_equal(read.sums["toxic_share"].numerator, own.sums["toxic_share"].numerator)
     assert all(np.array_equal(found.sums[name].numerator, each.numerator) for name, each in measured.sums.items())
-    assert load_measured(tmp_path / "m.json", {"a": [2, None]}) is None
-    assert load_measured(tmp_path / "none.json", {}) is None
-    (tmp_path / "m.json").write_text((tmp_path / "m.json").read_text()[:-50])
-    assert load_measured(tmp_path / "m.json", {"a": [1, None]}) is None
+    other = replace(measured, first=())
+    content = (tmp_path / "m.json").read_text()
+    for text in (content[:-50], "[]", "{}", content.replace('"first"', '"frist"')):
+        (tmp_path / "m.json").write_text(text)
+        assert run({"a": [1, None]}, other) is other
+    assert run({"a": [2, None]}, measured) is measured
+    assert run({"a": [2, None]}, other, resume=False) is other
 
 
 def test_memory_grows_by_numbers_per_prompt_and_never_by_text(tmp_path):
@@ -267,7 +292,7 @@ def test_memory_grows_by_numbers_per_prompt_and_never_by_text(tmp_path):
         journal = Journal(tmp_path / f"{count}.jsonl", {})
         said = tuple(Continuation(" a" * 50, tuple(range(50)), is_finished=False) for _ in range(20))
         for prompt in prompts:
-            journal.append([PromptRecord(prompt.id, prompt.text, said, 1.0)])
+            journal.append([PromptRecord(prompt.id, prompt.text, said)])
         scorer = load_scorer(lambda texts: [0.5] * len(texts))
         tracemalloc.start()
         measure(journal, prompts, scorer)
@@ -533,6 +558,14 @@ def with_figures(evaluation, changes):
     return replace(evaluation, results=tuple(results))
 
 
+def with_toxic(evaluation, count):
+    """The evaluation with so many toxic continuations of plain decoding."""
+    plain = evaluation.results[0]
+    sums = {**plain.measured.sums, "toxic_share": Sums(np.array([count, 0.0, 0.0]), np.full(3, 100.0))}
+    results = (replace(plain, measured=replace(plain.measured, sums=sums)), *evaluation.results[1:])
+    return replace(evaluation, results=results)
+
+
 @pytest.mark.parametrize(
     ("changes", "budget", "picked"),
     [
@@ -543,10 +576,27 @@ def with_figures(evaluation, changes):
     ],
 )
 def test_the_most_effective_strength_within_the_budget_is_picked(evaluation, changes, budget, picked):
-    choice = pick_alpha(with_figures(evaluation, changes), budget)
+    choice = pick_alpha(with_toxic(with_figures(evaluation, changes), 20), budget)
     assert (choice.result.method.key if choice.result else None) == picked
     assert choice.measured_by == "perplexity"
     assert ("largest strength that was tried" in choice.reason) == (picked == "lower-30")
+
+
+@pytest.mark.parametrize("count", [0, 19])
+def test_no_strength_is_picked_where_plain_decoding_says_too_little_toxic_text(evaluation, count):
+    choice = pick_alpha(with_toxic(with_figures(evaluation, (0.0, 0.0)), count), 0.05)
+    assert choice.result is None
+    assert f"gave {count} toxic continuations" in choice.reason
+    assert "nan" not in choice.reason
+
+
+def test_no_strength_is_picked_whose_effect_may_be_chance(evaluation):
+    changed = with_toxic(with_figures(evaluation, (0.0, 0.0)), 20)
+    unsure = {"mean_toxicity": Estimate(-0.1, -0.3, 0.1)}
+    results = [replace(each, differences={**each.differences, **unsure}) for each in changed.results[1:]]
+    choice = pick_alpha(replace(changed, results=(changed.results[0], *results)), 0.05)
+    assert choice.result is None
+    assert "may change mean toxicity either way" in choice.reason
 
 
 @pytest.mark.parametrize(

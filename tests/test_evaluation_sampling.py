@@ -254,6 +254,6 @@ def test_other_settings_other_files_and_damage_are_refused(model, tokenizer, tmp
 
 
 def test_records_survive_their_line():
-    record = PromptRecord("x", "a\nb", (Continuation(" c\u2028d", (1, 2), False), Continuation("", (), True)), 0.5)
+    record = PromptRecord("x", "a\nb", (Continuation(" c\u2028d", (1, 2), False), Continuation("", (), True)))
     assert PromptRecord.from_line(record.to_line()) == record
     assert record.to_line().count("\n") == 1

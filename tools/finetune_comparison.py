@@ -48,7 +48,7 @@ from calibfuse.errors import CalibfuseError
 from calibfuse.evaluation import LanguageModel, Method, Prompt, SamplingConfig, evaluate, load_prompts
 from calibfuse.evaluation.measuring import Measured
 from calibfuse.evaluation.metrics import METRICS, Estimate, Resampled, Sums, resample
-from calibfuse.evaluation.neutrality import method_log_probs
+from calibfuse.evaluation.reading import method_log_probs
 from calibfuse.finetune.corpus import PackedCorpus
 from calibfuse.finetune.run import run_finetuning
 from calibfuse.finetune.settings import AuxiliaryPlan, FinetuneConfig, ModelSource, OracleSource, SamplingPlan

@@ -4,24 +4,36 @@ It takes a target model and factories of logits processors, and knows nothing of
 fusion and every baseline are measured by the same code, on the same prompts, with the same draws.
 """
 
-from calibfuse.evaluation.budget import BudgetComparison, compare_within_budget
+from calibfuse.evaluation.budget import BudgetComparison, compare_within_budget, pick_alpha
 from calibfuse.evaluation.evaluate import Evaluation, MethodResult, evaluate
+from calibfuse.evaluation.holistic_bias import (
+    HolisticBias,
+    HolisticBiasResult,
+    load_holistic_bias,
+    measure_holistic_bias,
+)
 from calibfuse.evaluation.methods import PLAIN, Method
 from calibfuse.evaluation.metrics import METRICS, Estimate
 from calibfuse.evaluation.neutrality import Neutrality, measure_neutrality
 from calibfuse.evaluation.prompts import Prompt, load_prompts
+from calibfuse.evaluation.protocols import PROTOCOLS, EvaluationProtocol
 from calibfuse.evaluation.report import to_data
 from calibfuse.evaluation.sampling import SamplingConfig, sample_continuations
-from calibfuse.evaluation.suites import Suite, load_suite, measure_suite
+from calibfuse.evaluation.suites import Suite, SuiteResult, load_suite, measure_suite
 from calibfuse.evaluation.tables import to_markdown
+from calibfuse.evaluation.utility import Utility, UtilityResult, load_utility, measure_utility
 from calibfuse.generation.language_model import LanguageModel
 
 __all__ = [
     "METRICS",
     "PLAIN",
+    "PROTOCOLS",
     "BudgetComparison",
     "Estimate",
     "Evaluation",
+    "EvaluationProtocol",
+    "HolisticBias",
+    "HolisticBiasResult",
     "LanguageModel",
     "Method",
     "MethodResult",
@@ -29,12 +41,20 @@ __all__ = [
     "Prompt",
     "SamplingConfig",
     "Suite",
+    "SuiteResult",
+    "Utility",
+    "UtilityResult",
     "compare_within_budget",
     "evaluate",
+    "load_holistic_bias",
     "load_prompts",
     "load_suite",
+    "load_utility",
+    "measure_holistic_bias",
     "measure_neutrality",
     "measure_suite",
+    "measure_utility",
+    "pick_alpha",
     "sample_continuations",
     "to_data",
     "to_markdown",

@@ -30,7 +30,7 @@ from calibfuse.errors import InputError
 from calibfuse.evaluation.likelihood import batches, split_ids
 from calibfuse.evaluation.methods import Method
 from calibfuse.evaluation.neutral_text import BENIGN_TEXTS
-from calibfuse.evaluation.neutrality import method_log_probs
+from calibfuse.evaluation.reading import method_log_probs
 from calibfuse.evaluation.sampling import ProcessorFactory
 from calibfuse.generation.continuations import pad_right
 from calibfuse.generation.language_model import LanguageModel

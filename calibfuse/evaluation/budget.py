@@ -1,26 +1,33 @@
-"""Every method at its best strength within one fluency budget: the fair comparison of methods with a strength.
+"""Every method at its best strength within one fluency budget: the fair comparison, and the choice of a strength.
 
 A method looks good at a strength that ruins the text, and harmless at one that does nothing. So each family of methods
-is measured at several strengths, and compared at the strength with the lowest mean toxicity within the budget. The
-cost of a strength is the larger of two: how far perplexity rises, and how far distinct-1, -2 or -3 falls. Perplexity
-alone would reward text that is always the same, as a low temperature or a narrow truncation gives it. Where the cost
-crosses the budget between two strengths, the figures at the crossing are interpolated, so that a coarse grid is no
-disadvantage.
+is measured at several strengths, and compared at the strength with the lowest mean toxicity (the least noisy of the
+toxicity metrics) within the budget. The cost of a strength is the larger of two: how far perplexity rises, and how far
+distinct-1, -2 or -3 falls. Perplexity alone would reward text that is always the same, as a low temperature or a narrow
+truncation gives it. Where the cost crosses the budget between two strengths, the figures at the crossing are
+interpolated, so that a coarse grid is no disadvantage.
 
 Left out: intervals of interpolated figures; those of the nearest strength that was measured say how sure they are.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from calibfuse.errors import InputError
+from calibfuse.errors import CheckpointError, InputError
 from calibfuse.evaluation.evaluate import Evaluation, MethodResult
+from calibfuse.evaluation.metrics import FEWEST_FLAGGED
+from calibfuse.hub import ALLOWED_FILES, CONFIG_NAME, README_NAME, read_json, write_files
+from calibfuse.model_card import calibrator_card
 
 METRICS_AT_BUDGET = ("toxic_share", "toxicity_probability", "mean_toxicity")
+_CRITERION = "mean_toxicity"
 _VARIETY = ("distinct_1", "distinct_2", "distinct_3")
 
 
@@ -76,22 +83,40 @@ class BudgetComparison:
         }
 
 
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """The strength that was picked.
+
+    Attributes:
+        result: of the chosen method; None: none surely lowers mean toxicity within the budget.
+        budget: largest cost.
+        measured_by: metric of the perplexity: the judge's where there is one, else the target's.
+        reason: one sentence or two.
+    """
+
+    result: MethodResult | None
+    budget: float
+    measured_by: str
+    reason: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready dictionary."""
+        key = None if self.result is None else self.result.method.key
+        return {"method": key, "budget": self.budget, "measured_by": self.measured_by, "reason": self.reason}
+
+
 def compare_within_budget(evaluation: Evaluation, budget: float) -> BudgetComparison:
-    """Compare the families of an evaluation at one fluency.
+    """Compare the families of an evaluation at one fluency. Point estimates decide.
 
     Args:
         evaluation: of several strengths per family.
         budget: largest relative increase of the perplexity, and largest relative loss of distinct-n, against plain
             decoding; at least 0.
 
-    Returns:
-        Each family's best strength within the budget. Point estimates decide.
-
     Raises:
         InputError: a negative budget.
     """
-    if not budget >= 0.0:
-        raise InputError(f"The fluency budget must be at least 0, got {budget}.")
+    _check_budget(budget)
     name = perplexity_metric(evaluation)
     families: dict[str, list[MethodResult]] = {}
     for result in evaluation.results[1:]:
@@ -101,26 +126,110 @@ def compare_within_budget(evaluation: Evaluation, budget: float) -> BudgetCompar
     )
 
 
+def pick_alpha(evaluation: Evaluation, budget: float) -> Choice:
+    """The strength of the fusion with the lowest mean toxicity within a fluency budget.
+
+    Args:
+        evaluation: of several strengths; baselines are not picked.
+        budget: as for `compare_within_budget`.
+
+    Returns:
+        The choice: none where plain decoding says too little toxic text, or the change is not sure of its direction.
+
+    Raises:
+        InputError: a negative budget.
+    """
+    _check_budget(budget)
+    name = perplexity_metric(evaluation)
+
+    def nothing(reason: str) -> Choice:
+        return Choice(None, budget, name, reason)
+
+    flagged = int(evaluation.results[0].measured.sums["toxic_share"].numerator.sum())
+    if flagged < FEWEST_FLAGGED:
+        return nothing(
+            f"plain decoding gave {flagged} toxic continuations, and fewer than {FEWEST_FLAGGED} tell nothing; use "
+            "more or other prompts, or more samples."
+        )
+    strengths = [result for result in evaluation.results[1:] if "fusion" in result.method.settings]
+    strengths = [result for result in strengths if "baseline" not in result.method.settings]
+    affordable = [result for result in strengths if cost(result, name) <= budget]
+    best = min(affordable, key=lambda result: result.estimates[_CRITERION].value, default=None)
+    if best is None or best.differences[_CRITERION].value >= 0.0:
+        return nothing(
+            f"none of the {len(strengths)} strengths lowers mean toxicity at a cost of at most {budget:.1%} in "
+            "perplexity and distinct-n."
+        )
+    if not best.differences[_CRITERION].high < 0.0:
+        return nothing(
+            f"the best strength within {budget:.1%} ({best.method.title}) may change mean toxicity either way; use "
+            "more prompts or samples."
+        )
+    toxicity, perplexity = best.changes[_CRITERION], best.changes[name]
+    reason = (
+        f"lowest mean toxicity within {budget:.1%}: {toxicity.value:+.1%} [{toxicity.low:+.1%}, {toxicity.high:+.1%}], "
+        f"perplexity under {'the judge' if name == 'perplexity' else 'the target'} {perplexity.value:+.1%} "
+        f"[{perplexity.low:+.1%}, {perplexity.high:+.1%}]."
+    )
+    if best is strengths[-1]:
+        reason += " It is the largest strength that was tried; a larger one may do more."
+    return Choice(best, budget, name, reason)
+
+
+def write_recommendation(
+    source: str | os.PathLike[str], destination: str | os.PathLike[str], fusion: Mapping[str, Any]
+) -> None:
+    """Write fusion options into a calibrator's folder, where `from_pretrained` finds them; weights stay as they are.
+
+    Args:
+        source: folder of the calibrator.
+        destination: the same folder, or another one that gets a copy.
+        fusion: the options, see FusionConfig.to_dict.
+
+    Raises:
+        CheckpointError: the source is no calibrator, or the destination cannot be written.
+    """
+    origin, goal = Path(source), Path(destination)
+    config = read_json(origin / CONFIG_NAME, "configuration of a calibrator")
+    config["fusion"] = dict(fusion)
+    contents: dict[str, bytes] = {}
+    if origin.resolve() != goal.resolve():
+        try:
+            files = {path for pattern in ALLOWED_FILES for path in origin.glob(pattern)}
+            contents = {path.name: path.read_bytes() for path in sorted(files)}
+        except OSError as error:
+            raise CheckpointError(
+                f"Cannot read the calibrator in {str(origin)!r}: {error.strerror or error}."
+            ) from error
+    contents.pop(CONFIG_NAME, None)
+    contents[README_NAME] = calibrator_card({**config.get("training", {}), "fusion": config["fusion"]}).encode("utf-8")
+    contents[CONFIG_NAME] = (json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")
+    write_files(goal, contents)
+
+
 def perplexity_metric(evaluation: Evaluation) -> str:
     """The metric of fluency: the judge's perplexity where there is a judge, else the target's."""
     return "perplexity" if "perplexity" in evaluation.results[0].estimates else "target_perplexity"
 
 
-def increase(result: MethodResult, name: str) -> float:
-    """Relative change of a perplexity against plain; infinite where there is none."""
-    value = result.changes[name].value if name in result.changes else math.nan
-    return value if math.isfinite(value) else math.inf
-
-
 def cost(result: MethodResult, name: str) -> float:
-    """What a method costs in fluency: the larger of the rise of a perplexity and the fall of distinct-n, relative."""
+    """What a method costs in fluency: the larger of the rise of a perplexity and the fall of distinct-n, relative.
+
+    Infinite where the perplexity has no value.
+    """
+    rise = result.changes[name].value if name in result.changes else math.nan
     losses = [-result.changes[each].value for each in _VARIETY if each in result.changes]
-    return max([increase(result, name), *(loss for loss in losses if math.isfinite(loss))])
+    return max([rise if math.isfinite(rise) else math.inf, *(loss for loss in losses if math.isfinite(loss))])
+
+
+def _check_budget(budget: float) -> None:
+    if not budget >= 0.0:
+        raise InputError(f"The fluency budget must be at least 0, got {budget}.")
 
 
 def _at_budget(family: str, results: Sequence[MethodResult], budget: float, name: str) -> AtBudget:
     affordable = [result for result in results if cost(result, name) <= budget]
-    best = min(affordable, key=lambda result: result.estimates["mean_toxicity"].value, default=None)
+    best = min(affordable, key=lambda result: result.estimates[_CRITERION].value, default=None)
     default = next((result for result in results if result.method.is_default), None)
     strength, changes = _crossing(results, budget, name)
     return AtBudget(family, best, default, strength, changes)
@@ -131,22 +240,16 @@ def _crossing(results: Sequence[MethodResult], budget: float, name: str) -> tupl
 
     Stronger is not dearer for every family: of top-k and nucleus it is the small strengths that cost.
     """
-    curve = sorted((result for result in results if result.method.alpha is not None), key=_strength)
+    curve = [(result.method.alpha, result) for result in results if result.method.alpha is not None]
     points: list[tuple[float, float, dict[str, float]]] = []
-    if all(result.method.starts_at_plain for result in curve):
+    if all(result.method.starts_at_plain for _, result in curve):
         points.append((0.0, 0.0, dict.fromkeys(METRICS_AT_BUDGET, 0.0)))
-    for result in curve:
-        changes = {each: result.changes[each].value for each in METRICS_AT_BUDGET}
-        points.append((_strength(result), cost(result, name), changes))
+    for alpha, result in sorted(curve, key=lambda pair: pair[0]):
+        points.append((alpha, cost(result, name), {each: result.changes[each].value for each in METRICS_AT_BUDGET}))
     found: list[tuple[float, dict[str, float]]] = []
     for (low, below, before), (high, above, after) in zip(points, points[1:], strict=False):
         if (below <= budget) != (above <= budget) and math.isfinite(below) and math.isfinite(above):
             share = (budget - below) / (above - below)
             mixed = {each: before[each] + share * (after[each] - before[each]) for each in METRICS_AT_BUDGET}
             found.append((low + share * (high - low), mixed))
-    return min(found, key=lambda each: each[1]["mean_toxicity"], default=(None, {}))
-
-
-def _strength(result: MethodResult) -> float:
-    assert result.method.alpha is not None
-    return result.method.alpha
+    return min(found, key=lambda each: each[1][_CRITERION], default=(None, {}))

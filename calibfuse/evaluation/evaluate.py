@@ -1,37 +1,48 @@
 """A whole evaluation: sample every method, measure, compare with plain decoding.
 
-Text and scores are left in the output folder as they come, so a killed run repeats at most a batch of text or the
-scoring of one method.
+Text and the result of each stage are left in the output folder as they come, so a killed run repeats at most a batch of
+text or one stage of one method.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel
 
 from calibfuse.errors import InputError
-from calibfuse.evaluation.journal import Journal
+from calibfuse.evaluation.holistic_bias import HolisticBias, HolisticBiasResult, measure_holistic_bias
+from calibfuse.evaluation.journal import Journal, run_stage
 from calibfuse.evaluation.likelihood import check_texts
-from calibfuse.evaluation.measure_files import load_measured, save_measured
 from calibfuse.evaluation.measuring import Measured, measure, select
 from calibfuse.evaluation.methods import PLAIN, Method
-from calibfuse.evaluation.metrics import TOXIC_FROM, Estimate, resample
+from calibfuse.evaluation.metrics import (
+    TOXIC_FROM,
+    Estimate,
+    ThresholdFigures,
+    resample,
+    threshold_figures,
+)
 from calibfuse.evaluation.neutral_text import BENIGN_TEXTS
 from calibfuse.evaluation.neutrality import Neutrality, measure_neutrality
-from calibfuse.evaluation.opinions import Opinion, OpinionFigures, compare_opinions, resample_opinions
 from calibfuse.evaluation.prompts import Prompt
+from calibfuse.evaluation.protocols import EvaluationProtocol
 from calibfuse.evaluation.sampling import SamplingConfig, sample_continuations
 from calibfuse.evaluation.speed import Speed, measure_speed
 from calibfuse.evaluation.suites import Suite, SuiteResult, measure_suite
+from calibfuse.evaluation.utility import Utility, UtilityResult, check_utility, measure_utility
 from calibfuse.generation.language_model import LanguageModel
 from calibfuse.scorers import ToxicityScorer, check_scores
+
+_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,10 +56,12 @@ class MethodResult:
         changes: metric -> relative change against plain, paired by prompts; empty for plain itself.
         differences: metric -> difference to plain, likewise.
         groups: group of prompts -> metric -> figure with interval; empty where prompts have no groups.
-        neutrality: what it does to neutral text; None where it was not measured.
+        thresholds: toxicity by every scorer, from several scores on.
+        neutrality: what it does to neutral text; None where it was not measured, as for plain itself.
         speed: measured interleaved with plain; None where it was not.
-        suites: what it suppresses of labelled sentences, by name of the suite; empty for plain itself.
-        opinions: toxic continuations by every scorer, from several scores on.
+        suites: what it does to labelled sentences, by name of the suite; empty for plain itself.
+        holistic_bias: what it does to names of groups; None as `neutrality`.
+        utility: what it costs at tasks; None as `neutrality`.
     """
 
     method: Method
@@ -57,10 +70,12 @@ class MethodResult:
     changes: dict[str, Estimate]
     differences: dict[str, Estimate]
     groups: dict[str, dict[str, Estimate]]
-    neutrality: Neutrality | None
-    speed: Speed | None
+    thresholds: tuple[ThresholdFigures, ...]
+    neutrality: Neutrality | None = None
+    speed: Speed | None = None
     suites: Mapping[str, SuiteResult] = field(default_factory=dict)
-    opinions: Mapping[Opinion, OpinionFigures] = field(default_factory=dict)
+    holistic_bias: HolisticBiasResult | None = None
+    utility: UtilityResult | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,13 +86,15 @@ class Evaluation:
         results: plain first, then as given.
         prompts: what was continued.
         sampling: how.
-        facts: names and settings, for the report; JSON values.
+        facts: names and settings, for the report; JSON values. "notes" are sentences that a reader must see.
+        protocol: of the field, that the figures belong to; None: the user's own settings.
     """
 
     results: tuple[MethodResult, ...]
     prompts: tuple[Prompt, ...]
     sampling: SamplingConfig
     facts: dict[str, Any] = field(default_factory=dict)
+    protocol: EvaluationProtocol | None = None
 
 
 def evaluate(
@@ -89,9 +106,12 @@ def evaluate(
     *,
     other_scorers: Sequence[ToxicityScorer] = (),
     sampling: SamplingConfig | None = None,
+    protocol: EvaluationProtocol | None = None,
     judge: LanguageModel | None = None,
     benign_texts: Sequence[str] | None = None,
     suites: Sequence[Suite] = (),
+    holistic_bias: HolisticBias | None = None,
+    utility: Utility | None = None,
     toxic_from: float = TOXIC_FROM,
     batch_size: int = 32,
     resamples: int = 1000,
@@ -106,12 +126,15 @@ def evaluate(
         methods: with distinct keys; plain decoding is added.
         prompts: with distinct ids, at least one.
         scorer: of continuations; should not be the one that sorted a calibrator's training text.
-        output: folder of the continuations; made when missing.
+        output: folder of the continuations and stages; made when missing.
         other_scorers: second opinions on toxicity, with distinct names; `scorer` leads.
-        sampling: how to draw; default SamplingConfig().
+        sampling: how to draw; default: the protocol's, else SamplingConfig().
+        protocol: what the prompts and draws follow, for the report.
         judge: a separate language model, for fluency.
         benign_texts: for the divergence on benign text; None: a bundled set; empty: neutrality is not measured.
         suites: labelled sentences that are read, not continued; with distinct names.
+        holistic_bias: names of groups that are read after neutral and hateful beginnings.
+        utility: tasks that a guided model should do as well as before.
         toxic_from: a continuation is toxic from this score on.
         batch_size: rows per forward pass.
         resamples: of the bootstrap.
@@ -123,92 +146,179 @@ def evaluate(
         Figures with intervals, and changes against plain.
 
     Raises:
-        InputError: bad settings, a text longer than the target's positions, or the output folder holds text made with
-            other settings or of other prompts.
+        InputError: bad settings, a text longer than the target's positions, or the output folder holds another
+            evaluation, or this one and `resume` is off.
         ScorerError: a text could not be scored.
         DataError: the files in the output folder are damaged.
         CheckpointError: the output cannot be written.
     """
-    sampling = sampling or SamplingConfig()
-    everything = [PLAIN, *methods]
-    _check(everything, prompts, suites, [scorer, *other_scorers])
-    for texts in (benign_texts or (), *([each.text for each in suite.texts] for suite in suites)):
-        check_texts(target, texts)
-    settings = {"target": target.name, "target_weights": weights_digest(target.model), "sampling": sampling.to_dict()}
-    scoring = {
-        "scorer": _fingerprint(scorer),
-        "other_scorers": [_fingerprint(each) for each in other_scorers],
-        "judge": None if judge is None else [judge.name, weights_digest(judge.model)],
-        "toxic_from": toxic_from,
-        "prompts": _prompts_digest(prompts),
-    }
-    measured: list[Measured] = []
-    for method in everything:
-        journal = Journal(
-            Path(output) / "continuations" / f"{method.key}.jsonl",
-            {**settings, "method": {"key": method.key, **method.settings}},
-            resume=resume,
-        )
-        sample_continuations(
-            target.model,
-            target.tokenizer,
-            prompts,
-            method.make_processors,
-            sampling,
-            journal,
-            batch_size=batch_size,
-            title=f"{method.title}: continuations",
-            show_progress=show_progress,
-        )
-        place = Path(output) / "measures" / f"{method.key}.json"
-        found = load_measured(place, {**scoring, **journal.settings}) if resume else None
-        if found is None:
-            found = measure(
-                journal,
-                prompts,
-                scorer,
-                other_scorers=other_scorers,
-                target=target,
-                judge=judge,
-                toxic_from=toxic_from,
-                batch_size=batch_size,
-                title=f"{method.title}: scores",
-                show_progress=show_progress,
-            )
-            save_measured(place, found, {**scoring, **journal.settings})
-        measured.append(found)
-    neutral: list[Neutrality | None] = [None] * len(everything)
-    if benign_texts is None or len(benign_texts):
-        neutral[1:] = [
-            measure_neutrality(target, method.make_processors, benign_texts, batch_size=batch_size)
-            for method in methods
-        ]
-    read: list[dict[str, SuiteResult]] = [
-        {suite.name: measure_suite(target, method.make_processors, suite, batch_size=batch_size) for suite in suites}
-        for method in methods
+    sampling = sampling or (protocol.sampling() if protocol else SamplingConfig())
+    everything, scorers = [PLAIN, *methods], [scorer, *other_scorers]
+    benign = BENIGN_TEXTS if benign_texts is None else tuple(benign_texts)
+    check_output(output, resume=resume)
+    _check_names(everything, prompts, suites, scorers)
+    _check_texts(target, benign, suites, utility)
+    run = _Run(target, sampling, Path(output), batch_size, resume=resume, show_progress=show_progress)
+    measured = [run.continuations(method, prompts, scorers, judge, toxic_from) for method in everything]
+    results = _compare(everything, measured, prompts, resamples, sampling.seed)
+    results[1:] = [
+        replace(result, **run.read_all(result.method, benign, suites, holistic_bias, utility)) for result in results[1:]
     ]
-    speeds: Mapping[str, Speed] = {}
     if speed_rounds:
-        speeds = measure_speed(target, everything, prompts, sampling, rounds=speed_rounds)
+        speeds = run.speeds(everything, prompts, speed_rounds)
+        results = [replace(result, speed=speeds[result.method.key]) for result in results]
     facts = {
-        "target": target.name,
-        "target_weights": settings["target_weights"],
-        "target_parameters": target.model.num_parameters(),
+        **run.facts(),
+        "protocol": None if protocol is None else f"{protocol.name}: {protocol.description}",
         "scorer": scorer.name,
         "other_scorers": [each.name for each in other_scorers],
         "judge": None if judge is None else judge.name,
         "toxic_from": toxic_from,
         "prompt_count": len(prompts),
-        "sampling": sampling.to_dict(),
-        "batch_size": batch_size,
         "resamples": resamples,
-        "torch_threads": torch.get_num_threads(),
-        "device": str(target.model.device),
+        **({"suites": {suite.name: len(suite.texts) for suite in suites}} if suites else {}),
+        "notes": _cautions(results[0].thresholds),
     }
-    if suites:
-        facts["suites"] = {suite.name: len(suite.texts) for suite in suites}
-    results = _compare(everything, measured, neutral, [{}, *read], speeds, prompts, resamples, sampling.seed)
-    return Evaluation(tuple(results), tuple(prompts), sampling, facts)
+    return Evaluation(tuple(results), tuple(prompts), sampling, facts, protocol)
+
+
+def check_output(output: str | os.PathLike[str], *, resume: bool) -> None:
+    """Refuse a folder with an evaluation that would be overwritten.
+
+    Raises:
+        InputError: there are continuations, and the run is not to go on with them.
+    """
+    if not resume and any(Path(output).glob("continuations/*.jsonl")):
+        raise InputError(
+            f"The folder {str(output)!r} already holds an evaluation; resume it, or choose another output folder."
+        )
+
+
+class _Run:
+    """The stages of one evaluation, each kept in the output folder."""
+
+    def __init__(
+        self,
+        target: LanguageModel,
+        sampling: SamplingConfig,
+        output: Path,
+        batch_size: int,
+        *,
+        resume: bool,
+        show_progress: bool,
+    ) -> None:
+        self.target, self.sampling, self.output, self.batch_size = target, sampling, output, batch_size
+        self.resume, self.show_progress = resume, show_progress
+        self.settings = {"target": target.name, "target_weights": weights_digest(target.model)}
+
+    def facts(self) -> dict[str, Any]:
+        """What a report says of the run."""
+        return {
+            "target": self.target.name,
+            "target_weights": self.settings["target_weights"],
+            "target_parameters": self.target.model.num_parameters(),
+            "sampling": self.sampling.to_dict(),
+            "batch_size": self.batch_size,
+            "torch_threads": torch.get_num_threads(),
+            "device": str(self.target.model.device),
+        }
+
+    def _stage(
+        self, name: str, kind: type[_Found], settings: Mapping[str, Any], compute: Callable[[], _Found]
+    ) -> _Found:
+        place = self.output / "stages" / f"{name}.json"
+        return run_stage(place, kind, {**self.settings, **settings}, compute, resume=self.resume)
+
+    def continuations(
+        self,
+        method: Method,
+        prompts: Sequence[Prompt],
+        scorers: Sequence[ToxicityScorer],
+        judge: LanguageModel | None,
+        toxic_from: float,
+    ) -> Measured:
+        """Sample what is missing, and score it."""
+        how = {"sampling": self.sampling.to_dict(), "method": {"key": method.key, **method.settings}}
+        place = self.output / "continuations" / f"{method.key}.jsonl"
+        journal = Journal(place, {**self.settings, **how}, resume=self.resume)
+        sample_continuations(
+            self.target.model,
+            self.target.tokenizer,
+            prompts,
+            method.make_processors,
+            self.sampling,
+            journal,
+            batch_size=self.batch_size,
+            title=f"{method.title}: continuations",
+            show_progress=self.show_progress,
+        )
+        scoring = {
+            "scorers": [_fingerprint(each) for each in scorers],
+            "judge": None if judge is None else [judge.name, weights_digest(judge.model)],
+            "toxic_from": toxic_from,
+            "prompts": _digest([(prompt.id, prompt.text) for prompt in prompts]),
+        }
+
+        def compute() -> Measured:
+            return measure(
+                journal,
+                prompts,
+                scorers[0],
+                other_scorers=scorers[1:],
+                target=self.target,
+                judge=judge,
+                toxic_from=toxic_from,
+                batch_size=self.batch_size,
+                title=f"{method.title}: scores",
+                show_progress=self.show_progress,
+            )
+
+        return self._stage(f"{method.key}/scores", Measured, {**how, **scoring}, compute)
+
+    def read_all(
+        self,
+        method: Method,
+        benign: Sequence[str],
+        suites: Sequence[Suite],
+        holistic_bias: HolisticBias | None,
+        utility: Utility | None,
+    ) -> dict[str, Any]:
+        """What a method does to given texts, by attribute of MethodResult."""
+
+        def read(name: str, kind: type[_Found], reader: Callable[..., _Found], data: object) -> _Found:
+            how = {"batch_size": self.batch_size, "show_progress": self.show_progress}
+            return self._stage(
+                f"{method.key}/{re.sub('[^a-zA-Z0-9.]+', '-', name)}",
+                kind,
+                {"method": {"key": method.key, **method.settings}, "data": _digest(data)},
+                lambda: reader(self.target, method.make_processors, data, title=f"{method.title}: {name}", **how),
+            )
+
+        found: dict[str, Any] = {}
+        if benign:
+            found["neutrality"] = read("neutral text", Neutrality, measure_neutrality, benign)
+        found["suites"] = {each.name: read(f"suite {each.name}", SuiteResult, measure_suite, each) for each in suites}
+        if holistic_bias is not None:
+            found["holistic_bias"] = read("HolisticBias", HolisticBiasResult, measure_holistic_bias, holistic_bias)
+        if utility is not None:
+            found["utility"] = read("utility", UtilityResult, measure_utility, utility)
+        return found
+
+    def speeds(self, methods: Sequence[Method], prompts: Sequence[Prompt], rounds: int) -> dict[str, Speed]:
+        """Time all methods in turn."""
+        settings = {
+            "sampling": self.sampling.to_dict(),
+            "methods": [{"key": method.key, **method.settings} for method in methods],
+            "prompts": _digest([(prompt.id, prompt.text) for prompt in prompts]),
+            "rounds": rounds,
+        }
+
+        def compute() -> dict[str, Speed]:
+            return measure_speed(
+                self.target, methods, prompts, self.sampling, rounds=rounds, show_progress=self.show_progress
+            )
+
+        return self._stage("speed", dict[str, Speed], settings, compute)
 
 
 def _fingerprint(scorer: ToxicityScorer) -> list[str | float]:
@@ -216,7 +326,7 @@ def _fingerprint(scorer: ToxicityScorer) -> list[str | float]:
     return [scorer.name, *map(float, check_scores(scorer.score(BENIGN_TEXTS[:3]), 3, scorer.name))]
 
 
-def _check(
+def _check_names(
     methods: Sequence[Method], prompts: Sequence[Prompt], suites: Sequence[Suite], scorers: Sequence[ToxicityScorer]
 ) -> None:
     if not prompts:
@@ -227,14 +337,24 @@ def _check(
         ("suite", [suite.name for suite in suites]),
         ("scorer", [scorer.name for scorer in scorers]),
     ):
-        twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+        twice = sorted(name for name, count in Counter(names).items() if count > 1)
         if twice:
             raise InputError(f"The {kind} {twice[0]!r} was given twice; each needs a name of its own.")
 
 
-def _prompts_digest(prompts: Sequence[Prompt]) -> str:
-    whole = "\0".join(f"{prompt.id}\0{prompt.text}" for prompt in prompts)
-    return hashlib.sha256(whole.encode()).hexdigest()[:16]
+def _check_texts(
+    target: LanguageModel, benign: Sequence[str], suites: Sequence[Suite], utility: Utility | None
+) -> None:
+    """Refuse what the target cannot read before anything is sampled."""
+    for texts in (benign, *([each.text for each in suite.texts] for suite in suites)):
+        check_texts(target, texts)
+    if utility is not None:
+        check_utility(target, utility)
+
+
+def _digest(data: object) -> str:
+    """Of data whose `repr` tells all of it: texts, numbers, and tuples and dataclasses of them."""
+    return hashlib.sha256(repr(data).encode()).hexdigest()[:16]
 
 
 def weights_digest(model: PreTrainedModel) -> str:
@@ -248,33 +368,24 @@ def weights_digest(model: PreTrainedModel) -> str:
 
 
 def _compare(
-    methods: Sequence[Method],
-    measured: Sequence[Measured],
-    neutral: Sequence[Neutrality | None],
-    read: Sequence[Mapping[str, SuiteResult]],
-    speeds: Mapping[str, Speed],
-    prompts: Sequence[Prompt],
-    resamples: int,
-    seed: int,
+    methods: Sequence[Method], measured: Sequence[Measured], prompts: Sequence[Prompt], resamples: int, seed: int
 ) -> list[MethodResult]:
+    """Figures of each method with intervals, and changes against the first."""
     places: dict[str, list[int]] = {}
     for place, prompt in enumerate(prompts):
         if prompt.group is not None:
             places.setdefault(prompt.group, []).append(place)
+    draws = {"resamples": resamples, "seed": seed}
+    plain = resample(measured[0].sums, **draws)
     results = []
-    plain = resample(measured[0].sums, resamples=resamples, seed=seed)
-    plain_opinions = resample_opinions(measured[0].opinions, resamples=resamples, seed=seed)
-    for number, (method, each, neutrality) in enumerate(zip(methods, measured, neutral, strict=True)):
-        figures = resample(each.sums, resamples=resamples, seed=seed) if number else plain
+    for method, each in zip(methods, measured, strict=True):
+        is_plain = each is measured[0]
+        figures = plain if is_plain else resample(each.sums, **draws)
+        shared = [] if is_plain else [name for name in figures if name in plain]
         groups = {
-            group: {
-                name: figure.estimate()
-                for name, figure in resample(select(each, chosen).sums, resamples=resamples, seed=seed).items()
-            }
+            group: {name: figure.estimate() for name, figure in resample(select(each.sums, chosen), **draws).items()}
             for group, chosen in sorted(places.items())
         }
-        opinions = resample_opinions(each.opinions, resamples=resamples, seed=seed) if number else plain_opinions
-        shared = [name for name in figures if name in plain] if number else []
         results.append(
             MethodResult(
                 method=method,
@@ -283,10 +394,17 @@ def _compare(
                 changes={name: figures[name].relative_to(plain[name]) for name in shared},
                 differences={name: figures[name].minus(plain[name]) for name in shared},
                 groups=groups,
-                neutrality=neutrality,
-                speed=speeds.get(method.key),
-                suites=read[number],
-                opinions=compare_opinions(opinions, plain_opinions if number else None),
+                thresholds=threshold_figures(each.thresholds, None if is_plain else measured[0].thresholds, **draws),
             )
         )
     return results
+
+
+def _cautions(thresholds: Sequence[ThresholdFigures]) -> list[str]:
+    """Which scorers find too little toxic text in plain decoding to compare shares of it."""
+    return [
+        f"{each.scorer} counts only {each.flagged} of plain decoding's continuations as toxic: too few to compare "
+        "shares of toxic continuations. Compare mean toxicity, or measure more prompts."
+        for each in thresholds
+        if each.toxic_from == TOXIC_FROM and each.is_too_few
+    ]

@@ -1,23 +1,33 @@
-"""The file that continuations are written to as they come, so that a killed run goes on where it was.
+"""The files of an evaluation, so that a killed run goes on where it was: continuations as they come, finished stages.
 
-A journal is JSON Lines: a header with the settings that made the text, then one line per prompt with all of its
-continuations. A line that a kill tore is cut off when the file is opened again.
+A journal holds the continuations of one method as JSON Lines: a header with the settings that made the text, then one
+line per prompt. A line that a kill tore is cut off when the file is opened again. A stage (scores, a suite, timings) is
+one JSON file with its settings, written when it is finished.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+import numpy as np
+from numpy.typing import NDArray
 
 from calibfuse.errors import CheckpointError, DataError, InputError
 from calibfuse.generation.continuations import Continuation
+from calibfuse.hub import write_files
 
 FORMAT = "calibfuse-continuations"
 FORMAT_VERSION = 1
+STAGE_FORMAT = "calibfuse-evaluation-stage"
+STAGE_FORMAT_VERSION = 1
+_Found = TypeVar("_Found")
 
 
 @dataclass(frozen=True)
@@ -28,22 +38,15 @@ class PromptRecord:
         prompt_id: of the prompt.
         prompt: its text.
         continuations: in the order of their sample numbers.
-        seconds: its share of the time that its batch took in `generate`.
     """
 
     prompt_id: str
     prompt: str
     continuations: tuple[Continuation, ...]
-    seconds: float
 
     def to_line(self) -> str:
         """One line of JSON."""
-        said = [
-            {"text": each.text, "token_ids": list(each.token_ids), "is_finished": each.is_finished}
-            for each in self.continuations
-        ]
-        record = {"prompt_id": self.prompt_id, "prompt": self.prompt, "continuations": said, "seconds": self.seconds}
-        return json.dumps(record, ensure_ascii=False) + "\n"
+        return json.dumps(asdict(self), ensure_ascii=False) + "\n"
 
     @classmethod
     def from_line(cls, line: str) -> PromptRecord:
@@ -53,7 +56,7 @@ class PromptRecord:
             Continuation(each["text"], tuple(each["token_ids"]), each["is_finished"])
             for each in values["continuations"]
         ]
-        return cls(values["prompt_id"], values["prompt"], tuple(said), float(values["seconds"]))
+        return cls(values["prompt_id"], values["prompt"], tuple(said))
 
 
 class Journal:
@@ -75,21 +78,25 @@ class Journal:
         self.settings = json.loads(json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **settings}))
         self._places: dict[str, int] = {}
         self._texts: dict[str, int] = {}  # hashes of the prompts' texts
-        try:
+        with self._writing():
             if resume and self.path.exists() and self.path.stat().st_size:
                 self._open_again()
             else:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                self.path.write_text(
-                    json.dumps(self.settings, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n"
-                )
+                header = json.dumps(self.settings, ensure_ascii=False) + "\n"
+                self.path.write_text(header, encoding="utf-8", newline="\n")
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise CheckpointError(
                 f"Cannot write the continuations to {str(self.path)!r}: {error.strerror or error}."
             ) from error
-
-    def __len__(self) -> int:
-        return len(self._places)
 
     def has(self, prompt_id: str, text: str) -> bool:
         """Whether the continuations of a prompt are there.
@@ -102,7 +109,7 @@ class Journal:
         if self._texts[prompt_id] != hash(text):
             raise InputError(
                 f"The continuations in {str(self.path)!r} were made for other prompts: {prompt_id!r} has another text. "
-                "Resume with the same ones, or run without --resume to start anew."
+                "Resume with the same ones, or start anew in another folder."
             )
         return True
 
@@ -116,25 +123,16 @@ class Journal:
         Raises:
             CheckpointError: the disk is full or the like; what was written before stays.
         """
-        try:
-            with self.path.open("ab") as stream:
-                place = stream.tell()
-                for record in records:
-                    data = record.to_line().encode("utf-8")
-                    stream.write(data)
-                    self._index(record, place)
-                    place += len(data)
-        except OSError as error:
-            raise CheckpointError(
-                f"Cannot write the continuations to {str(self.path)!r}: {error.strerror or error}."
-            ) from error
+        with self._writing(), self.path.open("ab") as stream:
+            place = stream.tell()
+            for record in records:
+                data = record.to_line().encode("utf-8")
+                stream.write(data)
+                self._index(record, place)
+                place += len(data)
 
     def records(self, prompt_ids: Sequence[str]) -> Iterator[PromptRecord]:
-        """The records of some prompts, in the given order, one in memory at a time.
-
-        Raises:
-            KeyError: one is not there.
-        """
+        """The records of some prompts, in the given order, one in memory at a time; KeyError where one is missing."""
         with self.path.open("rb") as stream:
             for prompt_id in prompt_ids:
                 stream.seek(self._places[prompt_id])
@@ -143,8 +141,7 @@ class Journal:
     def _open_again(self) -> None:
         """Check the header, index the records, cut off a torn last line."""
         with self.path.open("r+b") as stream:
-            header = stream.readline()
-            self._check_header(header)
+            self._check_header(stream.readline())
             place = stream.tell()
             number = 1
             while line := stream.readline():
@@ -156,8 +153,8 @@ class Journal:
                     self._index(PromptRecord.from_line(line.decode("utf-8")), place)
                 except (ValueError, KeyError, TypeError) as error:
                     raise DataError(
-                        f"Line {number} of the continuations in {str(self.path)!r} is damaged; run without --resume to "
-                        "start anew."
+                        f"Line {number} of the continuations in {str(self.path)!r} is damaged; start anew in another "
+                        "folder."
                     ) from error
                 place += len(line)
 
@@ -174,5 +171,63 @@ class Journal:
             different = sorted(key for key in {*found, *self.settings} if found.get(key) != self.settings.get(key))
             raise InputError(
                 f"The continuations in {str(self.path)!r} were made with other settings ({', '.join(different)}); "
-                "resume with the same ones, or run without --resume to start anew."
+                "resume with the same ones, or start anew in another folder."
             )
+
+
+def run_stage(
+    path: str | os.PathLike[str],
+    kind: type[_Found],
+    settings: Mapping[str, Any],
+    compute: Callable[[], _Found],
+    *,
+    resume: bool,
+) -> _Found:
+    """What a stage found: from its file, where that was made with the same settings, else computed and written.
+
+    Args:
+        path: the file.
+        kind: a dataclass of numbers, texts, arrays, tuples, dictionaries by text, and such dataclasses.
+        settings: JSON values that determine the result.
+        compute: what to do where there is no such file, or it is damaged.
+        resume: whether to look for one.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    place = Path(path)
+    header = {"format": STAGE_FORMAT, "format_version": STAGE_FORMAT_VERSION, "settings": settings}
+    header = json.loads(json.dumps(header))
+    if resume:
+        # Whatever is wrong with the file, its stage can be computed again.
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, IndexError):
+            data = json.loads(place.read_bytes())
+            if {name: data[name] for name in header} == header:
+                found: _Found = _decode(kind, data["found"])
+                return found
+    found = compute()
+    encoded = json.dumps({**header, "found": found}, default=_encode)
+    write_files(place.parent, {place.name: encoded.encode("utf-8")})
+    return found
+
+
+def _encode(value: Any) -> Any:  # noqa: ANN401
+    """What `json.dumps` does not know."""
+    return asdict(value) if is_dataclass(value) else value.tolist()  # type: ignore[arg-type]
+
+
+def _decode(kind: Any, value: Any) -> Any:  # noqa: ANN401
+    """A value of a type from what `json.loads` made of it."""
+    arguments = get_args(kind)
+    if is_dataclass(kind):
+        hints = get_type_hints(kind)
+        return kind(**{each.name: _decode(hints[each.name], value[each.name]) for each in fields(kind)})  # type: ignore[operator]
+    if get_origin(kind) is UnionType:  # X | None
+        return None if value is None else _decode(arguments[0], value)
+    if kind == NDArray[np.float64]:
+        return np.asarray(value, dtype=np.float64)
+    if get_origin(kind) is tuple:
+        return tuple(_decode(arguments[0], each) for each in value)
+    if get_origin(kind) is dict:
+        return {key: _decode(arguments[1], each) for key, each in value.items()}
+    return value

@@ -5,8 +5,9 @@ Memory holds a block of prompts and a few numbers per prompt, never all text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
@@ -15,9 +16,17 @@ from tqdm import tqdm
 
 from calibfuse.errors import ScorerError
 from calibfuse.evaluation.journal import Journal, PromptRecord
-from calibfuse.evaluation.likelihood import LogLikelihood, score_ids, score_texts
-from calibfuse.evaluation.metrics import TOXIC_FROM, Sums, distinct_counts, is_refusal, repetition, toxicity_sums
-from calibfuse.evaluation.opinions import OpinionSums, opinion_sums
+from calibfuse.evaluation.likelihood import score_ids, score_texts
+from calibfuse.evaluation.metrics import (
+    TOXIC_FROM,
+    Sums,
+    ThresholdSums,
+    distinct_counts,
+    is_refusal,
+    repetition,
+    threshold_sums,
+    toxicity_sums,
+)
 from calibfuse.evaluation.prompts import Prompt
 from calibfuse.generation.continuations import encode
 from calibfuse.generation.language_model import LanguageModel
@@ -51,13 +60,13 @@ class Measured:
         sums: by metric (keys of METRICS), all [prompts].
         first: the first continuation of each of the first prompts, as examples.
         worst: the most toxic continuations.
-        opinions: toxic continuations by every scorer, from several scores on.
+        thresholds: toxicity by every scorer, from several scores on.
     """
 
     sums: dict[str, Sums]
     first: tuple[Example, ...]
     worst: tuple[Example, ...]
-    opinions: OpinionSums = field(default_factory=dict)
+    thresholds: tuple[ThresholdSums, ...]
 
 
 def measure(
@@ -89,9 +98,6 @@ def measure(
         title: of the progress bar.
         show_progress: draw one on standard error.
 
-    Returns:
-        The measures.
-
     Raises:
         ScorerError: a text could not be scored.
         InputError: a text is longer than a model's positions.
@@ -104,46 +110,34 @@ def measure(
     with tqdm(total=len(prompts), desc=title, unit="prompt", disable=not show_progress) as progress:
         while block := list(islice(records, _BLOCK)):
             texts = [said.text for record in block for said in record.continuations]
-            scores = _score(scorer, texts).reshape(len(block), -1)
+            for each in (scorer, *other_scorers):
+                rated.setdefault(each.name, []).append(_score(each, texts).reshape(len(block), -1))
+            scores = rated[scorer.name][-1]
             columns = _columns(block)
-            rated.setdefault(scorer.name, []).append(scores)
-            for other in other_scorers:
-                rated.setdefault(other.name, []).append(_score(other, texts).reshape(len(block), -1))
-            for name, each in toxicity_sums(scores, toxic_from=toxic_from).items():
-                columns[f"{name}/"], columns[f"/{name}"] = each.numerator, each.denominator
-            repeated = [record.prompt for record in block for _ in record.continuations]
+            for name, sums in toxicity_sums(scores, toxic_from=toxic_from).items():
+                columns[f"{name}/"], columns[f"/{name}"] = sums.numerator, sums.denominator
             if target is not None:
-                ids = [encode(target.tokenizer, record.prompt) for record in block]
-                per_row = [row for row, record in zip(ids, block, strict=True) for _ in record.continuations]
-                said_ids = [said.token_ids for record in block for said in record.continuations]
-                likelihood = score_ids(target.model, per_row, said_ids, batch_size=batch_size)
-                _add_likelihood(columns, "target_perplexity", likelihood, len(block))
+                _add_target_likelihood(columns, target, block, batch_size)
             if judge is not None:
-                likelihood = score_texts(judge.model, judge.tokenizer, repeated, texts, batch_size=batch_size)
-                _add_likelihood(columns, "perplexity", likelihood, len(block))
+                _add_judge_likelihood(columns, judge, block, batch_size)
             blocks.append(columns)
             for record, row in zip(block, scores, strict=True):
-                if len(first) < example_count:
-                    first.append(Example(record.prompt_id, record.prompt, record.continuations[0].text, float(row[0])))
-                place = int(row.argmax())
-                worst.append(
-                    Example(record.prompt_id, record.prompt, record.continuations[place].text, float(row[place]))
-                )
+                for kept, place in ((first, 0), (worst, int(row.argmax()))):
+                    text = record.continuations[place].text
+                    kept.append(Example(record.prompt_id, record.prompt, text, float(row[place])))
+            del first[example_count:]
             worst = sorted(worst, key=lambda each: -each.toxicity)[:example_count]
             progress.update(len(block))
     joined = {name: np.concatenate([columns[name] for columns in blocks]) for name in blocks[0]}
-    sums = {name[:-1]: Sums(joined[name], joined[f"/{name[:-1]}"]) for name in joined if name.endswith("/")}
-    opinions: OpinionSums = {}
-    for name, parts in rated.items():
-        opinions |= opinion_sums(name, np.concatenate(parts))
-    return Measured(sums, tuple(first), tuple(worst), opinions)
+    sums_by_name = {name[:-1]: Sums(joined[name], joined[f"/{name[:-1]}"]) for name in joined if name.endswith("/")}
+    thresholds = [each for name, parts in rated.items() for each in threshold_sums(name, np.concatenate(parts))]
+    return Measured(sums_by_name, tuple(first), tuple(worst), tuple(thresholds))
 
 
-def select(measured: Measured, places: Sequence[int]) -> Measured:
-    """The measures of some of the prompts, without examples."""
+def select(sums: Mapping[str, Sums], places: Sequence[int]) -> dict[str, Sums]:
+    """The sums of some of the prompts."""
     chosen = np.asarray(places, dtype=np.int64)
-    sums = {name: Sums(each.numerator[chosen], each.denominator[chosen]) for name, each in measured.sums.items()}
-    return replace(measured, sums=sums, first=(), worst=(), opinions={})
+    return {name: Sums(each.numerator[chosen], each.denominator[chosen]) for name, each in sums.items()}
 
 
 def _score(scorer: ToxicityScorer, texts: list[str]) -> NDArray[np.float64]:
@@ -151,7 +145,7 @@ def _score(scorer: ToxicityScorer, texts: list[str]) -> NDArray[np.float64]:
         values = scorer.score(texts)
     except ScorerError:
         raise
-    except Exception as error:  # a stranger's code may raise anything; a failed score must never pass for a number
+    except Exception as error:  # a user's scorer may raise any error; a failed score must never pass for a number
         raise ScorerError(f"Scorer {scorer.name!r} failed with {type(error).__name__}: {error}") from error
     return check_scores(values, len(texts), scorer.name)
 
@@ -175,12 +169,30 @@ def _columns(block: Sequence[PromptRecord]) -> dict[str, NDArray[np.float64]]:
     add("finished_share", [float(sum(said.is_finished for said in record.continuations)) for record in block], samples)
     add("empty_share", [float(sum(not text.strip() for text in each)) for each in texts], samples)
     add("refusal_share", [float(sum(map(is_refusal, each))) for each in texts], samples)
-    add("tokens_per_second", tokens, np.asarray([record.seconds for record in block]))
     return columns
 
 
-def _add_likelihood(
-    columns: dict[str, NDArray[np.float64]], name: str, likelihood: LogLikelihood, prompts: int
+def _add_target_likelihood(
+    columns: dict[str, NDArray[np.float64]], target: LanguageModel, block: Sequence[PromptRecord], batch_size: int
 ) -> None:
-    columns[f"{name}/"] = likelihood.nats.reshape(prompts, -1).sum(axis=1)
-    columns[f"/{name}"] = likelihood.tokens.reshape(prompts, -1).sum(axis=1)
+    """Perplexity under the target itself, without any processor, of the very tokens that it said."""
+    ids = [encode(target.tokenizer, record.prompt) for record in block]
+    before = [row for row, record in zip(ids, block, strict=True) for _ in record.continuations]
+    said = [said.token_ids for record in block for said in record.continuations]
+    found = score_ids(target.model, before, said, batch_size=batch_size)
+    columns["target_perplexity/"] = found.nats.reshape(len(block), -1).sum(axis=1)
+    columns["/target_perplexity"] = found.tokens.reshape(len(block), -1).sum(axis=1)
+
+
+def _add_judge_likelihood(
+    columns: dict[str, NDArray[np.float64]], judge: LanguageModel, block: Sequence[PromptRecord], batch_size: int
+) -> None:
+    """Perplexity in the judge's tokens, and bits per byte of text, which judges of any tokenizer share."""
+    prompts = [record.prompt for record in block for _ in record.continuations]
+    texts = [said.text for record in block for said in record.continuations]
+    found = score_texts(judge.model, judge.tokenizer, prompts, texts, batch_size=batch_size)
+    lengths = np.asarray([float(len(text.encode("utf-8", "replace"))) if text.strip() else 0.0 for text in texts])
+    nats = found.nats.reshape(len(block), -1).sum(axis=1)
+    columns["perplexity/"], columns["bits_per_byte/"] = nats, nats / math.log(2)
+    columns["/perplexity"] = found.tokens.reshape(len(block), -1).sum(axis=1)
+    columns["/bits_per_byte"] = lengths.reshape(len(block), -1).sum(axis=1)

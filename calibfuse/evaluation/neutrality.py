@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
+from tqdm import tqdm
 
 from calibfuse.evaluation.likelihood import batches, split_ids
 from calibfuse.evaluation.neutral_text import BENIGN_TEXTS, GROUP_WORDS, PLAIN_WORDS, TEMPLATES
+from calibfuse.evaluation.reading import method_log_probs, read_tokens
 from calibfuse.evaluation.sampling import ProcessorFactory
 from calibfuse.generation.continuations import pad_right
 from calibfuse.generation.language_model import LanguageModel
@@ -91,6 +92,8 @@ def measure_neutrality(
     group_words: Mapping[str, Sequence[str]] = GROUP_WORDS,
     plain_words: Sequence[str] = PLAIN_WORDS,
     batch_size: int = 32,
+    title: str = "",
+    show_progress: bool = False,
 ) -> Neutrality:
     """Compare a method's distribution with the target's own, on given text; nothing is sampled.
 
@@ -102,6 +105,8 @@ def measure_neutrality(
         group_words: kind of group -> words that name one.
         plain_words: words for comparison.
         batch_size: rows per forward pass, at most.
+        title: of the progress bar.
+        show_progress: draw one on standard error.
 
     Returns:
         Divergences per token, and what every word keeps.
@@ -110,47 +115,26 @@ def measure_neutrality(
     largest, tokens = 0.0, 0
     rows = [_whole(target, text) for text in (BENIGN_TEXTS if texts is None else texts)]
     rows = sorted((row for row in rows if len(row) > 1), key=len)
-    for chosen in batches(target.model, [len(row) for row in rows], batch_size):
+    parts = list(batches(target.model, [len(row) for row in rows], batch_size))
+    for chosen in tqdm(parts, desc=f"{title}, divergence", unit="batch", disable=not show_progress):
         part = rows[chosen]
-        plain, fused, scored = _distributions(target, make_processors, part, [1] * len(part))
+        plain, fused, scored = _distributions(target, make_processors, part)
         forward = divergence(plain, fused)[scored]
         own = _own_log_probs(fused, part) - _own_log_probs(plain, part)
         sums += torch.stack([forward.sum(), divergence(fused, plain)[scored].sum(), own[scored].sum()]).double().cpu()
         largest = max(largest, float(forward.max()))
         tokens += int(scored.sum())
-    words = _kept_words(target, make_processors, templates, {**group_words, PLAIN_GROUP: plain_words}, batch_size)
+    words = _kept_words(
+        target,
+        make_processors,
+        templates,
+        {**group_words, PLAIN_GROUP: plain_words},
+        batch_size=batch_size,
+        title=f"{title}, words",
+        show_progress=show_progress,
+    )
     means = (sums / max(1, tokens)).tolist()
     return Neutrality(means[0], means[1], largest, means[2], tokens, tuple(words))
-
-
-@torch.no_grad()
-def divergence_by_token(
-    target: LanguageModel, make_processors: ProcessorFactory, texts: Sequence[str] | None = None
-) -> Tensor:
-    """Which tokens the divergence on benign text comes from.
-
-    With d = log q - log p, KL(p || q) is the sum over tokens of p (exp(d) - 1 - d): a part is 0 where a token is left
-    alone, positive where it moves either way, and tokens that others' losses raise a little hardly count.
-
-    Args:
-        target: the model.
-        make_processors: of the method.
-        texts: benign text; None: the bundled sentences.
-
-    Returns:
-        float64 [vocabulary], nats per token of text; infinite for tokens that the method forbids.
-    """
-    parts, positions = torch.zeros(1, dtype=torch.float64), 0
-    for text in BENIGN_TEXTS if texts is None else texts:
-        row = _whole(target, text)
-        if len(row) > 1:
-            plain, fused, scored = (each[0] for each in _distributions(target, make_processors, [row], [1]))
-            before, after = plain[scored], fused[scored]
-            shift = torch.where(before == -torch.inf, -torch.inf, after - before)
-            taken = before.exp() * (shift.exp() - 1.0 - shift)
-            parts = parts + taken.masked_fill(before == -torch.inf, 0.0).sum(dim=0).double().cpu()
-            positions += int(scored.sum())
-    return parts / max(1, positions)
 
 
 def divergence(first: Tensor, second: Tensor) -> Tensor:
@@ -159,48 +143,16 @@ def divergence(first: Tensor, second: Tensor) -> Tensor:
     return torch.where(first == -torch.inf, torch.zeros_like(terms), terms).sum(dim=-1).clamp_min(0.0)
 
 
-def method_log_probs(
-    processors: Sequence[LogitsProcessor], input_ids: Tensor, logits: Tensor, start: int = 0
-) -> Tensor:
-    """A method's next-token log-probabilities at the positions of given sequences.
-
-    Args:
-        processors: in order. Those with `fuse_logits` do whole sequences at once; others are called step by step. The
-            first gets the logits as they are, as in `generate()`: a fusion of hidden states undoes their soft cap.
-        input_ids: int64 [rows, length], padding only behind the text.
-        logits: float [rows, length, vocabulary]; not modified.
-        start: first position that is wanted; those before are left as they are by step-wise processors.
-
-    Returns:
-        float32, shape of `logits`, nats.
-    """
-    result = logits.float()
-    for processor in processors:
-        whole: Any = getattr(processor, "fuse_logits", None)
-        if whole is not None:
-            result = whole(input_ids, result)
-        else:
-            steps = [result[:, :start]]
-            for place in range(start, input_ids.shape[1]):
-                call: Any = processor
-                steps.append(call(input_ids[:, : place + 1], result[:, place]).float()[:, None])
-            result = torch.cat(steps, dim=1)
-    return result.log_softmax(dim=-1)
-
-
 @torch.no_grad()
 def _distributions(
-    target: LanguageModel, make_processors: ProcessorFactory, rows: Sequence[Sequence[int]], starts: Sequence[int]
+    target: LanguageModel, make_processors: ProcessorFactory, rows: Sequence[Sequence[int]]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities without and with the method, and which positions predict a token from `starts` on."""
+    """Log-probabilities without and with the method, and which positions predict a token of the text."""
     input_ids, mask = pad_right(rows, target.model.device)
     logits: Tensor = target.model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
-    plain = logits.float().log_softmax(dim=-1)
-    fused = method_log_probs(make_processors(), input_ids, logits, min(starts) - 1)
+    fused = method_log_probs(make_processors(), input_ids, logits)
     columns = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)  # position i predicts token i + 1
-    ends = mask.sum(dim=1, keepdim=True)
-    scored = (columns >= torch.tensor(list(starts), device=input_ids.device)[:, None]) & (columns < ends)
-    return plain, fused, scored
+    return logits.float().log_softmax(dim=-1), fused, columns < mask.sum(dim=1, keepdim=True)
 
 
 def _own_log_probs(log_probs: Tensor, rows: Sequence[Sequence[int]]) -> Tensor:
@@ -215,23 +167,15 @@ def _kept_words(
     make_processors: ProcessorFactory,
     templates: Sequence[str],
     words: Mapping[str, Sequence[str]],
-    batch_size: int,
+    **options: Any,  # noqa: ANN401
 ) -> list[KeptWord]:
     cases = [(group, word, template) for group, members in words.items() for word in members for template in templates]
     pairs = [split_ids(target.tokenizer, template, f" {word}") for _, word, template in cases]
-    changes: list[float] = []
-    plains: list[float] = []
-    for chosen in batches(target.model, [len(before) + len(after) for before, after in pairs], batch_size):
-        part = pairs[chosen]
-        rows = [[*before, *after] for before, after in part]
-        plain, fused, scored = _distributions(target, make_processors, rows, [len(before) for before, _ in part])
-        own = [_own_log_probs(each, rows).masked_fill(~scored, 0.0).sum(dim=1).tolist() for each in (plain, fused)]
-        plains += own[0]
-        changes += [with_it - without for without, with_it in zip(*own, strict=True)]
+    readings = read_tokens(target, make_processors, pairs, **options)
     result = []
     count = len(templates)
     for number in range(0, len(cases), count):
-        shifts = changes[number : number + count]
+        shifts = [float(each.shift.sum()) for each in readings[number : number + count]]
         lowest = min(range(count), key=lambda place: shifts[place])
         result.append(
             KeptWord(
@@ -240,7 +184,7 @@ def _kept_words(
                 kept=math.exp(sum(shifts) / count),
                 lowest=math.exp(shifts[lowest]),
                 lowest_template=templates[lowest],
-                plain_log_prob=sum(plains[number : number + count]) / count,
+                plain_log_prob=sum(float(each.plain.sum()) for each in readings[number : number + count]) / count,
             )
         )
     return result

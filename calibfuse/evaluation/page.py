@@ -18,7 +18,6 @@ from calibfuse.html.pages import Mask, render, unchanged
 Rows = dict[str, dict[str, Estimate]]  # row of bars -> title of a method -> figure
 _EXAMPLES = 12
 _MOST_SHOWN = 7  # methods side by side in bars and examples
-_FEW_TOXIC = 20  # flagged continuations of plain decoding, below which shares of them say little
 
 
 def to_html(evaluation: Evaluation, *, mask: Mask | None = None, within_budget: BudgetComparison | None = None) -> str:
@@ -44,11 +43,12 @@ def to_html(evaluation: Evaluation, *, mask: Mask | None = None, within_budget: 
     return render(
         "evaluation/report.html.jinja",
         target=facts.get("target", "a target"),
-        lead=f"{len(evaluation.prompts):,} prompts × {sampling.samples} continuations of up to "
+        lead=("" if evaluation.protocol is None else f"Protocol {evaluation.protocol.name}. ")
+        + f"{len(evaluation.prompts):,} prompts × {sampling.samples} continuations of up to "
         f"{sampling.max_new_tokens} tokens, top-p {sampling.top_p:g}, temperature {sampling.temperature:g}, seed "
         f"{sampling.seed}. Toxicity: {facts.get('scorer', 'unknown')}. Fluency: "
         f"{facts.get('judge') or 'the target itself'}.",
-        notes=[*(facts.get("notes") or []), *_warnings(evaluation)],
+        notes=facts.get("notes") or [],
         curves=[{"fluency": title, "markup": chart.markup()} for title, chart in found if chart is not None],
         sections=sections_of(evaluation, within_budget, shown),
         charts={key: [chart.markup() for chart in found] for key, found in charts.items()},
@@ -62,17 +62,6 @@ def to_html(evaluation: Evaluation, *, mask: Mask | None = None, within_budget: 
 def curve_chart(evaluation: Evaluation) -> Chart | None:
     """Toxicity against perplexity at every strength, defaults marked; None where no perplexity is finite."""
     return _curve(evaluation.results, perplexity_metric(evaluation))
-
-
-def _warnings(evaluation: Evaluation) -> list[str]:
-    sums = evaluation.results[0].measured.sums["toxic_share"]
-    flagged, of = int(sums.numerator.sum()), int(sums.denominator.sum())
-    if flagged >= _FEW_TOXIC:
-        return []
-    return [
-        f"Only {flagged} of {of:,} continuations of plain decoding count as toxic: too few to compare shares of toxic "
-        "continuations. Compare mean toxicity, or measure more prompts."
-    ]
 
 
 def _representatives(results: Sequence[MethodResult], within_budget: BudgetComparison | None) -> Sequence[MethodResult]:

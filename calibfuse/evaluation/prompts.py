@@ -33,12 +33,14 @@ class Prompt:
         text: without white space at the end, which most tokenizers would make an odd token of.
         toxicity: of the prompt itself, as its source says, in [0, 1]; None: unknown.
         group: whom or what it is about (BOLD), for figures by group.
+        is_challenging: as RealToxicityPrompts says.
     """
 
     id: str
     text: str
     toxicity: float | None = None
     group: str | None = None
+    is_challenging: bool = False
 
 
 def load_prompts(
@@ -48,6 +50,7 @@ def load_prompts(
     seed: int = 0,
     max_toxicity: float | None = None,
     min_toxicity: float | None = None,
+    challenging: bool = False,
     groups: Iterable[str] | None = None,
 ) -> list[Prompt]:
     """Read prompts, in bounded memory.
@@ -61,6 +64,7 @@ def load_prompts(
         max_toxicity: keep prompts below this toxicity; those of unknown toxicity are left out. 0.5 is what the
             literature calls non-toxic prompts.
         min_toxicity: keep prompts of at least this toxicity.
+        challenging: keep those that RealToxicityPrompts calls so.
         groups: keep prompts of these groups.
 
     Returns:
@@ -84,6 +88,8 @@ def load_prompts(
                 continue
             if min_toxicity is not None and (prompt.toxicity is None or prompt.toxicity < min_toxicity):
                 continue
+            if challenging and not prompt.is_challenging:
+                continue
             if wanted is not None and prompt.group not in wanted:
                 continue
             key = hash((prompt.text, prompt.group))
@@ -95,7 +101,9 @@ def load_prompts(
     if not prompts:
         if not rows:
             raise DataError(f"Expected prompts in {str(path)!r}, but it has none.")
-        raise DataError(f"None of the {rows} prompts in {str(path)!r} passes the filters (toxicity, groups).")
+        raise DataError(
+            f"None of the {rows} prompts in {str(path)!r} passes the filters (toxicity, challenging, groups)."
+        )
     return prompts
 
 
@@ -141,6 +149,7 @@ def _from_row(row: dict[str, Any], number: int, path: Path) -> Prompt:
                 text=text.rstrip(),
                 toxicity=_probability(toxicity, number, path),
                 group=group,
+                is_challenging=row.get("challenging") is True,
             )
     raise DataError(f'Expected a prompt in the field "prompt" or "text" of line {number} of {str(path)!r}, found none.')
 

@@ -57,7 +57,9 @@ def _method_data(result: MethodResult, with_examples: bool) -> dict[str, Any]:
         },
         "speed": None if result.speed is None else asdict(result.speed),
         "suites": {name: asdict(each) for name, each in result.suites.items()},
-        "opinions": [{**asdict(threshold), **asdict(figures)} for threshold, figures in result.opinions.items()],
+        "scorer_thresholds": [asdict(each) for each in result.thresholds],
+        "holistic_bias": None if result.holistic_bias is None else result.holistic_bias.to_dict(),
+        "utility": None if result.utility is None else asdict(result.utility),
         "neutrality": None
         if neutrality is None
         else {**asdict(neutrality), "kept": neutrality.kept, "kept_by_group": neutrality.groups()},

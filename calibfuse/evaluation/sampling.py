@@ -6,7 +6,6 @@ batch, see generation/seeded_sampling.py.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -77,7 +76,6 @@ def sample_continuations(
         smoothing=0.1,
     ) as progress:
         start = 0
-        tokens, seconds = 0, 0.0
         while start < len(encoded):
             batch = encoded[start : start + per_batch]
             if padding_id is None:  # without a token to pad with, only prompts of one length go together
@@ -85,9 +83,6 @@ def sample_continuations(
             records = _continue_batch(model, tokenizer, batch, make_processors, config, batch_size, padding_id)
             journal.append(records)
             start += len(batch)
-            tokens += sum(len(said.token_ids) for record in records for said in record.continuations)
-            seconds += sum(record.seconds for record in records)
-            progress.set_postfix({"tok/s": f"{tokens / max(seconds, 1e-9):.0f}"}, refresh=False)
             progress.update(len(batch) * config.samples)
 
 
@@ -103,7 +98,6 @@ def _continue_batch(
     rows = [(prompt, ids, sample) for prompt, ids in batch for sample in range(config.samples)]
     ends = end_ids(model, tokenizer)
     said: list[Continuation] = []
-    began = time.perf_counter()
     for start in range(0, len(rows), batch_size):  # several calls only where one prompt has more samples than fit
         part = rows[start : start + batch_size]
         keys = [row_key(config.seed, prompt.id, prompt.text, sample) for prompt, _, sample in part]
@@ -121,9 +115,8 @@ def _continue_batch(
         said += [
             read_continuation(tokenizer, ids, row, ends) for (_, ids, _), row in zip(part, new.tolist(), strict=True)
         ]
-    seconds = (time.perf_counter() - began) / len(batch)
     count = config.samples
     return [
-        PromptRecord(prompt.id, prompt.text, tuple(said[number * count : (number + 1) * count]), seconds)
+        PromptRecord(prompt.id, prompt.text, tuple(said[number * count : (number + 1) * count]))
         for number, (prompt, _) in enumerate(batch)
     ]

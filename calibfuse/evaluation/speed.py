@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from tqdm import trange
 
 from calibfuse.evaluation.methods import Method
 from calibfuse.evaluation.prompts import Prompt
@@ -41,7 +42,8 @@ def measure_speed(
     *,
     rows: int = 8,
     rounds: int = 5,
-) -> Mapping[str, Speed]:
+    show_progress: bool = False,
+) -> dict[str, Speed]:
     """Time every method on the same batch, in turn.
 
     Args:
@@ -51,6 +53,7 @@ def measure_speed(
         sampling: how; every row gets its full length, whatever the model ends.
         rows: batch size.
         rounds: how often every method is timed, after one round that does not count.
+        show_progress: draw a progress bar on standard error.
 
     Returns:
         Speed by key of method.
@@ -61,7 +64,7 @@ def measure_speed(
     if padding_id is None:
         encoded = [encoded[0]] * rows
     seconds: dict[str, list[float]] = {method.key: [] for method in methods}
-    for number in range(rounds + 1):
+    for number in trange(rounds + 1, desc="speed", unit="round", disable=not show_progress):
         keys = [row_key(sampling.seed + number, prompt.id, prompt.text, row) for row, prompt in enumerate(texts)]
         for method in [*methods[number % len(methods) :], *methods[: number % len(methods)]]:
             draw = SeededSampling(keys, max(map(len, encoded)), sampling)

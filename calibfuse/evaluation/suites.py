@@ -25,18 +25,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from calibfuse.errors import DataError
-from calibfuse.evaluation.likelihood import batches, split_ids
+from calibfuse.evaluation.likelihood import split_ids
 from calibfuse.evaluation.metrics import Estimate, Resampled, bootstrap_counts
 from calibfuse.evaluation.neutral_text import GROUP_WORDS
-from calibfuse.evaluation.neutrality import method_log_probs
 from calibfuse.evaluation.prompts import draw
+from calibfuse.evaluation.reading import read_tokens
 from calibfuse.evaluation.sampling import ProcessorFactory
-from calibfuse.generation.continuations import pad_right
 from calibfuse.generation.language_model import LanguageModel
 from calibfuse.textfiles import read_rows
 
@@ -213,7 +210,7 @@ def measure_suite(
     """
     pairs = [(each, split_ids(target.tokenizer, "", each.text)) for each in suite.texts]
     cases = [(each, (before, after)) for each, (before, after) in pairs if before and after]
-    shifts = token_shifts(
+    readings = read_tokens(
         target,
         make_processors,
         [ids for _, ids in cases],
@@ -221,65 +218,13 @@ def measure_suite(
         title=title,
         show_progress=show_progress,
     )
-    texts = [each for each, _ in cases]
     return summarise(
-        texts,
-        np.asarray([each.sum() for each in shifts]),
-        np.asarray([each.min() for each in shifts]),
+        [each for each, _ in cases],
+        np.asarray([each.shift.sum() for each in readings]),
+        np.asarray([each.shift.min() for each in readings]),
         resamples=resamples,
         seed=seed,
     )
-
-
-def token_shifts(
-    target: LanguageModel,
-    make_processors: ProcessorFactory,
-    pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
-    *,
-    batch_size: int = 32,
-    title: str = "",
-    show_progress: bool = False,
-) -> list[NDArray[np.float64]]:
-    """How a method changes the log-probability of given tokens after other ones.
-
-    Args:
-        target: the model.
-        make_processors: of the method.
-        pairs: ids before, at least one, and ids that are looked at, at least one.
-        batch_size: rows per forward pass, at most.
-        title: of the progress bar.
-        show_progress: draw one on standard error.
-
-    Returns:
-        Of each pair, in their order: log p_method - log p_target of each looked-at token, nats, float64 [tokens].
-    """
-    order = sorted(range(len(pairs)), key=lambda place: sum(map(len, pairs[place])))
-    found: list[NDArray[np.float64]] = [np.empty(0)] * len(pairs)
-    lengths = [sum(map(len, pairs[place])) for place in order]
-    with tqdm(total=len(pairs), desc=title, unit="text", disable=not show_progress) as progress:
-        for part in batches(target.model, lengths, batch_size):
-            chosen = order[part]
-            changes = _batch_shifts(target, make_processors, [[*pairs[place][0], *pairs[place][1]] for place in chosen])
-            for place, line in zip(chosen, changes, strict=True):
-                before, after = map(len, pairs[place])
-                found[place] = line[before - 1 : before - 1 + after]  # column i is of token i + 1
-            progress.update(len(chosen))
-    return found
-
-
-@torch.no_grad()
-def _batch_shifts(
-    target: LanguageModel, make_processors: ProcessorFactory, rows: Sequence[Sequence[int]]
-) -> NDArray[np.float64]:
-    """Change of each token's log-probability, nats, [rows, length - 1]: from the second token on."""
-    input_ids, mask = pad_right(rows, target.model.device)
-    model: Any = target.model
-    logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
-    own = input_ids[:, 1:, None]
-    plain = logits[:, :-1].float().log_softmax(dim=-1).gather(-1, own)[..., 0]
-    fused = method_log_probs(make_processors(), input_ids, logits)[:, :-1].gather(-1, own)[..., 0]
-    shift: NDArray[np.float64] = (fused - plain).double().cpu().numpy()
-    return shift
 
 
 def summarise(

@@ -22,7 +22,7 @@ from calibfuse.html.pages import Cell, Table
 _PERCENT = frozenset({"toxic_share", "empty_share", "refusal_share", "finished_share", "repetition"})
 _TOXICITY = (
     *("toxic_share", "toxicity_probability", "expected_maximum_toxicity", "mean_toxicity"),
-    *("perplexity", "target_perplexity"),
+    *("perplexity", "bits_per_byte", "target_perplexity"),
 )
 _TEXT = ("distinct_1", "distinct_2", "distinct_3", "repetition", "length", "empty_share", "refusal_share")
 _JUDGED_FROM = 50  # prompts; a bootstrap over fewer gives intervals that are too narrow to colour a change by
@@ -103,27 +103,41 @@ def sections_of(
         else "one is coloured where its 95 % interval excludes 0."
     )
     sections = [
-        Section("toxicity", "Toxicity and fluency", _figures(results, _TOXICITY, few), note),
+        Section("toxicity", *_main_figures(evaluation, few), note),
         *([] if within_budget is None else [_budget_section(within_budget)]),
-        Section("text", "Diversity and length", _figures(results, _TEXT, few)),
+        Section("text", "Diversity and length", _figures(results, [] if evaluation.protocol else _TEXT, few)),
         _threshold_section(results),
         *_neutral_sections(results, columns),
         *_suite_sections(columns),
+        *_holistic_bias_sections(results),
+        *_utility_sections(results),
         *_group_sections(columns),
         *_speed_sections(results),
     ]
     return [section for section in sections if section.table.rows]
 
 
+def _main_figures(evaluation: Evaluation, few: bool) -> tuple[str, Table]:
+    """Title and table: of a protocol the figures that the field reports with it, and those alone."""
+    protocol = evaluation.protocol
+    if protocol is None:
+        return "Toxicity and fluency", _figures(evaluation.results, _TOXICITY, few)
+    return f"Protocol {protocol.name}", _figures(evaluation.results, protocol.metrics, few)
+
+
 def _figures(results: Sequence[MethodResult], wanted: Sequence[str], few: bool) -> Table:
     names = [name for name in wanted if any(name in result.estimates for result in results)]
-    rows = [
-        [
-            Cell(result.method.title),
-            *(_figure_cell(name, result.estimates.get(name), result.changes.get(name), few) for name in names),
+    rows = (
+        []
+        if not names
+        else [
+            [
+                Cell(result.method.title),
+                *(_figure_cell(name, result.estimates.get(name), result.changes.get(name), few) for name in names),
+            ]
+            for result in results
         ]
-        for result in results
-    ]
+    )
     return Table(["method", *(METRICS[name].title for name in names)], rows)
 
 
@@ -185,16 +199,16 @@ def _threshold_section(results: Sequence[MethodResult]) -> Section:
     rows = []
     for result in results:
         cells = [Cell(result.method.title)]
-        for figures in result.opinions.values():
-            value = figure("toxic_share", figures.estimates["toxic_share"].value)
-            cells.append(Cell(value, None, change(figures.changes["toxic_share"]) if figures.changes else ""))
+        for each in result.thresholds:
+            shown = change(each.changes["toxic_share"]) if each.changes and not each.is_too_few else ""
+            cells.append(Cell(figure("toxic_share", each.estimates["toxic_share"].value), None, shown))
         rows.append(cells)
     note = (
-        "Share of continuations that a scorer gives this score or more, and its change against plain. The figures "
-        "above are the first scorer's. Every scorer flags some harmless text, the more the lower the threshold, and no "
-        "method can remove that."
+        "Share of continuations that a scorer gives this score or more, and its change against plain where plain "
+        "decoding has enough of them. The figures above are the first scorer's. Every scorer flags some harmless text, "
+        "the more the lower the threshold, and no method can remove that."
     )
-    headers = ["method", *(f"{each.scorer}, from {each.toxic_from:g}" for each in results[0].opinions)]
+    headers = ["method", *(f"{each.scorer}, from {each.toxic_from:g}" for each in results[0].thresholds)]
     return Section("thresholds", "Toxic continuations by threshold and scorer", Table(headers, rows), note)
 
 
@@ -266,6 +280,63 @@ def _suite_cell(row: SuiteRow) -> Cell:
 
 def _three_digits(estimate: Estimate) -> Cell:
     return Cell(f"{estimate.value:.3f}", (f"{estimate.low:.3f}", f"{estimate.high:.3f}"))
+
+
+def _holistic_bias_sections(results: Sequence[MethodResult]) -> list[Section]:
+    known = [(result.method.title, result.holistic_bias) for result in results if result.holistic_bias is not None]
+    if not known:
+        return []
+    axes = [[Cell(title), Cell(f"{each.share_kept:.1%}"), Cell(str(len(each.raised_nouns)))] for title, each in known]
+    for cells, (_, each) in zip(axes, known, strict=True):
+        cells += [Cell(f"{value:.1%}") for value in each.axes().values()]
+    headers = ["method", "names that keep 90 %", "nouns raised", *known[0][1].axes()]
+    note = (
+        "HolisticBias' names of groups of people: the probability that they keep after its neutral beginnings, "
+        "geometric means; and how many nouns are likelier than before after hateful ones such as “kill all the”."
+    )
+    worst = [
+        [*map(Cell, (title, each.name, each.axis, f"{each.neutral:.1%}", f"{each.lowest:.1%}", each.lowest_after))]
+        for title, found in known
+        for each in found.worst()
+    ]
+    raised = [
+        [*map(Cell, (title, each.name, each.axis, f"{each.hateful:.1%}", each.highest_after))]
+        for title, found in known
+        for each in found.raised_nouns[:10]
+    ]
+    columns = ["method", "name", "axis", "keeps"]
+    return [
+        Section("names", "Names of groups", Table([each.replace("_", " ") for each in headers], axes), note),
+        Section("worst names", "The names that lose most", Table([*columns, "lowest", "after"], worst)),
+        Section("raised names", "Nouns that hateful beginnings raise", Table([*columns, "after"], raised)),
+    ]
+
+
+def _utility_sections(results: Sequence[MethodResult]) -> list[Section]:
+    """A row for each method and task: they have different units."""
+    rows = []
+    for result in results:
+        for each in () if result.utility is None else result.utility.figures:
+            cells = [Cell(result.method.title), Cell(each.title), Cell(f"{each.texts:,}")]
+            is_share = each.change is None or each.name.endswith("accuracy")
+            for value in (each.plain, each.guided):
+                cells.append(_utility_cell(value, is_share))
+            cells.append(Cell("-") if each.change is None else _percent_cell(each.change))
+            rows.append(cells)
+    note = "Plain against guided on the same texts; changes of accuracy in points, of perplexity relative."
+    headers = ["method", "task", "texts", "plain", "guided", "change"]
+    return [Section("utility", "What guidance costs at tasks", Table(headers, rows), note)]
+
+
+def _utility_cell(value: Estimate | None, is_share: bool) -> Cell:
+    if value is None:
+        return Cell("-")
+    low, middle, high = (f"{each:.1%}" if is_share else f"{each:.2f}" for each in (value.low, value.value, value.high))
+    return Cell(middle, (low, high))
+
+
+def _percent_cell(value: Estimate) -> Cell:
+    return Cell(f"{value.value:+.2%}", (f"{value.low:+.2%}", f"{value.high:+.2%}"))
 
 
 def _group_sections(results: Sequence[MethodResult]) -> list[Section]:

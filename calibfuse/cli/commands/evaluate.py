@@ -178,6 +178,7 @@ def run(args: argparse.Namespace) -> int:
         load_prompts,
         load_suite,
     )
+    from calibfuse.evaluation.evaluate import check_output
     from calibfuse.evaluation.prompts import load_texts
     from calibfuse.evaluation.report import write_report
     from calibfuse.generation.language_model import load_language_model
@@ -195,6 +196,7 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     output = Path(args.output or _OUTPUT)
+    check_output(output, resume=args.resume)
     prompts = _bundled_prompts()[: args.prompt_count or None]
     if args.prompts is not None:
         prompts = load_prompts(
@@ -240,7 +242,7 @@ def run(args: argparse.Namespace) -> int:
         resume=args.resume,
         show_progress=not args.quiet,
     )
-    evaluation.facts.update(_facts(args, prompts, notes))
+    evaluation.facts.update(_facts(args, prompts, [*notes, *evaluation.facts["notes"]]))
     picked = _pick(args, evaluation) if args.pick_alpha else None
     within_budget = None if args.fluency_budget is None else compare_within_budget(evaluation, args.fluency_budget)
     write_report(evaluation, output, mask=masking(not args.unmasked, scorers[0]), within_budget=within_budget)
@@ -431,7 +433,7 @@ def _show_within_budget(terminal: Terminal, within_budget: BudgetComparison) -> 
 
 def _pick(args: argparse.Namespace, evaluation: Evaluation) -> str:
     """Choose the strength, write it where `from_pretrained` finds it, and say so."""
-    from calibfuse.evaluation.picking import pick_alpha, write_recommendation
+    from calibfuse.evaluation.budget import pick_alpha, write_recommendation
     from calibfuse.hub import resolve_checkpoint
 
     budget = 0.05 if args.max_perplexity_increase is None else args.max_perplexity_increase
