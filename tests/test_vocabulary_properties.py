@@ -14,7 +14,6 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from calibfuse.errors import VocabularyError
 from calibfuse.vocabulary import Vocabulary
-from calibfuse.vocabulary.byte_strings import encode_tokens, is_fallback_token, spelling_of, token_to_bytes
 from calibfuse.vocabulary.token_table import Hints, TokenTable
 from calibfuse.vocabulary.vocabulary import FALLBACK_SHARE
 
@@ -68,18 +67,6 @@ def token_tables(draw):
         whole_words=st.booleans(),
     )
     return TokenTable(tokens, draw(ids), draw(ids), "random", draw(hints))
-
-
-@settings(max_examples=400, deadline=None)
-@given(token_tables())
-def test_vectorised_bytes_equal_the_obvious_ones(table):
-    spelling = spelling_of(table)
-    slow = [token_to_bytes(table, token_id, spelling) for token_id in range(len(table.tokens))]
-    encoded = encode_tokens(table)
-    borders = zip(encoded.offsets[:-1], encoded.offsets[1:], strict=True)
-    assert [encoded.data[start:end].tobytes() for start, end in borders] == slow
-    fallbacks = [is_fallback_token(table, token_id, spelling) for token_id in range(len(table.tokens))]
-    assert encoded.is_fallback.tolist() == fallbacks
 
 
 @FAST

@@ -2,8 +2,8 @@
 
 The file is one protocol buffer message, `ModelProto` of sentencepiece_model.proto; only its field 1 (the pieces) is
 read, and of a piece its string (field 1) and type (field 3). Wire format:
-https://protobuf.dev/programming-guides/encoding/. Left out: scores, the normaliser and the trainer's settings, which
-do not change the text of a piece.
+https://protobuf.dev/programming-guides/encoding/. Written by hand because the package is optional: a vocabulary is
+read in many places where nothing is ever encoded.
 """
 
 from collections.abc import Iterator
@@ -37,13 +37,7 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
 def read_pieces(data: bytes) -> list[Piece]:
-    """Read the pieces of a SentencePiece model in the order of their ids.
-
-    Args:
-        data: content of the .model file.
-
-    Returns:
-        All pieces; at least one.
+    """The pieces of a .model file in the order of their ids; at least one.
 
     Raises:
         WireFormatError: the bytes are damaged, truncated or something else.

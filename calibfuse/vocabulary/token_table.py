@@ -1,4 +1,4 @@
-"""What every tokenizer is reduced to before its tokens become bytes: token strings by id, and facts about them.
+"""What every tokenizer is reduced to before its tokens become bytes: token strings by id, and what is known of them.
 
 Readers of files and of tokenizer objects (`loading.py`, `sentencepiece.py`) produce a `TokenTable`; `byte_strings.py`
 turns it into bytes. This module holds data only and knows no tokenizer library.
@@ -23,7 +23,7 @@ MAX_VOCABULARY_SIZE = 4_194_304
 CONTROL_TOKEN = re.compile(r"<[|\uff5c][^|\uff5c<>\s]+[|\uff5c]>")
 # `<think>`, `</s>`, `<start_of_image>`, `[INST]`, `|||EMAIL|||`: a name between brackets or bars.
 _BRACKETED_NAME = re.compile(r"<[^<>\s]*[^\W\d_][^<>\s]*>|\[[^\[\]\s]*[^\W\d_][^\[\]\s]*\]|\|{2,}[^|\s]+\|{2,}")
-_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 # Elements that only lay text out; some vocabularies (Gemma) have them as added tokens. `<s>`, which HTML has too, marks
 # a sentence in most vocabularies, and `<search>` or `<output>` a step of a model.
 _HTML_TAG = re.compile(
@@ -72,11 +72,7 @@ class TokenTable:
     hints: Hints = field(default_factory=Hints)
 
     def fingerprint(self) -> str | None:
-        """Hex digest of all that decides the bytes of the tokens, several times as fast as making the bytes.
-
-        Returns:
-            The digest; the name does not count. None for tables of raw bytes, whose tokens need no decoding.
-        """
+        """Hex digest of all that decides the bytes of the tokens; None for raw bytes, which need no decoding."""
         kinds = set(map(type, self.tokens))
         if not kinds <= {str, type(None)}:
             return None
@@ -97,7 +93,7 @@ def table_from_ids(
     name: str,
     hints: Hints | None = None,
 ) -> TokenTable:
-    """Lay tokens out by id.
+    """Lay tokens out by id; ids that nobody claims are holes (None).
 
     Args:
         items: (token, id) pairs in any order. Where two strings claim one id, the one that sorts last wins, so that the
@@ -106,9 +102,6 @@ def table_from_ids(
         special: further ids of control tokens.
         name: where the tokenizer came from, for messages.
         hints: what the tokenizer says about its spelling.
-
-    Returns:
-        The table; ids that nobody claims are holes (None).
 
     Raises:
         VocabularyError: an id is negative, no integer, or too large to be a token id; or a token is no string.
@@ -135,13 +128,7 @@ def table_from_ids(
     marks, literal = added_roles(added, tokens.__getitem__)
     for token_id, (content, _) in added.items():
         tokens[token_id] = content
-    return TokenTable(
-        tokens=tokens,
-        special=marks | frozenset(control),
-        literal=literal,
-        name=name,
-        hints=hints or Hints(),
-    )
+    return TokenTable(tokens, marks | frozenset(control), literal, name, hints or Hints())
 
 
 def is_mark(content: str) -> bool:
@@ -160,7 +147,7 @@ def is_mark(content: str) -> bool:
     if CONTROL_TOKEN.fullmatch(content):
         return True
     return bool(
-        _BRACKETED_NAME.fullmatch(content) and not _HTML_TAG.fullmatch(content) and not _BYTE_TOKEN.fullmatch(content)
+        _BRACKETED_NAME.fullmatch(content) and not _HTML_TAG.fullmatch(content) and not BYTE_TOKEN.fullmatch(content)
     )
 
 
@@ -185,15 +172,9 @@ def _sort_key(token: str | bytes) -> tuple[bool, str | bytes]:
 
 
 def decoder_hints(model: Mapping[str, Any], decoder: object, pre_tokenizer: object) -> Hints:
-    """What the parts of a tokenizer.json say about the spelling of its tokens.
+    """What the parts of a tokenizer.json, as parsed JSON, say about the spelling of its tokens.
 
-    Args:
-        model: "type", "continuing_subword_prefix" and "end_of_word_suffix" of its model, where it has them.
-        decoder: its decoder as parsed JSON, or None.
-        pre_tokenizer: its pre-tokenizer as parsed JSON, or None.
-
-    Returns:
-        The hints.
+    Of the model, its "type", "continuing_subword_prefix" and "end_of_word_suffix" count.
     """
     steps, splitters = _steps(decoder), _steps(pre_tokenizer)
     kinds = {step.get("type") for step in steps}

@@ -1,12 +1,14 @@
 """Token tables of tokenizers in memory: `tokenizers.Tokenizer`, transformers tokenizers, tiktoken encodings.
 
-They are told apart by what they can do, never by the name of their class, so this module imports none of the libraries.
+The latter two are told apart by what they can do, never by the name of their class, so neither library is imported.
 """
 
 import json
 import re
-from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import replace
+from typing import Any
+
+import tokenizers
 
 from calibfuse.errors import VocabularyError, reason_of
 from calibfuse.vocabulary.token_table import Hints, TokenTable, added_roles, decoder_hints, table_from_ids
@@ -14,78 +16,21 @@ from calibfuse.vocabulary.token_table import Hints, TokenTable, added_roles, dec
 _UNKNOWN_ID = re.compile(rb'"unk_id":\s*(\d+)')
 # Every role but padding: an ordinary word that a user lent as padding ("!" in GPT-2) keeps its text.
 _CONTROL_ROLES = ("bos", "eos", "unk", "sep", "cls", "mask")
+_TRANSFORMERS = ("all_special_ids", "pad_token_id", "get_vocab", "convert_ids_to_tokens")
+_TIKTOKEN = ("name", "n_vocab", "special_tokens_set", "encode_single_token", "decode_single_token_bytes")
 
 
-class _AddedToken(Protocol):
-    content: str
-    special: bool
-
-
-class _Part(Protocol):
-    """A decoder or pre-tokenizer of the tokenizers library; pickling it yields JSON."""
-
-    def __getstate__(self) -> bytes: ...
-
-
-class _Model(_Part, Protocol):
-    def id_to_token(self, id: int) -> str | None: ...
-
-
-@runtime_checkable
-class LibraryTokenizer(Protocol):
-    """What is used of a `tokenizers.Tokenizer`."""
-
-    model: _Model
-    decoder: _Part | None
-    pre_tokenizer: _Part | None
-
-    def get_vocab(self, with_added_tokens: bool = True) -> dict[str, int]: ...  # noqa: D102
-    def get_vocab_size(self, with_added_tokens: bool = True) -> int: ...  # noqa: D102
-    def get_added_tokens_decoder(self) -> dict[int, _AddedToken]: ...  # noqa: D102
-    def id_to_token(self, id: int) -> str | None: ...  # noqa: D102
-    def token_to_id(self, token: str) -> int | None: ...  # noqa: D102
-
-
-@runtime_checkable
-class TransformersTokenizer(Protocol):
-    """What is used of a transformers tokenizer; a fast one has a `backend_tokenizer` besides."""
-
-    all_special_ids: list[int]
-    pad_token_id: int | None
-
-    def get_vocab(self) -> dict[str, int]: ...  # noqa: D102
-    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]: ...  # noqa: D102
-
-
-@runtime_checkable
-class TiktokenEncoding(Protocol):
-    """What is used of a `tiktoken.Encoding`."""
-
-    name: str
-    n_vocab: int
-    special_tokens_set: set[str]
-
-    def encode_single_token(self, text_or_bytes: str) -> int: ...  # noqa: D102
-    def decode_single_token_bytes(self, token: int) -> bytes: ...  # noqa: D102
-
-
-def read_object(tokenizer: object) -> TokenTable:
-    """The token table of a tokenizer in memory.
-
-    Args:
-        tokenizer: a `tokenizers.Tokenizer`, a transformers tokenizer or a tiktoken encoding; not changed.
-
-    Returns:
-        Its tokens by id.
+def read_object(tokenizer: Any) -> TokenTable:  # noqa: ANN401
+    """The token table of a tokenizer in memory, which is not changed.
 
     Raises:
-        VocabularyError: it is none of these, or cannot list its vocabulary.
+        VocabularyError: it is no tokenizer of a known library, or cannot list its vocabulary.
     """
-    if isinstance(tokenizer, LibraryTokenizer):
+    if isinstance(tokenizer, tokenizers.Tokenizer):
         return _from_library(tokenizer, "the given tokenizers.Tokenizer")
-    if isinstance(tokenizer, TransformersTokenizer):
+    if all(hasattr(tokenizer, name) for name in _TRANSFORMERS):
         return _from_transformers(tokenizer)
-    if isinstance(tokenizer, TiktokenEncoding):
+    if all(hasattr(tokenizer, name) for name in _TIKTOKEN):
         return _from_tiktoken(tokenizer)
     raise VocabularyError(
         "Expected a transformers tokenizer, a tokenizers.Tokenizer, a path or a Hub id, "
@@ -93,7 +38,7 @@ def read_object(tokenizer: object) -> TokenTable:
     )
 
 
-def _from_library(tokenizer: LibraryTokenizer, name: str) -> TokenTable:
+def _from_library(tokenizer: Any, name: str) -> TokenTable:  # noqa: ANN401 (the stubs lack half of what is used)
     added = {i: (token.content, token.special) for i, token in tokenizer.get_added_tokens_decoder().items()}
     # Asking id by id is faster than `get_vocab`, and in order. A model of n tokens without holes has the ids up to n.
     size = tokenizer.get_vocab_size(with_added_tokens=False)
@@ -103,18 +48,12 @@ def _from_library(tokenizer: LibraryTokenizer, name: str) -> TokenTable:
         tokens = [tokenizer.id_to_token(i) for i in range(max(len(listed), len(tokens)))]
     for token_id, (content, _) in added.items():
         tokens[token_id] = content
-    marks, literal = added_roles(added, tokenizer.model.id_to_token)
-    special = marks.union(_unknown_ids(tokenizer))
-    return TokenTable(
-        tokens=tokens,
-        special=special,
-        literal=literal - special,
-        name=name,
-        hints=_hints(tokenizer),
-    )
+    special, literal = added_roles(added, tokenizer.model.id_to_token)
+    special = special.union(_unknown_ids(tokenizer))
+    return TokenTable(tokens, special, literal - special, name, _hints(tokenizer))
 
 
-def _unknown_ids(tokenizer: LibraryTokenizer) -> list[int]:
+def _unknown_ids(tokenizer: Any) -> list[int]:  # noqa: ANN401
     """The id of the unknown token, if there is one."""
     if hasattr(tokenizer.model, "unk_token"):
         unknown = tokenizer.model.unk_token
@@ -125,16 +64,14 @@ def _unknown_ids(tokenizer: LibraryTokenizer) -> list[int]:
     return [int(found.group(1))] if found else []
 
 
-def _hints(tokenizer: LibraryTokenizer) -> Hints:
-    settings = {
-        "continuing_subword_prefix": getattr(tokenizer.model, "continuing_subword_prefix", None),
-        "end_of_word_suffix": getattr(tokenizer.model, "end_of_word_suffix", None),
-        "type": type(tokenizer.model).__name__,
-    }
+def _hints(tokenizer: Any) -> Hints:  # noqa: ANN401
+    names = ("continuing_subword_prefix", "end_of_word_suffix")
+    settings = {name: getattr(tokenizer.model, name, None) for name in names}
+    settings["type"] = type(tokenizer.model).__name__
     return decoder_hints(settings, _serialised(tokenizer.decoder), _serialised(tokenizer.pre_tokenizer))
 
 
-def _serialised(part: _Part | None) -> object:
+def _serialised(part: Any) -> object:  # noqa: ANN401
     """A part as parsed JSON; None where there is none, or one written in Python, which has no serialised form."""
     if part is None:
         return None
@@ -144,30 +81,22 @@ def _serialised(part: _Part | None) -> object:
         return None
 
 
-def _from_transformers(tokenizer: TransformersTokenizer) -> TokenTable:
+def _from_transformers(tokenizer: Any) -> TokenTable:  # noqa: ANN401
     name = str(getattr(tokenizer, "name_or_path", "") or "the given tokenizer")
-    decoder: Mapping[int, _AddedToken] = getattr(tokenizer, "added_tokens_decoder", None) or {}
+    decoder = getattr(tokenizer, "added_tokens_decoder", None) or {}
     added = {int(token_id): (str(token.content), bool(token.special)) for token_id, token in decoder.items()}
     special = {token_id for token_id in tokenizer.all_special_ids if isinstance(token_id, int)}
     if tokenizer.pad_token_id not in added:
         controls = {getattr(tokenizer, f"{role}_token_id", None) for role in _CONTROL_ROLES}
         special = {token_id for token_id in special if token_id != tokenizer.pad_token_id or token_id in controls}
-    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-    if not isinstance(backend, LibraryTokenizer):
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if not isinstance(backend, tokenizers.Tokenizer):
         return _from_python(tokenizer, added, special, name)
     table = _from_library(backend, name)
-    return TokenTable(
-        tokens=table.tokens,
-        special=table.special | special,
-        literal=table.literal - special,
-        name=name,
-        hints=table.hints,
-    )
+    return replace(table, special=table.special | special, literal=table.literal - special)
 
 
-def _from_python(
-    tokenizer: TransformersTokenizer, added: dict[int, tuple[str, bool]], special: set[int], name: str
-) -> TokenTable:
+def _from_python(tokenizer: Any, added: dict[int, tuple[str, bool]], special: set[int], name: str) -> TokenTable:  # noqa: ANN401
     """A slow transformers tokenizer. It lists each string once, so that ids with equal strings look like holes."""
     try:
         # The list holds added tokens as well: those beyond the model's own size are not the model's.
@@ -189,13 +118,12 @@ def _from_python(
     return table
 
 
-def _from_tiktoken(encoding: TiktokenEncoding) -> TokenTable:
-    special = {encoding.encode_single_token(token) for token in encoding.special_tokens_set}
+def _from_tiktoken(encoding: Any) -> TokenTable:  # noqa: ANN401
+    special = frozenset(encoding.encode_single_token(token) for token in encoding.special_tokens_set)
     tokens: list[str | bytes | None] = []
     for token_id in range(encoding.n_vocab):
         try:
             tokens.append(encoding.decode_single_token_bytes(token_id))
         except KeyError:
             tokens.append(None)
-    name = f"the tiktoken encoding {encoding.name}"
-    return TokenTable(tokens=tokens, special=frozenset(special), literal=frozenset(), name=name)
+    return TokenTable(tokens, special, frozenset(), f"the tiktoken encoding {encoding.name}")

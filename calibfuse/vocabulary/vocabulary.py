@@ -195,11 +195,18 @@ class Vocabulary:
                 raise VocabularyError(
                     f"Tokens of {name} must be bytes or None, but token {token_id} is {type(token).__name__}."
                 )
-        lengths = np.fromiter((len(token or b"") for token in tokens), dtype=np.int64, count=len(tokens))
+        return cls._laid_out([token or b"" for token in tokens], name)
+
+    @classmethod
+    def _laid_out(
+        cls, tokens: Sequence[bytes], name: str, is_fallback: npt.NDArray[np.bool_] | None = None
+    ) -> "Vocabulary":
+        lengths = np.fromiter(map(len, tokens), dtype=np.int64, count=len(tokens))
         offsets = np.zeros(len(tokens) + 1, dtype=np.int64)
         np.cumsum(lengths, out=offsets[1:])
-        data = np.frombuffer(b"".join(token or b"" for token in tokens), dtype=np.uint8)
-        return cls(data=data, offsets=offsets, is_special=lengths == 0, name=name)
+        data = np.frombuffer(b"".join(tokens), dtype=np.uint8)
+        flags = np.zeros(len(tokens), dtype=np.bool_) if is_fallback is None else is_fallback
+        return cls(data=data, offsets=offsets, is_special=lengths == 0, name=name, is_fallback=flags)
 
     @classmethod
     def from_tokenizer(
@@ -235,14 +242,8 @@ class Vocabulary:
         Raises:
             VocabularyError: fewer than two tokens have text, or one holds a lone surrogate.
         """
-        encoded = encode_tokens(table)
-        return cls(
-            data=encoded.data,
-            offsets=encoded.offsets,
-            is_special=np.diff(encoded.offsets) == 0,
-            name=table.name,
-            is_fallback=encoded.is_fallback,
-        )
+        tokens, is_fallback = encode_tokens(table)
+        return cls._laid_out(tokens, table.name, is_fallback)
 
 
 def _string_hashes(data: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
