@@ -7,8 +7,7 @@ import torch
 from small_world import LENGTH, PROMPT, SIZE, WORLD_VOCABULARY, make_world, relative_entropy, softened
 
 from calibfuse.calibrator import Calibrator, CalibratorConfig
-from calibfuse.finetune.constrained import constrained_log_probs
-from calibfuse.finetune.objective import constrained_kl
+from calibfuse.finetune.objective import constrained_kl, constrained_log_probs
 from calibfuse.fusion import FusionConfig
 from calibfuse.processor import CalibFusion
 from calibfuse.value.auxiliary import make_auxiliary_model

@@ -1,21 +1,15 @@
-"""Schedules: who reads whose products, in which order, together or not; processes that fail or are stopped."""
+"""Schedules: who reads whose products, in which order, together or not, and where each role runs."""
 
 import contextlib
 import json
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 
-from calibfuse.errors import CalibfuseError, CheckpointError, InputError, ScorerError
-from calibfuse.finetune.processes import Place, RoleProcesses, find_devices, share_out
-from calibfuse.finetune.roles import product_folder
+from calibfuse.errors import InputError, ScorerError
+from calibfuse.finetune.parallel import Place, find_devices, share_out
+from calibfuse.finetune.products import product_folder
 from calibfuse.finetune.run import STEP_NAME, execute
-from calibfuse.finetune.schedule import ROLES, Job, plan_stages
-
-FAKE = Path(__file__).with_name("fake_role.py")
+from calibfuse.finetune.schedule import plan_stages
 
 
 def reads(schedule, iterations):
@@ -146,107 +140,6 @@ def test_a_stopped_run_goes_on_with_the_first_missing_product(tmp_path):
         [("samples", 2), ("auxiliary", 2), ("model", 2)],
     ]
     assert json.loads((tmp_path / "step-1" / STEP_NAME).read_text())["seconds"] >= 0.5
-
-
-# ---- processes
-
-
-def places(device="cpu"):
-    return {role: Place(device, 1) for role in ROLES}
-
-
-def start(folder, device="cpu"):
-    return RoleProcesses(folder, places(device), command=[sys.executable, str(FAKE)])
-
-
-def jobs(step):
-    return [Job(role, step, {}) for role in ROLES]
-
-
-def is_alive(folder, role):
-    stat = Path("/proc") / (folder / f"{role}.pid").read_text() / "stat"
-    return stat.exists() and stat.read_text().split(")")[-1].split()[0] != "Z"
-
-
-def test_roles_run_at_the_same_time(tmp_path):
-    with start(tmp_path) as processes:
-        records = processes.run(jobs(1))  # each waits for the other two
-    assert set(records) == set(ROLES)
-    assert not any(is_alive(tmp_path, role) for role in ROLES)
-
-
-def test_a_failing_role_stops_all_with_its_own_message(tmp_path):
-    began = time.monotonic()
-    with (
-        start(tmp_path) as processes,
-        pytest.raises(ScorerError, match="Role 'auxiliary' failed in step 2: the oracle returned nan"),
-    ):
-        processes.run(jobs(2))
-    assert time.monotonic() - began < 30, "the others would sleep for a minute"
-    assert not any(is_alive(tmp_path, role) for role in ROLES)
-
-
-def test_a_role_that_dies_without_a_word_is_an_error_with_its_exit_code(tmp_path):
-    with (
-        start(tmp_path) as processes,
-        pytest.raises(CalibfuseError, match="role 'auxiliary' ended in step 3 with exit code 7"),
-    ):
-        processes.run(jobs(3))
-
-
-def test_an_error_that_is_not_ours_is_named(tmp_path):
-    with (
-        start(tmp_path) as processes,
-        pytest.raises(CalibfuseError, match="Role 'auxiliary' failed in step 4: KeyError: 'speech'"),
-    ):
-        processes.run(jobs(4))
-
-
-def test_a_role_that_cannot_start_is_an_error(tmp_path):
-    with pytest.raises(CheckpointError, match="failed in start: no model here"):
-        start(tmp_path, "broken")
-
-
-class Interrupted:
-    """A queue at which Ctrl-C arrives."""
-
-    def get(self, timeout):
-        raise KeyboardInterrupt
-
-    def put(self, item):
-        pass
-
-
-def test_interrupt_stops_all_roles(tmp_path):
-    processes = start(tmp_path)
-    processes._replies = Interrupted()
-    with pytest.raises(KeyboardInterrupt):
-        processes.run(jobs(5))
-    assert not any(is_alive(tmp_path, role) for role in ROLES)
-
-
-def test_roles_end_when_the_run_is_killed(tmp_path):
-    """Without this a killed run would go on writing next to the resumed one."""
-    script = (
-        "import sys, time\n"
-        "from pathlib import Path\n"
-        "from calibfuse.finetune.processes import Place, RoleProcesses\n"
-        "RoleProcesses(Path(sys.argv[1]), {'samples': Place('cpu', 1)}, command=[sys.executable, sys.argv[2]])\n"
-        "print('started', flush=True)\n"
-        "time.sleep(60)\n"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", script, str(tmp_path), str(FAKE)],
-        stdout=subprocess.PIPE,
-        cwd=Path(__file__).resolve().parent.parent,
-    ) as parent:
-        assert parent.stdout.readline() == b"started\n"
-        assert is_alive(tmp_path, "samples")
-        parent.kill()
-        deadline = time.monotonic() + 10
-        while is_alive(tmp_path, "samples") and time.monotonic() < deadline:
-            time.sleep(0.05)
-    assert not is_alive(tmp_path, "samples")
 
 
 def test_devices_and_threads_are_shared_out():

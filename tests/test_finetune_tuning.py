@@ -10,14 +10,8 @@ from torch.nn import functional
 
 from calibfuse.errors import InputError
 from calibfuse.finetune.corpus import PackedCorpus
-from calibfuse.finetune.tuning import (
-    Constraint,
-    TuningConfig,
-    load_optimizer,
-    make_optimizer,
-    optimizer_tensors,
-    tune,
-)
+from calibfuse.finetune.tuning import Constraint, TuningConfig, tune, tuning_optimizer
+from calibfuse.training.loop import load_optimizer, optimizer_tensors
 from calibfuse.value.samples import SampleSet
 
 VOCABULARY = 40
@@ -50,7 +44,7 @@ def constraint(tiny_llama):
 
 
 def run(model, corpus, config, iterations=1, constraint=None):
-    optimizer = make_optimizer(model, config)
+    optimizer = tuning_optimizer(model, config)
     figures = [
         tune(model, optimizer, corpus, config, iteration=number, iterations=iterations, constraint=constraint)
         for number in range(1, iterations + 1)
@@ -101,17 +95,19 @@ def test_seed_decides_everything(tiny_gpt2, corpus, constraint):
 def test_optimizer_state_goes_on_from_a_file(tiny_llama, corpus):
     whole, _ = run(tiny_llama(VOCABULARY), corpus, CONFIG, iterations=2)
     model = tiny_llama(VOCABULARY)
-    optimizer = make_optimizer(model, CONFIG)
+    optimizer = tuning_optimizer(model, CONFIG)
     tune(model, optimizer, corpus, CONFIG, iteration=1, iterations=2)
-    tensors = {name: tensor.clone() for name, tensor in optimizer_tensors(model, optimizer).items()}
+    tensors = {
+        name: tensor.clone() for name, tensor in optimizer_tensors(optimizer, dict(model.named_parameters())).items()
+    }
     again = tiny_llama(VOCABULARY)
     again.load_state_dict(copy.deepcopy(model.state_dict()))
-    resumed = make_optimizer(again, CONFIG)
-    load_optimizer(again, resumed, tensors)
+    resumed = tuning_optimizer(again, CONFIG)
+    load_optimizer(resumed, dict(again.named_parameters()), tensors)
     tune(again, resumed, corpus, CONFIG, iteration=2, iterations=2)
     assert_equal(whole, again.state_dict())
     with pytest.raises(InputError, match="belongs to another model: it has nowhere"):
-        load_optimizer(again, resumed, {"nowhere|exp_avg": torch.zeros(1)})
+        load_optimizer(resumed, dict(again.named_parameters()), {"nowhere|exp_avg": torch.zeros(1)})
 
 
 def test_kl_draws_the_model_to_the_constrained_distribution(tiny_llama, corpus, constraint):

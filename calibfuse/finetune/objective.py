@@ -1,10 +1,13 @@
 """The loss of attribute-controlled fine-tuning: cross-entropy on a corpus, and a closed-form KL on samples.
 
-For a base model p and R(x_<=i) = E_p[C | x_<=i], the closest distribution to p that satisfies the constraint C is
-q(y | x_<i) = p(y | x_<i) R(x_<i, y) / R(x_<i) (Meng et al. 2022, arXiv 2205.14219). Fine-tuning minimises
-CE(corpus; theta) + kl_weight * KL(q || p_theta) (Meng et al. 2024, arXiv 2410.05559). By the chain rule the KL of
-sequences is the expected sum of the KL of next-token distributions, and each of those is a sum over the vocabulary: no
-sampling noise but that of the prefixes.
+Among all q with E_q[C] as demanded, the one nearest to a base model p is the tilted q(x) proportional to p(x) C(x).
+With R(x_<=i) = E_p[C | x_<=i] it decomposes exactly into tokens (Meng et al. 2022, arXiv 2205.14219, section 3):
+
+    q(y | x_<i) = p(y | x_<i) R(x_<i, y) / R(x_<i),      R(x_<i) = sum_y p(y | x_<i) R(x_<i, y)
+
+Fine-tuning minimises CE(corpus; theta) + kl_weight * KL(q || p_theta) (Meng et al. 2024, arXiv 2410.05559). By the
+chain rule the KL of sequences is the expected sum of the KL of next-token distributions, and each of those is a sum over the
+vocabulary: no sampling noise but that of the prefixes.
 
 The prefixes are those of the samples, each continuation position with equal weight, as in the paper; weighting them by
 R as well would make the sum an estimate of the KL of sequences. Left out: where samples and R come from.
@@ -19,6 +22,32 @@ from torch.nn import functional
 from calibfuse.errors import InputError
 
 
+def constrained_log_probs(base_log_probs: Tensor, log_r: Tensor) -> Tensor:
+    """Log q = log_softmax(log p + log R).
+
+    With exact R the normaliser is R(x_<i) itself; normalising over the vocabulary gives a distribution for any R.
+
+    Args:
+        base_log_probs: float [..., vocab], log p in nats (logits will do: a constant per row cancels).
+        log_r: float [..., vocab], log R of each next token; multiply it to change the strength.
+
+    Returns:
+        float [..., vocab], normalised, nats; -inf where p is 0.
+
+    Example:
+        >>> import torch
+        >>> p, r = torch.tensor([0.5, 0.5]), torch.tensor([0.9, 0.3])
+        >>> constrained_log_probs(p.log(), r.log()).exp()
+        tensor([0.7500, 0.2500])
+    """
+    if base_log_probs.shape != log_r.shape:
+        raise InputError(
+            f"log p and log R must have one shape, got {tuple(base_log_probs.shape)} and {tuple(log_r.shape)}; is the "
+            "auxiliary model made for this target?"
+        )
+    return (base_log_probs + log_r).log_softmax(dim=-1)
+
+
 def constrained_kl(log_q: Tensor, log_p: Tensor) -> Tensor:
     """KL(q || p) of next-token distributions, in closed form.
 
@@ -28,9 +57,6 @@ def constrained_kl(log_q: Tensor, log_p: Tensor) -> Tensor:
 
     Returns:
         float [...], nats, at least 0 up to rounding; differentiable in `log_p`.
-
-    Raises:
-        InputError: the shapes differ.
 
     Example:
         >>> import torch
@@ -48,15 +74,12 @@ def constrained_kl(log_q: Tensor, log_p: Tensor) -> Tensor:
 
 
 def continuation_positions(lengths: Tensor, prompt_lengths: Tensor, length: int) -> Tensor:
-    """Where the next token is one of the continuation.
+    """Where the next token is one of the continuation: bool [rows, length - 1], entry i speaks of token i + 1.
 
     Args:
         lengths: int [rows], tokens of prompt and continuation.
         prompt_lengths: int [rows], tokens of the prompt, at least 1.
         length: columns of the padded rows.
-
-    Returns:
-        bool [rows, length - 1]; entry i is True where token i + 1 belongs to the continuation.
 
     Example:
         >>> import torch
@@ -68,13 +91,5 @@ def continuation_positions(lengths: Tensor, prompt_lengths: Tensor, length: int)
 
 
 def corpus_loss(logits: Tensor, input_ids: Tensor) -> Tensor:
-    """Mean cross-entropy of the next token, nats.
-
-    Args:
-        logits: float [rows, length, vocab].
-        input_ids: int64 [rows, length]; every token but the first is predicted.
-
-    Returns:
-        Scalar.
-    """
+    """Mean cross-entropy of all tokens but the first, nats: float [rows, length, vocab], int64 [rows, length]."""
     return functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), input_ids[:, 1:].flatten())

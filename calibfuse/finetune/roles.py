@@ -18,28 +18,29 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from calibfuse import hub
 from calibfuse.errors import CheckpointError, DataError, InputError, ScorerError
-from calibfuse.finetune.checkpoints import load_model, load_tokenizer, new_folder, save_model, write_json
 from calibfuse.finetune.corpus import PackedCorpus, corpus_perplexity, limit_held_out
 from calibfuse.finetune.lora import ADAPTER, add_adapter, load_adapter, merge_adapter
+from calibfuse.finetune.products import (
+    CORPUS_NAME,
+    OPTIMIZER_NAME,
+    PROMPTS_NAME,
+    RECORD_NAME,
+    SETTINGS_NAME,
+    new_folder,
+    product_folder,
+    write_json,
+)
 from calibfuse.finetune.schedule import AUXILIARY, MODEL, SAMPLES, Job
 from calibfuse.finetune.settings import FinetuneConfig, ModelSource
-from calibfuse.finetune.tuning import Constraint, TuningFigures, load_optimizer, make_optimizer, optimizer_tensors, tune
+from calibfuse.finetune.tuning import Constraint, tune, tuning_optimizer
+from calibfuse.generation.language_model import read_model, read_tokenizer
+from calibfuse.training.loop import load_optimizer, optimizer_tensors
 from calibfuse.value.auxiliary import AuxiliaryModel, make_auxiliary_model
 from calibfuse.value.auxiliary_training import train_auxiliary
 from calibfuse.value.oracle import Oracle, load_oracle
 from calibfuse.value.samples import SampleSet, draw_samples, label_samples
 
-SETTINGS_NAME = "settings.json"
-PROMPTS_NAME = "prompts.json"
-CORPUS_NAME = "corpus.safetensors"
-RECORD_NAME = "role.json"
-OPTIMIZER_NAME = "optimizer.safetensors"
 _SATISFIED = 0.5
-
-
-def product_folder(work: Path, role: str, step: int) -> Path:
-    """Where the product of a role and step lies; it is there if and only if it is complete."""
-    return work / f"step-{step}" / role
 
 
 class RoleRunner:
@@ -100,7 +101,7 @@ class RoleRunner:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Of the model that is tuned."""
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.config.model)
+            self._tokenizer = read_tokenizer(self.config.model.name, **self.config.model.options())
         return self._tokenizer
 
     @property
@@ -117,8 +118,12 @@ class RoleRunner:
 
     def _model(self, step: int) -> PreTrainedModel:
         """The model of a step, on the device; the user's own for step 0."""
-        folder = product_folder(self.work, MODEL, step) if step > 0 else None
-        return load_model(self.config.model, self.device, folder=folder)
+        source = self.config.model
+        if step > 0:
+            place = product_folder(self.work, MODEL, step)
+            options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": source.trust_remote_code}
+            return read_model(str(place), device=self.device, dtype=source.dtype, **options)
+        return read_model(source.name, device=self.device, dtype=source.dtype, **source.options())
 
     def _make_samples(self, job: Job, folder: Path) -> dict[str, Any]:
         plan = self.config.sampling
@@ -181,12 +186,13 @@ class RoleRunner:
         config, before = self.config, job.reads[MODEL]
         corpus = PackedCorpus.load(self.work / CORPUS_NAME)
         model = self._trainable(before)
-        optimizer = make_optimizer(model, config.tuning)
+        optimizer = tuning_optimizer(model, config.tuning)
+        parameters = dict(model.named_parameters())
         held_out = limit_held_out(corpus, config.held_out_blocks).held_out
         perplexities = {} if before else {"corpus_perplexity_before": _number(corpus_perplexity(model, held_out))}
         if before > 0:
             place = product_folder(self.work, MODEL, before) / OPTIMIZER_NAME
-            load_optimizer(model, optimizer, hub.read_tensors(place))
+            load_optimizer(optimizer, parameters, hub.read_tensors(place))
         constraint = None
         if AUXILIARY in job.reads:
             place = product_folder(self.work, AUXILIARY, job.reads[AUXILIARY])
@@ -205,12 +211,13 @@ class RoleRunner:
             constraint=constraint,
             show_progress=self._show_progress,
         )
-        hub.write_tensors(folder / OPTIMIZER_NAME, optimizer_tensors(model, optimizer))
+        hub.write_tensors(folder / OPTIMIZER_NAME, optimizer_tensors(optimizer, parameters))
         if config.lora is not None:
             model.save_pretrained(folder / ADAPTER)
             model = merge_adapter(model)
         save_model(model, self.tokenizer, folder)
-        return {**_named(figures), **perplexities, "corpus_perplexity": _number(corpus_perplexity(model, held_out))}
+        told = {name: _number(value) for name, value in dataclasses.asdict(figures).items()}
+        return {**told, **perplexities, "corpus_perplexity": _number(corpus_perplexity(model, held_out))}
 
     def _trainable(self, step: int) -> PreTrainedModel:
         """The model of a step with the parameters that learn."""
@@ -220,6 +227,12 @@ class RoleRunner:
         if step > 0:
             return load_adapter(base, product_folder(self.work, MODEL, step) / ADAPTER)
         return add_adapter(base, self.config.lora, seed=self.config.seed_of(MODEL, 0))
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write an ordinary transformers checkpoint with safetensors."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def thin_satisfied(samples: SampleSet, share: float, *, seed: int) -> SampleSet:
@@ -261,12 +274,7 @@ def check_prompts(
     if not prompts:
         raise DataError("Fine-tuning with a KL weight above 0 needs prompts to draw samples from, got none.")
     try:
-        config = AutoConfig.from_pretrained(
-            source.name,
-            revision=source.revision or "main",
-            local_files_only=source.local_files_only,
-            trust_remote_code=source.trust_remote_code,
-        )
+        config = AutoConfig.from_pretrained(source.name, **source.options())
     except Exception as error:  # transformers and the Hub's client raise errors of their own
         raise CheckpointError(f"Cannot load the configuration of {source.name!r}: {error}") from error
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -279,10 +287,6 @@ def check_prompts(
                 f"The prompt that begins with {prompt[:40]!r} has {len(row)} tokens and {max_new_tokens} more follow, "
                 f"but the model has {limit} positions; leave long prompts out or lower the number of new tokens."
             )
-
-
-def _named(figures: TuningFigures) -> dict[str, Any]:
-    return {name: _number(value) for name, value in dataclasses.asdict(figures).items()}
 
 
 def _number(value: float) -> float | None:

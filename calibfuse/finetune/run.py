@@ -21,23 +21,24 @@ import torch
 
 from calibfuse import hub
 from calibfuse.errors import CheckpointError, InputError
-from calibfuse.finetune.checkpoints import load_tokenizer, remove_leftovers, write_json
 from calibfuse.finetune.corpus import Keep, PackedCorpus, pack_corpus
 from calibfuse.finetune.lora import ADAPTER, check_peft
-from calibfuse.finetune.processes import RoleProcesses, find_devices, share_out
-from calibfuse.finetune.roles import (
+from calibfuse.finetune.parallel import ParallelRunner, find_devices, share_out
+from calibfuse.finetune.products import (
     CORPUS_NAME,
     OPTIMIZER_NAME,
     PROMPTS_NAME,
     RECORD_NAME,
     SETTINGS_NAME,
-    RoleRunner,
-    check_prompts,
     product_folder,
+    remove_leftovers,
+    write_json,
 )
+from calibfuse.finetune.roles import RoleRunner, check_prompts
 from calibfuse.finetune.schedule import MODEL, PARALLEL, ROLES, Job, Stage, plan_stages
 from calibfuse.finetune.settings import FinetuneConfig
 from calibfuse.finetune.tuning import check_corpus
+from calibfuse.generation.language_model import read_tokenizer
 from calibfuse.value.oracle import Oracle
 
 logger = logging.getLogger(__name__)
@@ -120,17 +121,20 @@ def run_finetuning(
     devices = find_devices(device)
     output = Path(output)
     work = output / "work"
+    if resume and not (work / SETTINGS_NAME).exists():
+        raise CheckpointError(f"There is nothing to go on from in {str(output)!r} yet: run it without resume.")
     if (work / SETTINGS_NAME).exists():
         if not resume:
             raise CheckpointError(
-                f"{str(output)!r} holds the products of an earlier fine-tuning: go on with --resume, or choose another "
-                "--output."
+                f"{str(output)!r} holds the products of an earlier fine-tuning: go on with resume, or choose another "
+                "output folder."
             )
         _check_same_run(work, config, prompts, corpus_name)
         remove_leftovers(work)
     else:
         _prepare(config, documents, list(prompts), work, corpus_name, keep, show_progress=show_progress)
     stages = plan_stages(config.schedule, config.iterations, constrained=config.is_constrained)
+    logger.info("%d steps; what is complete lies in %s, and resume goes on from it after a stop", stages[-1].step, work)
     try:
         execute(stages, work, lambda: _runner(config, work, devices, oracle, show_progress))
     finally:
@@ -164,7 +168,7 @@ def _prepare(
     show_progress: bool,
 ) -> None:
     """Check and write what the roles read; the settings last, as the mark that all is there."""
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = read_tokenizer(config.model.name, **config.model.options())
     if config.is_constrained:
         check_prompts(tokenizer, config.model, prompts, config.sampling.max_new_tokens)
     corpus = pack_corpus(
@@ -199,7 +203,7 @@ def _check_same_run(work: Path, config: FinetuneConfig, prompts: Sequence[str], 
     if different:
         raise InputError(
             f"The products in {str(work)!r} were made with other settings ({', '.join(different)}); resume with the "
-            "same ones, or choose another --output."
+            "same ones, or choose another output folder."
         )
 
 
@@ -212,8 +216,8 @@ def _runner(
         places = share_out(devices, torch.get_num_threads())
         for role, place in places.items():
             logger.info("role %s: %s, %d thread(s)", role, place.device, place.threads)
-        with RoleProcesses(work, places) as processes:
-            yield processes
+        with ParallelRunner(work, places) as runner:
+            yield runner
     else:
         yield _InProcess(RoleRunner(work, devices[0], oracle=oracle, show_progress=show_progress))
 

@@ -12,9 +12,8 @@ from calibfuse.errors import InputError
 from calibfuse.finetune.lora import LoraSettings
 from calibfuse.finetune.schedule import ROLES, SEQUENTIAL, plan_stages
 from calibfuse.finetune.tuning import TuningConfig
+from calibfuse.generation.language_model import DTYPES
 from calibfuse.value.auxiliary_training import AuxiliaryTrainingConfig
-
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +40,13 @@ class ModelSource:
         Raises:
             InputError: an unknown dtype.
         """
-        if self.dtype not in _DTYPES:
-            raise InputError(f"dtype must be one of {', '.join(_DTYPES)}, got {self.dtype!r}.")
+        if self.dtype not in DTYPES:
+            raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
+
+    def options(self) -> dict[str, Any]:
+        """Arguments of transformers' `from_pretrained`."""
+        options = {"local_files_only": self.local_files_only, "trust_remote_code": self.trust_remote_code}
+        return options if self.revision is None else {**options, "revision": self.revision}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,19 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from calibfuse.errors import InputError
-from calibfuse.finetune.constrained import constrained_log_probs
 from calibfuse.finetune.corpus import PackedCorpus
-from calibfuse.finetune.objective import constrained_kl, continuation_positions, corpus_loss
-from calibfuse.training.loop import mixed_precision
+from calibfuse.finetune.objective import constrained_kl, constrained_log_probs, continuation_positions, corpus_loss
+from calibfuse.training.loop import TrainingLoop, learning_rate, make_optimizer, mixed_precision
 from calibfuse.value.auxiliary import AuxiliaryModel
 from calibfuse.value.samples import SampleSet
 
@@ -79,10 +78,7 @@ class TuningConfig:
 
     def rate_at(self, step: int, iterations: int) -> float:
         """Learning rate of an optimiser step counted over all iterations: rises, then falls linearly to 0."""
-        total = self.steps * iterations
-        warmup_steps = max(1.0, self.warmup * total)
-        falling = (total - step) / max(1.0, total - warmup_steps)
-        return self.learning_rate * max(0.0, min(1.0, (step + 1) / warmup_steps, falling))
+        return learning_rate(step, self.steps * iterations, peak=self.learning_rate, warmup=self.warmup)
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,35 +115,10 @@ class TuningFigures:
     sample_tokens: int
 
 
-def make_optimizer(model: PreTrainedModel, config: TuningConfig) -> torch.optim.AdamW:
+def tuning_optimizer(model: PreTrainedModel, config: TuningConfig) -> torch.optim.AdamW:
     """AdamW over the trainable parameters; biases and norms are not decayed."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [each for each in trained if each.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [each for each in trained if each.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.learning_rate)
-
-
-def optimizer_tensors(model: PreTrainedModel, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
-    """The optimiser's state by names of parameters, for a file."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    return {
-        f"{names[id(parameter)]}|{key}": value
-        for parameter, values in optimizer.state.items()
-        for key, value in values.items()
-    }
-
-
-def load_optimizer(model: PreTrainedModel, optimizer: torch.optim.AdamW, tensors: dict[str, Tensor]) -> None:
-    """Inverse of `optimizer_tensors`; tensors of other parameters are an InputError."""
     parameters = dict(model.named_parameters())
-    for full_name, tensor in tensors.items():
-        name, _, key = full_name.rpartition("|")
-        if name not in parameters:
-            raise InputError(f"The optimiser's state belongs to another model: it has {name}, which this one lacks.")
-        parameter = parameters[name]
-        optimizer.state[parameter][key] = tensor if key == "step" else tensor.to(parameter.device)
+    return make_optimizer(parameters, rate=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.999))
 
 
 def tune(
@@ -165,8 +136,8 @@ def tune(
 
     Args:
         model: changed in place; left in evaluation mode, on its device.
-        optimizer: of `make_optimizer`, with the state of the iteration before.
-        corpus: the blocks.
+        optimizer: of `tuning_optimizer`, with the state of the iteration before.
+        corpus: the blocks, at least one batch of them.
         config: how.
         iteration: which, from 1; decides where in the corpus to read, and the learning rate.
         iterations: of the whole run.
@@ -175,51 +146,75 @@ def tune(
 
     Returns:
         Losses and counts.
-
-    Raises:
-        InputError: the loss is not finite any more, or the corpus has fewer blocks than one batch.
     """
     check_corpus(corpus, config)
-    constraint = constraint if config.kl_weight > 0 else None
-    first = (iteration - 1) * config.steps
-    blocks = islice(corpus.order(config.seed), first * config.batch_size, None)
-    rows = _sample_batches(constraint, config, iteration)
-    history: list[tuple[float, float]] = []
-    counts = [0, 0]
+    loop = _TuningLoop(model, optimizer, corpus, config, iteration, iterations, constraint, show_progress=show_progress)
     model.train()
-    devices = [model.device] if model.device.type == "cuda" else []
-    with (
-        torch.random.fork_rng(devices=devices),
-        tqdm(
-            total=config.steps, desc=f"tuning {iteration}", unit="step", leave=False, disable=not show_progress
-        ) as bar,
-    ):
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(int(np.random.SeedSequence([config.seed, 23, iteration]).generate_state(1)[0]))
-        for step in range(first, first + config.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = config.rate_at(step, iterations)
-            chosen = list(islice(blocks, config.batch_size))
-            ids = corpus.train[chosen].to(model.device, torch.long)
-            with mixed_precision(model.device, config.precision):
-                loss = corpus_loss(model(input_ids=ids, use_cache=False).logits, ids)
-            loss.backward()  # type: ignore[no-untyped-call]
-            divergence = math.nan
-            if constraint is not None:
-                # a second backward pass: the graphs of corpus and samples are never in memory together
-                divergence, positions = _add_kl_gradient(model, constraint, next(rows), config)
-                counts[1] += positions
-            history.append((float(loss.detach()), divergence))
-            counts[0] += ids[:, 1:].numel()
-            _check_finite(history[-1], step, constrained=constraint is not None)
-            torch.nn.utils.clip_grad_norm_(
-                [parameter for parameter in model.parameters() if parameter.requires_grad], config.max_gradient_norm
-            )
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            bar.set_postfix_str(f"corpus {history[-1][0]:.3f}, KL {divergence:.4f}", refresh=False)
-            bar.update()
+        loop.train()
     model.eval()  # type: ignore[no-untyped-call]
-    return _figures(history, *counts)
+    return loop.figures()
+
+
+class _TuningLoop(TrainingLoop):
+    """The optimiser steps of one iteration; keeps nothing on the disk, since a step is quick to make anew."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        optimizer: torch.optim.AdamW,
+        corpus: PackedCorpus,
+        config: TuningConfig,
+        iteration: int,
+        iterations: int,
+        constraint: Constraint | None,
+        *,
+        show_progress: bool,
+    ) -> None:
+        first = (iteration - 1) * config.steps
+        super().__init__(
+            dict(model.named_parameters()),
+            optimizer,
+            steps=first + config.steps,
+            first_step=first,
+            rate=partial(config.rate_at, iterations=iterations),
+            label=f"tuning {iteration}",
+            max_gradient_norm=config.max_gradient_norm,
+            show_progress=show_progress,
+        )
+        self.model, self.corpus, self.config = model, corpus, config
+        self.constraint = constraint if config.kl_weight > 0 else None
+        self.sample_tokens = 0
+        self._blocks = islice(corpus.order(config.seed), first * config.batch_size, None)
+        self._rows = _sample_batches(self.constraint, config, iteration)
+
+    def losses(self) -> dict[str, float]:
+        """See `TrainingLoop.losses`."""
+        model, config = self.model, self.config
+        ids = self.corpus.train[list(islice(self._blocks, config.batch_size))].to(model.device, torch.long)
+        with mixed_precision(model.device, config.precision):
+            loss = corpus_loss(model(input_ids=ids, use_cache=False).logits, ids)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.tokens += ids[:, 1:].numel()
+        row = {"corpus_loss": float(loss.detach())}
+        if self.constraint is not None:
+            # a second backward pass: the graphs of corpus and samples are never in memory together
+            row["KL"], positions = _add_kl_gradient(model, self.constraint, next(self._rows), config)
+            self.sample_tokens += positions
+        return row
+
+    def figures(self) -> TuningFigures:
+        """What was seen."""
+        last = self.history[-max(1, len(self.history) // 4) :]
+        first = self.history[: max(1, len(self.history) // 8)]
+        return TuningFigures(
+            corpus_nats=float(np.mean([row["corpus_loss"] for row in last])),
+            kl_nats=float(np.mean([row.get("KL", math.nan) for row in last])),
+            first_kl_nats=float(np.mean([row.get("KL", math.nan) for row in first])),
+            corpus_tokens=self.tokens,
+            sample_tokens=self.sample_tokens,
+        )
 
 
 def check_corpus(corpus: PackedCorpus, config: TuningConfig) -> None:
@@ -273,20 +268,3 @@ def _add_kl_gradient(
     divergence = constrained_kl(log_q, log_p).mean()
     (config.kl_weight * divergence).backward()  # type: ignore[no-untyped-call]
     return float(divergence.detach()), positions
-
-
-def _check_finite(losses: tuple[float, float], step: int, *, constrained: bool) -> None:
-    names = ("corpus loss", "KL") if constrained else ("corpus loss",)
-    for name, value in zip(names, losses, strict=False):
-        if not math.isfinite(value):
-            raise InputError(
-                f"The {name} became {value} at optimiser step {step + 1}: tuning has diverged. Choose a lower learning "
-                "rate."
-            )
-
-
-def _figures(history: list[tuple[float, float]], corpus_tokens: int, sample_tokens: int) -> TuningFigures:
-    values = np.asarray(history)
-    corpus_nats, kl_nats = values[-max(1, len(values) // 4) :].mean(axis=0).tolist()
-    first = float(values[: max(1, len(values) // 8), 1].mean())
-    return TuningFigures(corpus_nats, kl_nats, first, corpus_tokens, sample_tokens)

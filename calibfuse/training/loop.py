@@ -252,15 +252,18 @@ def require_checkpoint(folder: Path) -> Path:
     return place
 
 
-def learning_rate(step: int, steps: int, *, peak: float, warmup: float, decay: float) -> float:
+def learning_rate(step: int, steps: int, *, peak: float, warmup: float, decay: float | None = None) -> float:
     """The rate of a step: rises over the first share `warmup` of the steps, stays, falls to 0 over the last `decay`.
+
+    Without `decay` it falls from the end of the rise.
 
     Example:
         >>> [learning_rate(step, 4, peak=1.0, warmup=0.5, decay=0.5) for step in range(4)]
         [0.5, 1.0, 1.0, 0.5]
     """
-    rising = (step + 1) / max(1.0, warmup * steps)
-    falling = (steps - step) / max(1.0, decay * steps)
+    warmup_steps = max(1.0, warmup * steps)
+    rising = (step + 1) / warmup_steps
+    falling = (steps - step) / max(1.0, steps - warmup_steps if decay is None else decay * steps)
     return peak * max(0.0, min(1.0, rising, falling))
 
 

@@ -1,0 +1,127 @@
+"""The jobs of a stage at the same time, each in a process of its own, with a device and CPU threads for its role."""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calibfuse.errors import CalibfuseError, InputError, reason_of
+from calibfuse.finetune.roles import RoleRunner
+from calibfuse.finetune.schedule import ROLES, Job
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a role runs: a device as torch names it, and a number of CPU threads."""
+
+    device: str
+    threads: int
+
+
+def share_out(devices: Sequence[str], threads: int, roles: Sequence[str] = ROLES) -> dict[str, Place]:
+    """Give each role a device and its share of the CPU threads, at least one.
+
+    The last role, which fine-tunes, gets the first device and what is left over of the threads; the others share the
+    rest of the devices.
+
+    Example:
+        >>> places = share_out(["cuda:0", "cuda:1"], 8)
+        >>> [(place.device, place.threads) for place in places.values()]
+        [('cuda:1', 2), ('cuda:1', 2), ('cuda:0', 4)]
+    """
+    share = max(1, threads // len(roles))
+    others = devices[1:] or devices
+    places = {role: Place(others[number % len(others)], share) for number, role in enumerate(roles[:-1])}
+    places[roles[-1]] = Place(devices[0], max(share, threads - share * (len(roles) - 1)))
+    return places
+
+
+class ParallelRunner:
+    """Runs jobs in a pool of fresh interpreters, one for each role; a context manager that ends them.
+
+    A script that uses it needs `if __name__ == "__main__":`, as every use of processes does.
+    """
+
+    def __init__(self, work: Path, places: dict[str, Place]) -> None:
+        self._work, self._places = work, places
+        # "spawn": a forked process could not use CUDA
+        context = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(len(places), mp_context=context, initializer=_follow_parent)
+
+    def __enter__(self) -> ParallelRunner:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def run(self, jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
+        """Run jobs at the same time and wait for all; the error of the first that failed is raised."""
+        futures = [self._pool.submit(_run_job, self._work, self._places[job.role], job) for job in jobs]
+        records: dict[str, dict[str, Any]] = {}
+        for job, future in zip(jobs, futures, strict=True):
+            try:
+                records[job.role] = future.result()
+            except BrokenProcessPool as error:
+                raise CalibfuseError(
+                    f"A process ended in step {job.step} without a message, for instance because the machine ran out "
+                    "of memory; resume goes on from the complete products."
+                ) from error
+            except CalibfuseError as error:
+                raise type(error)(f"Role {job.role!r} failed in step {job.step}: {error}") from error
+        return records
+
+
+def _run_job(work: Path, place: Place, job: Job) -> dict[str, Any]:
+    torch.set_num_threads(place.threads)
+    return _runner(work, place.device).run(job)
+
+
+@functools.cache
+def _runner(work: Path, device: str) -> RoleRunner:
+    """Keeps tokenizer and oracle from job to job."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    return RoleRunner(work, device)
+
+
+def _follow_parent() -> None:
+    """End with the process that started this one: a killed run must not go on writing next to the resumed one."""
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def find_devices(device: str | None) -> list[str]:
+    """The devices that a run may use: the given ones, else all GPUs, else MPS, else the CPU.
+
+    Raises:
+        InputError: torch does not know one, or it is not there.
+    """
+    if device is not None:
+        names = [each.strip() for each in device.split(",")]
+        for name in names:
+            try:
+                torch.zeros(1, device=name)
+            except (RuntimeError, AssertionError, NotImplementedError) as error:
+                raise InputError(f"The device {name!r} cannot be used here: {reason_of(error)}.") from error
+        return names
+    if torch.cuda.is_available():
+        return [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    return ["mps"] if torch.backends.mps.is_available() else ["cpu"]
