@@ -1,6 +1,6 @@
 """The shape of the package, read from its syntax trees: imports run downwards, in no circle, on what is declared.
 
-cli  ->  inspection | finetune  ->  processor | training | evaluation | value  ->  embedding
+cli  ->  inspection | finetune  ->  value  ->  processor | training | evaluation  ->  embedding
      ->  calibrator | guides | fusion | scorers | generation  ->  loading  ->  guide
      ->  vocabulary | hub | html | ...  ->  errors
 """
@@ -22,7 +22,8 @@ LAYERS = (
     ("__main__",),
     ("cli",),
     ("inspection", "finetune", "lm_eval", "vllm"),  # inspection explains what a processor did; adapters of engines
-    ("processor", "training", "evaluation", "value"),
+    ("value",),
+    ("processor", "training", "evaluation"),
     ("embedding", "bits_per_byte"),
     ("calibrator", "guides", "fusion", "scorers", "generation"),
     ("loading",),

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from calibfuse.calibrator import Calibrator
 from calibfuse.cli.main import main as cli
 from calibfuse.errors import CheckpointError, DataError
-from calibfuse.finetune import guide_training
 from calibfuse.processor import CalibFusion
+from calibfuse.value import training
 from calibfuse.value.auxiliary_training import AuxiliaryTrainingConfig
 from calibfuse.value.oracle import FunctionOracle
 from calibfuse.value.training import GuideConfig, train_guide
@@ -117,7 +117,7 @@ def test_a_guide_of_the_calibrator_kind_still_contrasts(workplace, target_folder
 def test_a_folder_with_work_in_it_needs_resume(workplace, target_folder, capsys):
     assert cli(command(target_folder)) == 0
     assert cli(command(target_folder)) == 2
-    assert "holds the work of an earlier run: go on with --resume" in capsys.readouterr().err
+    assert "holds the work of an earlier run: go on with resume" in capsys.readouterr().err
     assert cli(command(target_folder, "--resume")) == 0
     assert cli(command(target_folder, "--resume", "--seed", "1")) == 2
     assert "was begun with other settings (begins_with, seed)" in capsys.readouterr().err
@@ -126,7 +126,7 @@ def test_a_folder_with_work_in_it_needs_resume(workplace, target_folder, capsys)
 def test_a_killed_run_draws_no_sample_twice(target, tmp_path, monkeypatch):
     """Killed in the second of two parts: the first is read from the disk, and the guide is that of one whole run."""
     model, tokenizer = target
-    monkeypatch.setattr(guide_training, "_PROMPTS_PER_SHARD", 2)
+    monkeypatch.setattr(training, "_PROMPTS_PER_SHARD", 2)
     train_guide(model, tokenizer, PROMPTS, ORACLE, tmp_path / "whole", config=CONFIG, show_progress=False)
 
     asked = []
@@ -160,6 +160,17 @@ def test_unlabelled_samples_are_counted_on_the_card(target, tmp_path):
     result = train_guide(*target, PROMPTS, oracle, tmp_path / "guide", config=CONFIG, show_progress=False)
     assert result.figures["left_out"] == 3
     assert json.loads((tmp_path / "guide" / "config.json").read_text())["training"]["data"]["without a label"] == 3
+
+
+def test_a_guide_that_learned_nothing_says_so(workplace, target_folder, capsys, caplog):
+    assert cli(command(target_folder, "--learning-rate", "1e-12", oracle="guide_oracles:few_e")) == 0
+    assert "The guide has learned nothing" in caplog.text
+    assert "The guide has learned nothing" in (workplace / "guide" / "README.md").read_text()
+
+
+def test_resuming_what_was_never_begun(target, tmp_path):
+    with pytest.raises(CheckpointError, match="nothing to go on from in .*guide' yet: run it without resume"):
+        train_guide(*target, PROMPTS, ORACLE, tmp_path / "guide", config=CONFIG, resume=True, show_progress=False)
 
 
 def test_a_full_disk(target, tmp_path, monkeypatch):

@@ -363,7 +363,7 @@ def test_a_stopped_training_goes_on_to_the_same_weights(target, kind, tmp_path):
     whole, stopped = make(target, kind), make(target, kind)
     train_auxiliary(whole, target, labelled(), QUICK, show_progress=False)
     resumed = copy.deepcopy(stopped)
-    place, calls = tmp_path / "state.safetensors", []
+    place, calls = tmp_path / "state", []
     original = stopped.of_next
 
     def fails_later(*arguments):
@@ -374,18 +374,18 @@ def test_a_stopped_training_goes_on_to_the_same_weights(target, kind, tmp_path):
 
     stopped.of_next = fails_later
     with pytest.raises(Stop):
-        train_auxiliary(stopped, target, labelled(), QUICK, checkpoint=place, save_every=2, show_progress=False)
-    train_auxiliary(resumed, target, labelled(), QUICK, checkpoint=place, save_every=2, show_progress=False)
+        train_auxiliary(stopped, target, labelled(), QUICK, folder=place, save_every=2, show_progress=False)
+    train_auxiliary(resumed, target, labelled(), QUICK, folder=place, save_every=2, show_progress=False)
     for one, other in zip(whole.parameters(), resumed.parameters(), strict=True):
         torch.testing.assert_close(one, other)
-    assert list(tmp_path.iterdir()) == [place]
+    assert [path.name for path in place.iterdir()] == ["checkpoint"]
 
 
 def test_a_checkpoint_of_another_model(target, tmp_path):
-    place = tmp_path / "state.safetensors"
-    train_auxiliary(make(target), target, labelled(), QUICK, checkpoint=place, show_progress=False)
-    with pytest.raises(CheckpointError, match="of another auxiliary model"):
-        train_auxiliary(make(target, "calibrator"), target, labelled(), QUICK, checkpoint=place, show_progress=False)
+    place = tmp_path / "state"
+    train_auxiliary(make(target), target, labelled(), QUICK, folder=place, show_progress=False)
+    with pytest.raises(CheckpointError, match="made with another auxiliary model"):
+        train_auxiliary(make(target, "calibrator"), target, labelled(), QUICK, folder=place, show_progress=False)
 
 
 def test_no_label_at_all(target):

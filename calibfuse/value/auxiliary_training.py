@@ -19,11 +19,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from calibfuse import hub
-from calibfuse.errors import CheckpointError, DataError, InputError, ScorerError
+from calibfuse.errors import DataError, InputError, ScorerError
+from calibfuse.training.loop import TrainingLoop, learning_rate, make_optimizer
 from calibfuse.value.auxiliary import AuxiliaryModel
 from calibfuse.value.samples import SampleSet
 
@@ -79,8 +78,7 @@ class AuxiliaryTrainingConfig:
 
     def rate_at(self, step: int) -> float:
         """Learning rate of a step, from 0."""
-        warmup = max(1.0, self.steps / 20)
-        return self.learning_rate * min(1.0, (step + 1) / warmup, (self.steps - step) / max(1.0, self.steps - warmup))
+        return learning_rate(step, self.steps, peak=self.learning_rate, warmup=0.05)
 
 
 def train_auxiliary(
@@ -90,7 +88,7 @@ def train_auxiliary(
     config: AuxiliaryTrainingConfig,
     *,
     device: torch.device | str | None = None,
-    checkpoint: Path | None = None,
+    folder: Path | None = None,
     save_every: int = 50,
     show_progress: bool = True,
 ) -> dict[str, float]:
@@ -102,8 +100,8 @@ def train_auxiliary(
         samples: labelled; those whose label is nan are left out, and counted.
         config: how.
         device: where to; None: where the base model is.
-        checkpoint: safetensors file in which the state is kept; where there is one, training goes on from it, and
-            comes to the same as without the stop. It must be of the same samples and settings.
+        folder: gets `checkpoint/`; where there is one, training goes on from it, and comes to the same as without the
+            stop. It must be of the same samples and settings.
         save_every: steps between writing it.
         show_progress: draw a progress bar on standard error.
 
@@ -118,6 +116,7 @@ def train_auxiliary(
         DataError: too few samples.
         CheckpointError: the checkpoint is damaged, of another model, or cannot be written.
         InputError: the loss is not finite any more.
+        KeyboardInterrupt: Ctrl-C; with a folder, after a checkpoint was written.
     """
     place = torch.device(device) if device is not None else base.device
     auxiliary.to(place)
@@ -137,54 +136,75 @@ def train_auxiliary(
     auxiliary.train()
     if auxiliary.is_fresh:
         auxiliary.set_prior(mean)
-    optimizer = _optimizer(auxiliary, config)
     reader = _Reader(auxiliary, base, mean)
-    consistent = math.ceil(config.consistency_share * config.batch_size) if config.consistency_weight > 0 else 0
-    losses: list[float] = []
-    batches = _batches(train.numpy(), config)
-    first = _load_state(checkpoint, auxiliary, optimizer) if checkpoint is not None and checkpoint.exists() else 0
-    for _ in range(first):
-        next(batches)
-    with tqdm(
-        total=config.steps,
-        initial=first,
-        desc="auxiliary model",
-        unit="step",
-        leave=False,
-        disable=not show_progress,
-    ) as bar:
-        for step in range(first, config.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = config.rate_at(step)
-            rows = torch.from_numpy(next(batches))
-            terms = reader.terms(used.rows(rows), weights[rows], consistent)
-            loss = terms.bce + config.consistency_weight * terms.consistency
-            if not bool(loss.isfinite()):
-                raise InputError(
-                    f"The auxiliary model's loss became {float(loss.detach())} at step {step + 1}: training has "
-                    "diverged. Choose a lower learning rate."
-                )
-            loss.backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(_trainable(auxiliary), config.max_gradient_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            losses.append(float(loss.detach()))
-            bar.set_postfix_str(f"BCE {float(terms.bce.detach()):.4f}", refresh=False)
-            bar.update()
-            if checkpoint is not None and ((step + 1) % save_every == 0 or step + 1 == config.steps):
-                _save_state(checkpoint, auxiliary, optimizer, step + 1)
+    loop = _AuxiliaryLoop(reader, used, weights, train.numpy(), config, folder, save_every, show_progress=show_progress)
+    if loop.checkpoint:
+        loop.resume()
+    if not loop.train():
+        raise KeyboardInterrupt
     auxiliary.eval()
     measured = torch.nonzero(is_held_out)[:, 0] if bool(is_held_out.any()) else train
     figures = _measure(reader, used, weights, measured, config)
-    tail = losses[-max(1, len(losses) // 10) :]
+    tail = [row["loss"] for row in loop.history[-max(1, len(loop.history) // 10) :]]
     return {
         "samples": float(len(used)),
         "left_out": float(len(samples) - len(used)),
         "effective_samples": float(weights.sum() ** 2 / (weights**2).sum()),
         "mean_satisfaction": mean,
         **figures,
-        "loss": sum(tail) / len(tail) if tail else math.nan,
+        "loss": sum(tail) / len(tail),
     }
+
+
+class _AuxiliaryLoop(TrainingLoop):
+    """Steps on batches of samples."""
+
+    def __init__(
+        self,
+        reader: _Reader,
+        samples: SampleSet,
+        weights: Tensor,
+        train: np.ndarray,
+        config: AuxiliaryTrainingConfig,
+        folder: Path | None,
+        save_every: int,
+        *,
+        show_progress: bool,
+    ) -> None:
+        parameters = {name: each for name, each in reader.auxiliary.named_parameters() if each.requires_grad}
+        super().__init__(
+            parameters,
+            make_optimizer(parameters, rate=config.learning_rate, weight_decay=config.weight_decay),
+            steps=config.steps,
+            rate=config.rate_at,
+            folder=folder,
+            identity={"auxiliary model": sorted(parameters)},
+            save_every=save_every,
+            label="auxiliary model",
+            max_gradient_norm=config.max_gradient_norm,
+            show_progress=show_progress,
+        )
+        self.reader, self.samples, self.weights, self.config = reader, samples, weights, config
+        share = config.consistency_share if config.consistency_weight > 0 else 0.0
+        self._consistent = math.ceil(share * config.batch_size)
+        self._batches = _batches(train, config)
+
+    def losses(self) -> dict[str, float]:
+        """See `TrainingLoop.losses`."""
+        rows = torch.from_numpy(next(self._batches))
+        terms = self.reader.terms(self.samples.rows(rows), self.weights[rows], self._consistent)
+        loss = terms.bce + self.config.consistency_weight * terms.consistency
+        loss.backward()  # type: ignore[no-untyped-call]
+        return {"loss": float(loss.detach()), "BCE": float(terms.bce.detach())}
+
+    def position(self) -> int:
+        """How many batches were drawn."""
+        return self.step
+
+    def set_position(self, position: int) -> None:
+        """Inverse of `position`, on batches not yet drawn from."""
+        for _ in range(position):
+            next(self._batches)
 
 
 def normalised_weights(log_weights: Tensor) -> Tensor:
@@ -333,41 +353,3 @@ def _batches(rows: np.ndarray, config: AuxiliaryTrainingConfig) -> Iterator[np.n
             left = np.concatenate([left, rng.permutation(rows)])
         yield left[: config.batch_size]
         left = left[config.batch_size :]
-
-
-def _save_state(path: Path, auxiliary: AuxiliaryModel, optimizer: torch.optim.AdamW, step: int) -> None:
-    tensors = {"step": torch.tensor(step)}
-    for name, parameter in auxiliary.named_parameters():
-        if parameter.requires_grad:
-            tensors[f"parameter|{name}"] = parameter.detach()
-            tensors |= {f"state|{name}|{key}": value for key, value in optimizer.state[parameter].items()}
-    hub.write_tensors(path, tensors, durable=False)
-
-
-def _load_state(path: Path, auxiliary: AuxiliaryModel, optimizer: torch.optim.AdamW) -> int:
-    """Put back what `_save_state` wrote; returns the number of steps that are done."""
-    tensors = hub.read_tensors(path)
-    parameters = {name: parameter for name, parameter in auxiliary.named_parameters() if parameter.requires_grad}
-    step = int(tensors.pop("step"))
-    if {name.split("|")[1] for name in tensors} != set(parameters):
-        raise CheckpointError(f"The checkpoint {str(path)!r} is of another auxiliary model; delete it to start anew.")
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            kind, parameter_name, *key = name.split("|")
-            parameter = parameters[parameter_name]
-            if kind == "parameter":
-                parameter.copy_(tensor)
-            else:
-                optimizer.state[parameter][key[0]] = tensor.to(parameter.device) if key[0] != "step" else tensor
-    return step
-
-
-def _trainable(auxiliary: AuxiliaryModel) -> list[torch.nn.Parameter]:
-    return [parameter for parameter in auxiliary.parameters() if parameter.requires_grad]
-
-
-def _optimizer(auxiliary: AuxiliaryModel, config: AuxiliaryTrainingConfig) -> torch.optim.AdamW:
-    matrices = [parameter for parameter in _trainable(auxiliary) if parameter.ndim >= 2]
-    others = [parameter for parameter in _trainable(auxiliary) if parameter.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98))

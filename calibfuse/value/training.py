@@ -32,7 +32,7 @@ from calibfuse.value.samples import SampleSet, draw_samples, label_samples
 
 logger = logging.getLogger(__name__)
 
-WORK_NAME, SETTINGS_NAME, CHECKPOINT_NAME = "work", "settings.json", "training.safetensors"
+WORK_NAME, SETTINGS_NAME = "work", "settings.json"
 _PROMPTS_PER_SHARD = 32
 _HASHED_ELEMENTS = 100_000
 
@@ -135,6 +135,8 @@ def train_guide(
     config = config or GuideConfig()
     place = Path(output)
     work = place / WORK_NAME
+    if resume and not (work / SETTINGS_NAME).exists():
+        raise CheckpointError(f"There is nothing to go on from in {str(output)!r} yet: run it without resume.")
     if not prompts:
         raise DataError("A value guide needs prompts to draw samples from, got none.")
     # before the long work: whatever is wrong with kind, vocabulary or backbone
@@ -148,6 +150,7 @@ def train_guide(
         backbone=backbone,
     )
     _open_work(work, _settings(target, prompts, oracle, config, auxiliary), resume=resume)
+    logger.info("Samples and checkpoints go to %s; after a stop, resume goes on from them", work)
     samples = _samples(target, tokenizer, prompts, oracle, config, work, show_progress=show_progress)
     unlabelled = int(samples.satisfaction.isnan().sum())
     logger.info(
@@ -161,19 +164,35 @@ def train_guide(
         target,
         samples,
         replace(config.training, seed=config.seed),
-        checkpoint=work / CHECKPOINT_NAME,
+        folder=work,
         show_progress=show_progress,
     )
+    warning = _doubt(figures, samples)
+    if warning:
+        logger.warning("%s", warning)
     told = {
         "data": {"prompts": len(prompts), "samples": len(samples), "without a label": unlabelled},
         "settings": {"target": target_name or "in memory", "oracle": oracle.name, **_plain(config)},
         "figures": {name: round(value, 4) for name, value in figures.items() if math.isfinite(value)},
+        **({"limits": warning} if warning else {}),
         **(facts or {}),
     }
     if isinstance(auxiliary, CalibratorAuxiliary):  # what is known of the other heads stays
         told = {**auxiliary.calibrator.config.training, **(facts or {}), "value_head": told}
     auxiliary.save_pretrained(place, fusion={"mode": "value", "alpha": config.alpha}, training=told)
     return GuideResult(place, figures)
+
+
+def _doubt(figures: Mapping[str, float], samples: SampleSet) -> str | None:
+    """What makes the guide useless, if anything: it predicts held-out labels no better than their mean does."""
+    if figures["held_out_bce"] < figures["prior_bce"]:
+        return None
+    refused = float((1.0 - samples.satisfaction).nansum())
+    return (
+        f"The guide has learned nothing: held-out cross-entropy {figures['held_out_bce']:.4f} nats per token, "
+        f"{figures['prior_bce']:.4f} without a guide. The oracle refused {refused:.0f} of {len(samples)} samples; give "
+        "prompts that lead to refused text, more of them, or more samples of each."
+    )
 
 
 def _samples(
@@ -220,15 +239,15 @@ def _open_work(work: Path, settings: dict[str, Any], *, resume: bool) -> None:
     if path.exists():
         if not resume:
             raise CheckpointError(
-                f"{str(work.parent)!r} holds the work of an earlier run: go on with --resume, or choose another "
-                "--output."
+                f"{str(work.parent)!r} holds the work of an earlier run: go on with resume, or choose another "
+                "output folder."
             )
         former = hub.read_json(path, "settings of a value guide's training")
         changed = sorted(key for key in {*former, *settings} if former.get(key) != settings.get(key))
         if changed:
             raise CheckpointError(
                 f"The work in {str(work.parent)!r} was begun with other settings ({', '.join(changed)}); resume with "
-                "the same ones, or choose another --output."
+                "the same ones, or choose another output folder."
             )
         return
     hub.write_files(work, {SETTINGS_NAME: (json.dumps(settings, indent=2) + "\n").encode("utf-8")})
@@ -237,7 +256,7 @@ def _open_work(work: Path, settings: dict[str, Any], *, resume: bool) -> None:
 def _settings(
     target: PreTrainedModel, prompts: Sequence[str], oracle: Oracle, config: GuideConfig, auxiliary: AuxiliaryModel
 ) -> dict[str, Any]:
-    """Everything that the result hangs on, as JSON knows it."""
+    """Everything that the result depends on, as JSON knows it."""
     fresh = hashlib.sha256()
     for name, parameter in sorted(auxiliary.named_parameters()):
         fresh.update(name.encode())
