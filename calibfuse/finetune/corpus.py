@@ -63,21 +63,13 @@ class PackedCorpus:
         return digest.hexdigest()[:16]
 
     def save(self, path: Path) -> None:
-        """Write one safetensors file, whole or not at all.
-
-        Raises:
-            CheckpointError: it could not be written.
-        """
+        """Write one safetensors file, whole or not at all."""
         counts = torch.tensor([self.documents, self.dropped])
         hub.write_tensors(path, {"train": self.train, "held_out": self.held_out, "counts": counts})
 
     @classmethod
     def load(cls, path: Path) -> PackedCorpus:
-        """Read what `save` wrote.
-
-        Raises:
-            CheckpointError: missing or damaged.
-        """
+        """Read what `save` wrote."""
         tensors = hub.read_tensors(path)
         documents, dropped = (int(count) for count in tensors["counts"])
         return cls(tensors["train"], tensors["held_out"], documents, dropped)
@@ -99,26 +91,7 @@ def pack_corpus(
     keep: Keep | None = None,
     show_progress: bool = False,
 ) -> PackedCorpus:
-    """Tokenize documents and pack them into blocks.
-
-    Args:
-        documents: texts; read once, in bounded memory but for 4 bytes a token.
-        tokenizer: the model's.
-        block_length: tokens of a block, at least 2.
-        held_out_share: share of the documents kept out of training, in [0, 0.5]; every n-th document, so that the
-            same documents are held out whatever `keep` says.
-        keep: from some documents to which of them may be trained on (bool [n]); None: all. Held-out documents are not
-            asked about, so that perplexities on a filtered and on an unfiltered corpus can be compared.
-        show_progress: draw a progress bar on standard error.
-
-    Returns:
-        At least one training block; the incomplete last block is dropped.
-
-    Raises:
-        DataError: there are no documents, or too few for one block of training or, if some are held out, of held-out
-            text.
-        InputError: a setting is out of range.
-    """
+    """Tokenize documents and pack them into blocks."""
     if block_length < 2:
         raise InputError(f"A block needs at least 2 tokens, got block_length {block_length}.")
     if not 0.0 <= held_out_share <= 0.5:
@@ -191,16 +164,7 @@ def limit_held_out(corpus: PackedCorpus, blocks: int) -> PackedCorpus:
 
 @torch.no_grad()
 def corpus_perplexity(model: PreTrainedModel, blocks: Tensor, *, batch_size: int = 16) -> float:
-    """Perplexity per token of a model on packed blocks.
-
-    Args:
-        model: causal language model; its mode (train, eval) is kept, dropout is off meanwhile.
-        blocks: int [blocks, block_length]; tokens 2 to the last of each are predicted.
-        batch_size: blocks per forward pass.
-
-    Returns:
-        exp of the mean negative log-likelihood; nan without blocks.
-    """
+    """Perplexity per token of a model on packed blocks."""
     if not len(blocks):
         return math.nan
     was_training = model.training

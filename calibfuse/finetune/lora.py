@@ -34,11 +34,7 @@ class LoraSettings:
     targets: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Validate.
-
-        Raises:
-            InputError: a value is out of range.
-        """
+        """Validate."""
         if self.rank < 1:
             raise InputError(f"The rank of a LoRA adapter must be at least 1, got {self.rank}.")
         if not self.alpha > 0:
@@ -49,29 +45,12 @@ class LoraSettings:
 
 
 def check_peft() -> None:
-    """Make sure that peft is there, before anything is loaded.
-
-    Raises:
-        MissingDependencyError: it is not.
-    """
+    """Make sure that peft is there, before anything is loaded."""
     _peft()
 
 
 def add_adapter(model: PreTrainedModel, settings: LoraSettings, *, seed: int) -> PreTrainedModel:
-    """Put a fresh adapter around a model, which afterwards gives the same outputs as before.
-
-    Args:
-        model: its weights are frozen in place.
-        settings: shape of the adapter.
-        seed: of its initial weights.
-
-    Returns:
-        peft's model, whose trainable parameters are those of the adapter.
-
-    Raises:
-        InputError: no layer has one of the names in `targets`.
-        MissingDependencyError: peft is not installed.
-    """
+    """Put a fresh adapter around a model, which afterwards gives the same outputs as before."""
     peft = _peft()
     config = peft.LoraConfig(
         r=settings.rank,
@@ -91,12 +70,7 @@ def add_adapter(model: PreTrainedModel, settings: LoraSettings, *, seed: int) ->
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """Put a saved adapter around the model that it was trained on, to train it further.
-
-    Raises:
-        CheckpointError: it is missing, damaged, or belongs to another model.
-        MissingDependencyError: peft is not installed.
-    """
+    """Put a saved adapter around the model that it was trained on, to train it further."""
     peft = _peft()
     if not (folder / "adapter_model.safetensors").is_file():
         raise CheckpointError(f"There is no LoRA adapter in {str(folder)!r}.")

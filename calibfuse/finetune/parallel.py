@@ -109,11 +109,7 @@ def _follow_parent() -> None:
 
 
 def find_devices(device: str | None) -> list[str]:
-    """The devices that a run may use: the given ones, else all GPUs, else MPS, else the CPU.
-
-    Raises:
-        InputError: torch does not know one, or it is not there.
-    """
+    """The devices that a run may use: the given ones, else all GPUs, else MPS, else the CPU."""
     if device is not None:
         names = [each.strip() for each in device.split(",")]
         for name in names:

@@ -30,11 +30,7 @@ def product_folder(work: Path, role: str, step: int) -> Path:
 
 @contextlib.contextmanager
 def new_folder(final: Path, what: str) -> Iterator[Path]:
-    """A folder under a temporary name, renamed to its own when the block ends, removed when the block fails.
-
-    Raises:
-        CheckpointError: `what` cannot be written, for instance because the disk is full.
-    """
+    """A folder under a temporary name, renamed to its own when the block ends, removed when the block fails."""
     temporary = final.with_name(f".{final.name}-{uuid.uuid4().hex[:8]}.tmp")
     try:
         temporary.mkdir(parents=True)

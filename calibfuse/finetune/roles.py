@@ -69,9 +69,6 @@ class RoleRunner:
         Returns:
             What also stands in the product's role.json: role, step, what it read, device, threads, wall time from
             `began` (seconds since the epoch) for `seconds`, and the role's figures.
-
-        Raises:
-            CalibfuseError: the role failed; nothing half-written is left.
         """
         make = {SAMPLES: self._make_samples, AUXILIARY: self._make_auxiliary, MODEL: self._make_model}[job.role]
         began, clock = time.time(), time.perf_counter()
@@ -240,14 +237,6 @@ def thin_satisfied(samples: SampleSet, share: float, *, seed: int) -> SampleSet:
 
     The kept ones stand for those that were left out: log(1 / share) is added to their log-weights, so weighted means
     over the result estimate those over all samples.
-
-    Args:
-        samples: labelled.
-        share: of the samples with C of at least 0.5, in (0, 1]; at 1 nothing is left out.
-        seed: of the draw.
-
-    Returns:
-        Some of the samples, in their order.
     """
     if share >= 1.0:
         return samples
@@ -262,13 +251,7 @@ def thin_satisfied(samples: SampleSet, share: float, *, seed: int) -> SampleSet:
 def check_prompts(
     tokenizer: PreTrainedTokenizerBase, source: ModelSource, prompts: list[str], max_new_tokens: int
 ) -> None:
-    """Refuse prompts that are missing or leave no room for a continuation, before anything else is done.
-
-    Raises:
-        DataError: there are none.
-        InputError: one has no tokens, or is too long.
-        CheckpointError: the model's configuration cannot be loaded.
-    """
+    """Refuse prompts that are missing or leave no room for a continuation, before anything else is done."""
     from transformers import AutoConfig
 
     if not prompts:

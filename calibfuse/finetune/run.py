@@ -243,9 +243,6 @@ def execute(
         stages: of `plan_stages`.
         work: folder of products.
         make_runner: no arguments -> a context manager of a StageRunner; called only if there is something to do.
-
-    Raises:
-        CalibfuseError: a role failed.
     """
     if not any(_missing_jobs(work, stage) for stage in stages):
         return

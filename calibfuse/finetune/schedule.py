@@ -57,17 +57,6 @@ class Stage:
 def plan_stages(schedule: str, iterations: int, *, constrained: bool = True) -> tuple[Stage, ...]:
     """All stages of a run.
 
-    Args:
-        schedule: "sequential" or "parallel".
-        iterations: how many times the model is tuned, at least 1.
-        constrained: False for a plain fine-tuning (KL weight 0), which needs no samples and no auxiliary model.
-
-    Returns:
-        Stages in order. In both schedules the last one makes the model of step `iterations`.
-
-    Raises:
-        InputError: an unknown schedule, or no iterations.
-
     Example:
         >>> [[job.role for job in stage.jobs] for stage in plan_stages("parallel", 1)]
         [['samples'], ['auxiliary'], ['samples', 'auxiliary', 'model']]

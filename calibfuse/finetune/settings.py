@@ -35,11 +35,7 @@ class ModelSource:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        """Validate.
-
-        Raises:
-            InputError: an unknown dtype.
-        """
+        """Validate."""
         if self.dtype not in DTYPES:
             raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
 
@@ -86,11 +82,7 @@ class SamplingPlan:
     batch_size: int = 64
 
     def __post_init__(self) -> None:
-        """Validate.
-
-        Raises:
-            InputError: a value is out of range.
-        """
+        """Validate."""
         for name in ("per_prompt", "max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -146,11 +138,7 @@ class FinetuneConfig:
     held_out_blocks: int = 200
 
     def __post_init__(self) -> None:
-        """Validate.
-
-        Raises:
-            InputError: values that are out of range.
-        """
+        """Validate."""
         plan_stages(self.schedule, self.iterations)
         if self.held_out_blocks < 1:
             raise InputError(f"held_out_blocks must be at least 1, got {self.held_out_blocks}.")
@@ -171,11 +159,7 @@ class FinetuneConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> FinetuneConfig:
-        """Inverse of `to_dict`.
-
-        Raises:
-            InputError: unknown keys.
-        """
+        """Inverse of `to_dict`."""
         rest = dict(values)
         try:
             parts: dict[str, Any] = {"model": ModelSource(**rest.pop("model"))}

@@ -57,11 +57,7 @@ class TuningConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Validate.
-
-        Raises:
-            InputError: a value is out of range.
-        """
+        """Validate."""
         for name in ("steps", "batch_size", "sample_batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -218,11 +214,7 @@ class _TuningLoop(TrainingLoop):
 
 
 def check_corpus(corpus: PackedCorpus, config: TuningConfig) -> None:
-    """Refuse a corpus with fewer blocks than one batch.
-
-    Raises:
-        InputError: it is so short.
-    """
+    """Refuse a corpus with fewer blocks than one batch."""
     if len(corpus.train) < config.batch_size:
         raise InputError(
             f"The corpus has {len(corpus.train)} blocks of {corpus.block_length} tokens, fewer than one batch of "

@@ -122,16 +122,9 @@ class BatchVocabulary:
 def pack_rows(
     passages: Iterator[tuple[Sequence[int], bool]], *, batch_size: int, sequence_length: int
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Fill rows with tokenized passages.
+    """Fill rows with tokenized passages, (token ids, is non-toxic), each row behind a BOUNDARY.
 
-    Args:
-        passages: (token ids, is non-toxic), as many as needed.
-        batch_size: number of rows.
-        sequence_length: inputs per row; each row gets one entry more.
-
-    Returns:
-        ids [rows, sequence_length + 1], BOUNDARY at the start of rows and passages, and the non-toxic flag of every
-        entry. When the passages run out, the rest is BOUNDARY.
+    Gives ids and flags [batch_size, sequence_length + 1]; when the passages run out, the rest is BOUNDARY.
     """
     width = sequence_length + 1
     ids = np.full((batch_size, width), BOUNDARY, dtype=np.int64)
@@ -155,14 +148,7 @@ def pack_rows(
 def make_batch(
     ids: NDArray[np.int64], is_non_toxic: NDArray[np.bool_], vocabulary: BatchVocabulary, rng: np.random.Generator
 ) -> TrainingBatch:
-    """Turn packed rows into a batch.
-
-    Args:
-        ids: [rows, sequence_length + 1] of `pack_rows`.
-        is_non_toxic: likewise.
-        vocabulary: of the tokenizer that made the ids.
-        rng: for the candidates.
-    """
+    """Turn packed rows into a batch."""
     special = vocabulary.vocabulary.is_special
     ids = np.where((ids >= 0) & special[np.maximum(ids, 0)], BOUNDARY, ids)  # an unknown-token mark has no bytes
     inputs, targets = ids[:, :-1], ids[:, 1:]

@@ -43,12 +43,7 @@ class TrainingText:
     text_field: str | None = None
 
     def __post_init__(self) -> None:
-        """Validate.
-
-        Raises:
-            InputError: the combination of sources makes no sense.
-            DataError: a file or folder is not there.
-        """
+        """Validate."""
         if self.unfiltered and (self.wanted or self.unwanted):
             raise InputError(
                 "Give either unfiltered text, which a scorer sorts, or wanted and unwanted text, not both."
@@ -164,11 +159,7 @@ class TrainingConfig:
     precision: str = "bf16"
 
     def __post_init__(self) -> None:
-        """Validate.
-
-        Raises:
-            InputError: a value is out of range.
-        """
+        """Validate."""
         counts = ("steps", "batch_size", "sequence_length", "candidate_count", "vocabulary_size", "save_every")
         for name in (*counts, "validation_bytes"):
             if getattr(self, name) < 1:

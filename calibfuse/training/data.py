@@ -62,9 +62,6 @@ class PassageStore:
 
         Args:
             folder: the folder of the store.
-
-        Raises:
-            DataError: a file is missing, damaged, of a newer format, or does not fit the others.
         """
         self.folder = Path(folder)
         try:
@@ -120,9 +117,6 @@ class PassageStore:
 
         Returns:
             The open store.
-
-        Raises:
-            DataError: see `iter_documents`; or there are fewer than two passages; or the disk refuses to take it.
         """
         if not sources:
             raise DataError("No training text was given: expected at least one file, folder or hf:NAME.")
@@ -192,16 +186,7 @@ class PassageStore:
         return np.asarray(self._offsets[np.asarray(indices) + 1] - self._offsets[np.asarray(indices)])
 
     def permutation(self, epoch: int, seed: int, label: int | None = None) -> np.ndarray:
-        """The order of the training passages in one epoch.
-
-        Args:
-            epoch: number of the epoch, from 0.
-            seed: seed of the run.
-            label: only the passages with this label; None for all.
-
-        Returns:
-            int64 indices, each training passage once; the same for the same arguments.
-        """
+        """The order of the training passages (of one label) in one epoch: int64 indices, a function of the arguments."""
         indices = self.train_indices
         if label is not None:
             indices = indices[self.labels[indices] == label]
@@ -210,11 +195,7 @@ class PassageStore:
     def blocks(self, max_bytes: int) -> "Iterator[tuple[int, np.ndarray, bytes]]":
         """All passages in order, in blocks of about `max_bytes`, for scans of the raw bytes.
 
-        Args:
-            max_bytes: bytes of a block; a longer passage makes a longer block.
-
-        Yields:
-            Index of the block's first passage, int64 offsets of its passages within the block, and the block's bytes.
+        Yields index of the block's first passage, int64 offsets of its passages within the block, and its bytes.
         """
         first = 0
         while first < len(self):
@@ -225,15 +206,7 @@ class PassageStore:
             first = last
 
     def sample_texts(self, byte_budget: int, seed: int) -> Iterator[str]:
-        """Random training passages up to a number of bytes, each at most once; for training tokenizers.
-
-        Args:
-            byte_budget: stop after so many UTF-8 bytes.
-            seed: seed of the order.
-
-        Yields:
-            Passages.
-        """
+        """Random training passages up to a number of bytes, each at most once; for training tokenizers."""
         total = 0
         for index in self.permutation(0, seed):
             if total >= byte_budget:
@@ -331,16 +304,6 @@ def choose_validation(
     """Choose the passages of the validation set: those with the lowest hashes.
 
     The share is raised, up to a twentieth of the text, where it gives less than `min_bytes`.
-
-    Args:
-        hashes: uint64 [passages]; equal passages have equal hashes and fall on the same side.
-        byte_lengths: int64 [passages], bytes.
-        share: share of the bytes, in (0, 0.5].
-        max_bytes: the most bytes chosen (one passage may exceed it).
-        min_bytes: the fewest bytes aimed at.
-
-    Returns:
-        bool [passages]; at least one True, and at least one False where there are two different passages.
     """
     if not 0.0 < share <= 0.5:
         raise DataError(f"validation_share must be above 0 and at most 0.5, got {share}.")

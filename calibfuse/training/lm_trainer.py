@@ -182,21 +182,7 @@ def bits_per_byte(
     start_id: int,
     sequence_length: int,
 ) -> float:
-    """Bits per byte of texts, each from an empty context, under the model's own tokenization.
-
-    Args:
-        model: a causal LM; put into evaluation mode.
-        texts: at least one that is not empty.
-        encode: texts to own ids without special tokens.
-        start_id: own id before every text.
-        sequence_length: longest row; what goes beyond is read as a text of its own.
-
-    Returns:
-        Nats of all tokens / bytes of all texts / ln 2.
-
-    Raises:
-        DataError: there is no text.
-    """
+    """Bits per byte of texts, each from an empty context, under the model's own tokenization."""
     byte_count = sum(len(text.encode()) for text in texts)
     if not byte_count:
         raise DataError("There is no text to measure: expected at least one passage.")

@@ -101,9 +101,6 @@ class TrainingLoop(ABC):
 
         Returns:
             The row of the history.
-
-        Raises:
-            InputError: a loss is no number.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(self.step)
@@ -124,18 +121,9 @@ class TrainingLoop(ABC):
         return row
 
     def train(self, validate: Callable[[], str] | None = None, *, validate_every: int = 0) -> bool:
-        """Take the remaining steps.
+        """Take the remaining steps; False when Ctrl-C (or SIGTERM) stopped the run after a checkpoint.
 
-        Args:
-            validate: measures, and returns a line to log.
-            validate_every: steps between validations; 0: none.
-
-        Returns:
-            True when all steps are done, False when Ctrl-C (or SIGTERM) stopped the run after a checkpoint.
-
-        Raises:
-            InputError: a loss is no number.
-            CheckpointError: a checkpoint cannot be written.
+        `validate` measures, and gives a line to log, every `validate_every` steps (0: never).
         """
         if self.step >= self.steps and self.checkpoint:
             return True
@@ -171,11 +159,7 @@ class TrainingLoop(ABC):
         return find_checkpoint(self.folder) if self.folder else None
 
     def save_checkpoint(self) -> None:
-        """Write weights, optimiser state and position; the former checkpoint is replaced only by a complete one.
-
-        Raises:
-            CheckpointError: it cannot be written (disk full); the former checkpoint is still there.
-        """
+        """Write weights, optimiser state and position; the former checkpoint is replaced only by a complete one."""
         if self.folder is None or not self.is_main:
             return
         state = {
@@ -212,9 +196,6 @@ class TrainingLoop(ABC):
 
         Returns:
             The step.
-
-        Raises:
-            CheckpointError: there is none, it is damaged, or it belongs to other text, tokenizers or settings.
         """
         place = require_checkpoint(self.folder) if self.folder else Path()
         state = hub.read_json(place / "state.json", "training state")

@@ -24,9 +24,6 @@ def open_output(output: Path, folders: Sequence[Path], *, resume: bool) -> None:
         output: where the result goes.
         folders: of the loops' checkpoints.
         resume: whether the run is to go on.
-
-    Raises:
-        CheckpointError: see above.
     """
     begun = any(find_checkpoint(folder) for folder in folders)
     if resume and not begun:

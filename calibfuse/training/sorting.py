@@ -55,9 +55,6 @@ class PassageSorter:
         Args:
             scorer: gives each passage a toxicity in [0, 1].
             threshold: passages scoring this or more are not non-toxic; in (0, 1].
-
-        Raises:
-            InputError: the threshold is outside (0, 1].
         """
         if not 0.0 < threshold <= 1.0:
             raise InputError(f"The toxicity threshold must be above 0 and at most 1, got {threshold}.")
@@ -85,9 +82,6 @@ class PassageSorter:
 
         Returns:
             bool [len(passages)], True = non-toxic.
-
-        Raises:
-            ScorerError: the scorer returned another number of scores, or something that is no probability.
         """
         scores = np.asarray(self.scorer.score(passages), dtype=np.float64)
         if scores.shape != (len(passages),):
@@ -122,10 +116,6 @@ def sort_passages(
 
     Returns:
         Labels and counts.
-
-    Raises:
-        InputError: the threshold is outside (0, 1].
-        ScorerError: the scorer returned another number of scores, or something that is no probability.
     """
     sorter = PassageSorter(scorer, threshold)
     labels = [sorter(batch) for batch in _batches(passages, batch_size)]

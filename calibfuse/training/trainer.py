@@ -141,15 +141,7 @@ class Trainer(TrainingLoop):
         super().save_checkpoint()
 
     def validate(self, byte_budget: int | None = None) -> dict[str, dict[str, float]]:
-        """Bits per byte of held-out text per tokenizer of the pool.
-
-        Args:
-            byte_budget: text for each tokenizer; default `validation_bytes`.
-
-        Returns:
-            Name of the tokenizer -> "calibrator" (on wanted passages) and "reference" (on all) bits per byte, and
-            "vocabulary" (size).
-        """
+        """Bits per byte of held-out text per tokenizer of the pool."""
         budget = byte_budget or self.config.validation_bytes
         indices = np.random.default_rng([self.config.seed, 3]).permutation(self.store.validation_indices)
         # The same passages for every tokenizer, or the figures could not be compared.

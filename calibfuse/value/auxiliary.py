@@ -73,9 +73,6 @@ class AuxiliaryModel(nn.Module, ABC):
 
         Returns:
             What the two methods below need of them, rows first.
-
-        Raises:
-            InputError: more tokens than it can read.
         """
 
     @abstractmethod
@@ -136,9 +133,6 @@ class AuxiliaryModel(nn.Module, ABC):
 
         Returns:
             The folder.
-
-        Raises:
-            CheckpointError: the files cannot be written; nothing half-written is left.
         """
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -150,9 +144,6 @@ class AuxiliaryModel(nn.Module, ABC):
 
         Returns:
             float32 [batch, length, target_vocab_size], nats, at most 0; entry [b, i, y] is log R(x_<=i, y).
-
-        Raises:
-            InputError: more tokens than it can read.
         """
         everywhere = torch.ones_like(input_ids, dtype=torch.bool)
         log_r = self.of_all(self.states(input_ids, attention_mask), input_ids, everywhere)
@@ -160,12 +151,7 @@ class AuxiliaryModel(nn.Module, ABC):
 
     @staticmethod
     def from_pretrained(folder: str | os.PathLike[str]) -> AuxiliaryModel:
-        """Load what `save_pretrained` wrote.
-
-        Raises:
-            CheckpointError: missing, damaged, or no auxiliary model.
-            CheckpointFormatError: written by a newer calibfuse.
-        """
+        """Load what `save_pretrained` wrote."""
         place = Path(folder)
         if is_value_lm_checkpoint(place):
             return LanguageModelAuxiliary(ValueLM.from_pretrained(place))

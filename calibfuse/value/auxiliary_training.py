@@ -57,11 +57,7 @@ class AuxiliaryTrainingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Validate.
-
-        Raises:
-            InputError: a value is out of range.
-        """
+        """Validate."""
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} of the auxiliary training must be at least 1, got {getattr(self, name)}.")

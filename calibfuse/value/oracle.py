@@ -45,9 +45,6 @@ class Oracle(Protocol):
 
         Returns:
             (len(texts),), float64, C in [0, 1]; 1 satisfies the constraint. nan: this text could not be labelled.
-
-        Raises:
-            ScorerError: the oracle failed, or gave something that is no list of such numbers.
         """
         ...
 
@@ -107,19 +104,7 @@ class FunctionOracle:
 
 
 def check_satisfaction(values: object, n_texts: int, name: str) -> NDArray[np.float64]:
-    """Return labels as float64, or refuse them.
-
-    Args:
-        values: what an oracle returned: a sequence, array or CPU tensor of numbers.
-        n_texts: how many texts it was given.
-        name: the oracle, for messages.
-
-    Returns:
-        (n_texts,), float64, in [0, 1] or nan.
-
-    Raises:
-        ScorerError: not numbers, wrong count, or outside [0, 1]; the message names the first text concerned.
-    """
+    """Return labels as float64, or refuse them."""
     try:
         if isinstance(values, str | bytes):
             raise TypeError("one string")

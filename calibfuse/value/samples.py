@@ -52,11 +52,7 @@ class SampleSet:
     satisfaction: Tensor
 
     def __post_init__(self) -> None:
-        """Check that the parts fit together.
-
-        Raises:
-            InputError: they do not.
-        """
+        """Check that the parts fit together."""
         count = len(self.input_ids)
         shapes = {name: tuple(getattr(self, name).shape) for name in _COLUMNS}
         if self.input_ids.ndim != 2 or set(shapes.values()) != {(count,)}:
@@ -75,11 +71,7 @@ class SampleSet:
 
     @staticmethod
     def concatenate(parts: Sequence[SampleSet]) -> SampleSet:
-        """All samples of several sets, which may be padded to different lengths.
-
-        Raises:
-            InputError: there are none.
-        """
+        """All samples of several sets, which may be padded to different lengths."""
         if not parts:
             raise InputError("There are no samples to put together.")
         longest = max(part.input_ids.shape[1] for part in parts)
@@ -90,11 +82,7 @@ class SampleSet:
         return SampleSet(torch.cat(ids), **columns)
 
     def save(self, folder: Path) -> None:
-        """Write samples.safetensors and, last, samples.json; each under a temporary name first.
-
-        Raises:
-            CheckpointError: they cannot be written; nothing half-written is left.
-        """
+        """Write samples.safetensors and, last, samples.json; each under a temporary name first."""
         tensors = {"input_ids": self.input_ids.to(torch.int32)}
         tensors |= {name: getattr(self, name) for name in _COLUMNS}
         labelled = int((~self.satisfaction.isnan()).sum())
@@ -104,12 +92,7 @@ class SampleSet:
 
     @classmethod
     def load(cls, folder: Path) -> SampleSet:
-        """Read what `save` wrote.
-
-        Raises:
-            CheckpointError: missing, damaged, or something else.
-            CheckpointFormatError: written by a newer calibfuse.
-        """
+        """Read what `save` wrote."""
         folder = Path(folder)
         facts = hub.read_config(folder, FACTS_FILE, format_name=_FORMAT, supported_version=_FORMAT_VERSION)
         tensors = hub.read_tensors(folder / SAMPLES_FILE)

@@ -66,11 +66,7 @@ class GuideConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Validate.
-
-        Raises:
-            InputError: a value is out of range.
-        """
+        """Validate."""
         FusionConfig(mode="value", alpha=self.alpha)
         for name in ("per_prompt", "max_new_tokens", "sampling_batch_size"):
             if getattr(self, name) < 1:

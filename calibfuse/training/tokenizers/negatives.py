@@ -109,13 +109,6 @@ Maker = Callable[[random.Random], str | bytes]
 def frequent_words(texts: Iterable[str], limit: int = 20_000) -> list[str]:
     """The most frequent words of some texts, lower-cased, most frequent first.
 
-    Args:
-        texts: the texts.
-        limit: the most words returned.
-
-    Returns:
-        Words of two or more ASCII letters.
-
     Example:
         >>> frequent_words(["The cat and the dog, the end"], limit=2)
         ['the', 'cat']
@@ -131,12 +124,6 @@ def text_pieces(texts: Iterable[str]) -> set[bytes]:
 
     Negatives must not be among them: what is a token of real text in one vocabulary must not be taught as impossible
     in another, since equal byte strings have equal vectors.
-
-    Args:
-        texts: the texts.
-
-    Returns:
-        The pieces, without surrounding white space.
 
     Example:
         >>> sorted(text_pieces(["Well (see there)..."]))
@@ -155,22 +142,7 @@ def text_pieces(texts: Iterable[str]) -> set[bytes]:
 def negative_byte_strings(
     count: int, rng: np.random.Generator, words: Sequence[str], *, exclude: Set[bytes] = frozenset()
 ) -> list[bytes]:
-    """Make strings of the kinds in `KIND_WEIGHTS`.
-
-    Args:
-        count: how many, 0 to 500,000.
-        rng: source of randomness; the same state gives the same strings.
-        words: English words, lower case, most frequent first (see `frequent_words`). Parts of program text are taken
-            from them, and strings that are one of them, or a piece of one, are never returned.
-        exclude: further strings that must not come: a result is in it neither as it is nor in lower case without
-            surrounding white space. See `text_pieces`.
-
-    Returns:
-        `count` different, non-empty byte strings of at most 160 bytes, in random order. Not all are valid UTF-8.
-
-    Raises:
-        InputError: `count` is out of range.
-    """
+    """Make strings of the kinds in `KIND_WEIGHTS`."""
     if not 0 <= count <= MAX_COUNT:
         raise InputError(f"The number of negative byte strings must be in [0, {MAX_COUNT}], got {count}.")
     source = random.Random(int(rng.integers(2**63)))

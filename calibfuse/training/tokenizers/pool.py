@@ -56,11 +56,7 @@ class PoolSpec:
     draw_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        """Check the values.
-
-        Raises:
-            InputError: unknown style, too small a size, or a weight that is not above 0.
-        """
+        """Check the values."""
         if self.style not in STYLES:
             raise InputError(f"Unknown tokenizer style {self.style!r}; expected one of {', '.join(STYLES)}.")
         if self.vocab_size < STYLES[self.style].smallest_size:
@@ -138,18 +134,8 @@ class PoolEntry:
     ) -> list[list[int]]:
         """Encode texts, without special tokens.
 
-        Args:
-            texts: the texts.
-            split_rate: share of tokens, in [0, 1], that are cut into two tokens of the vocabulary with the same bytes;
-                done twice, so that pieces may be cut again. It plays the part of BPE dropout, works for every kind of
-                model, and depends on `rng` alone, so that a resumed run repeats it exactly. 0: the tokenizer's own cut.
-            rng: source of the cuts; needed if `split_rate` is above 0.
-
-        Returns:
-            Ids of each text.
-
-        Raises:
-            InputError: `split_rate` is outside [0, 1] or `rng` is missing.
+        A share `split_rate` of the tokens is cut in two, twice, so that pieces may be cut again: what BPE dropout is
+        to BPE, for every kind of model. It depends on `rng` alone, so that a resumed run repeats it exactly.
         """
         if not 0.0 <= split_rate <= 1.0:
             raise InputError(f"split_rate must be in [0, 1], got {split_rate}.")
@@ -168,15 +154,9 @@ class PoolEntry:
         return [part.tolist() for part in np.split(ids, ends[:-1])]
 
     def extended_vocabulary(self, negatives: Sequence[bytes], total_size: int) -> Vocabulary:
-        """The vocabulary with byte strings added that the tokenizer never produces.
+        """The vocabulary, then byte strings that the tokenizer never produces, up to `total_size` ids.
 
-        Args:
-            negatives: candidates in order, see negatives.py beside it; those that are tokens already, and
-                repetitions, are left out, because equal byte strings cannot be told apart.
-            total_size: the most ids of the result; below the tokenizer's own size nothing is added.
-
-        Returns:
-            The tokenizer's ids first, unchanged, then the negatives.
+        Strings that are tokens already, and repetitions, are left out: equal byte strings cannot be told apart.
         """
         room = total_size - len(self.vocabulary)
         known = {self.vocabulary.token_bytes(index) for index in range(len(self.vocabulary))}
@@ -199,9 +179,6 @@ class TokenizerPool:
         Args:
             entries: at least one.
             meta: what is known of the sample, kept in `pool.json`.
-
-        Raises:
-            InputError: no entries.
         """
         if not entries:
             raise InputError("A tokenizer pool needs at least one entry, got none.")
@@ -235,16 +212,7 @@ class TokenizerPool:
         return digest.hexdigest()
 
     def negatives(self, count: int, sample: Sequence[str], seed: int) -> list[bytes]:
-        """Byte strings that no tokenizer of the pool and no text of the sample holds.
-
-        Args:
-            count: how many, 0 to 500,000.
-            sample: text in the language of training; the first 8 MB are looked at.
-            seed: the same seed and sample give the same strings.
-
-        Returns:
-            Different byte strings, see `calibfuse.training.tokenizers.negatives`.
-        """
+        """Byte strings that no tokenizer of the pool and no text of the sample holds."""
         texts = list(_up_to(sample, 2 * COUNT_BYTES))
         words = frequent_words(_up_to(texts, COUNT_BYTES))
         exclude = text_pieces(texts)
@@ -260,17 +228,6 @@ class TokenizerPool:
 
         A small sample gives smaller vocabularies than asked for, which is logged; specs that then become equal to an
         earlier one are left out.
-
-        Args:
-            sample: passages in random order; about 20 MB serve 64,000 tokens, more is not read.
-            specs: what to train.
-            show_progress: show a progress bar.
-
-        Returns:
-            The pool.
-
-        Raises:
-            DataError: the sample is too small to learn a vocabulary from.
         """
         sample_bytes = sum(len(text.encode()) for text in sample)
         if sample_bytes < 2_000:
@@ -298,14 +255,7 @@ class TokenizerPool:
         return cls(entries, meta=meta)
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the pool: one tokenizer.json and one file of counts per entry, and `pool.json` last.
-
-        Args:
-            folder: made if missing.
-
-        Raises:
-            CheckpointError: the folder cannot be written.
-        """
+        """Write the pool: one tokenizer.json and one file of counts per entry, and `pool.json` last."""
         target = Path(folder)
         rows = []
         try:
@@ -332,18 +282,7 @@ class TokenizerPool:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "TokenizerPool":
-        """Read a pool written by `save`.
-
-        Args:
-            folder: the folder with `pool.json`.
-
-        Returns:
-            The pool, with the same order, ids and counts.
-
-        Raises:
-            CheckpointError: a file is missing, damaged or not the one that was saved.
-            CheckpointFormatError: the pool was written by a newer version.
-        """
+        """Read a pool written by `save`."""
         source = Path(folder)
         try:
             content = json.loads((source / POOL_FILE).read_text(encoding="utf-8"))

@@ -36,15 +36,7 @@ class SplitTable:
 
     @classmethod
     def of(cls, vocabulary: Vocabulary, unigram_counts: npt.NDArray[np.int64]) -> "SplitTable":
-        """Find the ways; a way weighs the geometric mean of its halves' counts, as merges of common pieces come first.
-
-        Args:
-            vocabulary: bytes of the tokens.
-            unigram_counts: int64 [size].
-
-        Returns:
-            The table.
-        """
+        """Find the ways; one weighs the geometric mean of its halves' counts, as merges of common pieces come first."""
         tokens = [vocabulary.token_bytes(index) for index in range(len(vocabulary))]
         by_bytes: dict[bytes, int] = {}
         for index, token in enumerate(tokens):
@@ -76,16 +68,7 @@ class SplitTable:
     def split_randomly(
         self, ids: npt.NDArray[np.int64], rate: float, rng: np.random.Generator
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Cut a share of the tokens in two.
-
-        Args:
-            ids: int64 [n].
-            rate: probability of a cut, for tokens that can be cut.
-            rng: source of randomness; draws 2n numbers.
-
-        Returns:
-            The new ids, int64 [m], m >= n, and for each the index of the token it came from, int64 [m].
-        """
+        """Cut a share of the tokens in two."""
         draws, choices = rng.random(len(ids)), rng.random(len(ids))
         is_cut = (draws < rate) & (self.counts[ids] > 0)
         cut_ids = ids[is_cut]

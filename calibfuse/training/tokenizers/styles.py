@@ -75,19 +75,7 @@ class TokenizerStyle:
 
 
 def train_tokenizer(style: str, texts: Texts, vocab_size: int) -> tokenizers.Tokenizer:
-    """Train one tokenizer.
-
-    Args:
-        style: a key of `STYLES`.
-        texts: the sample.
-        vocab_size: the most tokens, special ones included. Little text gives fewer.
-
-    Returns:
-        The tokenizer. The same texts give the same one; with `unigram`, ids and scores of rare characters may differ.
-
-    Raises:
-        InputError: the style is unknown or the size is below its smallest.
-    """
+    """Train one tokenizer."""
     if style not in STYLES:
         raise InputError(f"Unknown tokenizer style {style!r}; expected one of {', '.join(STYLES)}.")
     chosen = STYLES[style]

@@ -53,16 +53,7 @@ class Balance:
 
 
 def balance_terms(store: PassageStore, seed: int, terms: Sequence[str] | None = None) -> Balance:
-    """Choose the flagged passages to leave out.
-
-    Args:
-        store: labelled passages.
-        seed: of the random choice.
-        terms: lower-case words of ASCII letters; None: TERMS, and the names of the text that are flagged too often.
-
-    Returns:
-        The choice; nothing is left out where no passage is flagged, or all are.
-    """
+    """Choose the flagged passages to leave out."""
     flagged = store.labels == 0
     excluded = np.zeros(len(store), dtype=bool)
     base = float(flagged.mean())

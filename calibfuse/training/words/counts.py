@@ -40,16 +40,10 @@ _WORD = re.compile(r"[a-z]+")
 
 
 def word_shifts(store: PassageStore, *, flagged_share: float, excluded: NDArray[np.bool_] | None) -> dict[str, float]:
-    """Count the words of the training passages.
+    """Count the words of the training passages, without the excluded ones.
 
-    Args:
-        store: labelled passages.
-        flagged_share: share of the passages, in (0, 1), that only the reference head reads.
-        excluded: bool [passages], those left out of the training; None: none.
-
-    Returns:
-        Word of three or more letters a to z, or beginning of such words -> log p(word | calibrator's passages) - log
-        p(word | reference's), nats, rounded to 0.01; only the words described above, the lowest first.
+    Gives word of three or more letters a to z, or beginning of such words -> log p(word | calibrator's passages) -
+    log p(word | reference's), nats, rounded to 0.01; only the words described above, the lowest first.
     """
     counts: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
     passages = [0, 0]

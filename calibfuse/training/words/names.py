@@ -46,15 +46,7 @@ class CapitalCounts:
 
 
 def suspected_names(store: PassageStore) -> tuple[str, ...]:
-    """Names in the training passages that are flagged more often than other words.
-
-    Args:
-        store: labelled passages.
-
-    Returns:
-        Lower-case words of three or more letters a to z, in alphabetical order; none where no passage is flagged, or
-        all are.
-    """
+    """Names in the training passages that are flagged more often than other words."""
     capitals = CapitalCounts()
     holders: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
     passages = [0, 0]

@@ -51,14 +51,7 @@ _CAPITAL_SHARE = 0.5  # of the names that follow a small letter ("muslim", "Musl
 
 
 def neutral_passage(rng: np.random.Generator) -> str:
-    """Some neutral sentences that name groups of people.
-
-    Args:
-        rng: decides everything.
-
-    Returns:
-        Two to seven sentences.
-    """
+    """Some neutral sentences that name groups of people."""
     sentences = [_sentence(rng) for _ in range(int(rng.integers(2, 8)))]
     text = " ".join(sentences)
     return text.lower() if rng.random() < _LOWER_SHARE else text
