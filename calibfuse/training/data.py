@@ -186,7 +186,7 @@ class PassageStore:
         return np.asarray(self._offsets[np.asarray(indices) + 1] - self._offsets[np.asarray(indices)])
 
     def permutation(self, epoch: int, seed: int, label: int | None = None) -> np.ndarray:
-        """The order of the training passages (of one label) in one epoch: int64 indices, a function of the arguments."""
+        """The order of the training passages in one epoch, of one label or all: int64 indices."""
         indices = self.train_indices
         if label is not None:
             indices = indices[self.labels[indices] == label]
