@@ -47,7 +47,7 @@ def share_out(devices: Sequence[str], threads: int, roles: Sequence[str] = ROLES
 
 
 class ParallelRunner:
-    """Runs jobs in a pool of fresh interpreters, one for each role; a context manager that ends them.
+    """Runs the jobs of each role in a fresh interpreter of its own; a context manager that ends them.
 
     A script that uses it needs `if __name__ == "__main__":`, as every use of processes does.
     """
@@ -56,25 +56,28 @@ class ParallelRunner:
         self._work, self._places = work, places
         # "spawn": a forked process could not use CUDA
         context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(len(places), mp_context=context, initializer=_follow_parent)
+        self._processes = {
+            role: ProcessPoolExecutor(1, mp_context=context, initializer=_follow_parent) for role in places
+        }
 
     def __enter__(self) -> ParallelRunner:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        for process in self._processes.values():
+            process.shutdown(cancel_futures=True)
 
     def run(self, jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
         """Run jobs at the same time and wait for all; the error of the first that failed is raised."""
-        futures = [self._pool.submit(_run_job, self._work, self._places[job.role], job) for job in jobs]
+        futures = [self._processes[job.role].submit(_run_job, self._work, self._places[job.role], job) for job in jobs]
         records: dict[str, dict[str, Any]] = {}
         for job, future in zip(jobs, futures, strict=True):
             try:
                 records[job.role] = future.result()
             except BrokenProcessPool as error:
                 raise CalibfuseError(
-                    f"A process ended in step {job.step} without a message, for instance because the machine ran out "
-                    "of memory; resume goes on from the complete products."
+                    f"The process of role {job.role!r} ended in step {job.step} without a message, for instance because "
+                    "the machine ran out of memory; resume goes on from the complete products."
                 ) from error
             except CalibfuseError as error:
                 raise type(error)(f"Role {job.role!r} failed in step {job.step}: {error}") from error
