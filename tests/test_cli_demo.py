@@ -121,7 +121,7 @@ def test_scores_go_to_the_texts_they_belong_to():
 def test_the_bundled_prompts_are_distinct_and_mild():
     prompts = bundled_prompts(30)
     assert len(set(prompts)) == 30
-    from calibfuse.scorers.augmentation import strong_words
+    from calibfuse.scorers.words import strong_words
 
     words = {word for prompt in prompts for word in re.findall(r"\w+", prompt.lower())}
     assert not words & set(strong_words())

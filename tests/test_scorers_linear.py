@@ -90,12 +90,12 @@ def test_word_scores_are_those_of_the_words_alone(scorer):
     assert scorer.word_scores(" ") == []
 
 
-def test_worst_window_scores_what_the_text_scores(scorer):
+def test_worst_part_scores_what_the_text_scores(scorer):
     text = TEXTS[3]
-    window = scorer.worst_window(text)
+    window = scorer.worst_part(text)
     assert window in text
     assert len(window.split()) in scorer.windows
-    assert scorer.worst_window("") == ""
+    assert scorer.worst_part("") == ""
 
 
 def test_save_and_load_keep_every_score(scorer, tmp_path):
@@ -232,3 +232,23 @@ def test_identity_terms_alone_are_not_toxic(shared_data):
         row["text"] for row in rows(shared_data / "bias" / "identity_madlibs.jsonl.xz", 12_000) if not row["toxic"]
     ]
     assert (load_scorer().score(neutral) > 0.5).mean() < 0.02
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "screw the top screw to the bolts",
+        "personal favorite super funk",
+        "you're a hero. She loves it.",
+        "The cock crowed.",
+    ],
+)
+def test_the_bundled_scorer_reads_ambiguous_words_in_context(text):
+    assert load_scorer().score([text])[0] < 0.5
+
+
+@pytest.mark.parametrize(
+    "text", ["b*tch", "a**hole", "f**k", "f*cking", "sh!t", "f u c k", "fvck", "You are such a b*tch"]
+)
+def test_the_bundled_scorer_reads_masked_words(text):
+    assert load_scorer().score([text])[0] > 0.5

@@ -240,6 +240,22 @@ def test_a_model_without_padding_is_run_one_by_one(fast_tokenizer):
     assert scorer.score(["a word", "one"]).shape == (2,)
 
 
+def test_a_fast_classifier_stays_within_a_hundredth(fast_tokenizer):
+    texts = [
+        " ".join(np.random.default_rng(i).choice(["a", "word", "another", "one", "more", "x"], 20)) for i in range(50)
+    ]
+    exact = TransformersScorer(classifier(), fast_tokenizer, name="test").score(texts)
+    fast = TransformersScorer(classifier(), fast_tokenizer, name="test", fast=True).score(texts)
+    assert exact.std() > 0.05
+    np.testing.assert_allclose(fast, exact, atol=0.01)
+
+
+def test_the_worst_part_is_the_sentence_with_the_highest_score():
+    scorer = load_scorer(lambda texts: [0.9 if "fool" in text else 0.1 for text in texts])
+    assert scorer.worst_part("It rained. You old fool! Then it\nstopped") == "You old fool!"
+    assert scorer.worst_part("  ") == ""
+
+
 def test_nan_from_a_model_is_an_error(fast_tokenizer):
     model = classifier()
     with torch.no_grad():

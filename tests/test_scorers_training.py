@@ -356,6 +356,17 @@ def test_the_command_trains_a_scorer_that_loads(tmp_path):
     assert scorer.training["data"] == ["data.jsonl.xz"]
 
 
+def test_the_command_keeps_the_scorer_that_is_there(tmp_path, monkeypatch, capsys, trained):
+    monkeypatch.chdir(tmp_path)
+    trained.save("mine")
+    before = Path("mine/model.safetensors").read_bytes()
+    assert main(["train-scorer", "--data", "missing.jsonl", "--output", "mine"]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert Path("mine/model.safetensors").read_bytes() == before
+    assert main(["train-scorer", "--data", "missing.jsonl", "--output", "mine", "--overwrite"]) == 2
+    assert "No such file" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

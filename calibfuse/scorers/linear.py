@@ -184,7 +184,7 @@ class LinearScorer:
         starts, ends = _word_positions(text, stream, everything, everything)
         return [WordScore(int(s), int(e), float(p)) for s, e, p in zip(starts, ends, scores, strict=True)]
 
-    def worst_window(self, text: str) -> str:
+    def worst_part(self, text: str) -> str:
         """Return the part of a text that its score comes from.
 
         Args:

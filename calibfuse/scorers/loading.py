@@ -30,6 +30,7 @@ def load_scorer(
     *,
     label: str | None = None,
     batch_size: int = 32,
+    fast: bool = False,
     device: str | torch.device | None = None,
     revision: str | None = None,
     local_files_only: bool = False,
@@ -42,6 +43,7 @@ def load_scorer(
             that takes a list of texts and returns their probabilities; such a function; or a scorer.
         label: name of the toxic class of a transformers model; None finds it by name.
         batch_size: texts per forward pass of a transformers model.
+        fast: a transformers model may compute in bfloat16, for scores within 0.01; for sorting much text.
         device: where a transformers model or detoxify runs; None is the CPU.
         revision: branch, tag or commit on the Hub.
         local_files_only: True for no network access.
@@ -73,7 +75,9 @@ def load_scorer(
     config_folder = resolve_checkpoint(text, allow_patterns=[CONFIG_NAME], **options)
     if read_json(config_folder / CONFIG_NAME, "configuration of a toxicity scorer").get("format") == FORMAT:
         return LinearScorer.load(resolve_checkpoint(text, **options))
-    return TransformersScorer.from_pretrained(text, label=label, batch_size=batch_size, device=device, **options)
+    return TransformersScorer.from_pretrained(
+        text, label=label, batch_size=batch_size, fast=fast, device=device, **options
+    )
 
 
 def _from_object(value: object, name: str | None = None) -> ToxicityScorer:

@@ -18,7 +18,7 @@ from calibfuse.scorers.augmentation import identity_sentences, insert_words
 from calibfuse.scorers.labelled_files import Fold, read_labelled, read_pairs, read_scored_texts, read_texts
 from calibfuse.scorers.overlap import overlapping_texts
 from calibfuse.scorers.training import LabelledTexts
-from calibfuse.scorers.words import ADJECTIVES, PLURALS, strong_words
+from calibfuse.scorers.words import ADJECTIVES, PLURALS, ambiguous_words, strong_words
 
 __all__ = ["GatheredTexts", "ScorerData", "added_texts", "gather"]
 
@@ -43,6 +43,7 @@ class ScorerData:
     where: Mapping[str, str] = field(default_factory=dict)  # only such rows of `data`
     distrust_lowercase: bool = False  # leave out texts of `data` labelled clean that have no capital letter
     identity_terms: bool = False  # add texts that make names of groups neutral
+    ambiguous_words: bool = False  # add texts that let the context of an ambiguous word decide
     strong_words: bool = False  # add texts that teach the bundled list
     seed: int = 0  # of the draws
 
@@ -98,6 +99,7 @@ def gather(source: ScorerData) -> GatheredTexts:
         "excluded": [Path(path).name for path in source.exclude],
         "distrust_lowercase": source.distrust_lowercase,
         "identity_terms": source.identity_terms,
+        "ambiguous_words": source.ambiguous_words,
         "strong_words": source.strong_words,
     }
     return GatheredTexts(labelled, n_before - len(labelled) + len(source.background), facts)
@@ -133,6 +135,8 @@ def added_texts(source: ScorerData, carriers: LabelledTexts) -> LabelledTexts | 
         parts.append(
             insert_words(terms, carriers, per_word=_INSERTIONS_PER_TERM, weight=_IDENTITY_WEIGHT, seed=source.seed)
         )
+    if source.ambiguous_words:
+        parts.append(insert_words(ambiguous_words(), carriers, per_word=_INSERTIONS_PER_TERM, seed=source.seed + 2))
     if source.strong_words:
         parts.append(
             insert_words(

@@ -7,7 +7,15 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-__all__ = ["ADJECTIVES", "PLURALS", "identity_templates", "identity_terms", "masked_words", "strong_words"]
+__all__ = [
+    "ADJECTIVES",
+    "PLURALS",
+    "ambiguous_words",
+    "identity_templates",
+    "identity_terms",
+    "masked_words",
+    "strong_words",
+]
 
 
 @cache
@@ -31,6 +39,11 @@ def strong_words() -> tuple[str, ...]:
 def masked_words() -> tuple[str, ...]:
     """Return words that people mask: the strong ones, and some that harmless people write out as well."""
     return (*strong_words(), *_lists()["masked"])
+
+
+def ambiguous_words() -> tuple[str, ...]:
+    """Return words that are rude in one sense, or look like a rude one, and are ordinary in another."""
+    return tuple(_lists()["ambiguous"])
 
 
 def identity_terms() -> tuple[str, ...]:

@@ -178,7 +178,7 @@ def _training_text(args: argparse.Namespace) -> TrainingText:
         wanted=args.wanted,
         unwanted=args.unwanted,
         unfiltered=args.from_unfiltered,
-        scorer=load_scorer(args.scorer) if args.from_unfiltered else None,
+        scorer=load_scorer(args.scorer, fast=True) if args.from_unfiltered else None,
         threshold=args.threshold,
         text_field=args.text_field,
     )

@@ -58,9 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--exclude", nargs="+", default=[], metavar="FILE", help="drop texts that repeat these texts")
     extra = parser.add_argument_group("added texts")
     extra.add_argument("--identity-terms", action="store_true", help="make names of groups of people neutral")
+    extra.add_argument("--ambiguous-words", action="store_true", help="let the context of words such as screw decide")
     extra.add_argument("--strong-words", action="store_true", help="teach the bundled list of swear words and slurs")
     run = parser.add_argument_group("training")
     run.add_argument("--output", required=True, metavar="DIR", help="folder of the scorer; made when missing")
+    run.add_argument("--overwrite", action="store_true", help="replace a scorer that is in --output")
     run.add_argument("--name", help="name of the scorer in reports (default: the folder's)")
     run.add_argument("--bucket-bits", type=int, default=20, help="2^N hashed weights of 2 bytes (default: %(default)s)")
     run.add_argument("--char-min", type=int, default=2, help="shortest character n-gram (default: %(default)s)")
@@ -99,6 +101,10 @@ def run(args: argparse.Namespace) -> int:
 
     if not args.data and not args.pairs and not args.realtoxicityprompts:
         raise InputError("train-scorer needs labelled texts: --data, --pairs or --realtoxicityprompts, each with files")
+    if (Path(args.output) / "config.json").exists() and not args.overwrite:
+        raise InputError(
+            f"{args.output} holds a model already: choose another --output, or replace it with --overwrite."
+        )
     if args.fold != "1/1" and not args.realtoxicityprompts:
         raise InputError("--fold takes a part of --realtoxicityprompts; give both.")
     options = TrainingOptions(
@@ -131,6 +137,7 @@ def run(args: argparse.Namespace) -> int:
         where=conditions,
         distrust_lowercase=args.distrust_lowercase,
         identity_terms=args.identity_terms,
+        ambiguous_words=args.ambiguous_words,
         strong_words=args.strong_words,
         seed=args.seed,
     )
