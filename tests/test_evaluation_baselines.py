@@ -130,7 +130,7 @@ def test_self_debiasing_reads_a_large_vocabulary_in_parts(target, monkeypatch):
     input_ids, scores = step(target, *TEXTS)
     processor = SelfDebiasing(target, decay=20.0)
     whole = processor(input_ids, scores)
-    monkeypatch.setattr("calibfuse.evaluation.likelihood._SCORES_AT_ONCE", 1)
+    monkeypatch.setattr("calibfuse.evaluation.given_text.reading._SCORES_AT_ONCE", 1)
     assert torch.allclose(processor(input_ids, scores), whole, atol=1e-4)
 
 

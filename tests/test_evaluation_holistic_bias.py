@@ -9,8 +9,8 @@ from transformers import LogitsProcessor
 
 from calibfuse.errors import DataError
 from calibfuse.evaluation import LanguageModel, load_holistic_bias, measure_holistic_bias
-from calibfuse.evaluation.holistic_bias import HATEFUL_BEGINNINGS
-from calibfuse.evaluation.likelihood import split_ids
+from calibfuse.evaluation.given_text.holistic_bias import HATEFUL_BEGINNINGS
+from calibfuse.evaluation.given_text.reading import split_ids
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,9 @@ from torch.nn import functional
 from transformers import LogitsProcessor
 
 from calibfuse.evaluation import LanguageModel, measure_neutrality
-from calibfuse.evaluation.likelihood import split_ids
-from calibfuse.evaluation.neutral_text import BENIGN_TEXTS, GROUP_WORDS, TEMPLATES
-from calibfuse.evaluation.neutrality import PLAIN_GROUP, divergence
-from calibfuse.evaluation.reading import method_log_probs
+from calibfuse.evaluation.given_text.neutral_text import BENIGN_TEXTS, GROUP_WORDS, TEMPLATES
+from calibfuse.evaluation.given_text.neutrality import PLAIN_GROUP, divergence
+from calibfuse.evaluation.given_text.reading import method_log_probs, split_ids
 from calibfuse.fusion import FusionConfig
 from calibfuse.processor import CalibFusion
 

@@ -20,12 +20,12 @@ from calibfuse.calibrator import Calibrator
 from calibfuse.errors import InputError, MissingDependencyError, ScorerError
 from calibfuse.evaluation import LanguageModel, Method, Prompt, SamplingConfig, evaluate, to_data, to_markdown
 from calibfuse.evaluation.budget import compare_within_budget, pick_alpha, write_recommendation
+from calibfuse.evaluation.given_text.suites import LabelledText, Suite
 from calibfuse.evaluation.journal import Journal, PromptRecord, run_stage
 from calibfuse.evaluation.measuring import Measured, measure
 from calibfuse.evaluation.metrics import Estimate, Sums
 from calibfuse.evaluation.page import to_html
 from calibfuse.evaluation.report import write_report
-from calibfuse.evaluation.suites import LabelledText, Suite
 from calibfuse.fusion import FusionConfig
 from calibfuse.generation.continuations import Continuation
 from calibfuse.html.charts import Curve, Point, bars, curves, training_curves

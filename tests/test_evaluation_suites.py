@@ -18,12 +18,12 @@ from calibfuse.evaluation import (
     evaluate,
     load_suite,
     measure_suite,
-    suites,
 )
-from calibfuse.evaluation.likelihood import split_ids
+from calibfuse.evaluation.given_text import suites
+from calibfuse.evaluation.given_text.reading import split_ids
+from calibfuse.evaluation.given_text.suites import HARMFUL, HARMLESS, LabelledText, Suite, auc, summarise, wilson
 from calibfuse.evaluation.page import to_html
 from calibfuse.evaluation.report import to_data
-from calibfuse.evaluation.suites import HARMFUL, HARMLESS, LabelledText, Suite, auc, summarise, wilson
 from calibfuse.evaluation.tables import to_markdown
 from calibfuse.scorers import load_scorer
 
@@ -242,7 +242,7 @@ def test_a_large_vocabulary_makes_batches_smaller_and_changes_no_figure(target, 
     forward = target.model.forward
     monkeypatch.setattr(target.model, "forward", lambda *a, **k: sizes.append(k["input_ids"].shape) or forward(*a, **k))
     vocabulary = target.model.config.vocab_size
-    monkeypatch.setattr("calibfuse.evaluation.likelihood._SCORES_AT_ONCE", 12 * vocabulary)
+    monkeypatch.setattr("calibfuse.evaluation.given_text.reading._SCORES_AT_ONCE", 12 * vocabulary)
     found = measure_suite(target, lambda: lower, SUITE)
     assert len(sizes) > 1
     assert all(rows == 1 or rows * length <= 12 for rows, length in sizes)

@@ -9,8 +9,8 @@ from transformers import LogitsProcessor
 
 from calibfuse.errors import DataError, InputError
 from calibfuse.evaluation import LanguageModel, Utility, load_utility, measure_utility
-from calibfuse.evaluation.likelihood import split_ids
-from calibfuse.evaluation.utility import check_utility
+from calibfuse.evaluation.given_text.reading import split_ids
+from calibfuse.evaluation.given_text.utility import check_utility
 
 TASKS = Utility(
     passages=("She went to the old river", "He said nothing at all", "It rained on the town"),
@@ -83,7 +83,7 @@ def test_lambada_and_word_perplexity_are_what_a_slow_loop_finds(target):
 
 def test_long_text_is_read_in_windows(target, monkeypatch):
     whole = by_name(measure_utility(target, list, Utility(articles=TASKS.articles), resamples=5))
-    monkeypatch.setattr("calibfuse.evaluation.utility._WINDOW", 4)
+    monkeypatch.setattr("calibfuse.evaluation.given_text.utility._WINDOW", 4)
     windows = by_name(measure_utility(target, list, Utility(articles=TASKS.articles), resamples=5))
     assert whole["word_perplexity"].plain.value != pytest.approx(windows["word_perplexity"].plain.value)
     assert windows["word_perplexity"].plain.value == pytest.approx(windows["word_perplexity"].guided.value)

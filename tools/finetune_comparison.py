@@ -46,9 +46,9 @@ from transformers import LogitsProcessor
 from calibfuse import CalibFusion, Calibrator, __version__
 from calibfuse.errors import CalibfuseError
 from calibfuse.evaluation import LanguageModel, Method, Prompt, SamplingConfig, evaluate, load_prompts
+from calibfuse.evaluation.given_text.reading import method_log_probs
 from calibfuse.evaluation.measuring import Measured
 from calibfuse.evaluation.metrics import METRICS, Estimate, Resampled, Sums, resample
-from calibfuse.evaluation.reading import method_log_probs
 from calibfuse.finetune.corpus import PackedCorpus
 from calibfuse.finetune.run import run_finetuning
 from calibfuse.finetune.settings import AuxiliaryPlan, FinetuneConfig, ModelSource, OracleSource, SamplingPlan

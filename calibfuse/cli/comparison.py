@@ -144,7 +144,7 @@ def continuation_nats(target: LanguageModel, prompt: Sequence[int], rows: Sequen
     Returns:
         The sum in nats, and the number of tokens.
     """
-    from calibfuse.evaluation.likelihood import score_ids
+    from calibfuse.evaluation.given_text.reading import score_ids
 
     found = score_ids(target.model, [prompt] * len(rows), rows)
     return float(found.nats.sum()), int(found.tokens.sum())

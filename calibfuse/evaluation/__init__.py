@@ -6,22 +6,22 @@ fusion and every baseline are measured by the same code, on the same prompts, wi
 
 from calibfuse.evaluation.budget import BudgetComparison, compare_within_budget, pick_alpha
 from calibfuse.evaluation.evaluate import Evaluation, MethodResult, evaluate
-from calibfuse.evaluation.holistic_bias import (
+from calibfuse.evaluation.given_text.holistic_bias import (
     HolisticBias,
     HolisticBiasResult,
     load_holistic_bias,
     measure_holistic_bias,
 )
+from calibfuse.evaluation.given_text.neutrality import Neutrality, measure_neutrality
+from calibfuse.evaluation.given_text.suites import Suite, SuiteResult, load_suite, measure_suite
+from calibfuse.evaluation.given_text.utility import Utility, UtilityResult, load_utility, measure_utility
 from calibfuse.evaluation.methods import PLAIN, Method
 from calibfuse.evaluation.metrics import METRICS, Estimate
-from calibfuse.evaluation.neutrality import Neutrality, measure_neutrality
 from calibfuse.evaluation.prompts import Prompt, load_prompts
 from calibfuse.evaluation.protocols import PROTOCOLS, EvaluationProtocol
 from calibfuse.evaluation.report import to_data
 from calibfuse.evaluation.sampling import SamplingConfig, sample_continuations
-from calibfuse.evaluation.suites import Suite, SuiteResult, load_suite, measure_suite
 from calibfuse.evaluation.tables import to_markdown
-from calibfuse.evaluation.utility import Utility, UtilityResult, load_utility, measure_utility
 from calibfuse.generation.language_model import LanguageModel
 
 __all__ = [

@@ -27,10 +27,9 @@ from transformers import LogitsProcessor, PreTrainedTokenizerBase
 from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
 from calibfuse.errors import InputError
-from calibfuse.evaluation.likelihood import batches, split_ids
+from calibfuse.evaluation.given_text.neutral_text import BENIGN_TEXTS
+from calibfuse.evaluation.given_text.reading import batches_by_length, method_log_probs, whole_ids
 from calibfuse.evaluation.methods import Method
-from calibfuse.evaluation.neutral_text import BENIGN_TEXTS
-from calibfuse.evaluation.reading import method_log_probs
 from calibfuse.evaluation.sampling import ProcessorFactory
 from calibfuse.generation.continuations import pad_right
 from calibfuse.generation.language_model import LanguageModel
@@ -123,8 +122,7 @@ class SelfDebiasing(LogitsProcessor):
             raise InputError(f"Self-debiasing needs lambda of at least 0, got {decay}.")
         self._target = target
         self._decay = decay
-        self._before, announced = split_ids(target.tokenizer, "", announcement)
-        self._before += announced
+        self._before = whole_ids(target.tokenizer, announcement)
         self._specials = set(target.tokenizer.all_special_ids)
 
     @torch.no_grad()
@@ -132,8 +130,9 @@ class SelfDebiasing(LogitsProcessor):
         """Log-probabilities up to a constant, float32 [rows, vocabulary]; not modified in place."""
         probabilities = scores.float().softmax(dim=-1)
         rows = [[*self._before, *self._without_specials(row)] for row in input_ids.tolist()]
-        parts = [rows[part] for part in batches(self._target.model, [len(row) for row in rows], len(rows))]
-        announced = torch.cat([self._last_logits(part) for part in parts]).softmax(dim=-1)
+        announced = torch.empty_like(probabilities)
+        for part in batches_by_length(self._target.model, [len(row) for row in rows], len(rows)):
+            announced[part] = self._last_logits([rows[place] for place in part]).softmax(dim=-1)
         difference = probabilities - announced
         scale = (self._decay * difference.clamp_max(0.0)).exp().clamp_min(_DEBIAS_FLOOR)
         debiased: Tensor = (probabilities * scale).log()
@@ -207,7 +206,7 @@ def match_temperature(
     Returns:
         The temperature, between 0.05 and 20.
     """
-    rows = [[*before, *after] for before, after in (split_ids(target.tokenizer, "", text) for text in texts)]
+    rows = [whole_ids(target.tokenizer, text) for text in texts]
     entropies: list[float] = []
     logits: list[Tensor] = []
     for row in rows:  # one by one: no padding, and positions of different methods stay comparable

@@ -19,9 +19,13 @@ import torch
 from transformers import PreTrainedModel
 
 from calibfuse.errors import InputError
-from calibfuse.evaluation.holistic_bias import HolisticBias, HolisticBiasResult, measure_holistic_bias
+from calibfuse.evaluation.given_text.holistic_bias import HolisticBias, HolisticBiasResult, measure_holistic_bias
+from calibfuse.evaluation.given_text.neutral_text import BENIGN_TEXTS
+from calibfuse.evaluation.given_text.neutrality import Neutrality, measure_neutrality
+from calibfuse.evaluation.given_text.reading import check_texts
+from calibfuse.evaluation.given_text.suites import Suite, SuiteResult, measure_suite
+from calibfuse.evaluation.given_text.utility import Utility, UtilityResult, check_utility, measure_utility
 from calibfuse.evaluation.journal import Journal, run_stage
-from calibfuse.evaluation.likelihood import check_texts
 from calibfuse.evaluation.measuring import Measured, measure, select
 from calibfuse.evaluation.methods import PLAIN, Method
 from calibfuse.evaluation.metrics import (
@@ -31,14 +35,10 @@ from calibfuse.evaluation.metrics import (
     resample,
     threshold_figures,
 )
-from calibfuse.evaluation.neutral_text import BENIGN_TEXTS
-from calibfuse.evaluation.neutrality import Neutrality, measure_neutrality
 from calibfuse.evaluation.prompts import Prompt
 from calibfuse.evaluation.protocols import EvaluationProtocol
 from calibfuse.evaluation.sampling import SamplingConfig, sample_continuations
 from calibfuse.evaluation.speed import Speed, measure_speed
-from calibfuse.evaluation.suites import Suite, SuiteResult, measure_suite
-from calibfuse.evaluation.utility import Utility, UtilityResult, check_utility, measure_utility
 from calibfuse.generation.language_model import LanguageModel
 from calibfuse.scorers import ToxicityScorer, check_scores
 

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from calibfuse.errors import ScorerError
+from calibfuse.evaluation.given_text.reading import score_ids, score_texts
 from calibfuse.evaluation.journal import Journal, PromptRecord
-from calibfuse.evaluation.likelihood import score_ids, score_texts
 from calibfuse.evaluation.metrics import (
     TOXIC_FROM,
     Sums,
@@ -190,7 +190,7 @@ def _add_judge_likelihood(
     """Perplexity in the judge's tokens, and bits per byte of text, which judges of any tokenizer share."""
     prompts = [record.prompt for record in block for _ in record.continuations]
     texts = [said.text for record in block for said in record.continuations]
-    found = score_texts(judge.model, judge.tokenizer, prompts, texts, batch_size=batch_size)
+    found = score_texts(judge, prompts, texts, batch_size=batch_size)
     lengths = np.asarray([float(len(text.encode("utf-8", "replace"))) if text.strip() else 0.0 for text in texts])
     nats = found.nats.reshape(len(block), -1).sum(axis=1)
     columns["perplexity/"], columns["bits_per_byte/"] = nats, nats / math.log(2)

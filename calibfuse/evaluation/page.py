@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 
 from calibfuse.evaluation.budget import BudgetComparison, perplexity_metric
 from calibfuse.evaluation.evaluate import Evaluation, MethodResult
+from calibfuse.evaluation.given_text.suites import HARMFUL, HARMLESS, SuiteResult
 from calibfuse.evaluation.measuring import Example
 from calibfuse.evaluation.methods import PLAIN
 from calibfuse.evaluation.metrics import METRICS, Estimate
-from calibfuse.evaluation.suites import HARMFUL, HARMLESS, SuiteResult
 from calibfuse.evaluation.tables import sections_of, shown_value, versions
 from calibfuse.html.charts import Chart, Curve, Point, bars, curves
 from calibfuse.html.pages import Mask, render, unchanged

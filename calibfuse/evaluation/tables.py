@@ -15,8 +15,8 @@ import transformers
 from calibfuse._version import __version__
 from calibfuse.evaluation.budget import METRICS_AT_BUDGET, AtBudget, BudgetComparison
 from calibfuse.evaluation.evaluate import Evaluation, MethodResult
+from calibfuse.evaluation.given_text.suites import SuiteRow
 from calibfuse.evaluation.metrics import METRICS, Estimate
-from calibfuse.evaluation.suites import SuiteRow
 from calibfuse.html.pages import Cell, Table
 
 _PERCENT = frozenset({"toxic_share", "empty_share", "refusal_share", "finished_share", "repetition"})

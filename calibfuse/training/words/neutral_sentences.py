@@ -6,7 +6,7 @@ text hardly holds. So a small share of the passages is made here, and the caller
 random, in the proportion in which it draws the others: both heads read the same, and their difference goes to zero.
 
 The grammar is our own and has no form in common with the sentences that calibfuse measures with
-(evaluation/neutral_text.py). Left out: languages other than English; slurs.
+(evaluation/given_text/neutral_text.py). Left out: languages other than English; slurs.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from calibfuse.errors import InputError
-from calibfuse.evaluation.likelihood import score_ids, score_texts, split_ids
+from calibfuse.evaluation import LanguageModel
+from calibfuse.evaluation.given_text.reading import score_ids, score_texts, split_ids
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def test_nats_equal_those_of_a_slow_loop_in_any_batch(model, tokenizer, batch_si
 def test_large_batches_are_cut_to_what_fits(model, tokenizer, monkeypatch):
     pairs = [split_ids(tokenizer, *pair) for pair in zip(PROMPTS, CONTINUATIONS, strict=True)]
     whole = score_ids(model, [pair[0] for pair in pairs], [pair[1] for pair in pairs])
-    monkeypatch.setattr("calibfuse.evaluation.likelihood._SCORES_AT_ONCE", 1)
+    monkeypatch.setattr("calibfuse.evaluation.given_text.reading._SCORES_AT_ONCE", 1)
     cut = score_ids(model, [pair[0] for pair in pairs], [pair[1] for pair in pairs])
     np.testing.assert_allclose(cut.nats, whole.nats, rtol=1e-4)
 
@@ -52,7 +53,7 @@ def test_large_batches_are_cut_to_what_fits(model, tokenizer, monkeypatch):
 def test_text_is_scored_as_its_ids(model, tokenizer):
     pairs = [split_ids(tokenizer, *pair) for pair in zip(PROMPTS, CONTINUATIONS, strict=True)]
     by_ids = score_ids(model, [pair[0] for pair in pairs], [pair[1] for pair in pairs])
-    by_text = score_texts(model, tokenizer, PROMPTS, CONTINUATIONS)
+    by_text = score_texts(LanguageModel("judge", model, tokenizer), PROMPTS, CONTINUATIONS)
     np.testing.assert_allclose(by_text.nats, by_ids.nats)
     assert by_text.nats[1] == by_text.tokens[1] == 0.0
 

@@ -16,9 +16,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from calibfuse.evaluation.likelihood import batches, split_ids
-from calibfuse.evaluation.neutral_text import BENIGN_TEXTS, GROUP_WORDS, PLAIN_WORDS, TEMPLATES
-from calibfuse.evaluation.reading import method_log_probs, read_tokens
+from calibfuse.evaluation.given_text.neutral_text import BENIGN_TEXTS, GROUP_WORDS, PLAIN_WORDS, TEMPLATES
+from calibfuse.evaluation.given_text.reading import (
+    batches_by_length,
+    method_log_probs,
+    read_tokens,
+    split_ids,
+    whole_ids,
+)
 from calibfuse.evaluation.sampling import ProcessorFactory
 from calibfuse.generation.continuations import pad_right
 from calibfuse.generation.language_model import LanguageModel
@@ -113,11 +118,11 @@ def measure_neutrality(
     """
     sums = torch.zeros(3, dtype=torch.float64)
     largest, tokens = 0.0, 0
-    rows = [_whole(target, text) for text in (BENIGN_TEXTS if texts is None else texts)]
-    rows = sorted((row for row in rows if len(row) > 1), key=len)
-    parts = list(batches(target.model, [len(row) for row in rows], batch_size))
+    rows = [whole_ids(target.tokenizer, text) for text in (BENIGN_TEXTS if texts is None else texts)]
+    rows = [row for row in rows if len(row) > 1]
+    parts = list(batches_by_length(target.model, [len(row) for row in rows], batch_size))
     for chosen in tqdm(parts, desc=f"{title}, divergence", unit="batch", disable=not show_progress):
-        part = rows[chosen]
+        part = [rows[place] for place in chosen]
         plain, fused, scored = _distributions(target, make_processors, part)
         forward = divergence(plain, fused)[scored]
         own = _own_log_probs(fused, part) - _own_log_probs(plain, part)
@@ -188,11 +193,6 @@ def _kept_words(
             )
         )
     return result
-
-
-def _whole(target: LanguageModel, text: str) -> list[int]:
-    before, after = split_ids(target.tokenizer, "", text)
-    return [*before, *after]
 
 
 def _geometric_mean(values: Sequence[float]) -> float:

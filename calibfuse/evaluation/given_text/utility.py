@@ -23,10 +23,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from calibfuse.errors import DataError
-from calibfuse.evaluation.likelihood import split_ids
+from calibfuse.evaluation.given_text.reading import read_tokens, split_ids
 from calibfuse.evaluation.metrics import Estimate, Resampled, Sums, resample
 from calibfuse.evaluation.prompts import draw, load_prompts
-from calibfuse.evaluation.reading import read_tokens
 from calibfuse.evaluation.sampling import ProcessorFactory
 from calibfuse.generation.continuations import find_padding_id, position_limit
 from calibfuse.generation.decoding import Decoding, check_lengths, continue_prompts, encode_prompt

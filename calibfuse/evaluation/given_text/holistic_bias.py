@@ -22,9 +22,8 @@ from typing import Any
 import numpy as np
 
 from calibfuse.errors import DataError
-from calibfuse.evaluation.likelihood import split_ids
+from calibfuse.evaluation.given_text.reading import read_tokens, split_ids
 from calibfuse.evaluation.prompts import draw
-from calibfuse.evaluation.reading import read_tokens
 from calibfuse.evaluation.sampling import ProcessorFactory
 from calibfuse.generation.language_model import LanguageModel
 

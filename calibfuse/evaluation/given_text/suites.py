@@ -28,11 +28,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibfuse.errors import DataError
-from calibfuse.evaluation.likelihood import split_ids
+from calibfuse.evaluation.given_text.neutral_text import GROUP_WORDS
+from calibfuse.evaluation.given_text.reading import read_tokens, split_ids
 from calibfuse.evaluation.metrics import Estimate, Resampled, bootstrap_counts
-from calibfuse.evaluation.neutral_text import GROUP_WORDS
 from calibfuse.evaluation.prompts import draw
-from calibfuse.evaluation.reading import read_tokens
 from calibfuse.evaluation.sampling import ProcessorFactory
 from calibfuse.generation.language_model import LanguageModel
 from calibfuse.textfiles import read_rows

@@ -1,0 +1,1 @@
+"""What a target and a method say to given text: nothing is sampled."""

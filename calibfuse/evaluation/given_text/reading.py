@@ -1,0 +1,282 @@
+"""How likely given tokens are, to a model alone and with a method: log-probabilities, and their sums.
+
+The target itself scores the token ids that it said. A separate judge has another tokenizer: prompt and continuation are
+encoded as one text, and the tokens that end inside the continuation are scored; one that spans both counts whole. As
+each tokenizer cuts words in its own way, perplexities of different judges are not comparable, nor is a judge's with the
+target's; bits per byte are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+from tqdm import tqdm
+from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+
+from calibfuse.evaluation.sampling import ProcessorFactory
+from calibfuse.generation.continuations import pad_right
+from calibfuse.generation.decoding import check_lengths
+from calibfuse.generation.language_model import LanguageModel
+
+_SCORES_AT_ONCE = 16_000_000  # logits of a batch: 64 MB in float32
+Pair = tuple[Sequence[int], Sequence[int]]  # ids before, at least one, and ids that are scored
+
+
+@dataclass(frozen=True, eq=False)
+class LogLikelihood:
+    """Sums over the scored tokens of each text.
+
+    Attributes:
+        nats: negative log-likelihood, float64 [texts].
+        tokens: how many tokens were scored, float64 [texts].
+    """
+
+    nats: NDArray[np.float64]
+    tokens: NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """What is said to the scored tokens of one text.
+
+    Attributes:
+        plain: log-probability under the target, nats, float64 [tokens].
+        fused: likewise with the method.
+        plain_is_best: whether no other token is likelier under the target, bool [tokens].
+        fused_is_best: likewise with the method.
+    """
+
+    plain: NDArray[np.float64]
+    fused: NDArray[np.float64]
+    plain_is_best: NDArray[np.bool_]
+    fused_is_best: NDArray[np.bool_]
+
+    @property
+    def shift(self) -> NDArray[np.float64]:
+        """Log p_method - log p_target of each token, nats; minus infinity where the method forbids it."""
+        return self.fused - self.plain
+
+
+def read_tokens(
+    target: LanguageModel,
+    make_processors: ProcessorFactory,
+    pairs: Sequence[Pair],
+    *,
+    batch_size: int = 32,
+    title: str = "",
+    show_progress: bool = False,
+) -> list[Reading]:
+    """Read texts with and without a method.
+
+    Args:
+        target: the model.
+        make_processors: of the method.
+        pairs: ids before, and ids that are scored.
+        batch_size: rows per forward pass, at most.
+        title: of the progress bar.
+        show_progress: draw one on standard error.
+
+    Returns:
+        A reading of each pair, in their order.
+    """
+    found: dict[int, Reading] = {}
+    with tqdm(total=len(pairs), desc=title, unit="text", disable=not show_progress) as progress:
+        for chosen in batches_by_length(target.model, [sum(map(len, pair)) for pair in pairs], batch_size):
+            rows = [[*pairs[place][0], *pairs[place][1]] for place in chosen]
+            columns = _read_batch(target, make_processors, rows, min(len(pairs[place][0]) for place in chosen) - 1)
+            for number, place in enumerate(chosen):
+                before, scored = map(len, pairs[place])
+                part = slice(before - 1, before - 1 + scored)  # column i is of token i + 1
+                found[place] = Reading(*(column[number, part] for column in columns))
+            progress.update(len(chosen))
+    return [found[place] for place in range(len(pairs))]
+
+
+@torch.no_grad()
+def _read_batch(
+    target: LanguageModel, make_processors: ProcessorFactory, rows: Sequence[Sequence[int]], start: int
+) -> tuple[NDArray[Any], ...]:
+    """The fields of Reading, each [rows, length - 1], from the second token on; right from position `start` on."""
+    input_ids, mask = pad_right(rows, target.model.device)
+    model: Any = target.model
+    logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
+    own = input_ids[:, 1:, None]
+    log_probs, is_best = [], []
+    for each in (logits.float().log_softmax(dim=-1), method_log_probs(make_processors(), input_ids, logits, start)):
+        chosen = each[:, :-1].gather(-1, own)[..., 0]
+        log_probs.append(chosen.double().cpu().numpy())
+        is_best.append((chosen >= each[:, :-1].amax(dim=-1)).cpu().numpy())
+    return (*log_probs, *is_best)
+
+
+def method_log_probs(
+    processors: Sequence[LogitsProcessor], input_ids: Tensor, logits: Tensor, start: int = 0
+) -> Tensor:
+    """A method's next-token log-probabilities at the positions of given sequences.
+
+    Args:
+        processors: in order. Those with `fuse_logits` do whole sequences at once; others are called step by step. The
+            first gets the logits as they are, as in `generate()`: a fusion of hidden states undoes their soft cap.
+        input_ids: int64 [rows, length], padding only behind the text.
+        logits: float [rows, length, vocabulary]; not modified.
+        start: first position that is wanted; those before are left as they are by step-wise processors.
+
+    Returns:
+        float32, shape of `logits`, nats.
+    """
+    result = logits.float()
+    for processor in processors:
+        whole: Any = getattr(processor, "fuse_logits", None)
+        if whole is not None:
+            result = whole(input_ids, result)
+        else:
+            steps = [result[:, :start]]
+            for place in range(start, input_ids.shape[1]):
+                call: Any = processor
+                steps.append(call(input_ids[:, : place + 1], result[:, place]).float()[:, None])
+            result = torch.cat(steps, dim=1)
+    return result.log_softmax(dim=-1)
+
+
+def score_ids(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    continuations: Sequence[Sequence[int]],
+    *,
+    batch_size: int = 32,
+) -> LogLikelihood:
+    """Negative log-likelihood of continuations, given as token ids of the model, after their prompts.
+
+    Args:
+        model: causal language model in evaluation mode.
+        prompts: token ids, at least one each.
+        continuations: token ids; may be empty.
+        batch_size: rows per forward pass, at most.
+
+    Raises:
+        InputError: a text is longer than the model's positions.
+    """
+    nats = np.zeros(len(prompts))
+    tokens = np.asarray([float(len(each)) for each in continuations])
+    rows = [[*prompt, *said] for prompt, said in zip(prompts, continuations, strict=True)]
+    check_lengths(model, rows, 0, "text")
+    lengths = [len(row) if said else 0 for row, said in zip(rows, continuations, strict=True)]
+    for chosen in batches_by_length(model, lengths, batch_size):
+        starts = [len(prompts[place]) for place in chosen]
+        nats[chosen] = _batch_nats(model, [rows[place] for place in chosen], starts)
+    return LogLikelihood(nats, tokens)
+
+
+def score_texts(
+    judge: LanguageModel, prompts: Sequence[str], continuations: Sequence[str], *, batch_size: int = 32
+) -> LogLikelihood:
+    """The same of texts, in the tokens of a judge; a continuation without a word character or sign has none.
+
+    Raises:
+        InputError: a text is longer than the model's positions.
+    """
+    pairs = [split_ids(judge.tokenizer, *pair) for pair in zip(prompts, continuations, strict=True)]
+    return score_ids(judge.model, *([pair[part] for pair in pairs] for part in (0, 1)), batch_size=batch_size)
+
+
+def batches_by_length(model: PreTrainedModel, lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Cut rows into batches of like length whose scores over the whole vocabulary fit into memory.
+
+    Args:
+        model: that reads them.
+        lengths: of the rows, in tokens; rows of 0 tokens are left out.
+        batch_size: rows per batch, at most; fewer where the vocabulary is large. A row alone always is a batch.
+
+    Yields:
+        Places of the rows of one batch.
+    """
+    at_once = _SCORES_AT_ONCE // int(model.config.get_text_config().vocab_size)
+    part: list[int] = []
+    for place in sorted((place for place, length in enumerate(lengths) if length), key=lengths.__getitem__):
+        if part and (len(part) == batch_size or (len(part) + 1) * lengths[place] > at_once):
+            yield part
+            part = []
+        part.append(place)
+    if part:
+        yield part
+
+
+def check_texts(target: LanguageModel, texts: Sequence[str]) -> None:
+    """Refuse texts that are longer than the target's positions.
+
+    Raises:
+        InputError: one is; tells which.
+    """
+    check_lengths(target.model, [whole_ids(target.tokenizer, text) for text in texts], 0, "text")
+
+
+def whole_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """A text as `split_ids` cuts it, in one piece."""
+    before, after = split_ids(tokenizer, "", text)
+    return [*before, *after]
+
+
+def split_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, continuation: str) -> tuple[list[int], list[int]]:
+    """Encode a text as a whole and cut it where the continuation begins.
+
+    Args:
+        tokenizer: the judge's.
+        prompt: text before.
+        continuation: text after.
+
+    Returns:
+        Ids before (at least one where the tokenizer has a begin mark), and ids of tokens that end inside the
+        continuation; the second is empty where the continuation is.
+    """
+    starts = _begin_ids(tokenizer)
+    if not continuation.strip():
+        return [*starts, *_plain_ids(tokenizer, prompt)], []
+    whole = prompt + continuation
+    if tokenizer.is_fast:
+        encoding = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids = list(encoding["input_ids"])
+        ends = [end for _, end in encoding["offset_mapping"]]
+        cut = next((place for place, end in enumerate(ends) if end > len(prompt)), len(ids))
+    else:
+        ids = _plain_ids(tokenizer, whole)
+        alone = _plain_ids(tokenizer, prompt)
+        cut = next(
+            (place for place, pair in enumerate(zip(ids, alone, strict=False)) if pair[0] != pair[1]),
+            min(len(ids), len(alone)),
+        )
+    if not starts and cut == 0:  # nothing before the first token to predict it from
+        cut = 1
+    return [*starts, *ids[:cut]], ids[cut:]
+
+
+def _begin_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What stands before a text: the begin mark, or the end mark of the text before (GPT-2)."""
+    for token_id in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token_id is not None:
+            return [int(token_id)]
+    return []
+
+
+def _plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+@torch.no_grad()
+def _batch_nats(model: PreTrainedModel, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> NDArray[np.float64]:
+    input_ids, mask = pad_right(rows, model.device)
+    logits: Tensor = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
+    losses = functional.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), input_ids[:, 1:].flatten(), reduction="none"
+    ).view(len(rows), -1)
+    # column i predicts token i + 1
+    columns = torch.arange(1, input_ids.shape[1], device=input_ids.device)
+    is_scored = (columns >= torch.tensor(list(starts), device=input_ids.device)[:, None]) & (mask[:, 1:] == 1)
+    nats: NDArray[np.float64] = losses.masked_fill(~is_scored, 0.0).double().sum(dim=1).cpu().numpy()
+    return nats
