@@ -76,8 +76,8 @@ class ParallelRunner:
                 records[job.role] = future.result()
             except BrokenProcessPool as error:
                 raise CalibfuseError(
-                    f"The process of role {job.role!r} ended in step {job.step} without a message, for instance because "
-                    "the machine ran out of memory; resume goes on from the complete products."
+                    f"The process of role {job.role!r} ended in step {job.step} without a message, for instance "
+                    "because the machine ran out of memory; resume goes on from the complete products."
                 ) from error
             except CalibfuseError as error:
                 raise type(error)(f"Role {job.role!r} failed in step {job.step}: {error}") from error
