@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from xml.etree import ElementTree
 
+import numpy as np
+
 from calibfuse.errors import InputError
 from calibfuse.html import require
 
@@ -39,12 +41,19 @@ _MARKS = "osD^v"
 _WIDE, _NARROW = 7.6, 3.9  # inches; a page scales them to its width
 _LOG_FROM = 3.0  # largest over smallest value from which on a horizontal axis is logarithmic
 _SMOOTH_FROM = 60  # records from which on a running mean is drawn over a training curve
+_SPACE = "http://www.w3.org/2000/svg"
 _FONT = "system-ui, -apple-system, 'Segoe UI', sans-serif"
 _SETTINGS: dict[Any, Any] = {
     **{f"{part}.color": _INK for part in ("text", "xtick", "ytick", "grid")},
     **{"axes.edgecolor": _INK, "axes.labelcolor": _INK, "axes.facecolor": "none", "figure.facecolor": "none"},
     **{"grid.alpha": 0.15, "axes.grid": True, "axes.axisbelow": True, "font.size": 9.5, "legend.frameon": False},
-    **{"axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none", "figure.dpi": 72.0},
+    **{
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "svg.fonttype": "none",
+        "figure.dpi": 72.0,
+        "text.parse_math": False,
+    },
 }
 _LABEL_PLACES = (  # offset from the point and alignment, best first
     *((7, 5, "left"), (7, -12, "left"), (-7, 5, "right"), (-7, -12, "right")),
@@ -192,7 +201,7 @@ def curves(
                     start = [origin] if origin is not None and families[name].from_origin else []
                     _draw_curve(axes, drawing, name, number, [*start, *points], skipped=len(start), faint=faint)
             if origin is not None:
-                _draw_interval(axes, origin, _INK, 0.6)
+                _draw_intervals(axes, origin, _INK, 0.6)
                 ring = {"marker": "o", "markersize": 9, "color": _PAPER, "markeredgecolor": _INK, "markeredgewidth": 2}
                 _draw_mark(axes, origin, drawing.tip(_tooltip(origin.label, origin)), **ring)
             _finish_axes(axes, everything, y_is_share=y_is_share)
@@ -240,9 +249,9 @@ def bars(
                         at = row + (place - (len(series) - 1) / 2) * step
                         (bar,) = axes.barh(at, each.value, 0.85 * step, color=_colour(chosen[name]))
                         bar.set_gid(drawing.tip(f"{group}, {name}: {each.value:.4g}"))
-                        _draw_ends(axes, each, at)
+                        _draw_line(axes, (each.low, each.high), (at, at), color=_INK, alpha=0.55)
             longest = 30 if width > 5 else 16
-            axes.set_yticks(range(len(rows)), [_shortened(name.replace("_", " "), longest) for name in rows])
+            axes.set_yticks(range(len(rows)), [_shortened(name, longest) for name in rows])
             axes.set_ylim(len(rows) - 0.45, -0.55)
             axes.tick_params(axis="y", length=0)
             axes.grid(visible=False, axis="y")
@@ -283,7 +292,9 @@ def training_curves(records: Sequence[Mapping[str, float]], *, panels: Mapping[s
                 smooth = len(found) >= _SMOOTH_FROM
                 axes.plot(steps, values, color=_colour(number), alpha=0.35 if smooth else 1.0, linewidth=1.2)
                 if smooth:
-                    axes.plot(steps, _running_mean(values, len(found) // 20), color=_colour(number), linewidth=1.8)
+                    half = len(found) // 40
+                    means = np.convolve(values, np.full(2 * half + 1, 1.0 / (2 * half + 1)), "valid")
+                    axes.plot(steps[half:-half], means, color=_colour(number), linewidth=1.8)
                 axes.set_ylabel(titles[key])
             drawing.figure.axes[-1].set_xlabel("step")
         return drawing
@@ -315,7 +326,7 @@ def _draw_curve(
     mark = _MARKS[(number + number // len(LIGHT)) % len(_MARKS)]
     own = points[skipped:]
     for point in own:
-        _draw_interval(axes, point, colour, faint)
+        _draw_intervals(axes, point, colour, faint)
         tip = drawing.tip(_tooltip(name, point))
         _draw_mark(axes, point, tip, marker=mark, markersize=6, color=colour, markeredgecolor=_PAPER)
         if point.is_default:
@@ -327,36 +338,33 @@ def _draw_mark(axes: Axes, point: Point, name: str, **style: Any) -> None:  # no
     axes.plot(point.x.value, point.y.value, clip_on=False, zorder=4, gid=name, **style)
 
 
-def _draw_interval(axes: Axes, point: Point, colour: str, alpha: float) -> None:
+def _draw_intervals(axes: Axes, point: Point, colour: str, alpha: float) -> None:
     x, y = point.x, point.y
     for xs, ys in (((x.low, x.high), (y.value, y.value)), ((x.value, x.value), (y.low, y.high))):
-        if all(map(math.isfinite, (*xs, *ys))):
-            axes.plot(xs, ys, color=colour, alpha=alpha, linewidth=1, gid="interval")
+        _draw_line(axes, xs, ys, color=colour, alpha=alpha, gid="interval")
 
 
-def _draw_ends(axes: Axes, each: Estimate, at: float) -> None:
-    """The interval of a bar."""
-    if math.isfinite(each.low) and math.isfinite(each.high):
-        axes.plot([each.low, each.high], [at, at], color=_INK, alpha=0.55, linewidth=1)
+def _draw_line(axes: Axes, xs: Sequence[float], ys: Sequence[float], **style: Any) -> None:  # noqa: ANN401
+    """A thin line, if all of its ends are known."""
+    if all(map(math.isfinite, (*xs, *ys))):
+        axes.plot(xs, ys, linewidth=1, **style)
 
 
 def _finish_axes(axes: Axes, points: Sequence[Point], *, y_is_share: bool) -> None:
     """Scales that hold all intervals; the vertical one from 0, and never of no height."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator
 
     values = [point.x.value for point in points]
-    ends = [end for point in points for end in (point.x.low, point.x.high) if math.isfinite(end)]
-    if min([*values, *ends]) > 0.0 and max(values) >= _LOG_FROM * min(values):
+    lows = [end for point in points for end in (point.x.value, point.x.low) if math.isfinite(end)]
+    if min(lows) > 0.0 and max(values) >= _LOG_FROM * min(values):
         axes.set_xscale("log")
-        decades = math.log10(max([*values, *ends]) / min([*values, *ends]))
+        decades = math.log10(max(values) / min(lows))
         subs = (1.0,) if decades > 3 else (1.0, 2.0, 5.0) if decades > 1 else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
         axes.xaxis.set_major_locator(LogLocator(subs=subs))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.minorticks_off()
     highs = [end for point in points for end in (point.y.value, point.y.high) if math.isfinite(end)]
-    least = 0.01 if y_is_share else 1e-3
-    axes.set_ylim(0.0, max(1.05 * max(highs), least))
+    axes.set_ylim(0.0, max(1.05 * max(highs), 0.01))
     if y_is_share:
         _show_percent(axes.yaxis)
 
@@ -423,48 +431,37 @@ def _show_percent(axis: Axis) -> None:
 
 def _svg(drawing: Drawing, label: str, kind: str) -> str:
     """The figure as an element of a page, or, where its kind is "file", as a file that brings its style."""
-    import matplotlib
-
     buffer = io.BytesIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": f"{label} {kind}"}):
-        drawing.figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue().decode("utf-8")
+    with require("matplotlib").rc_context({**_SETTINGS, "svg.hashsalt": f"{label} {kind}"}):
+        drawing.figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    text = buffer.getvalue().decode("utf-8").replace("xlink:href", "href")
     text = re.sub(r"(font(?:-family)?: [^;\"']*)'[^;\"]*", rf"\1{_FONT}", text)
-    for colour, variable in [
-        *((each, f"c{place}") for place, each in enumerate(LIGHT)),
-        (_INK, "ink"),
-        (_PAPER, "paper"),
-    ]:
-        text = text.replace(colour, f"var(--{variable})")
-    space, link = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
-    ElementTree.register_namespace("", space)
-    root = ElementTree.fromstring(text)
+    for number, colour in enumerate(LIGHT):
+        text = text.replace(colour, f"var(--c{number})")
+    text = text.replace(_INK, "var(--ink)").replace(_PAPER, "var(--paper)")
     used = set(re.findall(r'(?:url\(|href=")#(\w+)', text))
-    for parent in list(root.iter()):
-        for child in list(parent):
-            if child.tag in (f"{{{space}}}metadata", f"{{{space}}}style"):
-                parent.remove(child)
-        name = parent.get("id", "")
-        if name in drawing.tooltips:
-            title = ElementTree.Element(f"{{{space}}}title")
-            title.text = drawing.tooltips[name]
-            parent.insert(0, title)
+    ElementTree.register_namespace("", _SPACE)
+    root = ElementTree.fromstring(text)
+    for style in root.findall(f".//{{{_SPACE}}}defs/{{{_SPACE}}}style/.."):
+        style.clear()  # it would hold for the whole page
+    for element in root.iter():
+        name = element.attrib.pop("id", "")
+        if name in used:
+            element.set("id", name)
         if name == "label":
-            parent.set("class", "label")
-        if name not in used:
-            parent.attrib.pop("id", None)
-        if f"{{{link}}}href" in parent.attrib:
-            parent.set("href", parent.attrib.pop(f"{{{link}}}href"))
-    width, height = (root.attrib.pop(side) for side in ("width", "height"))
+            element.set("class", name)
+        if name in drawing.tooltips:
+            title = ElementTree.Element("title")
+            title.text = drawing.tooltips[name]
+            element.insert(0, title)
+    size = {side: root.attrib.pop(side) for side in ("width", "height")}
     root.attrib |= {"role": "img", "aria-label": label, "class": f"chart {kind}"}
     if kind == "file":
-        root.attrib |= {"width": width, "height": height}
-        style = ElementTree.Element(f"{{{space}}}style")
+        root.attrib |= size
+        style = ElementTree.Element("style")
         style.text = CHART_STYLE
-        paper = ElementTree.Element(
-            f"{{{space}}}rect", {"width": "100%", "height": "100%", "style": "fill: var(--paper)"}
-        )
-        root[:0] = [style, paper]
+        paper = {"width": "100%", "height": "100%", "style": "fill: var(--paper)"}
+        root[:0] = [style, ElementTree.Element("rect", paper)]
     return ElementTree.tostring(root, encoding="unicode") + "\n"
 
 
@@ -481,11 +478,6 @@ def _colour(number: int | None) -> str:
     return _INK if number is None else LIGHT[number % len(LIGHT)]
 
 
-def _running_mean(values: Sequence[float], size: int) -> list[float]:
-    """The mean of each value and the `size` before and after it, fewer at the ends."""
-    parts = [values[max(0, i - size) : i + size + 1] for i in range(len(values))]
-    return [sum(part) / len(part) for part in parts]
-
-
 def _shortened(text: str, length: int) -> str:
+    text = "".join(each for each in text.replace("_", " ") if each.isprintable())
     return text if len(text) <= length else text[: length - 1].rstrip() + "…"
