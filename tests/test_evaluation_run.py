@@ -362,7 +362,7 @@ def test_the_page_needs_no_other_file_and_what_models_say_is_text(evaluation):
 def test_few_prompts_give_no_verdict_and_few_toxic_continuations_a_note(evaluation):
     content = to_html(evaluation)
     assert not re.search(r'class="(good|bad)"', content)
-    assert "coloured from 50 prompts on" in content
+    assert "none is coloured, as intervals over fewer than 50 prompts" in content
     assert "too few to compare shares of toxic continuations" in content
     many = replace(evaluation, prompts=evaluation.prompts * 17)
     assert re.search(r'<small class="good">-', to_html(many))

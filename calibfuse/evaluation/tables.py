@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import platform
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy
 import torch
@@ -25,6 +26,7 @@ _TOXICITY = (
     *("perplexity", "bits_per_byte", "target_perplexity"),
 )
 _TEXT = ("distinct_1", "distinct_2", "distinct_3", "repetition", "length", "empty_share", "refusal_share")
+_BUDGET_METRICS = ("toxicity_probability", "distinct_2")
 _JUDGED_FROM = 50  # prompts; a bootstrap over fewer gives intervals that are too narrow to colour a change by
 
 
@@ -62,12 +64,8 @@ def to_markdown(evaluation: Evaluation, *, within_budget: BudgetComparison | Non
     parts = ["# Evaluation"]
     for section in sections_of(evaluation, within_budget):
         headers, rows = section.table.headers, section.table.rows
-        parts += [
-            "",
-            f"## {section.title}",
-            "",
-            *table(headers, [[_with_interval(cell) for cell in row] for row in rows]),
-        ]
+        shown = [[_with_interval(cell) for cell in row] for row in rows]
+        parts += ["", f"## {section.title}", "", *table(headers, shown)]
         if any(cell.change for row in rows for cell in row):
             changes = [[cell.change or (cell.text if cell.interval is None else "-") for cell in row] for row in rows]
             compared = [row for row, cells in zip(changes, rows, strict=True) if any(cell.change for cell in cells)]
@@ -97,11 +95,10 @@ def sections_of(
     results = evaluation.results
     columns = results if side_by_side is None else side_by_side
     few = len(evaluation.prompts) < _JUDGED_FROM
-    note = "Changes are against plain decoding, paired by prompts; on the page, " + (
-        f"changes are coloured from {_JUDGED_FROM} prompts on: intervals over fewer are too narrow to go by."
-        if few
-        else "one is coloured where its 95 % interval excludes 0."
-    )
+    coloured = "one is coloured where its 95 % interval excludes 0"
+    if few:
+        coloured = f"none is coloured, as intervals over fewer than {_JUDGED_FROM} prompts are too narrow to go by"
+    note = f"Changes are against plain decoding, paired by prompts; {coloured}."
     sections = [
         Section("toxicity", *_main_figures(evaluation, few), note),
         *([] if within_budget is None else [_budget_section(within_budget)]),
@@ -110,9 +107,9 @@ def sections_of(
         *_neutral_sections(results, columns),
         *_suite_sections(columns),
         *_holistic_bias_sections(results),
-        *_utility_sections(results),
-        *_group_sections(columns),
-        *_speed_sections(results),
+        _utility_section(results),
+        _group_section(columns),
+        _speed_section(results),
     ]
     return [section for section in sections if section.table.rows]
 
@@ -127,71 +124,56 @@ def _main_figures(evaluation: Evaluation, few: bool) -> tuple[str, Table]:
 
 def _figures(results: Sequence[MethodResult], wanted: Sequence[str], few: bool) -> Table:
     names = [name for name in wanted if any(name in result.estimates for result in results)]
-    rows = (
-        []
-        if not names
-        else [
-            [
-                Cell(result.method.title),
-                *(_figure_cell(name, result.estimates.get(name), result.changes.get(name), few) for name in names),
-            ]
-            for result in results
-        ]
-    )
-    return Table(["method", *(METRICS[name].title for name in names)], rows)
+    rows = [_row(each.method.title, *(_figure_cell(name, each, few) for name in names)) for each in results]
+    return Table(["method", *(METRICS[name].title for name in names)], rows if names else [])
 
 
-def _figure_cell(name: str, estimate: Estimate | None, against: Estimate | None = None, few: bool = True) -> Cell:
-    if estimate is None or not math.isfinite(estimate.value):
-        return Cell("-")
-    interval = (figure(name, estimate.low), figure(name, estimate.high)) if math.isfinite(estimate.low) else None
-    if against is None:
-        return Cell(figure(name, estimate.value), interval)
+def _figure_cell(name: str, result: MethodResult, few: bool) -> Cell:
+    cell = _cell(result.estimates.get(name), partial(figure, name))
+    against = result.changes.get(name)
+    if against is None or cell.text == "-":
+        return cell
     better = METRICS[name].lower_is_better
     is_clear = math.isfinite(against.low) and not against.low <= 0.0 <= against.high
     verdict = "" if few or better is None or not is_clear else "good" if (against.high < 0.0) == better else "bad"
-    return Cell(figure(name, estimate.value), interval, change(against), verdict)
+    return replace(cell, change=change(against), verdict=verdict)
 
 
 def _budget_section(within_budget: BudgetComparison) -> Section:
-    fluency = METRICS[within_budget.measured_by].title
+    key = within_budget.measured_by
+    fluency, budget = METRICS[key].title, f"{within_budget.budget:.1%}"
+
+    def row(each: AtBudget) -> list[Cell]:
+        crossing = "-"
+        if each.strength is not None and math.isfinite(each.changes[METRICS_AT_BUDGET[0]]):
+            crossing = f"{each.changes[METRICS_AT_BUDGET[0]]:+.1%} (strength {each.strength:.3g})"
+        default = {} if each.default is None else each.default.changes
+        best = {} if each.best is None else each.best.changes
+        return _row(
+            each.family,
+            *(_cell(default.get(name), "{:+.1%}".format) for name in ("toxic_share", key)),
+            "none" if each.best is None else each.best.method.title,
+            *(_cell(best.get(name), "{:+.1%}".format) for name in ("toxic_share", key, *_BUDGET_METRICS)),
+            crossing,
+        )
+
     headers = [
         *("method", "default: toxic", f"default: {fluency}", "best", "toxic continuations", fluency),
-        *("toxicity probability", "distinct-2", "toxic, exactly at the budget"),
+        *(METRICS[name].title for name in _BUDGET_METRICS),
+        "toxic, exactly at the budget",
     ]
-    rows = [_budget_row(each, within_budget.measured_by) for each in within_budget.families]
     note = (
-        f"The budget: {fluency} at most {within_budget.budget:.1%} higher than plain decoding's, and distinct-1, -2 "
-        f"and -3 at most {within_budget.budget:.1%} lower. Best: of the strengths that were measured, the one with the "
-        "lowest mean toxicity within it. Exactly at the budget: interpolated where the cost crosses it; a dash: it "
-        "never does, or there are no strengths. All figures are changes against plain."
+        f"The budget: {fluency} at most {budget} higher than plain decoding's, and distinct-1, -2 and -3 at most "
+        f"{budget} lower. Best: of the strengths that were measured, the one with the lowest mean toxicity within it. "
+        "Exactly at the budget: interpolated where the cost crosses it; a dash: it never does, or there are no "
+        "strengths. All figures are changes against plain."
     )
-    return Section("budget", budget_title(within_budget), Table(headers, rows), note)
+    return Section("budget", budget_title(within_budget), Table(headers, [*map(row, within_budget.families)]), note)
 
 
 def budget_title(within_budget: BudgetComparison) -> str:
     """Heading of the comparison at one fluency."""
     return f"Every method within a fluency budget of {within_budget.budget:.1%}"
-
-
-def _budget_row(each: AtBudget, fluency: str) -> list[Cell]:
-    def changed(result: MethodResult | None, name: str) -> Cell:
-        estimate = None if result is None else result.changes.get(name)
-        if estimate is None or not math.isfinite(estimate.value):
-            return Cell("-")
-        ends = (f"{estimate.low:+.1%}", f"{estimate.high:+.1%}") if math.isfinite(estimate.low) else None
-        return Cell(f"{estimate.value:+.1%}", ends)
-
-    crossing = "-"
-    if each.strength is not None and math.isfinite(each.changes[METRICS_AT_BUDGET[0]]):
-        crossing = f"{each.changes[METRICS_AT_BUDGET[0]]:+.1%} (strength {each.strength:.3g})"
-    return [
-        Cell(each.family),
-        *(changed(each.default, name) for name in ("toxic_share", fluency)),
-        Cell("none" if each.best is None else each.best.method.title),
-        *(changed(each.best, name) for name in ("toxic_share", fluency, "toxicity_probability", "distinct_2")),
-        Cell(crossing),
-    ]
 
 
 def _threshold_section(results: Sequence[MethodResult]) -> Section:
@@ -214,23 +196,19 @@ def _threshold_section(results: Sequence[MethodResult]) -> Section:
 
 def _neutral_sections(results: Sequence[MethodResult], columns: Sequence[MethodResult]) -> list[Section]:
     known = [(result.method.title, result.neutrality) for result in results if result.neutrality is not None]
-    if not known:
-        return []
     rows = [
-        [
-            Cell(title),
-            Cell(f"{each.divergence:.4f}"),
-            Cell(f"{each.reverse_divergence:.4f}"),
-            Cell(f"{each.log_prob_shift:+.4f}"),
-            Cell(f"{each.kept:.1%}"),
-            Cell(f"{each.lowest_word.word} {each.lowest_word.kept:.1%}"),
-        ]
+        _row(
+            title,
+            *(f"{each.divergence:.4f}", f"{each.reverse_divergence:.4f}", f"{each.log_prob_shift:+.4f}"),
+            *(f"{each.kept:.1%}", f"{each.lowest_word.word} {each.lowest_word.kept:.1%}"),
+        )
         for title, each in known
     ]
     headers = ["method", "KL(target, method)", "KL(method, target)", "log-probability of the text"]
     headers += ["group words keep", "lowest word"]
     groups = {each.method.title: each.neutrality.groups() for each in columns if each.neutrality is not None}
-    kept = [[Cell(name), *(Cell(f"{each[name]:.1%}") for each in groups.values())] for name in known[0][1].groups()]
+    names = known[0][1].groups() if known else {}
+    kept = [_row(name, *(f"{each[name]:.1%}" for each in groups.values())) for name in names]
     note = "In nats per token, on benign text; the log-probability is the change of the text's own tokens."
     words = "The probability that words keep after neutral beginnings such as “The new teacher is”; 100 % is unchanged."
     return [
@@ -242,7 +220,7 @@ def _neutral_sections(results: Sequence[MethodResult], columns: Sequence[MethodR
 def _suite_sections(results: Sequence[MethodResult]) -> list[Section]:
     """Two per suite: its sentences by functionality and by group, and how well harmful ones are told from others."""
     methods = [result for result in results if result.suites]
-    titles = [result.method.title for result in methods]
+    columns = ["how many", *(result.method.title for result in methods)]
     rows_note = (
         "Mean over the sentences of log p(method) - log p(target), nats, and the share of sentences in which a token "
         "(a word or a part of one) keeps less than half of its probability, with a 95 % Wilson interval. Of harmless "
@@ -253,116 +231,121 @@ def _suite_sections(results: Sequence[MethodResult]) -> list[Section]:
         "harmful ones keep of their probability over what harmless ones keep."
     )
     sections = []
-    for name, first in (methods[0].suites if methods else {}).items():
+    for name in methods[0].suites if methods else ():
         found = [result.suites[name] for result in methods]
-        rows = []
-        for kind in ("rows", "groups"):
-            for place, row in enumerate(getattr(first, kind)):
-                cells = [_suite_cell(getattr(each, kind)[place]) for each in found]
-                rows.append([Cell(f"{row.name.replace('_', ' ')}, {row.label}"), Cell(str(row.cases)), *cells])
-        table_ = Table(["sentences", "how many", *titles], rows)
-        sections.append(Section(f"suite {name}", f"Labelled sentences: {name}", table_, rows_note))
-        told = []
-        for place, contrast in enumerate(first.contrasts):
-            count = Cell(f"{contrast.harmful} + {contrast.harmless}")
-            for figure_ in ("auc", "odds"):
-                ends = [_three_digits(getattr(each.contrasts[place], figure_)) for each in found]
-                told.append([Cell(f"{figure_.replace('auc', 'AUC')}, {contrast.name}"), count, *ends])
-        table_ = Table(["harmful against harmless", "how many", *titles], told)
-        sections.append(Section(f"contrasts {name}", f"Harmful told from harmless: {name}", table_, contrasts_note))
+        same = [*zip(*((*each.rows, *each.groups) for each in found), strict=True)]
+        rows = [
+            _row(f"{line[0].name.replace('_', ' ')}, {line[0].label}", str(line[0].cases), *map(_suite_cell, line))
+            for line in same
+        ]
+        contrasts = [
+            _row(
+                f"{title}, {line[0].name}",
+                f"{line[0].harmful} + {line[0].harmless}",
+                *(_cell(getattr(each, key), "{:.3f}".format) for each in line),
+            )
+            for line in zip(*(each.contrasts for each in found), strict=True)
+            for key, title in (("auc", "AUC"), ("odds", "odds"))
+        ]
+        sections += [
+            Section(f"suite {name}", f"Labelled sentences: {name}", Table(["sentences", *columns], rows), rows_note),
+            Section(
+                f"contrasts {name}",
+                f"Harmful told from harmless: {name}",
+                Table(["compared", *columns], contrasts),
+                contrasts_note,
+            ),
+        ]
     return sections
 
 
 def _suite_cell(row: SuiteRow) -> Cell:
-    ends = (f"{row.halved.low:.1%}", f"{row.halved.high:.1%}")
-    return Cell(f"{row.mean_shift:+.2f}, {row.halved.value:.1%} halved", ends)
-
-
-def _three_digits(estimate: Estimate) -> Cell:
-    return Cell(f"{estimate.value:.3f}", (f"{estimate.low:.3f}", f"{estimate.high:.3f}"))
+    cell = _cell(row.halved, "{:.1%}".format)
+    return replace(cell, text=f"{row.mean_shift:+.2f}, {cell.text} halved")
 
 
 def _holistic_bias_sections(results: Sequence[MethodResult]) -> list[Section]:
     known = [(result.method.title, result.holistic_bias) for result in results if result.holistic_bias is not None]
-    if not known:
-        return []
-    axes = [[Cell(title), Cell(f"{each.share_kept:.1%}"), Cell(str(len(each.raised_nouns)))] for title, each in known]
-    for cells, (_, each) in zip(axes, known, strict=True):
-        cells += [Cell(f"{value:.1%}") for value in each.axes().values()]
-    headers = ["method", "names that keep 90 %", "nouns raised", *known[0][1].axes()]
+    names = list(known[0][1].axes()) if known else []
+    axes = [
+        _row(
+            title,
+            *(f"{each.share_kept:.1%}", str(len(each.raised_nouns))),
+            *(f"{each.axes()[name]:.1%}" for name in names),
+        )
+        for title, each in known
+    ]
+    headers = ["method", "names that keep 90 %", "nouns raised", *(name.replace("_", " ") for name in names)]
     note = (
         "HolisticBias' names of groups of people: the probability that they keep after its neutral beginnings, "
         "geometric means; and how many nouns are likelier than before after hateful ones such as “kill all the”."
     )
     worst = [
-        [*map(Cell, (title, each.name, each.axis, f"{each.neutral:.1%}", f"{each.lowest:.1%}", each.lowest_after))]
+        _row(title, each.name, each.axis, f"{each.neutral:.1%}", f"{each.lowest:.1%}", each.lowest_after)
         for title, found in known
         for each in found.worst()
     ]
     raised = [
-        [*map(Cell, (title, each.name, each.axis, f"{each.hateful:.1%}", each.highest_after))]
+        _row(title, each.name, each.axis, f"{each.hateful:.1%}", each.highest_after)
         for title, found in known
         for each in found.raised_nouns[:10]
     ]
     columns = ["method", "name", "axis", "keeps"]
     return [
-        Section("names", "Names of groups", Table([each.replace("_", " ") for each in headers], axes), note),
+        Section("names", "Names of groups", Table(headers, axes), note),
         Section("worst names", "The names that lose most", Table([*columns, "lowest", "after"], worst)),
         Section("raised names", "Nouns that hateful beginnings raise", Table([*columns, "after"], raised)),
     ]
 
 
-def _utility_sections(results: Sequence[MethodResult]) -> list[Section]:
+def _utility_section(results: Sequence[MethodResult]) -> Section:
     """A row for each method and task: they have different units."""
     rows = []
     for result in results:
         for each in () if result.utility is None else result.utility.figures:
-            cells = [Cell(result.method.title), Cell(each.title), Cell(f"{each.texts:,}")]
-            is_share = each.change is None or each.name.endswith("accuracy")
-            for value in (each.plain, each.guided):
-                cells.append(_utility_cell(value, is_share))
-            cells.append(Cell("-") if each.change is None else _percent_cell(each.change))
-            rows.append(cells)
+            show = ("{:.1%}" if each.change is None or each.name.endswith("accuracy") else "{:.2f}").format
+            figures = (_cell(each.plain, show), _cell(each.guided, show), _cell(each.change, "{:+.2%}".format))
+            rows.append(_row(result.method.title, each.title, f"{each.texts:,}", *figures))
     note = "Plain against guided on the same texts; changes of accuracy in points, of perplexity relative."
     headers = ["method", "task", "texts", "plain", "guided", "change"]
-    return [Section("utility", "What guidance costs at tasks", Table(headers, rows), note)]
+    return Section("utility", "What guidance costs at tasks", Table(headers, rows), note)
 
 
-def _utility_cell(value: Estimate | None, is_share: bool) -> Cell:
-    if value is None:
-        return Cell("-")
-    low, middle, high = (f"{each:.1%}" if is_share else f"{each:.2f}" for each in (value.low, value.value, value.high))
-    return Cell(middle, (low, high))
-
-
-def _percent_cell(value: Estimate) -> Cell:
-    return Cell(f"{value.value:+.2%}", (f"{value.low:+.2%}", f"{value.high:+.2%}"))
-
-
-def _group_sections(results: Sequence[MethodResult]) -> list[Section]:
+def _group_section(results: Sequence[MethodResult]) -> Section:
+    show = partial(figure, "toxic_share")
     rows = [
-        [
-            Cell(group.replace("_", " ")),
-            *(_figure_cell("toxic_share", result.groups[group].get("toxic_share")) for result in results),
-        ]
+        _row(group.replace("_", " "), *(_cell(each.groups[group].get("toxic_share"), show) for each in results))
         for group in results[0].groups
     ]
     headers = ["prompts", *(result.method.title for result in results)]
-    return [Section("groups", "Toxic continuations by group of prompts", Table(headers, rows))]
+    return Section("groups", "Toxic continuations by group of prompts", Table(headers, rows))
 
 
-def _speed_sections(results: Sequence[MethodResult]) -> list[Section]:
+def _speed_section(results: Sequence[MethodResult]) -> Section:
+    known = [(result.method.title, result.speed) for result in results if result.speed is not None]
     rows = [
-        [
-            Cell(result.method.title),
-            Cell(f"{result.speed.tokens_per_second:.0f}"),
-            Cell(f"{result.speed.kept:.3f}", (f"{result.speed.lowest:.3f}", f"{result.speed.highest:.3f}")),
-        ]
-        for result in results
-        if result.speed is not None
+        _row(
+            title,
+            f"{each.tokens_per_second:.0f}",
+            Cell(f"{each.kept:.3f}", (f"{each.lowest:.3f}", f"{each.highest:.3f}")),
+        )
+        for title, each in known
     ]
     note = "Timed in turn with plain decoding in one process, eight rows; the ends are the lowest and highest round."
-    return [Section("speed", "Speed", Table(["method", "tokens/s", "share of plain's"], rows), note)]
+    return Section("speed", "Speed", Table(["method", "tokens/s", "share of plain's"], rows), note)
+
+
+def _row(*cells: str | Cell) -> list[Cell]:
+    return [each if isinstance(each, Cell) else Cell(each) for each in cells]
+
+
+def _cell(estimate: Estimate | None, show: Callable[[float], str]) -> Cell:
+    """A figure with its interval, if it has one; a dash where there is no figure."""
+    if estimate is None or not math.isfinite(estimate.value):
+        return Cell("-")
+    return Cell(
+        show(estimate.value), (show(estimate.low), show(estimate.high)) if math.isfinite(estimate.low) else None
+    )
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
