@@ -22,7 +22,7 @@ from torch import nn
 from calibfuse import hub
 from calibfuse.errors import CheckpointError
 from calibfuse.guide import Guide
-from calibfuse.model_card import PLACEHOLDER
+from calibfuse.model_card import PLACEHOLDER, with_metadata
 from calibfuse.vocabulary import TokenizerLike
 
 TRANSFORMERS = "transformers"
@@ -146,7 +146,7 @@ class PretrainedCalibrator(ABC):
             revision: branch, made when missing; None: the main one.
             commit_message: of the upload.
             token: Hub token; None: that of the login.
-            card: text of README.md; None: the model card.
+            card: text of README.md; None: the model card. Without metadata of its own it gets those of the model card.
 
         Returns:
             The repository's address.
@@ -157,7 +157,8 @@ class PretrainedCalibrator(ABC):
         with tempfile.TemporaryDirectory() as folder:
             place = self.save_pretrained(folder)
             readme = place / hub.README_NAME
-            text = readme.read_text(encoding="utf-8") if card is None else card
+            generated = readme.read_text(encoding="utf-8")
+            text = generated if card is None else with_metadata(card, generated)
             readme.write_text(text.replace(PLACEHOLDER, repo_id), encoding="utf-8")
             return hub.upload_folder(
                 place, repo_id, private=private, revision=revision, commit_message=commit_message, token=token

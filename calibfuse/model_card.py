@@ -1,6 +1,7 @@
-"""The README.md of a calibrator on the Hub, from the facts of its training.
+"""The model card of a calibrator on the Hub, from the metadata of its training.
 
-Plain string formatting; every fact is optional, and a card never states what it was not told.
+Plain string formatting, not jinja2: templates come with the extra `eval`, and a card is written by every installation.
+Every entry is optional, and a card never states what it was not told.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ PLACEHOLDER = "your-name/your-calibrator"
 """Stands for the repository in a card that was written before one was known."""
 
 _TAGS = ("calibfuse", "detoxification", "controlled-decoding", "text-generation")
+_REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_PREFIX = "hf:"  # of a data set of the Hub among training files: hf:NAME[:[CONFIG:]SPLIT]
 
 _INTRODUCTION = """\
 # {name}
@@ -44,21 +47,25 @@ _LIMITS = """\
 """
 
 
-def calibrator_card(facts: Mapping[str, Any]) -> str:
+def calibrator_card(known: Mapping[str, Any]) -> str:
     """Write the model card of a calibrator.
 
     Args:
-        facts: what is known of it; unknown keys are listed under "Settings". Known ones are:
+        known: what is known of it; unknown keys are listed under "Settings". Known ones are:
             "name": what it is called, and "repo_id": where it is published;
             "license": identifier of the licence, e.g. "apache-2.0"; "language": code or list of codes;
             "data": text, a list of texts, or a mapping from a set's name to what is known of it;
+            "datasets": ids of data sets on the Hub, beside those among the files of "data" (`hf:NAME`);
+            "base": the calibrator or model that the training began with: name, license, data and what was "inherited",
+                and "base_model", its id on the Hub;
             "settings": mapping of training settings; "fusion": recommended fusion options;
             "bits_per_byte": mapping from a tokenizer style to bits per byte of held-out text, or to a mapping from
-            head to bits per byte; "figures": mapping of other measurements to numbers;
+                head to bits per byte; "figures": mapping of other measurements to numbers;
             "limits": further limits, text or list of texts.
 
     Returns:
-        Markdown with YAML metadata, ending with a newline.
+        Markdown with YAML metadata, ending with a newline. The numbers among the figures are metadata as well
+        (`model-index`), which the Hub shows and searches.
 
     Example:
         >>> card = calibrator_card({"bits_per_byte": {"byte-level": 1.4142}})
@@ -67,14 +74,26 @@ def calibrator_card(facts: Mapping[str, Any]) -> str:
         >>> "| byte-level | 1.414 |" in card
         True
     """
-    rest = dict(facts)
+    rest = dict(known)
     name = str(rest.pop("name", None) or "calibrator")
     repo_id = str(rest.pop("repo_id", None) or PLACEHOLDER)
-    metadata = _metadata(rest.pop("license", None), rest.pop("language", "en"))
+    data, base = rest.pop("data", None), rest.pop("base", None)
+    bits_per_byte, figures = rest.pop("bits_per_byte", None), rest.pop("figures", None)
+    entries = {
+        "license": str(rest.pop("license", None) or "").lower(),
+        "language": rest.pop("language", "en"),
+        "library_name": "calibfuse",
+        "pipeline_tag": "text-generation",
+        "tags": list(_TAGS),
+        "datasets": _datasets(rest.pop("datasets", None), data),
+        "base_model": _base_model(rest.pop("base_model", None), base),
+        "model-index": _results(name, bits_per_byte, figures),
+    }
     sections = [_INTRODUCTION.format(name=name, repo_id=repo_id)]
-    if data := rest.pop("data", None):
+    if data:
         sections.append("## Training data\n\n" + _list(data))
-    figures = _figures(rest.pop("bits_per_byte", None), rest.pop("figures", None))
+    if base:
+        sections.append("## Based on\n\n" + _list(base))
     limits = _LIMITS + (_list(extra) if (extra := rest.pop("limits", None)) else "")
     settings = dict(rest.pop("settings", None) or {})
     fusion = rest.pop("fusion", None)
@@ -82,20 +101,57 @@ def calibrator_card(facts: Mapping[str, Any]) -> str:
         sections.append("## Settings\n\n" + _list(settings))
     if fusion:
         sections.append("## Recommended fusion\n\n" + _list(fusion))
-    if figures:
-        sections.append("## Figures\n\n" + figures)
+    if measured := _figures(bits_per_byte, figures):
+        sections.append("## Figures\n\n" + measured)
     sections.append(limits)
-    return metadata + "\n" + "\n".join(sections)
+    return _front_matter(entries) + "\n" + "\n".join(sections)
 
 
-def _metadata(licence: object, language: object) -> str:
-    """YAML front matter; values are written as JSON, which is YAML, so that no fact can break it."""
-    lines = ["library_name: calibfuse", "pipeline_tag: text-generation", "tags:", *(f"- {tag}" for tag in _TAGS)]
-    if language:
-        lines.insert(0, f"language: {json.dumps(language, ensure_ascii=False)}")
-    if licence:
-        lines.insert(0, f"license: {json.dumps(str(licence).lower())}")
+def with_metadata(card: str, generated: str) -> str:
+    """A card of the user's own, below the metadata of the generated one where it has none, so that the Hub finds it."""
+    if re.match(r"\s*---\r?\n", card):
+        return card
+    return generated[: generated.index("\n---\n") + 5] + "\n" + card
+
+
+def _front_matter(entries: Mapping[str, Any]) -> str:
+    """YAML front matter; values are written as JSON, which is YAML, so that no entry can break it."""
+    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in entries.items() if value]
     return "---\n" + "\n".join(lines) + "\n---\n"
+
+
+def _datasets(named: object, data: object) -> list[str]:
+    """Ids of data sets on the Hub: those named, and those among the files."""
+    files = data.get("files") if isinstance(data, Mapping) else None
+    listed = [file for file in files or [] if isinstance(file, str) and file.startswith(_HUB_PREFIX)]
+    told = [named] if isinstance(named, str) else list(named) if isinstance(named, Sequence) else []
+    return list(dict.fromkeys([*told, *(file.removeprefix(_HUB_PREFIX).split(":")[0] for file in listed)]))
+
+
+def _base_model(named: object, base: object) -> object:
+    """Id on the Hub of what the training began with; None where it has none there (the bundled calibrator)."""
+    told = base if isinstance(base, Mapping) else {}
+    candidates = [named, *(told.get(key) for key in ("base_model", "repo_id", "name"))]
+    return next((each for each in candidates if isinstance(each, str) and _REPO_ID.fullmatch(each)), None)
+
+
+def _results(name: str, bits_per_byte: object, figures: object) -> list[dict[str, Any]]:
+    """The numbers among the figures as the Hub's `model-index`."""
+    metrics: list[dict[str, Any]] = []
+    for style, row in (bits_per_byte or {}).items() if isinstance(bits_per_byte, Mapping) else ():
+        for head, value in row.items() if isinstance(row, Mapping) else [(None, row)]:
+            label = f"Bits per byte ({style})" if head is None else f"Bits per byte ({style}, {_words(head)} head)"
+            metrics.append({"type": "bits_per_byte", "name": label, "value": value})
+    for key, value in (figures or {}).items() if isinstance(figures, Mapping) else ():
+        metrics.append({"type": re.sub(r"\W+", "_", str(key)).strip("_").lower(), "name": str(key), "value": value})
+    numbers = [
+        each for each in metrics if isinstance(each["value"], int | float) and not isinstance(each["value"], bool)
+    ]
+    if not numbers:
+        return []
+    task = {"type": "text-generation", "name": "Text generation"}
+    dataset = {"type": "held-out-text", "name": "Held-out text, see the card"}
+    return [{"name": name, "results": [{"task": task, "dataset": dataset, "metrics": numbers}]}]
 
 
 def _list(value: object) -> str:

@@ -69,6 +69,11 @@ def test_the_card_names_the_repository_and_keeps_what_the_user_wrote(push, serve
     published = server.repositories["org/quiet"].files()["README.md"].decode()
     assert 'from_pretrained("org/quiet"' in published
     assert published == card.replace("your-name/your-calibrator", "org/quiet")
+    (copy / "README.md").write_text("# Mine\n")
+    assert push(copy, "org/quiet").returncode == 0
+    published = server.repositories["org/quiet"].files()["README.md"].decode()
+    assert 'library_name: "calibfuse"' in published
+    assert published.endswith("---\n\n# Mine\n")
     (copy / "README.md").unlink()
     assert push(copy, "org/other").returncode == 0
     assert 'from_pretrained("org/other"' in server.repositories["org/other"].files()["README.md"].decode()

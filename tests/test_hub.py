@@ -405,6 +405,20 @@ def test_only_safetensors_json_and_the_readme_are_downloaded(server, resolve, ch
     assert not server.asked(r"\.(bin|py|pkl)$|notes")
 
 
+def test_a_download_shows_the_progress_bar_of_the_client_also_after_transformers_was_quieted(
+    server, checkpoint, tmp_path
+):
+    server.add("org/name", files_of(checkpoint))
+    code = (
+        "from calibfuse.generation.language_model import quiet_transformers; quiet_transformers()\n"
+        "from calibfuse import hub; hub.resolve_checkpoint('org/name')"
+    )
+    environment = {**os.environ, **server.environment(tmp_path / "home")}
+    environment.pop("HF_HUB_DISABLE_PROGRESS_BARS")
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert "100%" in done.stderr
+
+
 def test_revisions_are_told_apart_and_the_cache_serves_offline(server, resolve, checkpoint, tmp_path):
     old = server.add("org/name", files_of(checkpoint))
     server.add("org/name", {"config.json": b"{}"})

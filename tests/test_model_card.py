@@ -1,8 +1,9 @@
 """The model card: valid metadata whatever the facts, everything told is in it, nothing else is claimed."""
 
 import yaml
+from huggingface_hub import ModelCard
 
-from calibfuse.model_card import calibrator_card
+from calibfuse.model_card import calibrator_card, with_metadata
 
 FACTS = {
     "name": "Quiet",
@@ -29,6 +30,35 @@ def test_the_metadata_tell_the_hub_what_it_is():
     assert found["license"] == "apache-2.0"
     assert found["library_name"] == "calibfuse"
     assert {"calibfuse", "detoxification"} <= set(found["tags"])
+
+
+def test_the_hub_finds_data_base_and_results():
+    base = {"name": "org/base", "license": "mit", "data": ["novels"], "inherited": ["body", "436 words"]}
+    data = {"files": ["own.txt", "hf:org/posts:train", "hf:org/posts"], "passages": 3}
+    figures = {"toxic continuations": 0.25, "judge": "a scorer", "ok": True}
+    card = calibrator_card({**FACTS, "data": data, "datasets": ["org/more"], "base": base, "figures": figures})
+    found = ModelCard(card).data
+    assert (found.pipeline_tag, found.library_name, found.language) == ("text-generation", "calibfuse", "en")
+    assert found.datasets == ["org/more", "org/posts"]
+    assert found.base_model == "org/base"
+    assert {result.metric_name: result.metric_value for result in found.eval_results} == {
+        "Bits per byte (byte-level, calibrator head)": 1.5,
+        "Bits per byte (byte-level, reference head)": 1.25,
+        "Bits per byte (unigram, reference head)": 1.3,
+        "toxic continuations": 0.25,
+    }
+    for text in ("- name: org/base", "- license: mit", "- data: novels", "- inherited: body, 436 words"):
+        assert text in card
+    bundled = metadata(calibrator_card({"base": {**base, "name": "calibfuse default calibrator"}}))
+    assert "base_model" not in bundled, "only what is on the Hub has an id there"
+
+
+def test_a_card_of_the_users_own_gets_metadata_where_it_has_none():
+    generated = calibrator_card(FACTS)
+    own = with_metadata("# Mine\n", generated)
+    assert metadata(own) == metadata(generated)
+    assert own.endswith("---\n\n# Mine\n")
+    assert with_metadata(generated, calibrator_card({})) == generated
 
 
 def test_every_fact_is_in_the_card():

@@ -211,7 +211,11 @@ def choose_device(device: str | None) -> torch.device:
 
 def quiet_transformers() -> None:
     """Keep transformers' progress bars and advice out of a command's output."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging
 
+    shows_downloads = not are_progress_bars_disabled()
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    if shows_downloads:
+        enable_progress_bars()  # transformers turned them off too, and a download may take minutes

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibfuse.errors import InputError
-from calibfuse.textfiles import expand_source
+from calibfuse.textfiles import HUB_PREFIX, expand_source
 from calibfuse.training.data import PassageStore, TextSource
 from calibfuse.training.loop import learning_rate
 from calibfuse.training.sorting import PassageSorter
@@ -90,7 +90,8 @@ class TrainingText:
 
     def facts(self, store: PassageStore) -> dict[str, Any]:
         """What a model card tells of the data."""
-        names = [Path(path).name for path in (*self.wanted, *self.unwanted, *self.unfiltered)]
+        paths = map(str, (*self.wanted, *self.unwanted, *self.unfiltered))
+        names = [path if path.startswith(HUB_PREFIX) else Path(path).name for path in paths]
         facts: dict[str, Any] = {
             "files": names,
             "passages": len(store),

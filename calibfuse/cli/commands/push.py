@@ -12,7 +12,9 @@ examples:
   calibfuse push my-calibrator your-name/my-calibrator --private --message "trained on 200M bytes"
 
 Log in once with `hf auth login`, or set HF_TOKEN. Only safetensors, JSON and README.md are uploaded.
-A README.md of yours is kept; where it says your-name/your-calibrator, the repository's name is put.
+A README.md in the folder is kept, also one of your own; where it has no metadata for the Hub's filters, those of the
+model card are put before it, and where it says your-name/your-calibrator, the repository's name. Without a README.md,
+the model card is written.
 """
 
 
