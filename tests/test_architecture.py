@@ -21,6 +21,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "calibfuse"
 LAYERS = (
     ("__main__",),
     ("cli",),
+    ("playground",),
     ("inspection", "finetune", "lm_eval", "vllm"),  # inspection explains what a processor did; adapters of engines
     ("value",),
     ("processor", "training", "evaluation"),

@@ -30,6 +30,7 @@ COMMANDS: tuple[tuple[str, str], ...] = (
     ("inspect", "show what a calibrator holds, or what it did to a text, token by token"),
     ("train-guide", "train a value guide: a sequence-level constraint of your own, decoded with mode value"),
     ("finetune", "put the guidance into the weights: fine-tune a model under a sequence-level constraint"),
+    ("playground", "try a calibrator in the browser: plain and guided text side by side"),
     ("push", "publish a trained calibrator on the Hugging Face Hub"),
 )
 

@@ -1,0 +1,173 @@
+"""The page itself, in gradio (extra `app`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from calibfuse.errors import InputError, MissingDependencyError
+from calibfuse.fusion import MODES
+from calibfuse.generation.decoding import Decoding
+from calibfuse.generation.language_model import LanguageModel
+from calibfuse.inspection.spelling import mask_pieces
+from calibfuse.inspection.trace import StepTrace
+from calibfuse.playground.account import account, candidate_rows
+from calibfuse.playground.streaming import stream_both
+from calibfuse.processor import CalibFusion
+
+Mask = Callable[[str], str]
+MakeFusion = Callable[[str, float], CalibFusion]
+
+_HIGHEST_STRENGTH = 5.0
+_COLOURED_FROM = 0.05  # nats: tokens that moved less are left plain
+_HEADERS = ["token", "plain", "guided", "shift"]
+_CSS = """
+.gradio-container { max-width: 1100px !important; margin: auto; }
+#plain, #guided { min-height: 9rem; }
+#plain .token, #guided .token { padding: 0; margin: 0; }
+#plain .token-container, #guided .token-container { font-size: 0; }  /* blanks of the markup between tokens */
+#plain .text, #guided .text { font-size: 1rem; white-space: pre-wrap; }
+#candidates table { font-size: 0.85rem; }
+#candidates { overflow-x: auto; }
+#candidates th, #candidates td { min-width: 0 !important; padding: 0.2rem 0.3rem !important; }
+"""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the page begins with.
+
+    Attributes:
+        prompt: an example.
+        alpha: the calibrator's recommended strength.
+        mode: its recommended mode.
+        modes: the modes that it has the heads for.
+        decoding: how both texts are decoded.
+    """
+
+    prompt: str
+    alpha: float
+    mode: str
+    modes: tuple[str, ...]
+    decoding: Decoding
+
+
+def modes_of(heads: tuple[str, ...]) -> tuple[str, ...]:
+    """The modes that a guide with these heads can be used in; embedding needs the target's output head as well."""
+    return tuple(name for name, mode in MODES.items() if mode.fuse is not None and set(mode.heads) <= set(heads))
+
+
+def build_page(target: LanguageModel, make_fusion: MakeFusion, settings: Settings, mask: Mask) -> Any:  # noqa: ANN401
+    """The page as gradio Blocks.
+
+    Args:
+        target: the model.
+        make_fusion: from mode and strength to a fusion bound to the target's tokenizer.
+        settings: what the page begins with.
+        mask: what offensive words look like until they are asked for.
+
+    Raises:
+        MissingDependencyError: gradio is not installed.
+    """
+    gr = import_gradio()
+    has_chat = bool(target.tokenizer.chat_template)
+
+    def run(
+        prompt: str, alpha: float, mode: str, tokens: float, top_p: float, seed: float, chat: bool, masked: bool
+    ) -> Iterator[tuple[Any, ...]]:
+        decoding = Decoding(max_new_tokens=int(tokens), top_p=top_p, seed=int(seed))
+        try:
+            if not prompt.strip():
+                raise InputError("Type a prompt first.")
+            for progress in stream_both(target, make_fusion(mode, alpha), prompt, decoding, chat=chat):
+                yield (*_shown(progress.plain, progress.steps, _mask(masked)), (progress.plain, progress.steps))
+        except InputError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    def show_again(state: tuple[str, tuple[StepTrace, ...]] | None, masked: bool) -> tuple[Any, ...]:
+        return _shown(*(state or ("", ())), _mask(masked))
+
+    def show_candidates(state: tuple[str, tuple[StepTrace, ...]] | None, masked: bool, event: Any) -> Any:  # noqa: ANN401
+        step = (state or ("", ()))[1][int(event.index)]
+        return gr.Dataframe(candidate_rows(step, _mask(masked)), headers=_HEADERS, visible=True)
+
+    def _mask(masked: bool) -> Mask:
+        return mask if masked else str
+
+    # gradio finds the event's parameter by its type, and annotations are strings in this module
+    show_candidates.__annotations__["event"] = gr.SelectData
+
+    with gr.Blocks(title="calibfuse playground") as page:
+        gr.Markdown(f"# calibfuse\n{target.name}: plain and guided, with the same seed")
+        prompt = gr.Textbox(settings.prompt, label="Prompt", lines=2, elem_id="prompt")
+        with gr.Row():
+            alpha = gr.Slider(
+                0.0, _HIGHEST_STRENGTH, settings.alpha, step=0.05, label="Strength (0: off)", elem_id="strength"
+            )
+            mode = gr.Dropdown(list(settings.modes), value=settings.mode, label="Mode")
+        with gr.Accordion("More settings", open=False), gr.Row():
+            tokens = gr.Slider(1, 200, settings.decoding.max_new_tokens, step=1, label="New tokens")
+            top_p = gr.Slider(0.05, 1.0, settings.decoding.top_p, step=0.05, label="Top-p")
+            seed = gr.Number(settings.decoding.seed, label="Seed", precision=0, minimum=0)
+            chat = gr.Checkbox(has_chat, label="Chat template", visible=has_chat)
+        with gr.Row():
+            go = gr.Button("Continue", variant="primary", elem_id="go")
+            stop = gr.Button("Stop")
+            masked = gr.Checkbox(True, label="Mask offensive words", elem_id="masked")
+        with gr.Row():
+            with gr.Column(min_width=300):
+                gr.Markdown("### Plain")
+                plain = gr.HighlightedText([], show_label=False, elem_id="plain", show_legend=False)
+            with gr.Column(min_width=300):
+                gr.Markdown("### Guided")
+                guided = gr.HighlightedText([], show_label=False, elem_id="guided", show_legend=False)
+        gr.Markdown("Coloured tokens were made likelier or less likely; click a token to see its rivals.")
+        told = gr.Markdown(elem_id="account")
+        candidates = gr.Dataframe(
+            headers=_HEADERS, interactive=False, visible=False, label="Candidates (shift in nats)", elem_id="candidates"
+        )
+        state = gr.State(None)
+        shown = [plain, guided, told]
+        inputs = [prompt, alpha, mode, tokens, top_p, seed, chat, masked]
+        running = gr.on([go.click, prompt.submit], run, inputs, [*shown, state], concurrency_limit=1)
+        stop.click(None, cancels=[running])
+        masked.change(show_again, [state, masked], shown)
+        guided.select(show_candidates, [state, masked], candidates)
+    return page
+
+
+def launch(page: Any, *, host: str, port: int | None, open_browser: bool) -> None:  # noqa: ANN401
+    """Serve a page until it is interrupted; nothing is sent anywhere else."""
+    page.launch(server_name=host, server_port=port, inbrowser=open_browser, share=False, css=_CSS)
+
+
+def import_gradio() -> Any:  # noqa: ANN401
+    """The package gradio, with its telemetry off.
+
+    Raises:
+        MissingDependencyError: it is not installed.
+    """
+    import os
+
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    try:
+        import gradio
+    except ImportError as error:
+        raise MissingDependencyError("The playground needs gradio: pip install 'calibfuse[app]'.") from error
+    return gradio
+
+
+def _shown(plain: str, steps: tuple[StepTrace, ...], mask: Mask) -> tuple[Any, Any, str]:
+    pieces = mask_pieces([step.text for step in steps], mask)
+    return (
+        [(mask(plain), None)],
+        [(piece or " ", _colour(step)) for piece, step in zip(pieces, steps, strict=True)],
+        account(steps, mask),
+    )
+
+
+def _colour(step: StepTrace) -> float | None:
+    """In [-1, 1]: how far the token was moved, 1 for a nat and more; None: hardly at all."""
+    shift = step.chosen.shift
+    return None if abs(shift) < _COLOURED_FROM else max(-1.0, min(1.0, shift))
