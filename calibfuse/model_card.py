@@ -144,9 +144,7 @@ def _results(name: str, bits_per_byte: object, figures: object) -> list[dict[str
             metrics.append({"type": "bits_per_byte", "name": label, "value": value})
     for key, value in (figures or {}).items() if isinstance(figures, Mapping) else ():
         metrics.append({"type": re.sub(r"\W+", "_", str(key)).strip("_").lower(), "name": str(key), "value": value})
-    numbers = [
-        each for each in metrics if isinstance(each["value"], int | float) and not isinstance(each["value"], bool)
-    ]
+    numbers = [each for each in metrics if type(each["value"]) in (int, float)]
     if not numbers:
         return []
     task = {"type": "text-generation", "name": "Text generation"}

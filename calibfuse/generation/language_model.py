@@ -211,7 +211,7 @@ def choose_device(device: str | None) -> torch.device:
 
 def quiet_transformers() -> None:
     """Keep transformers' progress bars and advice out of a command's output."""
-    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging
 
     shows_downloads = not are_progress_bars_disabled()
