@@ -471,7 +471,7 @@ def make_auxiliary_model(
     if kind == "calibrator":
         if parameterisation != "nado":
             raise InputError(
-                "The parameterisation 'dinado' needs a score of the prefix, which the kind 'calibrator' has not; use "
+                "The parameterisation 'dinado' needs a score of the prefix, which the kind 'calibrator' does not have; use "
                 "the kind 'language-model'."
             )
         if backbone is not None:

@@ -96,7 +96,7 @@ class FunctionOracle:
         check_texts(texts, self.name)
         try:
             values = self._function(list(texts))
-        except Exception as error:  # a stranger's code may raise anything; the cause stays chained
+        except Exception as error:  # a user's function may raise anything; the cause stays chained
             raise ScorerError(
                 f"The oracle {self.name!r} failed on {len(texts)} texts with {type(error).__name__}: {error}"
             ) from error

@@ -25,7 +25,7 @@ from calibfuse.training.words.names import CapitalCounts
 logger = logging.getLogger(__name__)
 
 LEAST_PASSAGES = 15
-"""A word is minded only if so many passages that the calibrator does not read hold it, ..."""
+"""A word gets a bias only if so many passages that the calibrator does not read hold it, ..."""
 LEAST_PLACES = 9
 """... in so many places of the text, ..."""
 _PLACE = 8
@@ -77,7 +77,7 @@ def word_shifts(store: PassageStore, *, flagged_share: float, excluded: NDArray[
         value = shift(counts[1][word], flagged)
         if value <= LEAST_SHIFT:
             found[word] = value
-    logger.info("%d words are minded by themselves", len(found))
+    logger.info("%d words get a bias of their own", len(found))
     for beginning, (clean_count, flagged_count) in _beginnings(found, counts).items():
         value = shift(clean_count, flagged_count)
         if value <= LEAST_SHIFT:
