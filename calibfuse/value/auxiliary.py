@@ -471,8 +471,8 @@ def make_auxiliary_model(
     if kind == "calibrator":
         if parameterisation != "nado":
             raise InputError(
-                "The parameterisation 'dinado' needs a score of the prefix, which the kind 'calibrator' does not have; use "
-                "the kind 'language-model'."
+                "The parameterisation 'dinado' needs a score of the prefix, which the kind 'calibrator' does not have; "
+                "use the kind 'language-model'."
             )
         if backbone is not None:
             raise InputError("A backbone is for the kind 'language-model'; the kind 'calibrator' has its own body.")
