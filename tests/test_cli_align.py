@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 import re
 
 import pytest
@@ -78,10 +79,12 @@ def test_bits_per_byte_are_those_of_the_fidelity_measure(heads, tokenizer, sampl
     assert report.passages == 20
 
 
-def test_the_worst_tokens_are_found_by_a_slow_loop(tokenizer, sample_lines):
+@pytest.mark.parametrize("block", [4_000_000, 1])
+def test_the_sums_are_those_of_a_slow_loop(block, tokenizer, sample_lines, monkeypatch):
+    monkeypatch.setattr("calibfuse.inspection.coverage._BLOCK_ELEMENTS", block)
     bound = make_calibrator().bind(tokenizer, use_disk_cache=False)
     sequences = [tokenizer(line, add_special_tokens=False)["input_ids"] for line in sample_lines[:12]]
-    nats, special = {}, 0
+    nats, scored, special = 0.0, [], 0
     for ids in sequences:
         following = bound.log_probs(torch.tensor([ids]))[0]
         for place, token_id in enumerate(ids):
@@ -89,20 +92,13 @@ def test_the_worst_tokens_are_found_by_a_slow_loop(tokenizer, sample_lines):
                 special += 1
                 continue
             log_probs = bound.first_log_probs() if place == 0 else following[place - 1]
-            nats.setdefault(token_id, []).append(-float(log_probs[token_id]))
-    report = report_text(bound, sequences, worst=5, min_count=2)
-    means = {
-        token_id: sum(values) / len(values) / len(bound.vocabulary.token_bytes(token_id))
-        for token_id, values in nats.items()
-        if len(values) >= 2
-    }
-    expected = sorted(means, key=lambda token_id: -means[token_id])[:5]
-    assert [fit.token_id for fit in report.worst] == expected
-    assert report.skipped == special
-    assert report.distinct == len(nats)
-    for fit in report.worst:
-        assert fit.count == len(nats[fit.token_id])
-        assert fit.nats == pytest.approx(sum(nats[fit.token_id]) / fit.count, rel=1e-4)
+            nats -= float(log_probs[token_id])
+            scored.append(token_id)
+    report = report_text(bound, sequences)
+    size = sum(len(bound.vocabulary.token_bytes(token_id)) for token_id in scored)
+    assert (report.tokens, report.skipped, report.distinct) == (len(scored), special, len(set(scored)))
+    assert report.bytes == size
+    assert report.bits_per_byte["calibrator"] == pytest.approx(nats / size / math.log(2), rel=1e-4)
 
 
 def test_unknown_marks_are_counted_and_left_out(tokenizer):
@@ -120,12 +116,11 @@ def test_a_text_without_a_covered_token_is_refused(tokenizer):
             report_text(bound, sequences)
 
 
-def test_the_page_escapes_tokens():
-    vocabulary = Vocabulary.from_byte_strings([None, b"<b>", b"&amp;", b" c"], name="<i>")
+def test_the_page_escapes_names():
+    vocabulary = Vocabulary.from_byte_strings([None, b"a", b"b", b" c"], name="<i>")
     bound = make_calibrator().bind(vocabulary, use_disk_cache=False)
     page = coverage_page(report_vocabulary(vocabulary), report_text(bound, [[1, 2, 3]]), metadata={"tokenizer": "<i>"})
-    assert "&lt;b&gt;" in page
-    assert "<b>" not in page
+    assert "&lt;i&gt;" in page
     assert "<i>" not in page
 
 
@@ -162,12 +157,12 @@ def test_the_report_is_printed_and_written(run, bundle, text_file, tmp_path):
     page = tmp_path / "coverage.html"
     code, out, _ = run(
         *("--tokenizer", str(bundle / "demo-target"), "--text", str(text_file), "--max-bytes", "2000"),
-        *("--html", str(page), "--worst", "3"),
+        *("--html", str(page)),
     )
     assert code == 0
     assert re.search(r"covered \(have text\) +597 +99.50 %", out)
     assert "bits per byte, head 'reference'" in out
-    assert "Worst predicted tokens" in page.read_text(encoding="utf-8")
+    assert "bits per byte, head reference" in page.read_text(encoding="utf-8")
     short = run("--tokenizer", str(bundle / "demo-target"), "--report")[1]
     assert "--text FILE" in short
 

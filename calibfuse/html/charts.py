@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from xml.etree import ElementTree
@@ -37,6 +37,7 @@ _DARK = (
     *("#ff80ab", "#4dd0e1", "#c8a391", "#9fa8ff", "#a8b0bd"),
 )
 _INK, _PAPER = "#1c2430", "#fefefe"
+_TIP = "tip: "
 _MARKS = "osD^v"
 _WIDE, _NARROW = 7.6, 3.9  # inches; a page scales them to its width
 _LOG_FROM = 3.0  # largest over smallest value from which on a horizontal axis is logarithmic
@@ -121,31 +122,17 @@ class Curve:
     from_origin: bool = False
 
 
-@dataclass(frozen=True, eq=False)
-class Drawing:
-    """A figure, and what is shown where the mouse rests, by the id of the element."""
-
-    figure: Figure
-    tooltips: dict[str, str] = field(default_factory=dict)
-
-    def tip(self, text: str) -> str:
-        """An id for the element that the text belongs to."""
-        name = f"tip{len(self.tooltips)}"
-        self.tooltips[name] = text
-        return name
-
-
 @dataclass(frozen=True)
 class Chart:
     """What can be drawn at any width.
 
     Attributes:
         title: what it shows, for those who cannot see it.
-        draw: width in inches -> the drawing.
+        draw: width in inches -> the figure. What is shown where the mouse rests is the gid of its artists, after _TIP.
     """
 
     title: str
-    draw: Callable[[float], Drawing]
+    draw: Callable[[float], Figure]
 
     def markup(self) -> str:
         """Two SVG elements of a page, of which its style sheet shows the one that fits."""
@@ -163,7 +150,7 @@ class Chart:
         if path.suffix == ".svg":
             path.write_text(self.svg(), encoding="utf-8")
         elif path.suffix == ".png":
-            self.draw(_WIDE).figure.savefig(path, dpi=144, facecolor=_PAPER)
+            self.draw(_WIDE).savefig(path, dpi=144, facecolor=_PAPER)
         else:
             raise InputError(f"A chart is saved as .svg or .png, got {path.name!r}.")
 
@@ -193,23 +180,23 @@ def curves(
     everything = [*([origin] if origin else []), *(point for points in kept.values() for point in points)]
     faint = 0.45 if sum(map(bool, kept.values())) <= 4 else 0.2  # intervals of many curves
 
-    def draw(width: float) -> Drawing:
+    def draw(width: float) -> Figure:
         height = (width * 0.5 if width > 5 else width * 0.75) + _legend_height(list(kept), width)
-        with _drawing(width, height) as (drawing, axes):
+        with _drawing(width, height) as (figure, axes):
             for number, (name, points) in enumerate(kept.items()):
                 if points:
                     start = [origin] if origin is not None and families[name].from_origin else []
-                    _draw_curve(axes, drawing, name, number, [*start, *points], skipped=len(start), faint=faint)
+                    _draw_curve(axes, name, number, [*start, *points], skipped=len(start), faint=faint)
             if origin is not None:
                 _draw_intervals(axes, origin, _INK, 0.6)
                 ring = {"marker": "o", "markersize": 9, "color": _PAPER, "markeredgecolor": _INK, "markeredgewidth": 2}
-                _draw_mark(axes, origin, drawing.tip(_tooltip(origin.label, origin)), **ring)
+                _draw_mark(axes, origin, _tooltip(origin.label, origin), **ring)
             _finish_axes(axes, everything, y_is_share=y_is_share)
             axes.set_xlabel(x_title + (", logarithmic" if axes.get_xscale() == "log" else ""))
             axes.set_ylabel(y_title)
-            _add_legend(drawing.figure, width, "outside lower center")
+            _add_legend(figure, width, "outside lower center")
             _place_labels(axes, [*([origin] if origin else []), *_ends_first(kept.values())])
-        return drawing
+        return figure
 
     return Chart(f"{y_title} against {x_title}", draw) if everything else None
 
@@ -238,9 +225,9 @@ def bars(
     chosen = {name: (colours or {}).get(name, place) for place, name in enumerate(series)}
     step = 0.85 / max(1, len(series))
 
-    def draw(width: float) -> Drawing:
+    def draw(width: float) -> Figure:
         height = 0.7 + len(rows) * (0.13 * len(series) + 0.12) + _legend_height(series, width)
-        with _drawing(width, height) as (drawing, axes):
+        with _drawing(width, height) as (figure, axes):
             for place, name in enumerate(series):
                 axes.barh(0, 0, color=_colour(chosen[name]), label=name)  # the key
                 for row, (group, figures) in enumerate(rows.items()):
@@ -248,7 +235,7 @@ def bars(
                     if each is not None and math.isfinite(each.value):
                         at = row + (place - (len(series) - 1) / 2) * step
                         (bar,) = axes.barh(at, each.value, 0.85 * step, color=_colour(chosen[name]))
-                        bar.set_gid(drawing.tip(f"{group}, {name}: {each.value:.4g}"))
+                        bar.set_gid(f"{_TIP}{group}, {name}: {each.value:.4g}")
                         _draw_line(axes, (each.low, each.high), (at, at), color=_INK, alpha=0.55)
             longest = 30 if width > 5 else 16
             axes.set_yticks(range(len(rows)), [_shortened(name, longest) for name in rows])
@@ -262,8 +249,8 @@ def bars(
             if is_share:
                 _show_percent(axes.xaxis)
             axes.set_xlabel(title)
-            _add_legend(drawing.figure, width, "outside upper center")
-        return drawing
+            _add_legend(figure, width, "outside upper center")
+        return figure
 
     is_empty = not any(math.isfinite(each.value) for figures in rows.values() for each in figures.values())
     return None if is_empty else Chart(title, draw)
@@ -285,9 +272,9 @@ def training_curves(records: Sequence[Mapping[str, float]], *, panels: Mapping[s
     }
     kept = {key: found for key, found in points.items() if found}
 
-    def draw(width: float) -> Drawing:
-        with _drawing(width, 2.4 * len(kept) + 0.3, rows=len(kept)) as (drawing, _):
-            for number, (axes, (key, found)) in enumerate(zip(drawing.figure.axes, kept.items(), strict=True)):
+    def draw(width: float) -> Figure:
+        with _drawing(width, 2.4 * len(kept) + 0.3, rows=len(kept)) as (figure, _):
+            for number, (axes, (key, found)) in enumerate(zip(figure.axes, kept.items(), strict=True)):
                 steps, values = zip(*found, strict=True)
                 smooth = len(found) >= _SMOOTH_FROM
                 axes.plot(steps, values, color=_colour(number), alpha=0.35 if smooth else 1.0, linewidth=1.2)
@@ -296,14 +283,14 @@ def training_curves(records: Sequence[Mapping[str, float]], *, panels: Mapping[s
                     means = np.convolve(values, np.full(2 * half + 1, 1.0 / (2 * half + 1)), "valid")
                     axes.plot(steps[half:-half], means, color=_colour(number), linewidth=1.8)
                 axes.set_ylabel(titles[key])
-            drawing.figure.axes[-1].set_xlabel("step")
-        return drawing
+            figure.axes[-1].set_xlabel("step")
+        return figure
 
     return Chart("training curves", draw) if kept else None
 
 
 @contextmanager
-def _drawing(width: float, height: float, rows: int = 1) -> Iterator[tuple[Drawing, Axes]]:
+def _drawing(width: float, height: float, rows: int = 1) -> Iterator[tuple[Figure, Axes]]:
     """A figure with one column of axes; matplotlib's settings hold inside the block."""
     matplotlib = require("matplotlib")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -313,12 +300,10 @@ def _drawing(width: float, height: float, rows: int = 1) -> Iterator[tuple[Drawi
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots(rows, squeeze=False, sharex=True)[0][0]
-        yield Drawing(figure), axes
+        yield figure, axes
 
 
-def _draw_curve(
-    axes: Axes, drawing: Drawing, name: str, number: int, points: Sequence[Point], *, skipped: int, faint: float
-) -> None:
+def _draw_curve(axes: Axes, name: str, number: int, points: Sequence[Point], *, skipped: int, faint: float) -> None:
     """A line through all points; marks and intervals for those after the first `skipped`."""
     colour = _colour(number)
     dashes = "-" if number < len(LIGHT) else "--"  # a second round of the colours
@@ -327,8 +312,7 @@ def _draw_curve(
     own = points[skipped:]
     for point in own:
         _draw_intervals(axes, point, colour, faint)
-        tip = drawing.tip(_tooltip(name, point))
-        _draw_mark(axes, point, tip, marker=mark, markersize=6, color=colour, markeredgecolor=_PAPER)
+        _draw_mark(axes, point, _tooltip(name, point), marker=mark, markersize=6, color=colour, markeredgecolor=_PAPER)
         if point.is_default:
             _draw_mark(axes, point, "ring", marker="o", markersize=11, color="none", markeredgecolor=_INK)
     axes.plot([], [], dashes if len(own) > 1 else "", color=colour, marker=mark, label=name)
@@ -429,11 +413,11 @@ def _show_percent(axis: Axis) -> None:
     axis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
 
 
-def _svg(drawing: Drawing, label: str, kind: str) -> str:
+def _svg(figure: Figure, label: str, kind: str) -> str:
     """The figure as an element of a page, or, where its kind is "file", as a file that brings its style."""
     buffer = io.BytesIO()
     with require("matplotlib").rc_context({**_SETTINGS, "svg.hashsalt": f"{label} {kind}"}):
-        drawing.figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     text = buffer.getvalue().decode("utf-8").replace("xlink:href", "href")
     text = re.sub(r"(font(?:-family)?: [^;\"']*)'[^;\"]*", rf"\1{_FONT}", text)
     for number, colour in enumerate(LIGHT):
@@ -450,10 +434,9 @@ def _svg(drawing: Drawing, label: str, kind: str) -> str:
             element.set("id", name)
         if name == "label":
             element.set("class", name)
-        if name in drawing.tooltips:
-            title = ElementTree.Element("title")
-            title.text = drawing.tooltips[name]
-            element.insert(0, title)
+        if name.startswith(_TIP):
+            element.insert(0, ElementTree.Element("title"))
+            element[0].text = name.removeprefix(_TIP)
     size = {side: root.attrib.pop(side) for side in ("width", "height")}
     root.attrib |= {"role": "img", "aria-label": label, "class": f"chart {kind}"}
     if kind == "file":
@@ -471,7 +454,7 @@ def _is_finite(point: Point) -> bool:
 
 def _tooltip(name: str, point: Point) -> str:
     strength = f", {point.label}" if point.label and point.label != name else ""
-    return f"{name}{strength}: {point.x.value:.4g}, {point.y.value:.4g}"
+    return f"{_TIP}{name}{strength}: {point.x.value:.4g}, {point.y.value:.4g}"
 
 
 def _colour(number: int | None) -> str:

@@ -5,7 +5,6 @@ Everything here returns frozen dataclasses; printing is the command line's, page
 
 from calibfuse.inspection.coverage import (
     TextReport,
-    TokenFit,
     VocabularyReport,
     report_text,
     report_vocabulary,
@@ -22,7 +21,6 @@ __all__ = [
     "StepTrace",
     "TextEncoder",
     "TextReport",
-    "TokenFit",
     "VocabularyReport",
     "coverage_page",
     "describe_calibrator",

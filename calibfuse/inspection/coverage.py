@@ -10,25 +10,17 @@ causal language model that is projected onto another vocabulary every id whose b
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from calibfuse.errors import DataError
-from calibfuse.guide import CALIBRATOR_HEAD, VALUE_HEAD
-from calibfuse.inspection.spelling import bytes_label
+from calibfuse.guide import VALUE_HEAD, Guide
 from calibfuse.vocabulary import Vocabulary
-
-if TYPE_CHECKING:
-    from calibfuse.guide import Guide
-
-# A calibrator over one target vocabulary, of any kind.
-BoundGuide: TypeAlias = "Guide"
 
 _BLOCK_ELEMENTS = 4_000_000  # of a [positions, vocabulary] block: bounds memory
 
@@ -73,30 +65,6 @@ class VocabularyReport:
 
 
 @dataclass(frozen=True)
-class TokenFit:
-    """How well one token is predicted where the text has it.
-
-    Attributes:
-        token_id: its id.
-        text: as people read it.
-        count: times it was scored.
-        nats: mean negative log-probability.
-        bytes: its length.
-    """
-
-    token_id: int
-    text: str
-    count: int
-    nats: float
-    bytes: int
-
-    @property
-    def bits_per_byte(self) -> float:
-        """Mean bits per byte of the token."""
-        return self.nats / self.bytes / math.log(2)
-
-
-@dataclass(frozen=True)
 class TextReport:
     """How a bound calibrator fits a text.
 
@@ -107,8 +75,6 @@ class TextReport:
         skipped: tokens of the text that are not covered (unknown marks), left out of all sums.
         distinct: different tokens that were scored.
         bits_per_byte: by head.
-        worst: the tokens with the highest mean surprise in bits per byte under the non-toxic head, among those that
-            were scored often enough.
     """
 
     passages: int
@@ -117,7 +83,6 @@ class TextReport:
     skipped: int
     distinct: int
     bits_per_byte: Mapping[str, float]
-    worst: tuple[TokenFit, ...]
 
     @property
     def covered_mass(self) -> float:
@@ -126,11 +91,10 @@ class TextReport:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready dictionary."""
-        worst = [{**asdict(token), "bits_per_byte": token.bits_per_byte} for token in self.worst]
-        return {**asdict(self), "worst": worst, "covered_mass": self.covered_mass}
+        return {**asdict(self), "covered_mass": self.covered_mass}
 
 
-def report_vocabulary(vocabulary: Vocabulary, bound: BoundGuide | None = None) -> VocabularyReport:
+def report_vocabulary(vocabulary: Vocabulary, bound: Guide | None = None) -> VocabularyReport:
     """Count what a vocabulary is made of.
 
     Args:
@@ -140,44 +104,29 @@ def report_vocabulary(vocabulary: Vocabulary, bound: BoundGuide | None = None) -
     Returns:
         The counts.
     """
-    tokens = [vocabulary.token_bytes(token_id) for token_id in range(len(vocabulary))]
-    texts = [token for token in tokens if token]
+    texts = [each for each in map(vocabulary.token_bytes, range(len(vocabulary))) if each]
+    unspelled = 0
+    if bound is not None:
+        covered = bound.covers(torch.arange(len(vocabulary), device=bound.device)).cpu().numpy()
+        unspelled = int((~covered & ~vocabulary.is_special).sum())
     return VocabularyReport(
         name=vocabulary.name,
         fingerprint=vocabulary.fingerprint,
         size=len(vocabulary),
         special=int(np.count_nonzero(vocabulary.is_special)),
         duplicates=len(texts) - len(set(texts)),
-        partial=sum(not _is_text(token) for token in texts),
+        partial=sum(text.decode("utf-8", errors="ignore").encode() != text for text in texts),
         longest=max(map(len, texts)),
-        unspelled=0 if bound is None else _count_unspelled(vocabulary, bound),
+        unspelled=unspelled,
     )
 
 
-def _count_unspelled(vocabulary: Vocabulary, bound: BoundGuide) -> int:
-    """Ids with text that the calibrator does not cover."""
-    covered = bound.covers(torch.arange(len(vocabulary), device=bound.device)).cpu().numpy()
-    return int((~covered & ~vocabulary.is_special).sum())
-
-
-def _is_text(data: bytes) -> bool:
-    try:
-        data.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def report_text(
-    bound: BoundGuide, sequences: Sequence[Sequence[int]], *, worst: int = 20, min_count: int = 3
-) -> TextReport:
+def report_text(bound: Guide, sequences: Sequence[Sequence[int]]) -> TextReport:
     """Score a text that is cut into the target's tokens.
 
     Args:
         bound: the calibrator over the vocabulary of the ids.
         sequences: token ids of passages, without special tokens.
-        worst: how many of the worst predicted tokens are listed.
-        min_count: a token is listed from so many occurrences; lowered to 1 where no token has them.
 
     Returns:
         The report.
@@ -187,54 +136,29 @@ def report_text(
         VocabularyMismatchError: an id is outside the vocabulary.
     """
     lengths = np.diff(bound.vocabulary.offsets)
-    counts: Counter[int] = Counter()
-    nats_of: dict[int, float] = {}
-    totals = {head: 0.0 for head in bound.heads if head != VALUE_HEAD}
-    skipped = 0
-    for sequence in sequences:
-        if not len(sequence):
-            continue
-        ids = torch.as_tensor(sequence, dtype=torch.int64, device=bound.device)
-        surprise = _surprise(bound, ids, list(totals))  # (heads, length)
-        covered = bound.covers(ids).tolist()
-        for head, values in zip(totals, surprise, strict=True):
-            for token_id, value, is_covered in zip(ids.tolist(), values.tolist(), covered, strict=True):
-                if not is_covered:
-                    continue
-                totals[head] += value
-                if head == CALIBRATOR_HEAD:
-                    counts[token_id] += 1
-                    nats_of[token_id] = nats_of.get(token_id, 0.0) + value
-        skipped += covered.count(False)
-    if not counts:
+    passages = [torch.as_tensor(each, dtype=torch.int64, device=bound.device) for each in sequences if len(each)]
+    nats = {head: 0.0 for head in bound.heads if head != VALUE_HEAD}
+    scored: list[int] = []
+    for ids in passages:
+        covered = bound.covers(ids)
+        scored += ids[covered].tolist()
+        for head, values in zip(nats, _surprise(bound, ids, list(nats)), strict=True):
+            nats[head] += float(values[covered].double().sum())
+    if not scored:
         raise DataError("There is no text to measure: expected at least one passage with a token that has bytes.")
-    byte_count = sum(int(lengths[token_id]) * count for token_id, count in counts.items())
-    least = min(min_count, max(counts.values()))
-    fits = [
-        TokenFit(
-            token_id,
-            bytes_label(bound.vocabulary.token_bytes(token_id)),
-            count,
-            nats_of[token_id] / count,
-            int(lengths[token_id]),
-        )
-        for token_id, count in counts.items()
-        if count >= least
-    ]
-    fits.sort(key=lambda fit: (-fit.bits_per_byte, fit.token_id))
+    byte_count = int(lengths[scored].sum())
     return TextReport(
-        passages=sum(1 for sequence in sequences if len(sequence)),
-        tokens=sum(counts.values()),
+        passages=len(passages),
+        tokens=len(scored),
         bytes=byte_count,
-        skipped=skipped,
-        distinct=len(counts),
-        bits_per_byte={head: total / byte_count / math.log(2) for head, total in totals.items()},
-        worst=tuple(fits[:worst]),
+        skipped=sum(map(len, passages)) - len(scored),
+        distinct=len(set(scored)),
+        bits_per_byte={head: total / byte_count / math.log(2) for head, total in nats.items()},
     )
 
 
 @torch.no_grad()
-def _surprise(bound: BoundGuide, ids: Tensor, heads: Sequence[str]) -> list[Tensor]:
+def _surprise(bound: Guide, ids: Tensor, heads: Sequence[str]) -> list[Tensor]:
     """Negative log-probability of every token of one sequence, the first included: float32 [length] for each head."""
     said = bound.sequence(ids[None])
     step = max(1, _BLOCK_ELEMENTS // bound.target_vocab_size)

@@ -49,20 +49,13 @@ def trace_page(
     )
 
 
-def coverage_page(
-    vocabulary: VocabularyReport,
-    text: TextReport | None,
-    *,
-    metadata: Mapping[str, str],
-    mask: Mask | None = None,
-) -> str:
+def coverage_page(vocabulary: VocabularyReport, text: TextReport | None, *, metadata: Mapping[str, str]) -> str:
     """A coverage report as an HTML page.
 
     Args:
         vocabulary: of `report_vocabulary`.
         text: of `report_text`; None leaves that part out.
         metadata: names and values for the head of the page.
-        mask: replaces the letters of offensive words, one character by one; None shows them.
 
     Returns:
         The page.
@@ -70,7 +63,6 @@ def coverage_page(
     Raises:
         MissingDependencyError: jinja2 is not installed.
     """
-    mask = mask or unchanged
     tiles = [(_percent(vocabulary.coverage), f"of {vocabulary.size:,} ids are covered")]
     sections = [
         (
@@ -84,19 +76,6 @@ def coverage_page(
         tiles += [(f"{value:.3f}", f"bits per byte, head {head}") for head, value in text.bits_per_byte.items()]
         note = "Bits per byte of the text when it is cut into the target's tokens: lower is better, at any vocabulary."
         sections.append(("Text", note, _table(["measure", "value"], text_rows(text))))
-        worst = [
-            (
-                visible(mask(fit.text)),
-                str(fit.token_id),
-                f"{fit.count:,}",
-                f"{fit.nats:.2f}",
-                f"{fit.bits_per_byte:.2f}",
-            )
-            for fit in text.worst
-        ]
-        note = "Mean surprise under the non-toxic head, among tokens that the text has often enough."
-        headers = ["token", "id", "count", "nats", "bits per byte"]
-        sections.append(("Worst predicted tokens", note, _table(headers, worst)))
     return render("inspection/coverage.html.jinja", metadata=metadata, tiles=tiles, sections=sections)
 
 

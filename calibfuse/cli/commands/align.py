@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibfuse.cli.align_target import add_target_arguments, align_target
-from calibfuse.cli.masking import masking
-from calibfuse.cli.terminal import Terminal, printable
+from calibfuse.cli.terminal import Terminal
 from calibfuse.errors import InputError
 
 if TYPE_CHECKING:
+    from calibfuse.guide import Guide
     from calibfuse.inspection import TextReport, VocabularyReport
-    from calibfuse.inspection.coverage import BoundGuide
 
 EXAMPLES = """\
 examples:
@@ -30,7 +29,7 @@ examples:
 
 The bound vectors go to the cache folder (CALIBFUSE_CACHE, else ~/.cache/calibfuse), so that loading takes a moment
 where the vocabulary would be composed anew. With --text the report also tells how well the calibrator predicts that
-text, in bits per byte, and which of its tokens worst. With --target it also fits the matrix that mode "embedding" needs
+text, in bits per byte. With --target it also fits the matrix that mode "embedding" needs
 for that model, and saves it beside the calibrator.
 """
 
@@ -56,20 +55,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     report.add_argument(
         "--max-bytes", type=int, default=65_536, metavar="N", help="read so much of the text (default: %(default)s)"
     )
-    report.add_argument("--worst", type=int, default=15, metavar="N", help="tokens to list (default: %(default)s)")
     report.add_argument("--html", metavar="FILE", help="write the report as a page that needs no other file")
     report.add_argument("--json", action="store_true", help="print the report as JSON")
-    report.add_argument("--unmasked", action="store_true", help="show offensive words as they are")
 
 
 def run(args: argparse.Namespace) -> int:
     """Bind, then report."""
     if not (args.tokenizer or args.target):
         raise InputError("calibfuse align needs the target's vocabulary: give --tokenizer, or --target for a model.")
-    if args.max_bytes < 1 or args.worst < 0:
-        raise InputError(
-            f"--max-bytes must be at least 1 and --worst at least 0, got {args.max_bytes} and {args.worst}."
-        )
+    if args.max_bytes < 1:
+        raise InputError(f"--max-bytes must be at least 1, got {args.max_bytes}.")
     page = Path(args.html).expanduser() if args.html else None
     if page is not None and page.is_dir():
         raise InputError(f"--html expects a file, but {args.html!r} is a folder.")
@@ -90,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     from calibfuse.inspection import report_text, report_vocabulary
 
     vocabulary = report_vocabulary(bound.vocabulary, bound)
-    text = report_text(bound, _encode(args, passages), worst=args.worst) if args.text else None
+    text = report_text(bound, _encode(args, passages)) if args.text else None
     if page is not None:
         _write_page(page, args, bound, vocabulary, text)
     if args.json:
@@ -100,13 +95,13 @@ def run(args: argparse.Namespace) -> int:
         terminal.write(json.dumps(record, ensure_ascii=False))
         return 0
     terminal.write(_summary(args, bound, seconds))
-    _show_report(terminal, args, vocabulary, text)
+    _show_report(terminal, vocabulary, text)
     if page is not None:
         terminal.write(f"written to {page}")
     return 0
 
 
-def _bind(args: argparse.Namespace, *, for_report: bool) -> tuple[BoundGuide, float]:
+def _bind(args: argparse.Namespace, *, for_report: bool) -> tuple[Guide, float]:
     """The bound calibrator, and how many seconds binding took."""
     import torch
 
@@ -127,11 +122,11 @@ def _bind(args: argparse.Namespace, *, for_report: bool) -> tuple[BoundGuide, fl
         tokenizer = Vocabulary.from_tokenizer(tokenizer, local_files_only=True)
     device = choose_device(args.device or "cpu")
     start = time.perf_counter()
-    bound: BoundGuide = calibrator.bind(tokenizer, dtype=getattr(torch, args.dtype), device=device)
+    bound: Guide = calibrator.bind(tokenizer, dtype=getattr(torch, args.dtype), device=device)
     return bound, time.perf_counter() - start
 
 
-def _summary(args: argparse.Namespace, bound: BoundGuide, seconds: float) -> str:
+def _summary(args: argparse.Namespace, bound: Guide, seconds: float) -> str:
     return (
         f"bound {args.calibrator or 'the bundled calibrator'} to {args.tokenizer}: {bound.target_vocab_size:,} ids, "
         f"{100 * bound.coverage:.2f} % covered, {bound.memory_bytes / 1e6:.1f} MB, {seconds:.2f} s"
@@ -167,7 +162,7 @@ def _encode(args: argparse.Namespace, passages: list[str]) -> list[list[int]]:
 def _write_page(
     page: Path,
     args: argparse.Namespace,
-    bound: BoundGuide,
+    bound: Guide,
     vocabulary: VocabularyReport,
     text: TextReport | None,
 ) -> None:
@@ -180,17 +175,11 @@ def _write_page(
     }
     if args.text:
         metadata["text"] = f"{args.text}, first {args.max_bytes:,} bytes"
-    mask = masking(not args.unmasked and text is not None)
-    content = coverage_page(vocabulary, text, metadata=metadata, mask=mask)
+    content = coverage_page(vocabulary, text, metadata=metadata)
     write_files(page.parent, {page.name: content.encode("utf-8")})
 
 
-def _show_report(
-    terminal: Terminal,
-    args: argparse.Namespace,
-    vocabulary: VocabularyReport,
-    text: TextReport | None,
-) -> None:
+def _show_report(terminal: Terminal, vocabulary: VocabularyReport, text: TextReport | None) -> None:
     from calibfuse.inspection import text_rows, vocabulary_rows
 
     terminal.write()
@@ -198,22 +187,5 @@ def _show_report(
     if text is None:
         terminal.note("Give --text FILE to see how well the calibrator predicts text that is cut into these tokens.")
         return
-    mask = masking(not args.unmasked)
     terminal.write()
     terminal.table(("text", "value"), text_rows(text))
-    if not text.worst:
-        return
-    terminal.write()
-    terminal.table(
-        ("worst predicted tokens", "id", "count", "nats", "bits per byte"),
-        [
-            (
-                repr(printable(mask(fit.text))),
-                str(fit.token_id),
-                str(fit.count),
-                f"{fit.nats:.2f}",
-                f"{fit.bits_per_byte:.2f}",
-            )
-            for fit in text.worst
-        ],
-    )
