@@ -36,21 +36,12 @@ class FunctionScorer:
     """A user's function as a scorer; what it returns is checked."""
 
     def __init__(self, function: Callable[[list[str]], Any], name: str) -> None:
-        """Wrap a function.
-
-        Args:
-            function: takes a list of texts, returns one probability in [0, 1] for each.
-            name: what reports call it.
-        """
+        """Wrap a function from a list of texts to one probability in [0, 1] for each."""
         self._function = function
         self.name = name
 
     def score(self, texts: Sequence[str]) -> NDArray[np.float64]:
-        """Call the function and check its answer: (len(texts),), float64, in [0, 1].
-
-        Raises:
-            ScorerError: the function raised, or returned something that is no list of probabilities.
-        """
+        """Call the function and check its answer: (len(texts),), float64, in [0, 1]; ScorerError if it is unusable."""
         check_texts(texts, self.name)
         try:
             values = self._function(list(texts))
@@ -250,11 +241,7 @@ class TransformersScorer:
 
 
 def worst_sentence(scorer: ToxicityScorer, text: str) -> str:
-    """Return the sentence of a text with the highest score, as it stands there; "" where nothing stands.
-
-    Raises:
-        ScorerError: a sentence could not be scored.
-    """
+    """Return the sentence of a text with the highest score, as it stands there; "" where nothing stands."""
     sentences: list[str] = [part for part in _SENTENCES.findall(text) if part.strip()]
     if not sentences:
         return ""
@@ -275,19 +262,7 @@ def _computes_bfloat16(device: torch.device) -> bool:
 
 
 def find_toxic_label(id_to_label: Mapping[Any, str], label: str | None, name: str) -> int:
-    """Find the class of a model that means toxic.
-
-    Args:
-        id_to_label: the model's classes.
-        label: the class asked for, letter case ignored; None looks for a known name.
-        name: the model, for messages.
-
-    Returns:
-        The class index.
-
-    Raises:
-        InputError: no such class, or none of the known names.
-    """
+    """Return the index of the class that means toxic: the one asked for, or one of a known name; InputError without."""
     known = {str(text).strip().lower().replace("_", " ").replace("-", " "): int(i) for i, text in id_to_label.items()}
     wanted = _TOXIC_LABELS if label is None else (label.strip().lower(),)
     for candidate in wanted:

@@ -38,15 +38,7 @@ class ToxicityScorer(Protocol):
 
 
 def check_texts(texts: Sequence[str], name: str) -> None:
-    """Refuse what is not a sequence of strings.
-
-    Args:
-        texts: what was handed to `score`.
-        name: the scorer, for the message.
-
-    Raises:
-        ScorerError: one string instead of a sequence, or an element that is no string.
-    """
+    """Refuse (ScorerError) one string in place of a sequence, or an element that is no string."""
     if isinstance(texts, str):
         raise ScorerError(f"Scorer {name!r} expects a list of texts, got one string; pass [text]")
     for i, text in enumerate(texts):

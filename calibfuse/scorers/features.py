@@ -52,11 +52,7 @@ class FeatureConfig:
     seed: int = 0  # moves every feature to another bucket
 
     def __post_init__(self) -> None:
-        """Refuse sizes that cannot work.
-
-        Raises:
-            InputError: a size is out of range.
-        """
+        """Refuse sizes that cannot work (InputError)."""
         if not 8 <= self.bucket_bits <= 24:
             raise InputError(f"bucket_bits must lie in 8..24, got {self.bucket_bits}")
         if not 1 <= self.char_min <= self.char_max <= 8:
@@ -72,17 +68,7 @@ class FeatureConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> FeatureConfig:
-        """Build a config from `to_dict`'s form.
-
-        Args:
-            values: field names and values.
-
-        Returns:
-            The config.
-
-        Raises:
-            InputError: an unknown field, or a value out of range.
-        """
+        """Build a config from the form of `to_dict`; an unknown field, or a value out of range, is an InputError."""
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
@@ -168,18 +154,7 @@ _FOLD = _FoldTable()
 
 
 def fold_characters(text: str) -> str:
-    """Write accented, wide, and lookalike characters as plain ones, keeping the number of characters.
-
-    Args:
-        text: any text; lone surrogates are allowed.
-
-    Returns:
-        A text of the same length in characters.
-
-    Example:
-        >>> fold_characters("ｆоо Café")
-        'foo Cafe'
-    """
+    """Write accented, wide and lookalike characters as plain ones; as many characters as before."""
     return text if text.isascii() else text.translate(_FOLD)
 
 
@@ -194,15 +169,7 @@ def _shifted(mask: NDArray[Any], by: int) -> NDArray[Any]:
 
 
 def _undo_disguises(codes: NDArray[np.uint8], *, unmask: bool) -> NDArray[np.bool_]:
-    """Replace digits and signs that stand for letters, in place, and say which bytes belong to words.
-
-    Args:
-        codes: [bytes] uint8, lower case; changed in place.
-        unmask: signs beside a star hide a letter as it does ("f@#k", "f*'ing").
-
-    Returns:
-        [bytes] bool, True for letters, digits, and signs inside words.
-    """
+    """Replace signs that stand for letters, in place; [bytes] bool, True for letters, digits and signs inside words."""
     if unmask:
         hides, beside = np.isin(codes, _HIDING), np.isin(codes, _HIDING_BESIDE)
         for _ in range(2):
@@ -239,11 +206,7 @@ def _undo_disguises(codes: NDArray[np.uint8], *, unmask: bool) -> NDArray[np.boo
 
 
 def _leave_out_contractions(codes: NDArray[np.uint8], in_word: NDArray[np.bool_]) -> None:
-    """Take contractions that stand alone out of `in_word`, in place: of "'ve seen it", after "I", or of "we 'll".
-
-    Those who write "ve" and "ll" as words are seldom polite, so they would count as harm; but where generated text is
-    scored without its prompt, it often begins so.
-    """
+    """Take contractions without their word out of `in_word`, in place: generated text often begins so."""
     begins = np.flatnonzero((codes == ord("'")) & ~_shifted(in_word, 1) & _shifted(in_word, -1)) + 1
     padded_codes, padded = (np.concatenate([each, np.zeros(4, each.dtype)]) for each in (codes, in_word))
     for ending in _CONTRACTIONS:
@@ -375,11 +338,7 @@ class NgramHasher:
     """Turns words into bucket numbers under one `FeatureConfig`."""
 
     def __init__(self, config: FeatureConfig) -> None:
-        """Prepare the powers of the hash's base.
-
-        Args:
-            config: which n-grams, how many buckets.
-        """
+        """Prepare the powers of the hash's base."""
         self.config = config
         self._shift = np.uint32(32 - config.bucket_bits)
         self._powers = np.ones(_LONGEST_HASHED, dtype=np.uint32)
@@ -422,11 +381,7 @@ class NgramHasher:
         return self._bucket(self.word_states(stream) ^ self._start(0))
 
     def bigram_buckets(self, stream: WordStream) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
-        """Hash each word with the one before it in the same text.
-
-        Returns:
-            [words] uint32 buckets, and [words] bool: False where no word stands before it (ignore the bucket there).
-        """
+        """Return [words] uint32, the bucket of each word with the one before it, and [words] bool: there is one."""
         states = self.word_states(stream)
         has_left = stream.text_index == _shifted(stream.text_index, 1)
         has_left[:1] = False

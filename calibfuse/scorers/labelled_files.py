@@ -41,11 +41,7 @@ class Fold:
 
     @classmethod
     def parse(cls, text: str) -> Fold:
-        """From "1/2".
-
-        Raises:
-            InputError: no such fold.
-        """
+        """From "1/2"; anything else is an InputError."""
         part, _, parts = text.partition("/")
         if not (part.isascii() and parts.isascii() and part.isdigit() and parts.isdigit()):
             raise InputError(f"Expected a fold such as 1/2, got {text!r}.")

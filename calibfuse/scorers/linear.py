@@ -54,15 +54,7 @@ class Windows:
 
     @classmethod
     def of(cls, text_index: NDArray[np.int64], sizes: Sequence[int]) -> Windows:
-        """Lay windows over texts.
-
-        Args:
-            text_index: (words,) the text of each word, ascending.
-            sizes: words per window, ascending. A text shorter than the largest size is one window as a whole, too.
-
-        Returns:
-            Every window of each size, beginning at every word.
-        """
+        """Lay windows over texts: of each size from every word on; a shorter text is one as a whole."""
         n = len(text_index)
         edges = np.flatnonzero(np.diff(text_index)) + 1
         first = np.concatenate([[0], edges]) if n else np.zeros(0, dtype=np.int64)
@@ -163,17 +155,7 @@ class LinearScorer:
         return logits
 
     def word_scores(self, text: str) -> list[WordScore]:
-        """Score each word of a text as if it stood alone.
-
-        Args:
-            text: one text.
-
-        Returns:
-            One entry per word, in order, with character positions in `text`. A disguised word ("f u c k") is one entry.
-
-        Raises:
-            ScorerError: `text` is no string.
-        """
+        """Score each word of a text as if it stood alone; a disguised word ("f u c k") is one entry."""
         check_texts([text], self.name)
         stream = split_words([text], unmask=self.features.unmask)
         if not len(stream):
@@ -185,17 +167,7 @@ class LinearScorer:
         return [WordScore(int(s), int(e), float(p)) for s, e, p in zip(starts, ends, scores, strict=True)]
 
     def worst_part(self, text: str) -> str:
-        """Return the part of a text that its score comes from.
-
-        Args:
-            text: one text.
-
-        Returns:
-            The window of neighbouring words with the highest logit, as they stand in the text; "" without words.
-
-        Raises:
-            ScorerError: `text` is no string.
-        """
+        """Return the window of words with the highest logit, as it stands in the text; "" without words."""
         check_texts([text], self.name)
         stream = split_words([text], unmask=self.features.unmask)
         if not len(stream):
@@ -237,14 +209,7 @@ class LinearScorer:
         return logits
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the scorer as `config.json` and `model.safetensors`.
-
-        Args:
-            folder: made when missing; a scorer already there is replaced.
-
-        Raises:
-            CheckpointError: the files cannot be written; nothing half-written stays.
-        """
+        """Write `config.json` and `model.safetensors` into a folder; a scorer already there is replaced."""
         config = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -294,14 +259,7 @@ class LinearScorer:
 
 
 def check_window_sizes(sizes: Sequence[int]) -> None:
-    """Refuse window sizes that cannot be laid over a text.
-
-    Args:
-        sizes: words per window.
-
-    Raises:
-        InputError: none, not whole numbers from 1 on, or not ascending.
-    """
+    """Refuse (InputError) sizes that are not ascending whole numbers from 1 on."""
     fine = bool(sizes) and all(isinstance(size, int) and size >= 1 for size in sizes)
     if not fine or any(a >= b for a, b in zip(sizes, sizes[1:], strict=False)):
         raise InputError(f"Window sizes must be ascending whole numbers from 1 on, got {list(sizes)}")

@@ -58,17 +58,7 @@ class GatheredTexts:
 
 
 def gather(source: ScorerData) -> GatheredTexts:
-    """Read and make the training texts.
-
-    Args:
-        source: files and options.
-
-    Returns:
-        The texts.
-
-    Raises:
-        DataError: a file that cannot be used, or nothing left to learn from.
-    """
+    """Read the training texts; DataError for a file that cannot be used, or when nothing is left to learn from."""
     parts = []
     if source.data:
         read = read_labelled(
@@ -116,18 +106,7 @@ def _without_lowercase_clean(labelled: LabelledTexts) -> LabelledTexts:
 
 
 def added_texts(source: ScorerData, carriers: LabelledTexts) -> LabelledTexts | None:
-    """Make the added texts that were asked for.
-
-    Args:
-        source: says which.
-        carriers: training texts to put words into; none of the held-out ones.
-
-    Returns:
-        The added texts, None without any.
-
-    Raises:
-        DataError: carriers of one class only.
-    """
+    """Make the added texts that were asked for out of training texts; None without any."""
     parts = []
     if source.identity_terms:
         parts.append(identity_sentences(per_term=_SENTENCES_PER_TERM, weight=_IDENTITY_WEIGHT, seed=source.seed))

@@ -43,11 +43,7 @@ class TrainingOptions:
     seed: int = 0  # of the held-out split
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be trained with.
-
-        Raises:
-            InputError: an option is out of range.
-        """
+        """Refuse (InputError) options out of range."""
         check_window_sizes(self.windows)
         if self.iterations < 1 or self.calibration_words < 1:
             raise InputError(
@@ -69,19 +65,7 @@ class LabelledTexts:
 
     @classmethod
     def build(cls, texts: Sequence[str], labels: Sequence[float], weight: float = 1.0) -> LabelledTexts:
-        """Build from parallel sequences with one weight for all.
-
-        Args:
-            texts: the texts.
-            labels: toxicity in [0, 1] of each.
-            weight: weight of each.
-
-        Returns:
-            The labelled texts.
-
-        Raises:
-            DataError: different lengths, or a label outside [0, 1].
-        """
+        """Build from parallel sequences; DataError for unequal lengths or labels outside [0, 1]."""
         values = np.asarray(labels, dtype=np.float64)
         if values.shape != (len(texts),):
             raise DataError(f"{len(texts)} texts but {values.size} labels")
