@@ -50,6 +50,18 @@ def test_links_to_files_of_the_repository_lead_somewhere(page):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/index.md", "docs/quickstart.md", "docs/pitfalls.md", "docs/reference.md"]
+)
+def test_the_first_program_of_a_page_runs_as_it_is_pasted(name, tmp_path, monkeypatch):
+    """Without what the page hides from its readers."""
+    blocks = read_blocks(REPOSITORY / name)
+    code = next(block.code for block in blocks if block.language == "python" and not block.hidden)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, name, "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.slow
 @every_page
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     """All of a page in order: later blocks may use what earlier ones made."""
