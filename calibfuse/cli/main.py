@@ -31,6 +31,7 @@ COMMANDS: tuple[tuple[str, str], ...] = (
     ("train-guide", "train a value guide: a sequence-level constraint of your own, decoded with mode value"),
     ("finetune", "put the guidance into the weights: fine-tune a model under a sequence-level constraint"),
     ("playground", "try a calibrator in the browser: plain and guided text side by side"),
+    ("serve", "run vLLM's OpenAI-compatible server with a calibrator inside"),
     ("push", "publish a trained calibrator on the Hugging Face Hub"),
 )
 
@@ -108,7 +109,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments:
         parser.print_help()
         return EXIT_OK
-    args = parser.parse_args(arguments)
+    args, args.rest = parser.parse_known_args(arguments)
+    if args.rest and not getattr(args, "takes_rest", False):
+        parser.error(f"unrecognized arguments: {' '.join(args.rest)}")
     if args.command is None:
         parser.error("no command was given")
     try:

