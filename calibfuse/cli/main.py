@@ -109,9 +109,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments:
         parser.print_help()
         return EXIT_OK
-    args, args.rest = parser.parse_known_args(arguments)
-    if args.rest and not getattr(args, "takes_rest", False):
-        parser.error(f"unrecognized arguments: {' '.join(args.rest)}")
+    args, rest = parser.parse_known_args(arguments)
+    args.rest = rest  # serve hands on what it does not know
+    if rest and not getattr(args, "takes_rest", False):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if args.command is None:
         parser.error("no command was given")
     try:
