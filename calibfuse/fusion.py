@@ -269,7 +269,7 @@ def fuse(
     mode = MODES[config.mode]
     if mode.fuse is None:
         raise InputError(
-            f"Mode {config.mode!r} fuses hidden states, not distributions: use fusion_embedding.fuse_embedding."
+            f"Mode {config.mode!r} fuses hidden states, not distributions: use embedding.fusion.EmbeddingFusion."
         )
     vocab_size = log_probs.shape[-1]
     token_ids, values, is_candidate = choose_candidates(log_probs, config.candidates, always)

@@ -14,7 +14,7 @@ from calibfuse.cli.main import main
 from calibfuse.embedding import training as alignment_training
 from calibfuse.embedding.alignment import (
     Alignment,
-    AlignmentFacts,
+    AlignmentMetadata,
     alignment_folders,
     common_tokens,
     find_alignment,
@@ -78,25 +78,25 @@ def test_a_linear_relation_is_learned_and_holds_for_tokens_never_trained_on(boun
     """Inner products favour long vectors, so even the right map does not find every token among all."""
     target = linear_target(bound, embeddings)
     alignment = train_alignment(bound, target, embeddings=embeddings, epochs=30, batch_size=16, held_out=0.2)
-    facts = alignment.facts
-    assert facts.common_tokens == VOCAB - 3
-    assert facts.held_out_tokens == math.ceil(0.2 * (VOCAB - 3))
-    assert facts.loss_curve[0][1] > 1.5 > 0.5 > facts.loss_curve[-1][1]
-    assert facts.held_out_loss < 0.6
-    assert facts.retrieval["11"] > 0.75  # chance: 0.09
-    assert facts.retrieval[str(VOCAB - 3)] > 0.2  # chance: 0.003
+    metadata = alignment.metadata
+    assert metadata.common_tokens == VOCAB - 3
+    assert metadata.held_out_tokens == math.ceil(0.2 * (VOCAB - 3))
+    assert metadata.loss_curve[0][1] > 1.5 > 0.5 > metadata.loss_curve[-1][1]
+    assert metadata.held_out_loss < 0.6
+    assert metadata.retrieval["11"] > 0.75  # chance: 0.09
+    assert metadata.retrieval[str(VOCAB - 3)] > 0.2  # chance: 0.003
 
 
 def test_unrelated_embeddings_are_not_retrieved(bound, target):
-    facts = train_alignment(bound, target, held_out=0.5, epochs=3).facts
+    metadata = train_alignment(bound, target, held_out=0.5, epochs=3).metadata
     # 199 tokens, chance 1/11: a share of 0.19 is 5 standard deviations up
-    assert facts.retrieval["11"] < 0.19
-    assert facts.held_out_loss > math.log(11) - 0.3
+    assert metadata.retrieval["11"] < 0.19
+    assert metadata.held_out_loss > math.log(11) - 0.3
 
 
 def test_the_start_is_near_the_loss_of_guessing(bound, target):
     alignment = train_alignment(bound, target, learning_rate=1e-9, epochs=1)
-    assert alignment.facts.loss_curve[-1][1] == pytest.approx(math.log(11), abs=0.05)
+    assert alignment.metadata.loss_curve[-1][1] == pytest.approx(math.log(11), abs=0.05)
 
 
 def test_one_step_is_the_loss_written_out(bound, target):
@@ -151,7 +151,7 @@ def test_held_out_tokens_do_not_touch_the_matrix(bound):
 def test_the_seed_decides(bound, target):
     first, again = (train_alignment(bound, target, seed=4, **QUICK) for _ in range(2))
     assert torch.equal(first.matrix, again.matrix)
-    assert first.facts == again.facts
+    assert first.metadata == again.metadata
     other = train_alignment(bound, target, seed=5, **QUICK)
     assert not torch.equal(first.matrix, other.matrix)
     assert first.key == other.key  # same target: the newer one replaces the older
@@ -171,8 +171,8 @@ def test_a_plain_calibrator_gives_what_a_bound_one_gives(bound, target):
 
 
 def test_a_head_wider_than_the_tokenizer_and_a_narrower_one(bound):
-    assert train_alignment(bound, make_target(vocab=VOCAB + 64), **QUICK).facts.common_tokens == VOCAB - 3
-    assert train_alignment(bound, make_target(vocab=VOCAB - 50), **QUICK).facts.common_tokens == VOCAB - 53
+    assert train_alignment(bound, make_target(vocab=VOCAB + 64), **QUICK).metadata.common_tokens == VOCAB - 3
+    assert train_alignment(bound, make_target(vocab=VOCAB - 50), **QUICK).metadata.common_tokens == VOCAB - 53
 
 
 # ---- options
@@ -196,8 +196,8 @@ def test_bad_options_are_refused(bound, target, options, message):
 
 
 def test_without_held_out_tokens_nothing_is_claimed(bound, target):
-    facts = train_alignment(bound, target, held_out=0.0, **QUICK).facts
-    assert (facts.held_out_tokens, facts.held_out_loss, facts.retrieval) == (0, None, {})
+    metadata = train_alignment(bound, target, held_out=0.0, **QUICK).metadata
+    assert (metadata.held_out_tokens, metadata.held_out_loss, metadata.retrieval) == (0, None, {})
 
 
 @pytest.mark.parametrize("learning_rate", [100.0, 1e37])
@@ -241,7 +241,7 @@ def test_save_and_load_round_trip(alignment, tmp_path):
     loaded = Alignment.load(folder)
     assert torch.equal(loaded.matrix, alignment.matrix)
     assert torch.equal(loaded.sketch, alignment.sketch)
-    assert loaded.facts == alignment.facts
+    assert loaded.metadata == alignment.metadata
     assert loaded.key == alignment.key
 
 
@@ -270,8 +270,8 @@ def test_a_flipped_bit_is_an_error(alignment, tmp_path):
         ({"format": "calibfuse-calibrator"}, CheckpointError, "Expected the configuration of a calibfuse-alignment"),
         ({"width": 7}, CheckpointError, "do not belong together"),
         ({"width": 0}, CheckpointError, "'width' of an alignment must be a positive integer"),
-        ({"loss_curve": [[1]]}, CheckpointError, "facts of the alignment in .* are not valid"),
-        ({"surprise": 1}, CheckpointError, "Unknown or missing facts of an alignment: surprise"),
+        ({"loss_curve": [[1]]}, CheckpointError, "metadata of the alignment in .* are not valid"),
+        ({"surprise": 1}, CheckpointError, "Unknown or missing metadata of an alignment: surprise"),
     ],
 )
 def test_wrong_facts_are_an_error(alignment, tmp_path, change, error, message):
@@ -318,7 +318,7 @@ def test_input_embeddings_win_over_output_embeddings(bound, target, tmp_path):
     for embeddings in ("output", "input"):
         train_alignment(bound, target, embeddings=embeddings, **QUICK).save(tmp_path)
     assert len(list((tmp_path / "alignments").iterdir())) == 2
-    assert find_alignment([tmp_path], bound, target, calibrator="C").facts.embeddings == "input"
+    assert find_alignment([tmp_path], bound, target, calibrator="C").metadata.embeddings == "input"
 
 
 def test_another_model_of_the_same_shape_gets_none(alignment, bound, tmp_path):
@@ -328,8 +328,8 @@ def test_another_model_of_the_same_shape_gets_none(alignment, bound, tmp_path):
 
 
 def test_an_alignment_of_older_weights_is_not_used(alignment, bound, target, tmp_path):
-    facts = dataclasses.replace(alignment.facts, calibrator_fingerprint="0" * 64)
-    dataclasses.replace(alignment, facts=facts).save(tmp_path)
+    metadata = dataclasses.replace(alignment.metadata, calibrator_fingerprint="0" * 64)
+    dataclasses.replace(alignment, metadata=metadata).save(tmp_path)
     with pytest.raises(MissingHeadError, match="belongs to other weights of the calibrator"):
         find_alignment([tmp_path], bound, target, calibrator="C")
 
@@ -368,11 +368,11 @@ def test_a_causal_lm_as_calibrator_is_refused(saved, capsys):
 
 
 def test_facts_round_trip_and_refuse_what_is_missing(alignment):
-    values = json.loads(json.dumps(alignment.facts.to_dict()))
-    assert AlignmentFacts.from_dict(values) == alignment.facts
+    values = json.loads(json.dumps(alignment.metadata.to_dict()))
+    assert AlignmentMetadata.from_dict(values) == alignment.metadata
     del values["seed"]
-    with pytest.raises(InputError, match="missing facts of an alignment: seed"):
-        AlignmentFacts.from_dict(values)
+    with pytest.raises(InputError, match="missing metadata of an alignment: seed"):
+        AlignmentMetadata.from_dict(values)
 
 
 # ---- from the command line to generate()
@@ -423,7 +423,7 @@ def test_align_reports_as_json_and_keeps_its_seed(saved, capsys):
     assert records[0] == records[1]
     assert (records[0]["negatives"], records[0]["embeddings"], records[0]["seed"]) == (4, "output", 3)
     folder = records[0].pop("folder")
-    assert Alignment.load(folder).facts.to_dict() == records[0]
+    assert Alignment.load(folder).metadata.to_dict() == records[0]
 
 
 def test_where_the_calibrators_folder_is_not_ours_the_cache_is_used(saved, capsys, monkeypatch):

@@ -12,8 +12,8 @@ import torch
 import transformers
 from tiny_calibrators import EOS, PAD, make_bound
 
-from calibfuse.embedding.alignment import Alignment, AlignmentFacts, sketch_of
-from calibfuse.embedding.fusion import EmbeddingFusion, aligned_states, fuse_embedding
+from calibfuse.embedding.alignment import Alignment, AlignmentMetadata, sketch_of
+from calibfuse.embedding.fusion import EmbeddingFusion, aligned_states
 from calibfuse.embedding.output_head import OutputHead, find_output_head
 from calibfuse.errors import InputError, MissingHeadError, VocabularyMismatchError
 from calibfuse.fusion import FusionConfig, fuse
@@ -144,7 +144,7 @@ def model(name):
 
 def make_alignment(bound, hidden_size, seed=0):
     width = bound.calibrator.config.width
-    facts = AlignmentFacts(
+    metadata = AlignmentMetadata(
         target="a random model", calibrator_fingerprint=bound.calibrator.fingerprint,
         vocabulary_fingerprint=bound.vocabulary.fingerprint, width=width, hidden_size=hidden_size, embeddings="input",
         common_tokens=93, held_out_tokens=0, negatives=1, epochs=1, batch_size=1, learning_rate=1.0, seed=seed,
@@ -153,7 +153,7 @@ def make_alignment(bound, hidden_size, seed=0):
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(VOCAB, hidden_size, generator=generator)
     matrix = torch.randn(width, hidden_size, generator=generator)
-    return Alignment(matrix, sketch_of(rows, torch.arange(3, VOCAB)), facts)
+    return Alignment(matrix, sketch_of(rows, torch.arange(3, VOCAB)), metadata)
 
 
 def calibrator_states(bound, input_ids):
@@ -269,8 +269,8 @@ def test_naive_formula_on_logits():
     g = (mapped - mapped.mean()) / (mapped.var(unbiased=False) + 1e-5).sqrt()
     head = OutputHead(affine=lambda states: states @ weight.T, hidden_size=4)
     options = {"matrix": matrix, "head": head, "alpha": 0.1}
-    assert_close(fuse_embedding(weight @ h, t, **options), (weight @ (0.9 * h + 0.1 * g)).log_softmax(dim=0), 1e-6)
-    cold = fuse_embedding(weight @ h, t, hidden_temperature=False, **options)
+    assert_close(EmbeddingFusion(**options)(weight @ h, t), (weight @ (0.9 * h + 0.1 * g)).log_softmax(dim=0), 1e-6)
+    cold = EmbeddingFusion(hidden_temperature=False, **options)(weight @ h, t)
     assert_close(cold, (weight @ (h + 0.1 / 0.9 * g)).log_softmax(dim=0), 1e-6)
 
 
@@ -471,9 +471,11 @@ def test_an_alignment_of_another_size_calibrator_or_vocabulary_is_refused(bound)
         CalibFusion(bound, config, alignment=make_alignment(bound, 16), target=target)
     with pytest.raises(VocabularyMismatchError, match="another calibrator"):
         CalibFusion(make_bound(seed=1), config, alignment=make_alignment(bound, 32), target=target)
-    facts = dataclasses.replace(make_alignment(bound, 32).facts, vocabulary_fingerprint="0" * 64)
+    metadata = dataclasses.replace(make_alignment(bound, 32).metadata, vocabulary_fingerprint="0" * 64)
     with pytest.raises(VocabularyMismatchError, match="another vocabulary"):
-        CalibFusion(bound, config, alignment=dataclasses.replace(make_alignment(bound, 32), facts=facts), target=target)
+        CalibFusion(
+            bound, config, alignment=dataclasses.replace(make_alignment(bound, 32), metadata=metadata), target=target
+        )
 
 
 def test_a_narrower_head_than_the_scores_is_refused(bound):

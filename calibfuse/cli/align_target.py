@@ -45,7 +45,7 @@ def align_target(args: argparse.Namespace) -> dict[str, Any]:
     """Fit and save the alignment of the arguments; print what came out unless `--json` is set.
 
     Returns:
-        Its facts, with "folder" and "seconds".
+        Its metadata, with "folder" and "seconds".
 
     Raises:
         CalibfuseError: calibrator or target cannot be loaded, an option is out of range, or the folder not written to.
@@ -78,7 +78,7 @@ def align_target(args: argparse.Namespace) -> dict[str, Any]:
     folder = alignment.save(_place(args, calibrator))
     if not args.json:
         _show(alignment, folder, seconds)
-    return {**alignment.facts.to_dict(), "folder": str(folder), "seconds": round(seconds, 2)}
+    return {**alignment.metadata.to_dict(), "folder": str(folder), "seconds": round(seconds, 2)}
 
 
 def _place(args: argparse.Namespace, calibrator: PretrainedCalibrator) -> Path:
@@ -97,21 +97,21 @@ def _place(args: argparse.Namespace, calibrator: PretrainedCalibrator) -> Path:
 
 
 def _show(alignment: Alignment, folder: Path, seconds: float) -> None:
-    facts = alignment.facts
+    metadata = alignment.metadata
     terminal = Terminal()
     terminal.write(
-        f"aligned {facts.embeddings} embeddings with {printable(facts.target)}: {facts.common_tokens:,} common tokens, "
-        f"{facts.width} x {facts.hidden_size} channels, {seconds:.1f} s"
+        f"aligned {metadata.embeddings} embeddings with {printable(metadata.target)}: "
+        f"{metadata.common_tokens:,} common tokens, {metadata.width} x {metadata.hidden_size} channels, {seconds:.1f} s"
     )
-    every = max(1, len(facts.loss_curve) // _CURVE_LINES)
-    points = [*facts.loss_curve[: every * (_CURVE_LINES - 1) : every], facts.loss_curve[-1]]
+    every = max(1, len(metadata.loss_curve) // _CURVE_LINES)
+    points = [*metadata.loss_curve[: every * (_CURVE_LINES - 1) : every], metadata.loss_curve[-1]]
     terminal.table(("step", "loss (nats)"), [(f"{step:,}", f"{loss:.3f}") for step, loss in dict(points).items()])
-    if facts.held_out_loss is not None:
+    if metadata.held_out_loss is not None:
         terminal.write()
-        rows = [("loss (nats)", f"{facts.held_out_loss:.3f}", f"{_chance_loss():.3f}")]
-        for choices, share in facts.retrieval.items():
+        rows = [("loss (nats)", f"{metadata.held_out_loss:.3f}", f"{_chance_loss():.3f}")]
+        for choices, share in metadata.retrieval.items():
             rows.append((f"first of {int(choices):,}", f"{100 * share:.1f} %", f"{100 / int(choices):.1f} %"))
-        terminal.table((f"{facts.held_out_tokens:,} held-out tokens", "value", "chance"), rows)
+        terminal.table((f"{metadata.held_out_tokens:,} held-out tokens", "value", "chance"), rows)
     terminal.write()
     terminal.write(f"written to {folder}")
 

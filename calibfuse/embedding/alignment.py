@@ -2,7 +2,7 @@
 
 Tian et al. 2025 (arXiv 2506.01266) fit a matrix A so that the calibrator's embedding of a token, mapped by A, is nearer
 to the target's embedding of the same token than to others; the calibrator's last hidden state, mapped by the same A,
-is then mixed into the target's. `alignment_training.py` fits it; here is what it is and where it lies.
+is then mixed into the target's. `training.py` fits it; here is what it is and where it lies.
 
 The universal calibrator has no embedding table, but an equivalent: a token's composed vector h(token), mapped into the
 body by W_in, is its input embedding; mapped by the query of the "calibrator" head (score = <W_q x + b_q, h(token)>),
@@ -64,7 +64,7 @@ _SAME_MODEL = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
-class AlignmentFacts:
+class AlignmentMetadata:
     """What an alignment was made for and how.
 
     Attributes:
@@ -109,7 +109,7 @@ class AlignmentFacts:
         return {**asdict(self), "loss_curve": [list(pair) for pair in self.loss_curve]}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> AlignmentFacts:
+    def from_dict(cls, values: Mapping[str, Any]) -> AlignmentMetadata:
         """Inverse of `to_dict`.
 
         Raises:
@@ -118,90 +118,72 @@ class AlignmentFacts:
         known = {item.name for item in fields(cls)}
         if set(values) != known:
             wrong = sorted(set(values) ^ known)
-            raise InputError(f"Unknown or missing facts of an alignment: {', '.join(wrong)}.")
+            raise InputError(f"Unknown or missing metadata of an alignment: {', '.join(wrong)}.")
         for name in ("width", "hidden_size"):
             if type(values[name]) is not int or values[name] < 1:
-                raise InputError(f"The fact {name!r} of an alignment must be a positive integer, got {values[name]!r}.")
+                raise InputError(
+                    f"The entry {name!r} of an alignment must be a positive integer, got {values[name]!r}."
+                )
         curve = tuple((int(step), float(loss)) for step, loss in values["loss_curve"])
         return cls(**{**values, "loss_curve": curve})
 
 
 @dataclass(frozen=True, eq=False)
 class Alignment:
-    """The matrix with its facts.
+    """The matrix with its metadata.
 
     Attributes:
         matrix: A, float32 [width, hidden_size], CPU.
         sketch: float32, a few numbers of the target's embeddings, by which the target is known again.
-        facts: what it was made for and how.
+        metadata: what it was made for and how.
     """
 
     matrix: Tensor
     sketch: Tensor
-    facts: AlignmentFacts
+    metadata: AlignmentMetadata
 
     @property
     def key(self) -> str:
         """Name of its folder: a digest of calibrator, vocabulary, embeddings and target."""
-        facts = self.facts
         digest = hashlib.sha256()
-        for part in (
-            facts.calibrator_fingerprint,
-            facts.vocabulary_fingerprint,
-            facts.embeddings,
-            str(facts.hidden_size),
-        ):
-            digest.update(part.encode() + b"\0")
+        for name in ("calibrator_fingerprint", "vocabulary_fingerprint", "embeddings", "hidden_size"):
+            digest.update(str(getattr(self.metadata, name)).encode() + b"\0")
         digest.update(self.sketch.to(torch.bfloat16).view(torch.int16).numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write it into `folder`/alignments/<key>/; one that was made for the same target is replaced.
-
-        Args:
-            folder: of the calibrator.
-
-        Returns:
-            The folder of the alignment.
+        """Write it into `folder`/alignments/<key>/, where one for the same target is replaced; gives that folder.
 
         Raises:
             CheckpointError: it cannot be written; nothing half-written is left.
         """
         place = Path(folder).expanduser() / FOLDER / self.key
         tensors = {"matrix": self.matrix.contiguous(), "sketch": self.sketch.contiguous()}
-        metadata = {"format": "pt", FINGERPRINT_KEY: hub.weights_fingerprint(tensors)}
-        facts = {"format": FORMAT_NAME, "format_version": FORMAT_VERSION, **self.facts.to_dict()}
-        text = json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        hub.write_files(
-            place, {WEIGHTS_FILE: safetensors.torch.save(tensors, metadata), METADATA_FILE: text.encode("utf-8")}
-        )
+        weights = safetensors.torch.save(tensors, {"format": "pt", FINGERPRINT_KEY: hub.weights_fingerprint(tensors)})
+        values = {"format": FORMAT_NAME, "format_version": FORMAT_VERSION, **self.metadata.to_dict()}
+        text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        hub.write_files(place, {WEIGHTS_FILE: weights, METADATA_FILE: text.encode("utf-8")})
         return place
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Alignment:
-        """Read one alignment.
-
-        Args:
-            folder: with alignment.json and alignment.safetensors.
-
-        Returns:
-            The alignment.
+        """Read the alignment.json and alignment.safetensors of a folder.
 
         Raises:
             CheckpointError: missing, damaged, or no alignment.
             CheckpointFormatError: written by a newer calibfuse.
         """
-        facts = _read_facts(Path(folder))
+        metadata = _read_metadata(Path(folder))
         tensors = hub.read_tensors(Path(folder) / WEIGHTS_FILE)
         matrix, sketch = tensors.get("matrix"), tensors.get("sketch")
-        if matrix is None or sketch is None or matrix.shape != (facts.width, facts.hidden_size):
+        if matrix is None or sketch is None or matrix.shape != (metadata.width, metadata.hidden_size):
             found = "none" if matrix is None else tuple(matrix.shape)
             raise CheckpointError(
-                f"Expected a matrix of shape {(facts.width, facts.hidden_size)} and a sketch in the alignment in "
+                f"Expected a matrix of shape {(metadata.width, metadata.hidden_size)} and a sketch in the alignment in "
                 f"{str(folder)!r}, found {found}: its two files do not belong together. Make it anew with "
                 "`calibfuse align --target`."
             )
-        return cls(matrix.float(), sketch.float(), facts)
+        return cls(matrix.float(), sketch.float(), metadata)
 
     def check(self, bound: BoundCalibrator) -> None:
         """Make sure that it was made for a bound calibrator.
@@ -210,42 +192,37 @@ class Alignment:
             VocabularyMismatchError: it was made for other weights or another vocabulary.
         """
         for what, made_for, found in (
-            ("calibrator", self.facts.calibrator_fingerprint, bound.calibrator.fingerprint),
-            ("vocabulary", self.facts.vocabulary_fingerprint, bound.vocabulary.fingerprint),
+            ("calibrator", self.metadata.calibrator_fingerprint, bound.calibrator.fingerprint),
+            ("vocabulary", self.metadata.vocabulary_fingerprint, bound.vocabulary.fingerprint),
         ):
             if made_for != found:
                 raise VocabularyMismatchError(
-                    f"The alignment with {self.facts.target!r} was made for another {what} ({made_for[:12]}, not "
+                    f"The alignment with {self.metadata.target!r} was made for another {what} ({made_for[:12]}, not "
                     f"{found[:12]}). Make one with `calibfuse align --target`."
                 )
 
     def similarity(self, target: PreTrainedModel, vocabulary: Vocabulary) -> float:
-        """How like the target's embeddings are to those it was made for: 1 the same, about 0 another model's.
+        """How like a target's embeddings are to those it was made for, as the cosine of the two sketches.
 
-        Args:
-            target: of the same hidden size.
-            vocabulary: its own, the one of this alignment.
-
-        Returns:
-            Cosine of the two sketches, in [-1, 1].
+        1: the same; about 0: another model of the same hidden size and vocabulary.
 
         Raises:
             InputError: the target's embeddings cannot be read.
         """
-        rows = target_embeddings(target, self.facts.embeddings)
+        rows = target_embeddings(target, self.metadata.embeddings)
         sketch = sketch_of(rows, common_tokens(vocabulary, rows))
         if sketch.shape != self.sketch.shape:
             return 0.0
         return float(torch.nn.functional.cosine_similarity(sketch.flatten(), self.sketch.flatten(), dim=0))
 
 
-def _read_facts(folder: Path) -> AlignmentFacts:
+def _read_metadata(folder: Path) -> AlignmentMetadata:
     values = hub.read_config(folder, METADATA_FILE, format_name=FORMAT_NAME, supported_version=FORMAT_VERSION)
     values = {key: value for key, value in values.items() if key not in ("format", "format_version")}
     try:
-        return AlignmentFacts.from_dict(values)
+        return AlignmentMetadata.from_dict(values)
     except (InputError, TypeError, ValueError) as error:
-        raise CheckpointError(f"The facts of the alignment in {str(folder)!r} are not valid: {error}") from error
+        raise CheckpointError(f"The metadata of the alignment in {str(folder)!r} are not valid: {error}") from error
 
 
 def alignment_folders(calibrator_folder: Path | None, calibrator_fingerprint: str) -> tuple[Path, ...]:
@@ -286,22 +263,24 @@ def find_alignment(folders: Sequence[Path], guide: Guide, target: PreTrainedMode
     outdated = False
     for place in (place for folder in folders for place in _alignments_in(folder)):
         try:
-            facts = _read_facts(place)
+            metadata = _read_metadata(place)
         except CheckpointFormatError:
             raise
         except CheckpointError as error:
             # Nobody can tell whose it is; if it is this target's, the message below says what to do.
             logger.warning("Ignoring an alignment: %s", error)
             continue
-        if facts.vocabulary_fingerprint != bound.vocabulary.fingerprint or facts.hidden_size != _hidden_size(target):
+        if metadata.vocabulary_fingerprint != bound.vocabulary.fingerprint or metadata.hidden_size != _hidden_size(
+            target
+        ):
             continue
-        if facts.calibrator_fingerprint != fingerprint:
+        if metadata.calibrator_fingerprint != fingerprint:
             outdated = True
             continue
         alignment = Alignment.load(place)
         similarity = alignment.similarity(target, bound.vocabulary)
         if similarity >= _SAME_MODEL:
-            found.append((round(similarity, 3), facts.embeddings == "input", alignment))
+            found.append((round(similarity, 3), metadata.embeddings == "input", alignment))
     if not found:
         name = getattr(target, "name_or_path", "") or type(target).__name__
         why = "the one there is belongs to other weights of the calibrator" if outdated else "there is none"
@@ -328,13 +307,7 @@ def alignable(guide: Guide) -> BoundCalibrator:
 
 
 def last_states(said: NextTokenScores) -> Tensor:
-    """The calibrator's last hidden states: what the query of its "calibrator" head reads.
-
-    Args:
-        said: by a bound universal calibrator.
-
-    Returns:
-        float [..., width].
+    """The calibrator's last hidden states, float [..., width]: what the query of its "calibrator" head reads.
 
     Raises:
         InputError: another guide said it.

@@ -45,55 +45,17 @@ def aligned_states(states: Tensor, matrix: Tensor) -> Tensor:
     return functional.layer_norm(states.float() @ matrix.to(states.device, torch.float32), (matrix.shape[-1],))
 
 
-def fuse_embedding(
-    scores: Tensor,
-    states: Tensor,
-    *,
-    matrix: Tensor,
-    head: OutputHead,
-    alpha: float,
-    hidden_temperature: bool = True,
-) -> Tensor:
-    """Fuse the calibrator's hidden state into the target's, before the target's output head.
-
-    Args:
-        scores: float [..., target_vocab_size], logits or (unless the target soft-caps them) log-probabilities; -inf
-            where a token is excluded. Not modified.
-        states: t, float [..., width], leading axes of `scores`.
-        matrix: A, [width, hidden_size].
-        head: of the target.
-        alpha: a in [0, 1); 0 leaves the target as it is.
-        hidden_temperature: True: as published. False: the target's hidden state keeps weight 1.
-
-    Returns:
-        Normalised log-probabilities, float32, shape of `scores`, nats; -inf stays -inf.
-
-    Raises:
-        VocabularyMismatchError: the head is narrower than the scores.
-        InputError: the target soft-caps its logits, and the scores are not what its head gave.
-
-    Source: Tian et al. (2025), arXiv 2506.01266.
-    """
-    if alpha == 0.0:
-        return scores.float().log_softmax(dim=-1)
-    target = head.undo(scores)
-    aligned, width = aligned_states(states, matrix), scores.shape[-1]
-    if hidden_temperature:
-        fused = (1.0 - alpha) * target + alpha * head.logits(aligned, width)
-    else:
-        fused = target + alpha / (1.0 - alpha) * head.unbiased_logits(aligned, width)
-    return head.redo(fused).log_softmax(dim=-1)
-
-
 @dataclass(frozen=True, eq=False)
 class EmbeddingFusion:
-    """The fusion with everything but scores and states filled in.
+    """Fuses the calibrator's hidden state into the target's, before the target's output head.
 
     Attributes:
         matrix: A, float32 [width, hidden_size].
         head: of the target.
-        alpha: in [0, 1).
-        hidden_temperature: see `fuse_embedding`.
+        alpha: a in [0, 1); 0 leaves the target as it is.
+        hidden_temperature: True: as published. False: the target's hidden state keeps weight 1.
+
+    Source: Tian et al. (2025), arXiv 2506.01266.
     """
 
     matrix: Tensor
@@ -117,12 +79,26 @@ class EmbeddingFusion:
             raise InputError(f"alpha must be at least 0 and below 1 in mode 'embedding', got {self.alpha!r}.")
 
     def __call__(self, scores: Tensor, states: Tensor) -> Tensor:
-        """See `fuse_embedding`."""
-        return fuse_embedding(
-            scores,
-            states,
-            matrix=self.matrix,
-            head=self.head,
-            alpha=self.alpha,
-            hidden_temperature=self.hidden_temperature,
-        )
+        """The fused scores.
+
+        Args:
+            scores: float [..., target_vocab_size], logits or (unless the target soft-caps them) log-probabilities; -inf
+                where a token is excluded. Not modified.
+            states: t, float [..., width], leading axes of `scores`.
+
+        Returns:
+            Normalised log-probabilities, float32, shape of `scores`, nats; -inf stays -inf.
+
+        Raises:
+            VocabularyMismatchError: the head is narrower than the scores.
+            InputError: the target soft-caps its logits, and the scores are not what its head gave.
+        """
+        if self.alpha == 0.0:
+            return scores.float().log_softmax(dim=-1)
+        target = self.head.undo(scores)
+        aligned, width = aligned_states(states, self.matrix), scores.shape[-1]
+        if self.hidden_temperature:
+            fused = (1.0 - self.alpha) * target + self.alpha * self.head.logits(aligned, width)
+        else:
+            fused = target + self.alpha / (1.0 - self.alpha) * self.head.unbiased_logits(aligned, width)
+        return self.head.redo(fused).log_softmax(dim=-1)

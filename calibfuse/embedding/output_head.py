@@ -52,14 +52,7 @@ class OutputHead:
 
     @torch.no_grad()
     def logits(self, states: Tensor, width: int) -> Tensor:
-        """W h + b, cut to the width of the scores.
-
-        Args:
-            states: float [..., hidden_size], any device.
-            width: entries of a row of scores; a head that is padded beyond them is cut.
-
-        Returns:
-            float32 [..., width], on the device of `states`.
+        """W h + b, float32 [..., width] on the device of `states`; a head that is padded beyond the scores is cut.
 
         Raises:
             VocabularyMismatchError: the head is narrower than the scores.
@@ -78,14 +71,9 @@ class OutputHead:
         return logits if self.bias is None else logits - self.bias[:width].to(logits.device)
 
     def undo(self, scores: Tensor) -> Tensor:
-        """The head's own output behind scores.
+        """W h + b behind scores, float32 [..., width]; up to a constant per row where they are log-probabilities.
 
-        Args:
-            scores: float [..., width], logits or, without a soft cap, log-probabilities; -inf where a token is
-                excluded.
-
-        Returns:
-            float32 [..., width]: W h + b, up to a constant per row for log-probabilities; -inf stays -inf.
+        -inf stays -inf.
 
         Raises:
             InputError: with a soft cap: log-probabilities (beam search), or scores beyond the cap.
@@ -127,13 +115,7 @@ class OutputHead:
 
 @torch.no_grad()
 def find_output_head(target: PreTrainedModel) -> OutputHead:
-    """Measure a target's output head with one forward pass of four tokens.
-
-    Args:
-        target: a causal or encoder-decoder language model; not changed.
-
-    Returns:
-        Its head.
+    """Measure a target's output head with one forward pass of four tokens; the target is not changed.
 
     Raises:
         InputError: it has no output head, or does something after it that is neither a factor nor a soft cap.

@@ -30,7 +30,7 @@ from calibfuse.calibrator.model import CalibratorNetwork
 from calibfuse.embedding.alignment import (
     EMBEDDINGS,
     Alignment,
-    AlignmentFacts,
+    AlignmentMetadata,
     Embeddings,
     alignable,
     common_tokens,
@@ -55,17 +55,11 @@ _FEWEST_TOKENS = 20
 
 @dataclass(frozen=True, eq=False)
 class _Pairs:
-    """Both sides' embeddings of the common tokens.
+    """Both sides' embeddings of the common tokens."""
 
-    Attributes:
-        source: float32 [common, width], the calibrator's.
-        rows: [target rows, hidden_size], the target's, in its own dtype.
-        ids: int64 [common], the row of each common token.
-    """
-
-    source: Tensor
-    rows: Tensor
-    ids: Tensor
+    source: Tensor  # float32 [common, width], the calibrator's
+    rows: Tensor  # [target rows, hidden_size], the target's, in its own dtype
+    ids: Tensor  # int64 [common], the row of each common token
 
     def target(self, tokens: Tensor) -> Tensor:
         """float32 [..., hidden_size] of common tokens [...] (positions, not ids)."""
@@ -103,7 +97,7 @@ def train_alignment(
         progress: show a bar on standard error.
 
     Returns:
-        The alignment, with loss curve and retrieval accuracy among its facts.
+        The alignment, with loss curve and retrieval accuracy among its metadata.
 
     Raises:
         InputError: no universal calibrator, an option is out of range, the target's embeddings cannot be read, too
@@ -125,18 +119,10 @@ def train_alignment(
     order = torch.randperm(len(ids), generator=generator)
     held = order[: math.ceil(held_out * len(ids))]
     train = order[len(held) :]
-    matrix, curve = _fit(
-        pairs,
-        train,
-        generator,
-        negatives=negatives,
-        epochs=epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        progress=progress,
-    )
+    options = {"negatives": negatives, "epochs": epochs, "batch_size": batch_size}
+    matrix, curve = _fit(pairs, train, generator, learning_rate=learning_rate, progress=progress, **options)
     held_out_loss, retrieval = _evaluate(pairs, matrix, held, generator) if len(held) else (None, {})
-    facts = AlignmentFacts(
+    metadata = AlignmentMetadata(
         target=_name_of(target),
         calibrator_fingerprint=bound_model.fingerprint,
         vocabulary_fingerprint=vocabulary.fingerprint,
@@ -145,16 +131,14 @@ def train_alignment(
         embeddings=embeddings,
         common_tokens=len(ids),
         held_out_tokens=len(held),
-        negatives=negatives,
-        epochs=epochs,
-        batch_size=batch_size,
         learning_rate=learning_rate,
         seed=seed,
         loss_curve=curve,
         held_out_loss=held_out_loss,
         retrieval=retrieval,
+        **options,
     )
-    return Alignment(matrix.cpu(), sketch_of(rows, ids), facts)
+    return Alignment(matrix.cpu(), sketch_of(rows, ids), metadata)
 
 
 @torch.no_grad()

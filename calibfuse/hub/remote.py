@@ -88,14 +88,7 @@ def download_folder(
     token: str | bool | None,
     allow_patterns: list[str],
 ) -> Path:
-    """Download the allowed files of a Hub repository into the Hub's cache; arguments as for `resolve_checkpoint`.
-
-    Returns:
-        The folder of the snapshot.
-
-    Raises:
-        CheckpointError: there is no such repository or revision, no access, or no connection.
-    """
+    """Download the allowed files of a Hub repository into the Hub's cache, with a progress bar; gives their folder."""
     from huggingface_hub import snapshot_download
 
     try:

@@ -30,19 +30,7 @@ _FILE_ENDINGS = (".json", ".model", ".txt", ".tiktoken", ".bin", ".gz")
 
 
 def load_table(tokenizer: object, *, revision: str | None = None, local_files_only: bool = False) -> TokenTable:
-    """The token table of a tokenizer.
-
-    Args:
-        tokenizer: see `Vocabulary.from_tokenizer`.
-        revision: branch, tag or commit, where `tokenizer` is a Hub id.
-        local_files_only: do not go to the network.
-
-    Returns:
-        Its tokens by id.
-
-    Raises:
-        VocabularyError: it is no tokenizer, or cannot be found or read.
-    """
+    """The token table of a tokenizer; arguments and errors as in `Vocabulary.from_tokenizer`."""
     if not isinstance(tokenizer, (str, os.PathLike)):
         return read_object(tokenizer)
     name = os.fspath(tokenizer)
@@ -134,15 +122,10 @@ def _from_auto_tokenizer(name: str, *, revision: str | None, local_files_only: b
 
 
 def quick_fingerprint(tokenizer: object) -> str | None:
-    """A cheap key of a tokenizer for a disk cache, without extracting its bytes.
+    """For a path, a hex hash over the files that `Vocabulary.from_tokenizer` reads: a cheap key for a disk cache.
 
-    Args:
-        tokenizer: see `Vocabulary.from_tokenizer`.
-
-    Returns:
-        For a path, a hex hash over the files that `Vocabulary.from_tokenizer` reads. None for what has no key that is
-        both cheap and safe: objects in memory can have changed since they were loaded, and asking them for their
-        tokens is most of the cost of extracting the bytes. Use `Vocabulary.fingerprint` for those.
+    None for what has no key that is both cheap and safe: objects in memory can have changed since they were loaded, and
+    asking them for their tokens is most of the cost of extracting the bytes.
     """
     if not isinstance(tokenizer, (str, os.PathLike)):
         return None

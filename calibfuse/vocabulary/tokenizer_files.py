@@ -34,14 +34,7 @@ class _Side:
 
 
 def read_file(path: Path, *, beside: Sequence[Path] = ()) -> TokenTable:
-    """Read one tokenizer file.
-
-    Args:
-        path: the file.
-        beside: JSON files of a transformers tokenizer that name added and special tokens.
-
-    Returns:
-        Its tokens.
+    """Read one tokenizer file, with JSON files of a transformers tokenizer beside it that name added tokens.
 
     Raises:
         VocabularyError: a file cannot be read, is empty or damaged, or is no tokenizer.

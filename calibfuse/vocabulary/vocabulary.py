@@ -95,13 +95,7 @@ class Vocabulary:
         return len(self.is_special)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of one token.
-
-        Args:
-            token_id: 0 <= token_id < len(self).
-
-        Returns:
-            Its bytes; empty for special tokens.
+        """The bytes of one token; empty for special tokens.
 
         Raises:
             VocabularyError: the id is outside the vocabulary.
@@ -154,13 +148,7 @@ class Vocabulary:
         return [ids for ids in groups.values() if len(ids) > 1]
 
     def extended(self, extra: Sequence[bytes]) -> "Vocabulary":
-        """The same vocabulary with further tokens at the end.
-
-        Args:
-            extra: bytes of the further ids, in order; none of them empty.
-
-        Returns:
-            A new vocabulary of len(self) + len(extra) ids.
+        """A new vocabulary with further tokens at the end: the bytes of each, in order.
 
         Raises:
             VocabularyError: one of the further tokens is empty.
@@ -178,14 +166,7 @@ class Vocabulary:
 
     @classmethod
     def from_byte_strings(cls, tokens: Sequence[bytes | None], name: str = "given byte strings") -> "Vocabulary":
-        """A vocabulary from the bytes of each id.
-
-        Args:
-            tokens: bytes by id; None (or empty) for a special token.
-            name: for messages.
-
-        Returns:
-            The vocabulary.
+        """A vocabulary from the bytes of each id: None (or empty) for a special token; `name` is for messages.
 
         Raises:
             VocabularyError: fewer than two tokens have bytes, or one is neither bytes nor None.
