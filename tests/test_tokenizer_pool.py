@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from calibfuse.errors import CheckpointError, CheckpointFormatError, DataError, InputError
-from calibfuse.training import tokenizer_pool as pool_module
+from calibfuse.training.tokenizers import pool as pool_module
 from calibfuse.training.tokenizers.foreign_words import LATIN_WORDS, SCRIPT_WORDS
 from calibfuse.training.tokenizers.negatives import KIND_WEIGHTS, frequent_words, negative_byte_strings, text_pieces
 from calibfuse.training.tokenizers.pool import DEFAULT_POOL, PoolSpec, TokenizerPool
@@ -261,7 +261,7 @@ def test_full_disk_is_one_sentence_and_leaves_no_temporary_file(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(pool_module.os, "replace", replace)
-    with pytest.raises(CheckpointError, match="cannot be written to .*: No space left on device"):
+    with pytest.raises(CheckpointError, match="Cannot write .*: No space left on device"):
         pool.save(tmp_path / "pool")
     assert list((tmp_path / "pool").iterdir()) == []
 

@@ -237,13 +237,7 @@ def execute(
     work: Path,
     make_runner: Callable[[], contextlib.AbstractContextManager[StageRunner]],
 ) -> None:
-    """Run all jobs whose products are missing, stage by stage, and note how long each step took.
-
-    Args:
-        stages: of `plan_stages`.
-        work: folder of products.
-        make_runner: no arguments -> a context manager of a StageRunner; called only if there is something to do.
-    """
+    """Run all jobs whose products are missing, stage by stage, and note how long each step took."""
     if not any(_missing_jobs(work, stage) for stage in stages):
         return
     last_of = {stage.step: stage for stage in stages}

@@ -73,14 +73,7 @@ class TrainingBatch:
 
 
 class BatchVocabulary:
-    """One tokenizer's vocabulary, ready to draw candidates from.
-
-    Args:
-        vocabulary: with the negatives appended.
-        counts: int64 [at most len(vocabulary)], how often each id occurred in the training sample.
-        bucket_count: rows of the composer's table.
-        candidate_count: size of the softmax subset; vocabularies up to this size are used whole.
-    """
+    """One tokenizer's vocabulary, ready to draw candidates from."""
 
     def __init__(
         self, vocabulary: Vocabulary, counts: NDArray[np.int64], *, bucket_count: int, candidate_count: int
@@ -171,15 +164,7 @@ def make_batch(
 
 
 class BatchSource:
-    """Endless training batches, as a function of the seed and a small state.
-
-    Args:
-        store: the passages.
-        pool: the tokenizers.
-        config: of the training.
-        bucket_count: rows of the composer's table.
-        show_progress: show a progress bar while vocabularies are prepared.
-    """
+    """Endless training batches, as a function of the seed and a small state."""
 
     def __init__(
         self,

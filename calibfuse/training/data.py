@@ -58,11 +58,7 @@ class PassageStore:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        """Open a store that `build` has written.
-
-        Args:
-            folder: the folder of the store.
-        """
+        """Open a store that `build` has written."""
         self.folder = Path(folder)
         try:
             self.meta: dict[str, Any] = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
@@ -102,21 +98,8 @@ class PassageStore:
     ) -> "PassageStore":
         """Read the sources once and write the store, or reuse the one of the same sources and options.
 
-        Args:
-            sources: the text, each with its label.
-            cache_folder: the store becomes a folder inside, named by its fingerprint.
-            text_field: see `iter_documents`.
-            passage_bytes: the longest passage, in UTF-8 bytes.
-            min_bytes: shorter passages are left out.
-            sorter: gives bool labels (True = non-toxic) for passages in place of the sources' own, see
-                `calibfuse.training.sorting.PassageSorter`.
-            sorter_name: what the sorter is (scorer and threshold); part of the fingerprint.
-            validation_share: share of the passages kept for validation, in (0, 0.5].
-            max_validation_bytes: the most bytes kept for validation.
-            show_progress: show a progress bar.
-
-        Returns:
-            The open store.
+        It becomes a folder inside `cache_folder`. A `sorter` gives bool labels (True = non-toxic) in place of the
+        sources' own; its name is part of the fingerprint. Shorter passages than `min_bytes` are left out.
         """
         if not sources:
             raise DataError("No training text was given: expected at least one file, folder or hf:NAME.")

@@ -33,19 +33,7 @@ _VALIDATION_ROWS = 8
 
 
 class LMBatches:
-    """Rows of tokens, each passage behind a start mark; a function of the cursor alone.
-
-    Args:
-        store: the passages.
-        indices: of those to read.
-        encode: texts to own ids without special tokens.
-        start_id: own id before every passage.
-        end_id: own id after every passage; None: the next start mark ends it.
-        config: of the training: batch_size, sequence_length, seed.
-
-    Raises:
-        DataError: there is no passage.
-    """
+    """Rows of tokens, each passage behind a start mark; a function of the cursor alone."""
 
     def __init__(
         self,
@@ -93,21 +81,7 @@ class LMBatches:
 
 
 class LMTrainer(TrainingLoop):
-    """Trains a causal LM, resumably.
-
-    Args:
-        model: changed in place; float32.
-        batches: what on.
-        config: how; of its fields those for tokenizer pools and negatives are not used.
-        folder: gets `checkpoint/` while training; the caller saves the result.
-        identity: what a checkpoint must share with this run (text, start, tokenizer), as JSON-ready values.
-        label: for the progress bar.
-        device: "cpu", "cuda", "mps"; None: the best there is.
-        show_progress: show a progress bar.
-
-    Raises:
-        InputError: a row is longer than the model can read.
-    """
+    """Trains a causal LM, resumably."""
 
     def __init__(
         self,

@@ -57,13 +57,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
 
 
 class TrainingObjective(nn.Module):
-    """Calibrator -> losses; a module so that data-parallel wrappers can hold it.
-
-    Args:
-        calibrator: the model to train.
-        reference_weight: weight of the reference head's loss; the calibrator head's is 1.
-        heads_only: no gradients for token vectors and body.
-    """
+    """Calibrator -> losses; a module so that data-parallel wrappers can hold it."""
 
     def __init__(self, calibrator: Calibrator, *, reference_weight: float = 1.0, heads_only: bool = False) -> None:
         super().__init__()

@@ -27,17 +27,7 @@ from calibfuse.training.tokenizers.pool import TokenizerPool
 
 
 class Trainer(TrainingLoop):
-    """Trains a calibrator, resumably.
-
-    Args:
-        calibrator: with fresh or earlier weights.
-        store: the passages.
-        pool: the tokenizers.
-        config: how.
-        folder: gets `checkpoint/` while training; the caller saves the result.
-        device: "cpu", "cuda", "mps"; None: the best there is.
-        show_progress: show a progress bar.
-    """
+    """Trains a calibrator, resumably."""
 
     def __init__(
         self,

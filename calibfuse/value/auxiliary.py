@@ -79,27 +79,12 @@ class AuxiliaryModel(nn.Module, ABC):
     def of_next(self, states: Tensor, input_ids: Tensor, positions: Tensor) -> Tensor:
         """Log R of the tokens that follow in the text, without the work for all others where that can be.
 
-        Args:
-            states: of `states`.
-            input_ids: int64 [batch, length].
-            positions: bool [batch, length], False in the last column.
-
-        Returns:
-            float32 [number of wanted positions], nats; log R(x_<=i+1) for each wanted i.
+        `positions` is bool [batch, length], False in the last column; gives float32 [number of positions], nats.
         """
 
     @abstractmethod
     def of_all(self, states: Tensor, input_ids: Tensor, positions: Tensor) -> Tensor:
-        """Log R of all next tokens.
-
-        Args:
-            states: of `states`.
-            input_ids: int64 [batch, length].
-            positions: bool [batch, length].
-
-        Returns:
-            float32 [number of wanted positions, target_vocab_size], nats, at most 0, in the order of `positions`.
-        """
+        """Log R of all next tokens at some positions: float32 [number of positions, target_vocab_size], nats."""
 
     @abstractmethod
     def learns(self, token_ids: Tensor) -> Tensor:
@@ -123,17 +108,7 @@ class AuxiliaryModel(nn.Module, ABC):
         training: Mapping[str, Any] | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> Path:
-        """Write a checkpoint that `from_pretrained` and `CalibFusion.from_pretrained` read.
-
-        Args:
-            folder: made when missing.
-            fusion: recommended fusion options; None: mode "value".
-            training: facts of the training, for the model card.
-            dtype: of the weights on disk.
-
-        Returns:
-            The folder.
-        """
+        """Write a checkpoint that `from_pretrained` and `CalibFusion.from_pretrained` read."""
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Log R at all positions.
@@ -272,9 +247,6 @@ class CalibratorAuxiliary(AuxiliaryModel):
         calibrator: with a head "value".
         vocabulary: of the target.
         target_vocab_size: width of the target's output head, at least the size of the vocabulary.
-
-    Raises:
-        MissingHeadError: the calibrator has no head "value".
     """
 
     kind = "calibrator"

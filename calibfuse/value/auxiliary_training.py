@@ -239,14 +239,7 @@ def log_one_minus_exp(values: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Terms:
-    """Weighted means over the positions of a batch.
-
-    Attributes:
-        bce: of the model.
-        prior_bce: of a constant R, the mean of the labels.
-        consistency: KL_bern(sum_y R p || R).
-        gap: |sum_y R p - R|.
-    """
+    """Weighted means over the positions of a batch; prior_bce is that of a constant R, gap is |sum_y R p - R|."""
 
     bce: Tensor
     prior_bce: Tensor

@@ -56,9 +56,6 @@ class ScorerOracle:
         scorer: gives each text a toxicity in [0, 1].
         power: C = 1 - toxicity ** power; above 1 forgives mild toxicity, below 1 does not.
         threshold: C = 1 where the toxicity is below, else 0; None: soft labels.
-
-    Raises:
-        InputError: a power that is not above 0, or a threshold outside (0, 1].
     """
 
     def __init__(self, scorer: ToxicityScorer, *, power: float = 1.0, threshold: float | None = None) -> None:

@@ -24,6 +24,7 @@ import numpy.typing as npt
 import tokenizers
 from tqdm import tqdm
 
+from calibfuse import hub
 from calibfuse.errors import CheckpointError, CheckpointFormatError, DataError, InputError
 from calibfuse.training.tokenizers.negatives import frequent_words, negative_byte_strings, text_pieces
 from calibfuse.training.tokenizers.splitting import SplitTable
@@ -97,14 +98,7 @@ class PoolEntry:
         unigram_counts: npt.NDArray[np.int64],
         bytes_per_token: float,
     ) -> None:
-        """Wrap a trained tokenizer.
-
-        Args:
-            tokenizer: the tokenizer.
-            spec: what was asked for; the tokenizer may have fewer tokens.
-            unigram_counts: int64 [size], how often each id came in the sample.
-            bytes_per_token: UTF-8 bytes of the sample for each token.
-        """
+        """Wrap a trained tokenizer."""
         self.tokenizer = tokenizer
         self.spec = spec
         self.unigram_counts = unigram_counts
@@ -174,12 +168,7 @@ class TokenizerPool:
     """The tokenizers of one training run, in a fixed order."""
 
     def __init__(self, entries: Sequence[PoolEntry], *, meta: dict[str, Any] | None = None) -> None:
-        """Hold entries.
-
-        Args:
-            entries: at least one.
-            meta: what is known of the sample, kept in `pool.json`.
-        """
+        """Hold entries."""
         if not entries:
             raise InputError("A tokenizer pool needs at least one entry, got none.")
         self.entries = list(entries)
@@ -256,29 +245,23 @@ class TokenizerPool:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the pool: one tokenizer.json and one file of counts per entry, and `pool.json` last."""
-        target = Path(folder)
-        rows = []
-        try:
-            target.mkdir(parents=True, exist_ok=True)
-            for index, entry in enumerate(self.entries):
-                stem = f"{index:02d}-{entry.name}"
-                text = entry.tokenizer.to_str()
-                _write(target / f"{stem}.json", text.encode())
-                _write(target / f"{stem}.counts", entry.unigram_counts.astype("<i8").tobytes())
-                rows.append(
-                    {
-                        "file": stem,
-                        **asdict(entry.spec),
-                        "size": len(entry.unigram_counts),
-                        "bytes_per_token": round(entry.bytes_per_token, 4),
-                        "sha256": hashlib.sha256(text.encode()).hexdigest(),
-                    }
-                )
-            content = {"format": POOL_FORMAT, **self.meta, "entries": rows}
-            _write(target / POOL_FILE, json.dumps(content, indent=1).encode())
-        except OSError as error:
-            reason = error.strerror or error
-            raise CheckpointError(f"The tokenizer pool cannot be written to {target}: {reason}.") from error
+        rows: list[dict[str, Any]] = []
+        contents: dict[str, bytes] = {}
+        for index, entry in enumerate(self.entries):
+            stem = f"{index:02d}-{entry.name}"
+            text = entry.tokenizer.to_str().encode()
+            contents |= {f"{stem}.json": text, f"{stem}.counts": entry.unigram_counts.astype("<i8").tobytes()}
+            rows.append(
+                {
+                    "file": stem,
+                    **asdict(entry.spec),
+                    "size": len(entry.unigram_counts),
+                    "bytes_per_token": round(entry.bytes_per_token, 4),
+                    "sha256": hashlib.sha256(text).hexdigest(),
+                }
+            )
+        contents[POOL_FILE] = json.dumps({"format": POOL_FORMAT, **self.meta, "entries": rows}, indent=1).encode()
+        hub.write_files(folder, contents)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "TokenizerPool":
@@ -338,14 +321,3 @@ def _load_entry(folder: Path, row: dict[str, Any]) -> PoolEntry:
     spec = PoolSpec(style=row["style"], vocab_size=row["vocab_size"], draw_weight=row["draw_weight"])
     tokenizer = tokenizers.Tokenizer.from_str(text)
     return PoolEntry(tokenizer, spec, unigram_counts=counts, bytes_per_token=row["bytes_per_token"])
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write through a temporary file in the same folder, so that no half-written file ever has the name."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise

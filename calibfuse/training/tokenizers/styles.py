@@ -14,6 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
@@ -60,18 +61,14 @@ class TokenizerStyle:
     """One way of making a tokenizer.
 
     Attributes:
-        name: key in `STYLES`.
-        description: what it imitates, one line.
+        train: learns a tokenizer with at most the given number of tokens from texts.
         smallest_size: the smallest vocabulary that makes sense (alphabet and special tokens).
         bytes_per_token: how much text the trainer should see for each token of the vocabulary.
-        train: learns a tokenizer with at most the given number of tokens from texts.
     """
 
-    name: str
-    description: str
-    smallest_size: int
-    bytes_per_token: int
     train: Callable[[Texts, int], tokenizers.Tokenizer]
+    smallest_size: int = 257
+    bytes_per_token: int = 300
 
 
 def train_tokenizer(style: str, texts: Texts, vocab_size: int) -> tokenizers.Tokenizer:
@@ -236,78 +233,28 @@ _DIGITS_ALONE = pre_tokenizers.Digits(individual_digits=True)
 _GROUPS_OF_THREE = [pre_tokenizers.Digits(individual_digits=False), _split(r"\p{N}{3}")]
 
 STYLES: dict[str, TokenizerStyle] = {
-    style.name: style
-    for style in (
-        TokenizerStyle("byte-level", "GPT-2, Pythia, OPT, Whisper: byte-level BPE", 257, 300, _byte_level()),
-        TokenizerStyle(
-            "byte-level-triple-digits",
-            "Llama 3, GPT-4: digits in threes, one mark before a word, newlines behind punctuation",
-            257,
-            300,
-            _byte_level([_split(_TRIPLE_DIGITS_SPLIT)], use_regex=False),
-        ),
-        TokenizerStyle(
-            "byte-level-single-digits",
-            "Qwen: as Llama 3, but single digits, NFC",
-            257,
-            300,
-            _byte_level([_split(_SINGLE_DIGIT_SPLIT)], use_regex=False, normalizer=normalizers.NFC()),
-        ),
-        TokenizerStyle(
-            "byte-level-case-split",
-            "GPT-4o, Llama 4: words end at a change of case and keep their contraction",
-            257,
-            300,
-            _byte_level([_split(_CASE_SPLIT)], use_regex=False),
-        ),
-        TokenizerStyle(
-            "byte-level-digits-first",
-            "StarCoder, Cohere, SmolLM: single digits cut off before GPT-2's split",
-            257,
-            300,
-            _byte_level([_DIGITS_ALONE]),
-        ),
-        TokenizerStyle(
-            "byte-level-punctuation",
-            "Falcon: punctuation runs apart, without their space; digits in threes",
-            257,
-            300,
-            _byte_level([pre_tokenizers.Punctuation("contiguous")], _GROUPS_OF_THREE),
-        ),
-        TokenizerStyle(
-            "metaspace-bytes",
-            "Llama 2, Mistral: U+2581 for spaces, single digits, newlines and rare characters as bytes",
-            400,
-            300,
-            lambda texts, size: _train_marked_bpe(texts, size, keep_newlines=False),
-        ),
-        TokenizerStyle(
-            "metaspace-newlines",
-            "Gemma: U+2581 for spaces, none in front of the text, newline runs as tokens",
-            400,
-            300,
-            lambda texts, size: _train_marked_bpe(texts, size, keep_newlines=True),
-        ),
-        TokenizerStyle(
-            "unigram",
-            "T5, XLM-R, DeBERTa: Unigram, words with U+2581, white space normalised",
-            500,
-            200,
-            _train_unigram,
-        ),
-        TokenizerStyle(
-            "word-piece-lower",
-            "BERT uncased: lower case, words and single punctuation marks, ## for continuations",
-            200,
-            250,
-            lambda texts, size: _train_word_piece(texts, size, lowercase=True),
-        ),
-        TokenizerStyle(
-            "word-piece-cased",
-            "BERT cased: as uncased, case kept",
-            200,
-            250,
-            lambda texts, size: _train_word_piece(texts, size, lowercase=False),
-        ),
-    )
+    # GPT-2, Pythia, OPT, Whisper
+    "byte-level": TokenizerStyle(_byte_level()),
+    # Llama 3, GPT-4: digits in threes, one mark before a word, newlines behind punctuation
+    "byte-level-triple-digits": TokenizerStyle(_byte_level([_split(_TRIPLE_DIGITS_SPLIT)], use_regex=False)),
+    # Qwen: as Llama 3, but single digits, NFC
+    "byte-level-single-digits": TokenizerStyle(
+        _byte_level([_split(_SINGLE_DIGIT_SPLIT)], use_regex=False, normalizer=normalizers.NFC())
+    ),
+    # GPT-4o, Llama 4: words end at a change of case and keep their contraction
+    "byte-level-case-split": TokenizerStyle(_byte_level([_split(_CASE_SPLIT)], use_regex=False)),
+    # StarCoder, Cohere, SmolLM: single digits cut off before GPT-2's split
+    "byte-level-digits-first": TokenizerStyle(_byte_level([_DIGITS_ALONE])),
+    # Falcon: punctuation runs apart, without their space; digits in threes
+    "byte-level-punctuation": TokenizerStyle(_byte_level([pre_tokenizers.Punctuation("contiguous")], _GROUPS_OF_THREE)),
+    # Llama 2, Mistral: U+2581 for spaces, single digits, newlines and rare characters as bytes
+    "metaspace-bytes": TokenizerStyle(partial(_train_marked_bpe, keep_newlines=False), smallest_size=400),
+    # Gemma: U+2581 for spaces, none in front of the text, newline runs as tokens
+    "metaspace-newlines": TokenizerStyle(partial(_train_marked_bpe, keep_newlines=True), smallest_size=400),
+    # T5, XLM-R, DeBERTa: words with U+2581, white space normalised
+    "unigram": TokenizerStyle(_train_unigram, smallest_size=500, bytes_per_token=200),
+    # BERT uncased: lower case, words and single punctuation marks, ## for continuations
+    "word-piece-lower": TokenizerStyle(partial(_train_word_piece, lowercase=True), 200, 250),
+    # BERT cased: as uncased, case kept
+    "word-piece-cased": TokenizerStyle(partial(_train_word_piece, lowercase=False), 200, 250),
 }
