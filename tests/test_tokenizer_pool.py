@@ -263,7 +263,7 @@ def test_full_disk_is_one_sentence_and_leaves_no_temporary_file(
     monkeypatch.setattr(pool_module.os, "replace", replace)
     with pytest.raises(CheckpointError, match="Cannot write .*: No space left on device"):
         pool.save(tmp_path / "pool")
-    assert list((tmp_path / "pool").iterdir()) == []
+    assert list(tmp_path.rglob("*")) == []
 
 
 def test_pool_without_entries_is_refused() -> None:
