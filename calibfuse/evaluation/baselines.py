@@ -232,37 +232,24 @@ def _entropy(log_probs: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Ingredients:
-    """What baselines are made of.
+    """What baselines are made of."""
 
-    Attributes:
-        target: the model.
-        guide_scorer: rewards of reward guidance; not the scorer of the evaluation, if that can be helped. None: there
-            is none.
-        matched: the method whose entropy the temperature control matches; None: there is none.
-    """
-
-    target: LanguageModel
+    target: LanguageModel  # the model
+    # Rewards of reward guidance; not the scorer of the evaluation, if that can be helped. None: there is none.
     guide_scorer: ToxicityScorer | None = None
-    matched: Method | None = None
+    matched: Method | None = None  # the method whose entropy the temperature control matches; None: there is none
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """A family of methods.
+    """A family of methods."""
 
-    Attributes:
-        help: one line.
-        strengths: defaults, the first is the paper's; empty: it has none.
-        make: ingredients and strength -> factory of processors.
-        scan: strengths to search the best one among, with the defaults; empty: there is nothing to search.
-        starts_at_plain: strength 0 would be plain decoding.
-    """
-
-    help: str
-    strengths: tuple[float, ...]
-    make: Callable[[Ingredients, float], ProcessorFactory]
+    help: str  # one line
+    strengths: tuple[float, ...]  # defaults, the first is the paper's; empty: it has none
+    make: Callable[[Ingredients, float], ProcessorFactory]  # ingredients and strength -> factory of processors
+    # Strengths to search the best one among, with the defaults; empty: there is nothing to search.
     scan: tuple[float, ...] = ()
-    starts_at_plain: bool = True
+    starts_at_plain: bool = True  # strength 0 would be plain decoding
 
 
 def _always(processor: LogitsProcessor) -> ProcessorFactory:

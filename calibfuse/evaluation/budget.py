@@ -33,37 +33,25 @@ _VARIETY = ("distinct_1", "distinct_2", "distinct_3")
 
 @dataclass(frozen=True, eq=False)
 class AtBudget:
-    """One family of methods at a budget.
+    """One family of methods at a budget."""
 
-    Attributes:
-        family: name of the curve.
-        best: the strength, of those measured, with the lowest mean toxicity within the budget; None: all are over it.
-        default: the strength of the paper, or the calibrator's own; None: it was not measured.
-        strength: where the cost meets the budget, interpolated (of several places the least toxic one); None: it does
-            not between two measured strengths.
-        changes: relative changes of METRICS_AT_BUDGET there; empty where there is no crossing.
-    """
-
-    family: str
+    family: str  # name of the curve
+    # The strength, of those measured, with the lowest mean toxicity within the budget; None: all are over it.
     best: MethodResult | None
-    default: MethodResult | None
+    default: MethodResult | None  # the strength of the paper, or the calibrator's own; None: it was not measured
+    # Where the cost meets the budget, interpolated (of several places the least toxic one); None: it does not between
+    # two measured strengths.
     strength: float | None
-    changes: dict[str, float]
+    changes: dict[str, float]  # relative changes of METRICS_AT_BUDGET there; empty where there is no crossing
 
 
 @dataclass(frozen=True, eq=False)
 class BudgetComparison:
-    """All families at one budget.
+    """All families at one budget."""
 
-    Attributes:
-        budget: largest cost; 0.02 is 2 %.
-        measured_by: metric of the perplexity: the judge's where there is one, else the target's.
-        families: in the order of the evaluation.
-    """
-
-    budget: float
-    measured_by: str
-    families: tuple[AtBudget, ...]
+    budget: float  # largest cost; 0.02 is 2 %
+    measured_by: str  # metric of the perplexity: the judge's where there is one, else the target's
+    families: tuple[AtBudget, ...]  # in the order of the evaluation
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready dictionary."""
@@ -85,19 +73,12 @@ class BudgetComparison:
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """The strength that was picked.
+    """The strength that was picked."""
 
-    Attributes:
-        result: of the chosen method; None: none surely lowers mean toxicity within the budget.
-        budget: largest cost.
-        measured_by: metric of the perplexity: the judge's where there is one, else the target's.
-        reason: one sentence or two.
-    """
-
-    result: MethodResult | None
-    budget: float
-    measured_by: str
-    reason: str
+    result: MethodResult | None  # of the chosen method; None: none surely lowers mean toxicity within the budget
+    budget: float  # largest cost
+    measured_by: str  # metric of the perplexity: the judge's where there is one, else the target's
+    reason: str  # one sentence or two
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready dictionary."""

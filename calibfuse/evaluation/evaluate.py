@@ -47,53 +47,35 @@ _Found = TypeVar("_Found")
 
 @dataclass(frozen=True, eq=False)
 class MethodResult:
-    """What one method gave.
+    """What one method gave."""
 
-    Attributes:
-        method: which.
-        measured: sums per prompt, and examples.
-        estimates: metric -> figure with interval.
-        changes: metric -> relative change against plain, paired by prompts; empty for plain itself.
-        differences: metric -> difference to plain, likewise.
-        groups: group of prompts -> metric -> figure with interval; empty where prompts have no groups.
-        thresholds: toxicity by every scorer, from several scores on.
-        neutrality: what it does to neutral text; None where it was not measured, as for plain itself.
-        speed: measured interleaved with plain; None where it was not.
-        suites: what it does to labelled sentences, by name of the suite; empty for plain itself.
-        holistic_bias: what it does to names of groups; None as `neutrality`.
-        utility: what it costs at tasks; None as `neutrality`.
-    """
-
-    method: Method
-    measured: Measured
-    estimates: dict[str, Estimate]
-    changes: dict[str, Estimate]
-    differences: dict[str, Estimate]
+    method: Method  # which
+    measured: Measured  # sums per prompt, and examples
+    estimates: dict[str, Estimate]  # metric -> figure with interval
+    changes: dict[str, Estimate]  # metric -> relative change against plain, paired by prompts; empty for plain itself
+    differences: dict[str, Estimate]  # metric -> difference to plain, likewise
+    # Group of prompts -> metric -> figure with interval; empty where prompts have no groups.
     groups: dict[str, dict[str, Estimate]]
-    thresholds: tuple[ThresholdFigures, ...]
+    thresholds: tuple[ThresholdFigures, ...]  # toxicity by every scorer, from several scores on
+    # What it does to neutral text; None where it was not measured, as for plain itself.
     neutrality: Neutrality | None = None
-    speed: Speed | None = None
+    speed: Speed | None = None  # measured interleaved with plain; None where it was not
+    # What it does to labelled sentences, by name of the suite; empty for plain itself.
     suites: Mapping[str, SuiteResult] = field(default_factory=dict)
-    holistic_bias: HolisticBiasResult | None = None
-    utility: UtilityResult | None = None
+    holistic_bias: HolisticBiasResult | None = None  # what it does to names of groups; None as `neutrality`
+    utility: UtilityResult | None = None  # what it costs at tasks; None as `neutrality`
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """The results of all methods.
+    """The results of all methods."""
 
-    Attributes:
-        results: plain first, then as given.
-        prompts: what was continued.
-        sampling: how.
-        facts: names and settings, for the report; JSON values. "notes" are sentences that a reader must see.
-        protocol: of the field, that the figures belong to; None: the user's own settings.
-    """
-
-    results: tuple[MethodResult, ...]
-    prompts: tuple[Prompt, ...]
-    sampling: SamplingConfig
+    results: tuple[MethodResult, ...]  # plain first, then as given
+    prompts: tuple[Prompt, ...]  # what was continued
+    sampling: SamplingConfig  # how
+    # Names and settings, for the report; JSON values. "notes" are sentences that a reader must see.
     facts: dict[str, Any] = field(default_factory=dict)
+    # Of the field, that the figures belong to; None: the user's own settings.
     protocol: EvaluationProtocol | None = None
 
 

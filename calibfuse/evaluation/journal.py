@@ -32,17 +32,11 @@ _Found = TypeVar("_Found")
 
 @dataclass(frozen=True)
 class PromptRecord:
-    """A prompt with all of its continuations.
+    """A prompt with all of its continuations."""
 
-    Attributes:
-        prompt_id: of the prompt.
-        prompt: its text.
-        continuations: in the order of their sample numbers.
-    """
-
-    prompt_id: str
-    prompt: str
-    continuations: tuple[Continuation, ...]
+    prompt_id: str  # of the prompt
+    prompt: str  # its text
+    continuations: tuple[Continuation, ...]  # in the order of their sample numbers
 
     def to_line(self) -> str:
         """One line of JSON."""

@@ -37,36 +37,22 @@ _BLOCK = 64  # prompts in memory at once
 
 @dataclass(frozen=True)
 class Example:
-    """A continuation for the report.
+    """A continuation for the report."""
 
-    Attributes:
-        prompt_id: of the prompt.
-        prompt: its text.
-        continuation: what was said.
-        toxicity: its score, in [0, 1].
-    """
-
-    prompt_id: str
-    prompt: str
-    continuation: str
-    toxicity: float
+    prompt_id: str  # of the prompt
+    prompt: str  # its text
+    continuation: str  # what was said
+    toxicity: float  # its score, in [0, 1]
 
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """What was measured of one method.
+    """What was measured of one method."""
 
-    Attributes:
-        sums: by metric (keys of METRICS), all [prompts].
-        first: the first continuation of each of the first prompts, as examples.
-        worst: the most toxic continuations.
-        thresholds: toxicity by every scorer, from several scores on.
-    """
-
-    sums: dict[str, Sums]
-    first: tuple[Example, ...]
-    worst: tuple[Example, ...]
-    thresholds: tuple[ThresholdSums, ...]
+    sums: dict[str, Sums]  # by metric (keys of METRICS), all [prompts]
+    first: tuple[Example, ...]  # the first continuation of each of the first prompts, as examples
+    worst: tuple[Example, ...]  # the most toxic continuations
+    thresholds: tuple[ThresholdSums, ...]  # toxicity by every scorer, from several scores on
 
 
 def measure(

@@ -15,27 +15,17 @@ from calibfuse.evaluation.sampling import ProcessorFactory
 
 @dataclass(frozen=True, eq=False)
 class Method:
-    """One way of decoding.
+    """One way of decoding."""
 
-    Attributes:
-        key: unique, of letters, digits, dots, dashes and underscores; names the method's files.
-        title: in tables.
-        make_processors: called once per batch; the processors act before truncation and draw.
-        family: methods of one family are points of one curve.
-        alpha: the strength on that curve; None: no curve.
-        settings: JSON values that determine what the method does; a run is resumed only with equal ones.
-        starts_at_plain: strength 0 would be plain decoding, so that the curve begins there.
-        is_default: whether this is the strength of the paper, or the one that the calibrator recommends.
-    """
-
-    key: str
-    title: str
-    make_processors: ProcessorFactory
-    family: str = ""
-    alpha: float | None = None
+    key: str  # unique, of letters, digits, dots, dashes and underscores; names the method's files
+    title: str  # in tables
+    make_processors: ProcessorFactory  # called once per batch; the processors act before truncation and draw
+    family: str = ""  # methods of one family are points of one curve
+    alpha: float | None = None  # the strength on that curve; None: no curve
+    # JSON values that determine what the method does; a run is resumed only with equal ones.
     settings: Mapping[str, Any] = field(default_factory=dict)
-    starts_at_plain: bool = True
-    is_default: bool = False
+    starts_at_plain: bool = True  # strength 0 would be plain decoding, so that the curve begins there
+    is_default: bool = False  # whether this is the strength of the paper, or the one that the calibrator recommends
 
     def __post_init__(self) -> None:
         """Validate.

@@ -39,19 +39,12 @@ _REFUSAL = re.compile(
 
 @dataclass(frozen=True)
 class Metric:
-    """How a metric is made of sums, and how it is shown.
+    """How a metric is made of sums, and how it is shown."""
 
-    Attributes:
-        name: key in reports.
-        title: in tables.
-        lower_is_better: True, False, or None where neither is.
-        is_exponential: exp of the ratio is shown (perplexities).
-    """
-
-    name: str
-    title: str
-    lower_is_better: bool | None
-    is_exponential: bool = False
+    name: str  # key in reports
+    title: str  # in tables
+    lower_is_better: bool | None  # True, False, or None where neither is
+    is_exponential: bool = False  # exp of the ratio is shown (perplexities)
 
 
 METRICS: dict[str, Metric] = {
@@ -91,17 +84,11 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure with its interval.
+    """A figure with its interval."""
 
-    Attributes:
-        value: over all prompts.
-        low: lower end of the interval.
-        high: upper end.
-    """
-
-    value: float
-    low: float
-    high: float
+    value: float  # over all prompts
+    low: float  # lower end of the interval
+    high: float  # upper end
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,23 +102,14 @@ class ThresholdSums:
 
 @dataclass(frozen=True)
 class ThresholdFigures:
-    """Toxicity of one method by one scorer from one score on.
+    """Toxicity of one method by one scorer from one score on."""
 
-    Attributes:
-        scorer: its name.
-        toxic_from: a continuation is toxic from this score on.
-        flagged: how many continuations are.
-        is_too_few: whether plain decoding has too few toxic ones (FEWEST_FLAGGED) to compare shares with.
-        estimates: metric -> figure with interval.
-        changes: metric -> relative change against plain, paired by prompts; empty for plain itself.
-    """
-
-    scorer: str
-    toxic_from: float
-    flagged: int
-    is_too_few: bool
-    estimates: dict[str, Estimate]
-    changes: dict[str, Estimate]
+    scorer: str  # its name
+    toxic_from: float  # a continuation is toxic from this score on
+    flagged: int  # how many continuations are
+    is_too_few: bool  # whether plain decoding has too few toxic ones (FEWEST_FLAGGED) to compare shares with
+    estimates: dict[str, Estimate]  # metric -> figure with interval
+    changes: dict[str, Estimate]  # metric -> relative change against plain, paired by prompts; empty for plain itself
 
 
 def toxicity_sums(scores: NDArray[np.float64], *, toxic_from: float = TOXIC_FROM) -> dict[str, Sums]:
@@ -246,15 +224,10 @@ def bootstrap_counts(prompts: int, resamples: int, seed: int) -> Iterator[NDArra
 
 @dataclass(frozen=True, eq=False)
 class Resampled:
-    """A metric on all prompts and on each resample.
+    """A metric on all prompts and on each resample."""
 
-    Attributes:
-        value: over all prompts.
-        resamples: float64 [resamples].
-    """
-
-    value: float
-    resamples: NDArray[np.float64]
+    value: float  # over all prompts
+    resamples: NDArray[np.float64]  # float64 [resamples]
 
     def estimate(self, confidence: float = 0.95) -> Estimate:
         """Value with percentile interval."""

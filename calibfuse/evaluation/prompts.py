@@ -26,21 +26,13 @@ _Row = TypeVar("_Row")
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text to be continued.
+    """A text to be continued."""
 
-    Attributes:
-        id: unique in its file; the seed of its continuations depends on it.
-        text: without white space at the end, which most tokenizers would make an odd token of.
-        toxicity: of the prompt itself, as its source says, in [0, 1]; None: unknown.
-        group: whom or what it is about (BOLD), for figures by group.
-        is_challenging: as RealToxicityPrompts says.
-    """
-
-    id: str
-    text: str
-    toxicity: float | None = None
-    group: str | None = None
-    is_challenging: bool = False
+    id: str  # unique in its file; the seed of its continuations depends on it
+    text: str  # without white space at the end, which most tokenizers would make an odd token of
+    toxicity: float | None = None  # of the prompt itself, as its source says, in [0, 1]; None: unknown
+    group: str | None = None  # whom or what it is about (BOLD), for figures by group
+    is_challenging: bool = False  # as RealToxicityPrompts says
 
 
 def load_prompts(

@@ -19,19 +19,12 @@ from calibfuse.generation.seeded_sampling import SeededSampling, row_key
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast a method decodes.
+    """How fast a method decodes."""
 
-    Attributes:
-        tokens_per_second: median over the rounds, all rows together.
-        kept: tokens per second over those of plain decoding in the same round, median; 1 is no cost.
-        lowest: of `kept` over the rounds.
-        highest: likewise.
-    """
-
-    tokens_per_second: float
-    kept: float
-    lowest: float
-    highest: float
+    tokens_per_second: float  # median over the rounds, all rows together
+    kept: float  # tokens per second over those of plain decoding in the same round, median; 1 is no cost
+    lowest: float  # of `kept` over the rounds
+    highest: float  # likewise
 
 
 def measure_speed(

@@ -35,72 +35,43 @@ _RAISED = 1.001  # more than rounding
 
 @dataclass(frozen=True)
 class GroupName:
-    """A name of a group of people.
+    """A name of a group of people."""
 
-    Attributes:
-        singular: as after "is", without its article; empty: it has none.
-        article: before it.
-        plural: as after "all the".
-        axis: what kind of group.
-        is_noun: whether it stands alone ("Buddhists"), or before a noun ("Deaf people").
-    """
-
-    singular: str
-    article: str
-    plural: str
-    axis: str
-    is_noun: bool
+    singular: str  # as after "is", without its article; empty: it has none
+    article: str  # before it
+    plural: str  # as after "all the"
+    axis: str  # what kind of group
+    is_noun: bool  # whether it stands alone ("Buddhists"), or before a noun ("Deaf people")
 
 
 @dataclass(frozen=True)
 class HolisticBias:
-    """Names, and the beginnings of sentences that they are read after.
+    """Names, and the beginnings of sentences that they are read after."""
 
-    Attributes:
-        names: at least one.
-        singular: neutral beginnings before a name with its article.
-        plural: neutral beginnings before a plural.
-    """
-
-    names: tuple[GroupName, ...]
-    singular: tuple[str, ...]
-    plural: tuple[str, ...]
+    names: tuple[GroupName, ...]  # at least one
+    singular: tuple[str, ...]  # neutral beginnings before a name with its article
+    plural: tuple[str, ...]  # neutral beginnings before a plural
 
 
 @dataclass(frozen=True)
 class KeptName:
-    """What a name keeps of its probability: with the method over without; 1 is unchanged.
+    """What a name keeps of its probability: with the method over without; 1 is unchanged."""
 
-    Attributes:
-        name: the plural.
-        axis: what kind of group.
-        is_noun: see GroupName.
-        neutral: geometric mean after neutral beginnings.
-        lowest: the least after one of them.
-        lowest_after: which.
-        hateful: the most after a hateful beginning.
-        highest_after: which.
-    """
-
-    name: str
-    axis: str
-    is_noun: bool
-    neutral: float
-    lowest: float
-    lowest_after: str
-    hateful: float
-    highest_after: str
+    name: str  # the plural
+    axis: str  # what kind of group
+    is_noun: bool  # see GroupName
+    neutral: float  # geometric mean after neutral beginnings
+    lowest: float  # the least after one of them
+    lowest_after: str  # which
+    hateful: float  # the most after a hateful beginning
+    highest_after: str  # which
 
 
 @dataclass(frozen=True)
 class HolisticBiasResult:
-    """What a method does to names of groups.
+    """What a method does to names of groups."""
 
-    Attributes:
-        names: all that were read.
-    """
-
-    names: tuple[KeptName, ...]
+    names: tuple[KeptName, ...]  # all that were read
 
     @property
     def share_kept(self) -> float:

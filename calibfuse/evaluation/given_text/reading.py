@@ -31,32 +31,20 @@ Pair = tuple[Sequence[int], Sequence[int]]  # ids before, at least one, and ids 
 
 @dataclass(frozen=True, eq=False)
 class LogLikelihood:
-    """Sums over the scored tokens of each text.
+    """Sums over the scored tokens of each text."""
 
-    Attributes:
-        nats: negative log-likelihood, float64 [texts].
-        tokens: how many tokens were scored, float64 [texts].
-    """
-
-    nats: NDArray[np.float64]
-    tokens: NDArray[np.float64]
+    nats: NDArray[np.float64]  # negative log-likelihood, float64 [texts]
+    tokens: NDArray[np.float64]  # how many tokens were scored, float64 [texts]
 
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """What is said to the scored tokens of one text.
+    """What is said to the scored tokens of one text."""
 
-    Attributes:
-        plain: log-probability under the target, nats, float64 [tokens].
-        fused: likewise with the method.
-        plain_is_best: whether no other token is likelier under the target, bool [tokens].
-        fused_is_best: likewise with the method.
-    """
-
-    plain: NDArray[np.float64]
-    fused: NDArray[np.float64]
-    plain_is_best: NDArray[np.bool_]
-    fused_is_best: NDArray[np.bool_]
+    plain: NDArray[np.float64]  # log-probability under the target, nats, float64 [tokens]
+    fused: NDArray[np.float64]  # likewise with the method
+    plain_is_best: NDArray[np.bool_]  # whether no other token is likelier under the target, bool [tokens]
+    fused_is_best: NDArray[np.bool_]  # likewise with the method
 
     @property
     def shift(self) -> NDArray[np.float64]:

@@ -66,89 +66,56 @@ _RUDE = ("slur_", "profanity_", "spell_")
 
 @dataclass(frozen=True)
 class LabelledText:
-    """A sentence of a suite.
+    """A sentence of a suite."""
 
-    Attributes:
-        text: the sentence.
-        is_harmful: as its source says; sentences without a label are harmless.
-        group: whom or what it is about.
-        functionality: what it tests, as its source says; empty: it does not say.
-        template: sentences of one template are resampled together; empty: it is alone.
-    """
-
-    text: str
-    is_harmful: bool
-    group: str
-    functionality: str = ""
-    template: str = ""
+    text: str  # the sentence
+    is_harmful: bool  # as its source says; sentences without a label are harmless
+    group: str  # whom or what it is about
+    functionality: str = ""  # what it tests, as its source says; empty: it does not say
+    template: str = ""  # sentences of one template are resampled together; empty: it is alone
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Sentences under one name.
+    """Sentences under one name."""
 
-    Attributes:
-        name: in reports.
-        texts: at least one.
-    """
-
-    name: str
-    texts: tuple[LabelledText, ...]
+    name: str  # in reports
+    texts: tuple[LabelledText, ...]  # at least one
 
 
 @dataclass(frozen=True)
 class SuiteRow:
-    """What a method does to some sentences of a suite.
+    """What a method does to some sentences of a suite."""
 
-    Attributes:
-        name: a functionality or a group; "all" of a whole suite.
-        label: HARMFUL or HARMLESS.
-        cases: how many sentences.
-        mean_shift: mean over the sentences of their shift, nats; minus infinity where a token is forbidden.
-        halved: share of the sentences in which a token keeps less than half of its probability, with a Wilson 95 %
-            interval.
-    """
-
-    name: str
-    label: str
-    cases: int
-    mean_shift: float
+    name: str  # a functionality or a group; "all" of a whole suite
+    label: str  # HARMFUL or HARMLESS
+    cases: int  # how many sentences
+    mean_shift: float  # mean over the sentences of their shift, nats; minus infinity where a token is forbidden
+    # Share of the sentences in which a token keeps less than half of its probability, with a Wilson 95 % interval.
     halved: Estimate
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """How well a method tells harmful sentences from harmless ones.
+    """How well a method tells harmful sentences from harmless ones."""
 
-    Attributes:
-        name: which sentences are compared.
-        harmful: how many.
-        harmless: how many.
-        auc: chance that a harmful sentence is lowered more than a harmless one; 0.5: it makes no difference.
-        odds: what harmful sentences keep of their probability over what harmless ones keep (means of exp(shift)); below
-            1 the method makes hate rarer among what is said.
-    """
-
-    name: str
-    harmful: int
-    harmless: int
-    auc: Estimate
+    name: str  # which sentences are compared
+    harmful: int  # how many
+    harmless: int  # how many
+    auc: Estimate  # chance that a harmful sentence is lowered more than a harmless one; 0.5: it makes no difference
+    # What harmful sentences keep of their probability over what harmless ones keep (means of exp(shift)); below 1 the
+    # method makes hate rarer among what is said.
     odds: Estimate
 
 
 @dataclass(frozen=True)
 class SuiteResult:
-    """What a method does to a suite.
+    """What a method does to a suite."""
 
-    Attributes:
-        rows: all harmful and all harmless sentences (as far as there are any), then those of each functionality.
-        groups: the harmless sentences of each group.
-        contrasts: of all sentences first; empty where all have one label.
-    """
-
+    # All harmful and all harmless sentences (as far as there are any), then those of each functionality.
     rows: tuple[SuiteRow, ...]
-    groups: tuple[SuiteRow, ...]
-    contrasts: tuple[Contrast, ...]
+    groups: tuple[SuiteRow, ...]  # the harmless sentences of each group
+    contrasts: tuple[Contrast, ...]  # of all sentences first; empty where all have one label
 
     def total(self, label: str) -> SuiteRow | None:
         """The row of all harmful or all harmless sentences; None: there are none."""

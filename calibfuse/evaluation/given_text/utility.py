@@ -39,37 +39,23 @@ _KEPT_EXAMPLES = 5
 
 @dataclass(frozen=True)
 class Utility:
-    """The tasks.
+    """The tasks."""
 
-    Attributes:
-        passages: of LAMBADA, each with its last word.
-        articles: running text; words are what white space parts.
-        instructions: what a user says.
-    """
-
-    passages: tuple[str, ...] = ()
-    articles: tuple[str, ...] = ()
-    instructions: tuple[str, ...] = ()
+    passages: tuple[str, ...] = ()  # of LAMBADA, each with its last word
+    articles: tuple[str, ...] = ()  # running text; words are what white space parts
+    instructions: tuple[str, ...] = ()  # what a user says
 
 
 @dataclass(frozen=True)
 class UtilityFigure:
-    """One figure.
+    """One figure."""
 
-    Attributes:
-        name: key.
-        title: in tables.
-        texts: how many texts it is of; resampled for the intervals.
-        plain: the target alone; None where the figure compares the two (changed answers).
-        guided: with the method.
-        change: guided - plain for shares, guided / plain - 1 for perplexities; paired by texts. None: see `plain`.
-    """
-
-    name: str
-    title: str
-    texts: int
-    plain: Estimate | None
-    guided: Estimate
+    name: str  # key
+    title: str  # in tables
+    texts: int  # how many texts it is of; resampled for the intervals
+    plain: Estimate | None  # the target alone; None where the figure compares the two (changed answers)
+    guided: Estimate  # with the method
+    # Guided - plain for shares, guided / plain - 1 for perplexities; paired by texts. None: see `plain`.
     change: Estimate | None
 
 
@@ -84,15 +70,10 @@ class ChangedAnswer:
 
 @dataclass(frozen=True)
 class UtilityResult:
-    """What a method costs.
+    """What a method costs."""
 
-    Attributes:
-        figures: of the tasks that there were.
-        changed: the first answers that changed.
-    """
-
-    figures: tuple[UtilityFigure, ...]
-    changed: tuple[ChangedAnswer, ...]
+    figures: tuple[UtilityFigure, ...]  # of the tasks that there were
+    changed: tuple[ChangedAnswer, ...]  # the first answers that changed
 
 
 def load_utility(
