@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_calibrators import make_calibrator, make_vocabulary
 
-from calibfuse.errors import InputError, MissingHeadError
+from calibfuse.errors import MissingHeadError
 from calibfuse.evaluation.ablations import heads_alone, words_alone
 
 IDS = torch.tensor([[5, 9, 17, 30]])
@@ -42,7 +42,9 @@ def test_the_parts_add_up(calibrator):
 
 
 def test_a_calibrator_without_the_part_is_refused():
-    with pytest.raises(InputError, match="no table of words"):
+    with pytest.raises(MissingHeadError, match="no table of words"):
         words_alone(make_calibrator())
     with pytest.raises(MissingHeadError):
         words_alone(make_calibrator(words={"a": -1.0}, heads=("calibrator",)))
+    with pytest.raises(MissingHeadError, match="universal"):
+        heads_alone(object())

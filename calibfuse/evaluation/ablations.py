@@ -12,23 +12,23 @@ from typing import Any
 import torch
 
 from calibfuse.calibrator import Calibrator
-from calibfuse.errors import InputError, MissingHeadError
+from calibfuse.errors import MissingHeadError
 from calibfuse.guide import CALIBRATOR_HEAD, REFERENCE_HEAD
+from calibfuse.loading import PretrainedCalibrator
 
 
-def words_alone(calibrator: Calibrator) -> Calibrator:
+def words_alone(calibrator: PretrainedCalibrator) -> Calibrator:
     """A copy whose heads say the same, so that only the table of words moves anything in mode contrast.
 
     Raises:
-        InputError: the calibrator has no words.
-        MissingHeadError: it lacks one of the heads.
+        MissingHeadError: the calibrator is not a universal one, has no words, or lacks one of the heads.
     """
-    config = calibrator.config
+    copied = _copy(calibrator)
+    config = copied.config
     if not config.words:
-        raise InputError("The calibrator has no table of words, so there is nothing to measure alone.")
+        raise MissingHeadError("The calibrator has no table of words, so there is nothing to measure alone.")
     if not {CALIBRATOR_HEAD, REFERENCE_HEAD} <= {*config.heads}:
         raise MissingHeadError(f"Words alone need the heads calibrator and reference, got {', '.join(config.heads)}.")
-    copied = _copy(calibrator)
     copied.heads[CALIBRATOR_HEAD].load_state_dict(copied.heads[REFERENCE_HEAD].state_dict())
     own, other = (config.token_width + config.heads.index(name) for name in (CALIBRATOR_HEAD, REFERENCE_HEAD))
     with torch.no_grad():
@@ -36,12 +36,18 @@ def words_alone(calibrator: Calibrator) -> Calibrator:
     return copied
 
 
-def heads_alone(calibrator: Calibrator) -> Calibrator:
-    """A copy without the table of words."""
+def heads_alone(calibrator: PretrainedCalibrator) -> Calibrator:
+    """A copy without the table of words.
+
+    Raises:
+        MissingHeadError: the calibrator is not a universal one.
+    """
     return _copy(calibrator, words={})
 
 
-def _copy(calibrator: Calibrator, **changes: Any) -> Calibrator:  # noqa: ANN401
+def _copy(calibrator: PretrainedCalibrator, **changes: Any) -> Calibrator:  # noqa: ANN401
+    if not isinstance(calibrator, Calibrator):
+        raise MissingHeadError("Only a universal calibrator has a table of words beside its heads.")
     copied = copy.deepcopy(calibrator)
     copied.config = replace(calibrator.config, **changes)
     return copied
