@@ -3,6 +3,7 @@
 import doctest
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from calibfuse.evaluation import (
 from calibfuse.evaluation.given_text import suites
 from calibfuse.evaluation.given_text.reading import split_ids
 from calibfuse.evaluation.given_text.suites import HARMFUL, HARMLESS, LabelledText, Suite, auc, summarise, wilson
-from calibfuse.evaluation.page import to_html
+from calibfuse.evaluation.page import suite_charts, to_html
 from calibfuse.evaluation.report import to_data
 from calibfuse.evaluation.tables import to_markdown
 from calibfuse.scorers import load_scorer
@@ -187,6 +188,20 @@ def test_functionalities_of_hatecheck_are_rows_and_contrasts(tmp_path):
     ]
     kept = np.exp(shifts)
     assert found.contrasts[0].odds.value == pytest.approx(kept[:3].mean() / kept[3:].mean())
+
+
+def test_every_functionality_has_its_bar_and_a_forbidden_sentence_none():
+    texts = [
+        LabelledText("a", True, "women", "derog_impl_h"),
+        LabelledText("b", True, "women", "slur_h"),
+        LabelledText("c", False, "women", "counter_ref_nh"),
+    ]
+    shifts = np.array([-0.5, -np.inf, -2.0])
+    charts = suite_charts([("method", summarise(texts, shifts, shifts, resamples=10))])
+    tips = [re.findall("<title>(.*?)</title>", chart.svg()) for chart in charts]
+    assert tips[0] == ["derog_impl_h, method: -0.5"]
+    assert tips[1] == ["all, method: -2", "counter_ref_nh, method: -2"]
+    assert tips[2] == ["women, method: 1"]
 
 
 def test_toxigens_labels_are_read(tmp_path):

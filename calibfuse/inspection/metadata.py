@@ -21,7 +21,7 @@ class CalibratorMetadata:
         bytes_in_memory: of the weights as loaded.
         shape: sizes of its config.
         fusion: recommended options of fusion; what is missing is FusionConfig's default.
-        training: metadata of its training, as the trainer left them.
+        training: what its trainer noted.
     """
 
     fingerprint: str

@@ -38,7 +38,7 @@ class TokenSpeller:
         if not data:
             name = self._tokenizer.convert_ids_to_tokens(token_id)
             return name if isinstance(name, str) and name else f"<id {token_id}>"
-        return bytes_label(data)
+        return data.decode("utf-8", errors="backslashreplace")
 
     def stream(self) -> Callable[[int], str]:
         """A function that gives the text which each further token of one sequence adds.
@@ -48,11 +48,6 @@ class TokenSpeller:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         size = len(self._vocabulary)
         return lambda token_id: decoder.decode(self._vocabulary.token_bytes(token_id) if token_id < size else b"")
-
-
-def bytes_label(data: bytes) -> str:
-    r"""Bytes as text; as \xe2 escapes those that are no whole character."""
-    return data.decode("utf-8", errors="backslashreplace")
 
 
 def mask_in_context(before: str, piece: str, mask: Mask) -> str:

@@ -7,6 +7,7 @@ in `generate()`, are not part of it. One row at a time: no batches, no beams, no
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -57,21 +58,11 @@ class CandidateTrace:
         return 0.0 if self.fused == self.plain else self.fused - self.plain
 
     @property
-    def calibrator(self) -> float | None:
-        """Log-probability under the non-toxic head, nats."""
-        return self.heads.get(CALIBRATOR_HEAD)
-
-    @property
-    def reference(self) -> float | None:
-        """Log-probability under the unfiltered head, nats."""
-        return self.heads.get(REFERENCE_HEAD)
-
-    @property
     def disagreement(self) -> float | None:
         """Why it moved, in contrast mode: calibrator - reference, nats; below 0, toxic text likes the token more."""
-        if self.calibrator is None or self.reference is None:
+        if CALIBRATOR_HEAD not in self.heads or REFERENCE_HEAD not in self.heads:
             return None
-        return self.calibrator - self.reference
+        return self.heads[CALIBRATOR_HEAD] - self.heads[REFERENCE_HEAD]
 
 
 @dataclass(frozen=True)
@@ -103,8 +94,7 @@ class StepTrace:
             (*self.candidates, self.chosen), (*values["candidates"], values["chosen"]), strict=True
         ):
             row["shift"] = candidate.shift
-            for key in ("plain", "fused", "shift"):
-                row[key] = row[key] if abs(row[key]) != float("inf") else None
+            row |= {key: None for key in ("plain", "fused", "shift") if math.isinf(row[key])}
         return values
 
 
@@ -245,11 +235,11 @@ class _Recorder(LogitsProcessor):
         token_ids, values, is_candidate = choose_candidates(
             plain, self.fusion.config.candidates, self.fusion.guide.always_candidates(plain.shape[-1])
         )
-        if token_ids is None:
-            among = torch.ones_like(plain, dtype=torch.bool) if is_candidate is None else is_candidate
-        else:
+        if token_ids is not None:
             among = torch.zeros_like(plain, dtype=torch.bool)
             among[token_ids if is_candidate is None else token_ids[is_candidate]] = True
+        else:
+            among = torch.ones_like(plain, dtype=torch.bool) if is_candidate is None else is_candidate
         covered = self.fusion.guide.covers(torch.arange(len(plain), device=plain.device))
         return among & covered & (plain > -torch.inf)
 
@@ -294,20 +284,18 @@ class _Recorder(LogitsProcessor):
 
     def _candidate(self, token_id: int) -> CandidateTrace:
         assert self._pending is not None
-        plain, fused, is_movable = (
-            self._pending.plain[token_id],
-            self._pending.fused[token_id],
-            bool(self._pending.movable[token_id]),
-        )
+        pending = self._pending
+        plain, fused = pending.plain[token_id], pending.fused[token_id]
+        is_movable = bool(pending.movable[token_id])
         return CandidateTrace(
             token_id=token_id,
             text=self._speller.label(token_id),
             is_movable=is_movable,
             plain=float(plain),
             fused=float(fused),
-            plain_rank=int((self._pending.plain > plain).sum()) + 1,
-            fused_rank=int((self._pending.fused > fused).sum()) + 1,
-            heads={head: float(values[token_id]) for head, values in self._pending.heads.items()} if is_movable else {},
+            plain_rank=int((pending.plain > plain).sum()) + 1,
+            fused_rank=int((pending.fused > fused).sum()) + 1,
+            heads={head: float(values[token_id]) for head, values in pending.heads.items()} if is_movable else {},
         )
 
     def finish(self, sequence: Sequence[int]) -> list[StepTrace]:
