@@ -33,14 +33,7 @@ _IO_ERROR = "I/O error: "
 
 
 def weights_fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """Hash names, dtypes, shapes and contents of tensors.
-
-    Args:
-        tensors: on any device; not changed.
-
-    Returns:
-        The hexadecimal SHA-256; the order of the mapping does not matter.
-    """
+    """Hexadecimal SHA-256 over names, dtypes, shapes and contents of tensors; their order does not matter."""
     digest = hashlib.sha256()
     for key in sorted(tensors):
         tensor = tensors[key].detach().cpu().contiguous()
@@ -50,14 +43,7 @@ def weights_fingerprint(tensors: Mapping[str, Tensor]) -> str:
 
 
 def read_json(path: str | os.PathLike[str], what: str) -> dict[str, Any]:
-    """Read a JSON file that holds one object.
-
-    Args:
-        path: the file.
-        what: what it is, for messages: "configuration of a calibrator".
-
-    Returns:
-        The object.
+    """Read a JSON file that holds one object; `what` names it in messages: "configuration of a calibrator".
 
     Raises:
         CheckpointError: missing, unreadable, not UTF-8, not JSON, or JSON that is no object.

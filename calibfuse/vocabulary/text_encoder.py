@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import tokenizers
 
 from calibfuse.errors import DataError, InputError, MissingDependencyError, reason_of
+from calibfuse.vocabulary.tokenizer_files import read_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,6 +42,7 @@ def text_encoder(
     Raises:
         InputError: a file that lists tokens without saying how text becomes tokens.
         DataError: the file is damaged.
+        VocabularyError: a list of words that is no WordPiece vocabulary.
         MissingDependencyError: a SentencePiece model, and the package sentencepiece is not installed.
 
     Example:
@@ -101,14 +103,7 @@ def _sentencepiece_encoder(path: Path) -> TextEncoder:
 
 def _word_piece_encoder(path: Path) -> TextEncoder:
     """BERT's own tokenization: basic split, then greedy longest pieces."""
-    try:
-        lines = path.read_bytes().decode("utf-8").replace("\r\n", "\n").removesuffix("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{str(path)!r} is no WordPiece vocabulary: {error}.") from error
-    if _UNKNOWN_WORD not in lines:
-        raise DataError(
-            f"{str(path)!r} is no WordPiece vocabulary: expected one token a line, {_UNKNOWN_WORD} among them."
-        )
+    lines = [str(token) for token in read_file(path).tokens]
     cased = any(line[:1].isalpha() and line != line.lower() for line in lines)
     vocab = {line: token_id for token_id, line in enumerate(lines)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab, unk_token=_UNKNOWN_WORD))

@@ -124,7 +124,7 @@ class Vocabulary:
         together, since the tokenizer never makes them there.
         """
         shares = np.zeros(len(self), dtype=np.float32)
-        for ids in self._twins():
+        for ids in self._ids_with_equal_bytes():
             fallbacks = [token_id for token_id in ids if self.is_fallback[token_id]]
             used = [token_id for token_id in ids if not self.is_fallback[token_id]]
             if not (fallbacks and used):
@@ -134,17 +134,12 @@ class Vocabulary:
             shares[used] = math.log((1.0 - FALLBACK_SHARE) / len(used))
         return shares
 
-    def _twins(self) -> list[list[int]]:
-        """Groups of two or more ids with the same bytes."""
-        hashes = _string_hashes(self.data, self.offsets)
-        hashes[self.is_special] = np.arange(int(np.count_nonzero(self.is_special)))  # these are nobody's twins
-        order = np.argsort(hashes, kind="stable")
-        same = hashes[order][1:] == hashes[order][:-1]
-        suspects = order[np.append(same, False) | np.append(False, same)]
+    def _ids_with_equal_bytes(self) -> list[list[int]]:
+        """Groups of two or more ids."""
+        whole, ends = self.data.tobytes(), self.offsets.tolist()
         groups: dict[bytes, list[int]] = {}
-        for token_id in np.sort(suspects).tolist():
-            if not self.is_special[token_id]:
-                groups.setdefault(self.token_bytes(token_id), []).append(token_id)
+        for token_id in np.flatnonzero(~self.is_special).tolist():
+            groups.setdefault(whole[ends[token_id] : ends[token_id + 1]], []).append(token_id)
         return [ids for ids in groups.values() if len(ids) > 1]
 
     def extended(self, extra: Sequence[bytes]) -> "Vocabulary":
@@ -225,15 +220,3 @@ class Vocabulary:
         """
         tokens, is_fallback = encode_tokens(table)
         return cls._laid_out(tokens, table.name, is_fallback)
-
-
-def _string_hashes(data: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
-    """A 64-bit hash of every string; equal strings have equal hashes, others hardly ever."""
-    lengths = np.diff(offsets)
-    with np.errstate(over="ignore"):
-        powers = np.cumprod(np.full(int(lengths.max(initial=0)) + 1, 0x9E3779B97F4A7C15, dtype=np.uint64))
-        positions = np.arange(len(data)) - np.repeat(offsets[:-1], lengths)
-        running = np.zeros(len(data) + 1, dtype=np.uint64)
-        np.cumsum((data.astype(np.uint64) + np.uint64(1)) * powers[positions], out=running[1:])
-        hashes: npt.NDArray[np.uint64] = running[offsets[1:]] - running[offsets[:-1]]
-    return hashes
