@@ -159,6 +159,8 @@ def test_bad_options_are_found_before_the_text_is_read(text, tmp_path, monkeypat
     missing = replace(text, wanted=[str(tmp_path / "none.txt")])
     with pytest.raises(DataError, match="No such file"):
         train(missing, tmp_path / "out")
+    with pytest.raises(InputError, match="Unknown device 'abacus'"):
+        run_training(text, tmp_path / "out", device="abacus", show_progress=False)
 
 
 def test_the_losses_are_drawn(text, tmp_path):

@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
-from calibfuse.errors import CalibfuseError, InputError, reason_of
+from calibfuse.errors import CalibfuseError
 from calibfuse.finetune.roles import RoleRunner
 from calibfuse.finetune.schedule import ROLES, Job
+from calibfuse.generation.language_model import choose_device
 
 
 @dataclass(frozen=True)
@@ -114,13 +115,7 @@ def _follow_parent() -> None:
 def find_devices(device: str | None) -> list[str]:
     """The devices that a run may use: the given ones, else all GPUs, else MPS, else the CPU."""
     if device is not None:
-        names = [each.strip() for each in device.split(",")]
-        for name in names:
-            try:
-                torch.zeros(1, device=name)
-            except (RuntimeError, AssertionError, NotImplementedError) as error:
-                raise InputError(f"The device {name!r} cannot be used here: {reason_of(error)}.") from error
-        return names
+        return [str(choose_device(each.strip())) for each in device.split(",")]
     if torch.cuda.is_available():
         return [f"cuda:{number}" for number in range(torch.cuda.device_count())]
-    return ["mps"] if torch.backends.mps.is_available() else ["cpu"]
+    return [str(choose_device(None))]

@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from calibfuse.errors import DataError, InputError
+from calibfuse.generation.language_model import choose_device
 from calibfuse.training.config import TrainingConfig
 from calibfuse.training.data import PassageStore
-from calibfuse.training.loop import TrainingLoop, best_device, make_optimizer, mixed_precision
+from calibfuse.training.loop import TrainingLoop, make_optimizer, mixed_precision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -96,7 +97,7 @@ class LMTrainer(TrainingLoop):
         show_progress: bool = True,
     ) -> None:
         check_length(model, config)
-        self.device = torch.device(device or best_device())
+        self.device = choose_device(device)
         moved: Any = model
         self.model: PreTrainedModel = moved.to(self.device)
         self.batches, self.config = batches, config

@@ -304,13 +304,6 @@ def load_optimizer(
         optimizer.state[parameter][key] = moment.copy_(tensor)
 
 
-def best_device() -> str:
-    """The device that training uses when none is named: "cuda", "mps" or "cpu"."""
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
 @contextlib.contextmanager
 def mixed_precision(device: torch.device, precision: str) -> Iterator[None]:
     """`torch.autocast` to bfloat16 where precision is "bf16"; weights stay in float32.

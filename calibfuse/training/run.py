@@ -18,6 +18,7 @@ import torch
 
 from calibfuse.calibrator import Calibrator, CalibratorConfig, load_universal
 from calibfuse.errors import InputError
+from calibfuse.generation.language_model import choose_device
 from calibfuse.guide import CALIBRATOR_HEAD, REFERENCE_HEAD
 from calibfuse.training.batches import BatchSource
 from calibfuse.training.config import TrainingConfig, TrainingText
@@ -80,6 +81,7 @@ def run_training(
     calibrator = _initial_calibrator(shape, init_from, training)
     pool = TokenizerPool.load(pool_folder) if pool_folder is not None else None
     text.check_files()
+    choose_device(device)  # one that is not there is refused now, not after minutes of reading
     _wait_for_first_process()
     is_main = int(os.environ.get("RANK", "0")) == 0
     if is_main:

@@ -17,11 +17,12 @@ import torch
 from calibfuse.bits_per_byte import measure_fidelity
 from calibfuse.calibrator import Calibrator, CalibratorConfig
 from calibfuse.errors import InputError, MissingDependencyError
+from calibfuse.generation.language_model import choose_device
 from calibfuse.guide import CALIBRATOR_HEAD, REFERENCE_HEAD
 from calibfuse.training.batches import BatchSource
 from calibfuse.training.config import TrainingConfig
 from calibfuse.training.data import PassageStore
-from calibfuse.training.loop import TrainingLoop, best_device, make_optimizer, mixed_precision
+from calibfuse.training.loop import TrainingLoop, make_optimizer, mixed_precision
 from calibfuse.training.objective import Losses, TrainingObjective
 from calibfuse.training.tokenizers.pool import TokenizerPool
 
@@ -42,7 +43,7 @@ class Trainer(TrainingLoop):
     ) -> None:
         self.config, self.store, self.pool = config, store, pool
         self._accelerator = _accelerator(config)
-        self.device = self._accelerator.device if self._accelerator else torch.device(device or best_device())
+        self.device = self._accelerator.device if self._accelerator else choose_device(device)
         self.is_main = self._accelerator is None or bool(self._accelerator.is_main_process)
         self.calibrator = calibrator.to(self.device)
         self.source = BatchSource(

@@ -26,6 +26,7 @@ import torch
 
 from calibfuse import hub
 from calibfuse.errors import InputError, VocabularyError
+from calibfuse.generation.language_model import choose_device
 from calibfuse.guides.causal_lm import HEADS, CausalLMCalibrator
 from calibfuse.guides.lm_checkpoint import ALLOWED_FILES, load_model, load_tokenizer
 from calibfuse.training.config import TrainingConfig, TrainingText
@@ -150,6 +151,7 @@ def run_lm_training(
     training = training or TrainingConfig(learning_rate=DEFAULT_LEARNING_RATE)
     _check(training)
     text.check_files()
+    choose_device(device)  # one that is not there is refused now, not after minutes of reading
     output = Path(output)
     work = output / "work"
     open_output(output, [work / head for head in HEADS], resume=resume)
