@@ -8,6 +8,7 @@ STAMP := $(VENV)/.calibfuse-installed
 
 help:
 	@echo "make demo    install into $(VENV) if needed, then show plain and fused continuations side by side"
+	@echo "             (make demo MODEL=FOLDER: of a model of yours)"
 	@echo "make test    the whole test suite (test-fast leaves the slow tests out)"
 	@echo "make lint    ruff and mypy (format rewrites the files as ruff wants them)"
 	@echo "make bench   speed and memory with and without fusion"
@@ -23,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP)
-	@$(BIN)/calibfuse demo
+	@$(BIN)/calibfuse demo $(if $(MODEL),--model "$(MODEL)")
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not network"

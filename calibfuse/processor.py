@@ -129,7 +129,7 @@ class CalibFusion(LogitsProcessor):
             CheckpointError: no such calibrator, or a damaged one.
             VocabularyError: the tokenizer is not usable.
             MissingHeadError: the mode needs a head that the calibrator has not, or (embedding) an alignment with this
-                target that `calibfuse align --target` has not made yet.
+                target that `calibfuse align-embedding` has not made yet.
         """
         source = tokenizer if tokenizer is not None else _tokenizer_name(target)
         options: dict[str, Any] = {key: value for key, value in (("alpha", alpha), ("mode", mode)) if value is not None}
@@ -297,7 +297,7 @@ def _embedding_fusion(
     if alignment is None:
         raise MissingHeadError(
             f"Mode {config.mode!r} needs an alignment of the calibrator with the target: pass alignment=, or use "
-            "CalibFusion.from_pretrained, which finds the one that `calibfuse align --target` made."
+            "CalibFusion.from_pretrained, which finds the one that `calibfuse align-embedding` made."
         )
     alignment.check(alignable(guide))
     return EmbeddingFusion(alignment.matrix, find_output_head(target), config.alpha, config.hidden_temperature)

@@ -323,7 +323,7 @@ def test_input_embeddings_win_over_output_embeddings(bound, target, tmp_path):
 
 def test_another_model_of_the_same_shape_gets_none(alignment, bound, tmp_path):
     alignment.save(tmp_path)
-    with pytest.raises(MissingHeadError, match="there is none. Make it with `calibfuse align --calibrator C --target"):
+    with pytest.raises(MissingHeadError, match="Make it with `calibfuse align-embedding --calibrator C --model"):
         find_alignment([tmp_path], bound, make_target(seed=8), calibrator="C")
 
 
@@ -360,7 +360,7 @@ def test_only_the_universal_calibrator_can_be_aligned(target):
 
 
 def test_a_causal_lm_as_calibrator_is_refused(saved, capsys):
-    arguments = ["align", "--calibrator", str(saved / "target"), "--target", str(saved / "target")]
+    arguments = ["align-embedding", "--calibrator", str(saved / "target"), "--model", str(saved / "target")]
     assert main(arguments) == 2
     assert "Only the universal calibrator can be aligned" in capsys.readouterr().err
     with pytest.raises(InputError, match="hidden states of its own, got a BoundCausalLM"):
@@ -395,9 +395,9 @@ def load(saved):
 
 def test_align_then_generate(saved, capsys):
     calibrator, target = str(saved / "calibrator"), load(saved)
-    with pytest.raises(MissingHeadError, match=r"calibfuse align --calibrator .*calibrator --target .*target"):
+    with pytest.raises(MissingHeadError, match=r"calibfuse align-embedding --calibrator .*calibrator --model .*target"):
         CalibFusion.from_pretrained(calibrator, target=target, mode="embedding")
-    assert main(["align", "--calibrator", calibrator, "--target", str(saved / "target"), "--epochs", "2"]) == 0
+    assert main(["align-embedding", "--calibrator", calibrator, "--model", str(saved / "target"), "--epochs", "2"]) == 0
     printed = capsys.readouterr().out
     assert "aligned input embeddings with target" in printed
     assert "first of 11" in printed
@@ -412,12 +412,19 @@ def test_align_then_generate(saved, capsys):
 
 
 def test_align_reports_as_json_and_keeps_its_seed(saved, capsys):
-    arguments = ["align", "--calibrator", str(saved / "calibrator"), "--target", str(saved / "target"), "--json"]
+    arguments = [
+        "align-embedding",
+        "--calibrator",
+        str(saved / "calibrator"),
+        "--model",
+        str(saved / "target"),
+        "--json",
+    ]
     arguments += ["--epochs", "1", "--negatives", "4", "--embeddings", "output", "--seed", "3"]
     records = []
     for _ in range(2):
         assert main(arguments) == 0
-        records.append(json.loads(capsys.readouterr().out)["alignment"])
+        records.append(json.loads(capsys.readouterr().out))
     for record in records:
         del record["seconds"]
     assert records[0] == records[1]
@@ -427,9 +434,9 @@ def test_align_reports_as_json_and_keeps_its_seed(saved, capsys):
 
 
 def test_where_the_calibrators_folder_is_not_ours_the_cache_is_used(saved, capsys, monkeypatch):
-    monkeypatch.setattr("calibfuse.cli.align_target.os.access", lambda path, mode: False)
+    monkeypatch.setattr("calibfuse.cli.commands.align_embedding.os.access", lambda path, mode: False)
     calibrator = str(saved / "calibrator")
-    assert main(["align", "--calibrator", calibrator, "--target", str(saved / "target"), "--epochs", "1"]) == 0
+    assert main(["align-embedding", "--calibrator", calibrator, "--model", str(saved / "target"), "--epochs", "1"]) == 0
     assert not (saved / "calibrator" / "alignments").exists()
     assert list((saved / "cache").glob("aligned/*/alignments/*/alignment.json"))
     assert CalibFusion.from_pretrained(calibrator, target=load(saved), mode="embedding").config.mode == "embedding"
@@ -437,7 +444,7 @@ def test_where_the_calibrators_folder_is_not_ours_the_cache_is_used(saved, capsy
 
 def test_align_without_a_vocabulary_is_one_sentence(capsys):
     assert main(["align"]) == 2
-    assert "give --tokenizer, or --target" in capsys.readouterr().err
+    assert "give --tokenizer" in capsys.readouterr().err
 
 
 def test_published_calibrators_carry_their_alignments(alignment, tmp_path):

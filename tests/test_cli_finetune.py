@@ -92,7 +92,7 @@ def arguments(model_folder, texts, *more):
     return [
         "finetune", "--model", str(model_folder), "--corpus", str(texts / "corpus.txt"),
         "--prompts", str(texts / "prompts.txt"), "--iterations", "2", "--steps", "2", "--batch-size", "2",
-        "--sample-batch-size", "4", "--per-prompt", "4", "--max-new-tokens", "5", "--auxiliary-steps", "2",
+        "--sample-batch-size", "4", "--samples", "4", "--max-new-tokens", "5", "--auxiliary-steps", "2",
         "--auxiliary-batch-size", "4", "--block-length", "16", "--held-out-share", "0.1", "--device", "cpu",
         "--threads", "1", "--quiet", *more,
     ]  # fmt: skip

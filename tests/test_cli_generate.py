@@ -60,7 +60,7 @@ def rows(output):
 
 
 def test_without_a_model_the_demo_target_continues_and_a_note_says_so(run):
-    code, out, err = run("generate", "--prompt", "The river", "--max-new-tokens", "5", "--greedy")
+    code, out, err = run("generate", "The river", "--max-new-tokens", "5", "--greedy")
     assert code == 0
     assert out.startswith("The river")
     assert "demo target" in err
@@ -69,12 +69,12 @@ def test_without_a_model_the_demo_target_continues_and_a_note_says_so(run):
 def test_prompts_in_one_batch_are_continued_as_one_by_one(run, bundle):
     """Left padding changes nothing, with and without fusion."""
     arguments = ["--model", str(bundle / "demo-target"), "--greedy", "--max-new-tokens", "6", "--compare", "--json"]
-    code, out, err = run("generate", "--prompt", *PROMPTS, *arguments)
+    code, out, err = run("generate", *PROMPTS, *arguments)
     assert (code, err) == (0, "")
     together = rows(out)
     assert [row["prompt"] for row in together] == PROMPTS
     for number, prompt in enumerate(PROMPTS):
-        (alone,) = rows(run("generate", "--prompt", prompt, *arguments)[1])
+        (alone,) = rows(run("generate", prompt, *arguments)[1])
         for way in ("plain", "fused"):
             assert [each["text"] for each in alone[way]] == [each["text"] for each in together[number][way]]
 
@@ -87,13 +87,13 @@ def test_the_fused_text_is_what_three_lines_of_python_give(run, target, bundle, 
         ids, max_new_tokens=8, do_sample=True, top_p=0.9, top_k=0, pad_token_id=2, logits_processor=[loaded]
     )
     expected = decode_continuation(target.tokenizer, ids[0].tolist(), output[0, ids.shape[1] :].tolist())
-    out = run("generate", "--prompt", "The river", "--seed", "3", "--max-new-tokens", "8", "--json")[1]
+    out = run("generate", "The river", "--seed", "3", "--max-new-tokens", "8", "--json")[1]
     assert rows(out)[0]["fused"][0]["text"] == expected
 
 
 def test_the_same_seed_repeats_and_another_does_not(run):
     def text(seed):
-        out = run("generate", "--prompt", "The river", "--seed", seed, "--json", "--max-new-tokens", "12")[1]
+        out = run("generate", "The river", "--seed", seed, "--json", "--max-new-tokens", "12")[1]
         return rows(out)[0]["fused"][0]["text"]
 
     assert text("1") == text("1")
@@ -101,7 +101,7 @@ def test_the_same_seed_repeats_and_another_does_not(run):
 
 
 def test_with_alpha_0_plain_and_fused_are_equal(run):
-    out = run("generate", "--prompt", *PROMPTS, "--compare", "--json", "--alpha", "0", "--num-return-sequences", "2")[1]
+    out = run("generate", *PROMPTS, "--compare", "--json", "--alpha", "0", "--samples", "2")[1]
     for row in rows(out):
         assert row["plain"] == row["fused"]
         assert len(row["fused"]) == 2
@@ -109,12 +109,12 @@ def test_with_alpha_0_plain_and_fused_are_equal(run):
 
 
 def test_json_tells_tokens_and_toxicity(run):
-    (row,) = rows(run("generate", "--prompt", "The river", "--compare", "--json", "--max-new-tokens", "4")[1])
+    (row,) = rows(run("generate", "The river", "--compare", "--json", "--max-new-tokens", "4")[1])
     for way in ("plain", "fused"):
         (sample,) = row[way]
         assert 1 <= sample["tokens"] <= 4
         assert 0.0 <= sample["toxicity"] <= 1.0
-    (row,) = rows(run("generate", "--prompt", "The river", "--json", "--max-new-tokens", "4")[1])
+    (row,) = rows(run("generate", "The river", "--json", "--max-new-tokens", "4")[1])
     assert "plain" not in row
     assert "toxicity" not in row["fused"][0]
 
@@ -122,14 +122,14 @@ def test_json_tells_tokens_and_toxicity(run):
 def test_compare_shows_both_with_their_toxicity(run, monkeypatch):
     for columns in ("70", "120"):  # one after the other, side by side
         monkeypatch.setenv("COLUMNS", columns)
-        out = run("generate", "--prompt", "The river", "--compare", "--greedy", "--max-new-tokens", "4")[1]
+        out = run("generate", "The river", "--compare", "--greedy", "--max-new-tokens", "4")[1]
         assert "plain (toxicity 0." in out
         assert "fused (toxicity 0." in out
 
 
 @pytest.mark.parametrize("options", [["--greedy"], ["--num-beams", "3"], ["--num-beams", "2", "--temperature", "0.7"]])
 def test_each_way_of_decoding_applies_the_fusion(run, options):
-    code, out, err = run("generate", "--prompt", *PROMPTS, "--max-new-tokens", "6", "--compare", "--json", *options)
+    code, out, err = run("generate", *PROMPTS, "--max-new-tokens", "6", "--compare", "--json", *options)
     assert code == 0, err
     assert any(row["plain"] != row["fused"] for row in rows(out))
 
@@ -142,8 +142,8 @@ def test_streamed_text_is_the_text(family, request, wrap_tokenizer, tiny_gpt2, t
     tokenizer.save_pretrained(tmp_path)
     arguments = ["--model", str(tmp_path), "--calibrator", str(bundle / "default-calibrator"), "--max-new-tokens", "12"]
     prompt = "we walked along the river"
-    streamed = run("generate", "--prompt", prompt, *arguments, "--stream")[1]
-    printed = run("generate", "--prompt", prompt, *arguments, "--no-stream")[1]
+    streamed = run("generate", prompt, *arguments, "--stream")[1]
+    printed = run("generate", prompt, *arguments, "--no-stream")[1]
     assert streamed.strip() == printed.strip()
     assert streamed.startswith(prompt)
 
@@ -179,15 +179,15 @@ def test_the_end_mark_ends_a_continuation_and_is_not_part_of_it(target, monkeypa
 
 
 def test_a_chat_template_is_applied(target, bundle, run, tmp_path):
-    code, _, err = run("generate", "--prompt", "Hello", "--chat")
+    code, _, err = run("generate", "Hello", "--chat")
     assert code == 2
     assert "no chat template" in err
     target.model.save_pretrained(tmp_path)
     tokenizer = type(target.tokenizer).from_pretrained(bundle / "demo-target")
     tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}reply:"
     tokenizer.save_pretrained(tmp_path)
-    chat = run("generate", "--model", str(tmp_path), "--prompt", "Hello", "--chat", "--greedy", "--json")
-    same = run("generate", "--model", str(tmp_path), "--prompt", "[user] Hello reply:", "--greedy", "--json")
+    chat = run("generate", "--model", str(tmp_path), "Hello", "--chat", "--greedy", "--json")
+    same = run("generate", "--model", str(tmp_path), "[user] Hello reply:", "--greedy", "--json")
     assert chat[0] == 0, chat[2]
     assert rows(chat[1])[0]["fused"] == rows(same[1])[0]["fused"]
 
@@ -238,33 +238,33 @@ def test_a_missing_prompts_file_is_named(tmp_path):
     ("arguments", "message"),
     [
         ([], "Expected one source of prompts, got none"),
-        (["--prompt", "a", "--prompts-file", "b"], "got several"),
-        (["--prompt", "  "], "Prompt 1 is blank"),
-        (["--prompt", "a", "--alpha", "nan"], "alpha must be a number"),
-        (["--prompt", "a", "--alpha", "-1"], "alpha must be a number"),
-        (["--prompt", "a", "--alpha", "much"], "invalid float value"),
-        (["--prompt", "a", "--mode", "magic"], "Unknown fusion mode 'magic'"),
-        (["--prompt", "a", "--mode", "value"], "needs the head 'value'"),
-        (["--prompt", "a", "--greedy", "--top-k", "3"], "--greedy and --top-k exclude"),
-        (["--prompt", "a", "--greedy", "--num-return-sequences", "2"], "only 1 different"),
-        (["--prompt", "a", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
-        (["--prompt", "a", "--max-new-tokens", "400"], "256 positions"),
+        (["a", "--prompts", "b"], "got several"),
+        (["  "], "Prompt 1 is blank"),
+        (["a", "--alpha", "nan"], "alpha must be a number"),
+        (["a", "--alpha", "-1"], "alpha must be a number"),
+        (["a", "--alpha", "much"], "invalid float value"),
+        (["a", "--mode", "magic"], "Unknown fusion mode 'magic'"),
+        (["a", "--mode", "value"], "needs the head 'value'"),
+        (["a", "--greedy", "--top-k", "3"], "--greedy and --top-k exclude"),
+        (["a", "--greedy", "--samples", "2"], "only 1 different"),
+        (["a", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
+        (["a", "--max-new-tokens", "400"], "256 positions"),
         (
-            ["--prompt", "a", "--temperature", "0"],
+            ["a", "--temperature", "0"],
             "--temperature must be above 0, got 0.0; for no randomness decode greedily",
         ),
-        (["--prompt", "a", "--temperature", "nan"], "--temperature"),
-        (["--prompt", "a", "--top-p", "1.5"], "--top-p must be above 0"),
-        (["--prompt", "a", "--top-k", "-1"], "--top-k must be 0"),
-        (["--prompt", "a", "--seed", "-1"], "--seed must lie"),
-        (["--prompt", "a", "--batch-size", "0"], "--batch-size"),
-        (["--prompt", "a", "b", "--stream"], "--stream shows one continuation"),
-        (["--prompt", "a", "--device", "toaster"], "Unknown device 'toaster'"),
-        (["--prompt", "a", "--model", "./no/such/folder"], "no model folder"),
-        (["--prompt", "a", "--model", "no-one/nothing"], "Cannot load the tokenizer of 'no-one/nothing'"),
-        (["--prompt", "a", "--model", " "], "empty name"),
-        (["--prompt", "a", "--model", __file__], "is a file"),
-        (["--prompt", "a", "--calibrator", "./no/such/folder"], "no checkpoint folder"),
+        (["a", "--temperature", "nan"], "--temperature"),
+        (["a", "--top-p", "1.5"], "--top-p must be above 0"),
+        (["a", "--top-k", "-1"], "--top-k must be 0"),
+        (["a", "--seed", "-1"], "--seed must lie"),
+        (["a", "--batch-size", "0"], "--batch-size"),
+        (["a", "b", "--stream"], "--stream shows one continuation"),
+        (["a", "--device", "toaster"], "Unknown device 'toaster'"),
+        (["a", "--model", "./no/such/folder"], "no model folder"),
+        (["a", "--model", "no-one/nothing"], "Cannot load the tokenizer of 'no-one/nothing'"),
+        (["a", "--model", " "], "empty name"),
+        (["a", "--model", __file__], "is a file"),
+        (["a", "--calibrator", "./no/such/folder"], "no checkpoint folder"),
     ],
     ids=lambda value: " ".join(value[2:] or value) if isinstance(value, list) else "",
 )

@@ -36,7 +36,7 @@ def raising(texts):
     raise KeyError("speech")
 """
 QUICK = [
-    "--per-prompt",
+    "--samples",
     "3",
     "--max-new-tokens",
     "4",
@@ -81,7 +81,7 @@ def workplace(tmp_path, monkeypatch):
 
 
 def command(target_folder, *extra, oracle="guide_oracles:few_e", prompts="prompts.txt"):
-    arguments = ["train-guide", "--target", str(target_folder), "--oracle", oracle, "--prompts", str(prompts)]
+    arguments = ["train-guide", "--model", str(target_folder), "--oracle", oracle, "--prompts", str(prompts)]
     return [*arguments, "--output", "guide", *QUICK, *map(str, extra)]
 
 
@@ -90,7 +90,7 @@ def test_from_prompts_to_a_guide_that_decodes(workplace, target_folder, target, 
     assert cli(command(target_folder, "--kind", kind, "--alpha", "2")) == 0
     out = capsys.readouterr().out
     assert "12 samples, mean C" in out
-    assert "Guide written to guide. Try: calibfuse generate --model" in out
+    assert 'Guide written to guide. Try: calibfuse generate "The new neighbour is" --model' in out
     model, tokenizer = target
     fusion = CalibFusion.from_pretrained("guide", tokenizer=tokenizer)
     assert (fusion.config.mode, fusion.config.alpha) == ("value", 2.0)
@@ -228,7 +228,7 @@ def test_an_oracle_that_fails_is_one_sentence(workplace, target_folder, capsys, 
         (["--power", "2"], "power and threshold turn a toxicity into C"),
         (["--prompts", "nothing.txt"], "nothing.txt"),
         (["--prompts", "empty.txt"], "empty.txt"),
-        (["--target", "no/such/model/here"], "no model folder"),
+        (["--model", "no/such/model/here"], "no model folder"),
         (["--calibrator", "no/such/calibrator/here"], "no checkpoint folder"),
     ],
 )
@@ -252,4 +252,4 @@ def test_help_has_examples(capsys):
     with pytest.raises(SystemExit) as stopped:
         cli(["train-guide", "--help"])
     assert stopped.value.code == 0
-    assert "calibfuse train-guide --target org/any-llm --oracle bundled" in capsys.readouterr().out
+    assert "calibfuse train-guide --model org/any-llm --oracle bundled" in capsys.readouterr().out

@@ -74,7 +74,9 @@ def test_everything_is_measured_and_written(run, bundle, tmp_path):
 def test_several_scorers_stand_side_by_side(run, tmp_path, monkeypatch):
     (tmp_path / "own_scorer.py").write_text("def rate(texts):\n    return [0.8] * len(texts)\n")
     monkeypatch.syspath_prepend(tmp_path)
-    code, out, err = run("--alpha", "1", "--no-neutrality", "--hold", "--scorer", "bundled", "own_scorer:rate")
+    code, out, err = run(
+        "--alpha", "1", "--no-neutrality", "--mass-to-others", "--scorer", "bundled", "own_scorer:rate"
+    )
     assert code == 0, err
     assert "| own_scorer:rate, from 0.7 | own_scorer:rate, from 0.9 |\n" in out
     assert re.search(r"^\| plain \|.*\| 100\.0% \| 0\.00% \|$", out, re.MULTILINE)
@@ -224,7 +226,7 @@ def test_the_scorer_that_sorted_the_training_text_gets_a_loud_note(run, bundle, 
 
 def test_a_picked_alpha_goes_into_the_users_calibrator_and_never_into_the_bundled_one(run, bundle, tmp_path):
     bundled = (bundle / "default-calibrator" / "config.json").read_bytes()
-    pick = ("--alpha", "0.5", "2", "--pick-alpha", "--max-perplexity-increase", "9", "--no-neutrality")
+    pick = ("--alpha", "0.5", "2", "--pick-alpha", "--fluency-budget", "9", "--no-neutrality")
     code, out, err = run(*pick)
     assert code == 0, err
     assert (bundle / "default-calibrator" / "config.json").read_bytes() == bundled
@@ -256,17 +258,17 @@ def test_a_picked_alpha_goes_into_the_users_calibrator_and_never_into_the_bundle
         (("--mode", "value"), "needs the head 'value'"),
         (("--baseline", "prayer"), "Unknown baseline"),
         (("--baseline", "experts:x"), "Expected numbers"),
+        (("--baseline", "prayer"), "experts, geometric, embedding, all"),
         (("--baseline", "geometric:2"), "alpha must be"),
         (("--baseline", "embedding"), "needs an alignment"),
         (("--fluency-budget", "-1"), "--fluency-budget"),
         (("--suite", "/no/such/file"), "No such file"),
         (("--suite-count", "-1"), "--suite-count"),
-        (("--max-perplexity-increase", "0.1"), "give both"),
-        (("--pick-alpha", "--max-perplexity-increase", "-1"), "at least 0"),
+        (("--pick-alpha", "--fluency-budget", "-1"), "at least 0"),
         (("--pick-alpha", "--no-fusion"), "--no-fusion"),
         (("--pick-alpha", "--mode", "contrast", "geometric"), "one mode"),
         (("--scorer", "no/such/scorer/at/all"), "no/such/scorer/at/all"),
-        (("--target", "/no/such/model"), "/no/such/model"),
+        (("--model", "/no/such/model"), "/no/such/model"),
         (("--judge", "/no/such/model"), "/no/such/model"),
         (("--calibrator", "/no/such/calibrator"), "/no/such/calibrator"),
         (("--benign", "/no/such/file"), "No such file"),

@@ -255,8 +255,9 @@ def test_a_loss_that_is_no_number_stops_the_run(text, tmp_path):
 @pytest.mark.slow
 def test_the_command_stops_cleanly_on_ctrl_c_and_resumes(text, tmp_path):
     command = [
-        sys.executable, "-m", "calibfuse", "train-calibrator", "--non-toxic", text.wanted[0], "--reference",
-        text.unwanted[0], "--output", str(tmp_path / "out"), "--steps", "100000", "--rows", "4", "--slots", "32",
+        sys.executable, "-m", "calibfuse", "train-calibrator", "--wanted", text.wanted[0], "--unwanted",
+        text.unwanted[0], "--output", str(tmp_path / "out"), "--steps", "100000", "--batch-size", "4",
+        "--sequence-length", "32",
         "--layers", "1", "--width", "16", "--token-width", "16", "--buckets", "512", "--validate-every", "0",
         "--save-every", "20", "--device", "cpu",
     ]  # fmt: skip
@@ -319,5 +320,5 @@ def test_the_command_explains_itself_quickly():
         [sys.executable, "-m", "calibfuse", "train-calibrator", "--help"], capture_output=True, text=True, timeout=60
     )
     assert result.returncode == 0
-    assert re.search(r"--from-unfiltered", result.stdout)
+    assert re.search(r"--unwanted", result.stdout)
     assert "accelerate launch" in result.stdout

@@ -285,8 +285,20 @@ def test_sources_that_make_no_sense_are_refused(sources, message):
 
 
 def test_the_command_trains_from_unfiltered_text(files, tmp_path, start, capsys):
-    arguments = ["train-calibrator", "--from-unfiltered", str(files / "web.txt"), "--init-from", str(start)]
-    arguments += ["--num-layers", "1", "--steps", "2", "--rows", "2", "--slots", "16", "--device", "cpu", "--quiet"]
+    arguments = ["train-calibrator", str(files / "web.txt"), "--init-from", str(start)]
+    arguments += [
+        "--keep-layers",
+        "1",
+        "--steps",
+        "2",
+        "--batch-size",
+        "2",
+        "--sequence-length",
+        "16",
+        "--device",
+        "cpu",
+        "--quiet",
+    ]
     assert main([*arguments, "--output", str(tmp_path / "out"), "--name", "Mine"]) == 0
     assert "Calibrator written to" in capsys.readouterr().out
     assert Calibrator.from_pretrained(tmp_path / "out").heads == ("calibrator", "reference")
@@ -294,4 +306,4 @@ def test_the_command_trains_from_unfiltered_text(files, tmp_path, start, capsys)
     assert "leave out --layers" in capsys.readouterr().err
     without = [each for each in arguments if each not in ("--init-from", str(start))]
     assert main([*without, "--output", str(tmp_path / "out3")]) != 0
-    assert "--num-layers needs --init-from" in capsys.readouterr().err
+    assert "--keep-layers needs --init-from" in capsys.readouterr().err

@@ -27,6 +27,7 @@ COMMANDS: tuple[tuple[str, str], ...] = (
     ("train-scorer", "train the small linear toxicity scorer that demo and tests use"),
     ("evaluate", "measure toxicity, fluency and speed with and without the calibrator"),
     ("align", "bind a calibrator to a tokenizer ahead of time, and report how much of it is covered"),
+    ("align-embedding", "fit the alignment with a target model that mode embedding needs"),
     ("inspect", "show what a calibrator holds, or what it did to a text, token by token"),
     ("train-guide", "train a value guide: a sequence-level constraint of your own, decoded with mode value"),
     ("finetune", "put the guidance into the weights: fine-tune a model under a sequence-level constraint"),
@@ -38,8 +39,10 @@ COMMANDS: tuple[tuple[str, str], ...] = (
 _EXAMPLES = """\
 examples:
   calibfuse demo
-  calibfuse generate --model org/any-llm --prompt "The new neighbour is" --compare
-  calibfuse train-calibrator --non-toxic clean.jsonl --reference web.jsonl.xz --output my-calibrator
+  calibfuse generate "The new neighbour is" --model org/any-llm --compare
+  calibfuse inspect "My neighbour is such a" --model org/any-llm
+  calibfuse evaluate --model org/any-llm
+  calibfuse train-calibrator my-texts/ --output my-calibrator
 
 `calibfuse COMMAND --help` tells more about each command.
 """
@@ -51,7 +54,13 @@ EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argument parser whose complaint is one sentence, without the usage lines before it."""
+    """An argument parser whose help begins with the obvious first call, and whose complaint is one sentence."""
+
+    first_call: str | None = None
+
+    def format_help(self) -> str:
+        start = f"first call:  {self.first_call}\n\n" if self.first_call else ""
+        return start + super().format_help()
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_ERROR, f"{self.prog}: error: {message}; see `{self.prog} --help`\n")
@@ -85,10 +94,13 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
         )
         if name == command:
             module = importlib.import_module(f"calibfuse.cli.commands.{name.replace('-', '_')}")
-            subparser.epilog = getattr(module, "EXAMPLES", None)
+            subparser.epilog = module.EXAMPLES
+            first = re.search(r"^  (calibfuse (?:.*\\\n)*[^#\n]*)", module.EXAMPLES, re.MULTILINE)
+            subparser.first_call = " ".join(first[1].replace("\\\n", "").split()) if first else None
             module.add_arguments(subparser)
-            subparser.set_defaults(flags={a.dest: a.option_strings[0] for a in subparser._actions if a.option_strings})
-            subparser.set_defaults(run=module.run)
+            # What the library calls an option in its messages, and its flag.
+            flags = {a.field: a.option_strings[0] for a in subparser._actions if hasattr(a, "field")}
+            subparser.set_defaults(run=module.run, parser=subparser, flags=flags)
     return parser
 
 
@@ -104,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: after `--help` and `--version` (code 0) and on arguments that cannot be parsed (code 2).
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = _renamed(list(sys.argv[1:] if argv is None else argv))
     parser = build_parser(arguments[0] if arguments else None)
     if not arguments:
         parser.print_help()
@@ -112,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args(arguments)
     args.rest = rest  # serve hands on what it does not know
     if rest and not getattr(args, "takes_rest", False):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        getattr(args, "parser", parser).error(f"unrecognized arguments: {' '.join(rest)}")
     if args.command is None:
         parser.error("no command was given")
     try:
@@ -127,6 +139,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (CalibfuseError, OSError) as error:
         return _fail(f"error: {_with_flags(_one_line(error), getattr(args, 'flags', {}))}", EXIT_ERROR)
     return code
+
+
+def _renamed(arguments: list[str]) -> list[str]:
+    """`align --target MODEL`, which is a command of its own now, as that command."""
+    if arguments[:1] == ["align"] and any(each.partition("=")[0] == "--target" for each in arguments):
+        print("calibfuse: note: align --target is now align-embedding --model", file=sys.stderr)
+        return ["align-embedding", *(each.replace("--target", "--model", 1) for each in arguments[1:])]
+    return arguments
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""The `--unmasked` and `--mask` of the commands: a function that masks offensive words, or one that does nothing."""
+"""The `--mask` of the commands: a function that masks offensive words, or one that does nothing."""
 
 from __future__ import annotations
 

@@ -7,22 +7,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from calibfuse.errors import DataError, InputError
+from calibfuse.cli.options import add, add_texts, texts_of
+from calibfuse.errors import CheckpointError, DataError, InputError
 from calibfuse.textfiles import read_lines, read_rows
 
+_BUNDLED = "demo-prompts.json"
 _FIELDS = ("prompt", "text")
+_STDIN = "-"
 
 
-def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add `--prompt`, `--prompts-file` and `-`."""
-    group = parser.add_argument_group("prompts (exactly one of these)")
-    group.add_argument("--prompt", nargs="+", action="extend", metavar="TEXT", help="one or more prompts")
-    group.add_argument(
-        "--prompts-file", metavar="FILE", help='.txt with a prompt a line, or .jsonl with a field "prompt" or "text"'
-    )
-    group.add_argument(
-        "stdin", nargs="?", choices=("-",), metavar="-", help="read prompts from standard input, one a line"
-    )
+def add_prompts(parser: argparse.ArgumentParser) -> None:
+    """Add the prompts themselves, `--prompts` and `-`."""
+    help_ = "text to continue; -: standard input, one a line"
+    add_texts(parser, "prompt", metavar="PROMPT", help=help_, old="--prompt")
+    add(parser, prompts={"old": ("--prompts-file",)})
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
@@ -32,15 +30,16 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
         InputError: none or several sources, or a blank prompt.
         DataError: the file is missing, empty, binary, not UTF-8, or has a row without a prompt.
     """
-    given = [args.prompt is not None, args.prompts_file is not None, args.stdin is not None]
-    if sum(given) != 1:
-        count = "none" if not any(given) else "several"
-        raise InputError(f"Expected one source of prompts, got {count}: give --prompt TEXT, --prompts-file FILE or -.")
-    if args.prompt is not None:
-        prompts: list[str] = args.prompt
-    elif args.prompts_file is not None:
-        prompts = read_prompts_file(args.prompts_file)
-    else:
+    prompts = texts_of(args, "prompt")
+    is_stdin = prompts == [_STDIN]
+    if bool(prompts) == (args.prompts is not None):
+        count = "several" if prompts else "none"
+        raise InputError(
+            f'Expected one source of prompts, got {count}: give "a prompt", --prompts FILE, or - for standard input.'
+        )
+    if args.prompts is not None:
+        prompts = read_prompts_file(args.prompts)
+    elif is_stdin:
         prompts = [line for _, line in read_lines(sys.stdin.buffer, "standard input")]
         if not prompts:
             raise DataError("Expected prompts, one a line, in standard input, but it is empty.")
@@ -78,3 +77,18 @@ def _prompt_of(row: dict[str, Any], number: int, path: str) -> str:
         if isinstance(value, str) and value.strip():
             return value
     raise DataError(f'Expected a prompt in the field "prompt" or "text" of line {number} of {path!r}, found none.')
+
+
+def bundled_prompts() -> list[str]:
+    """The prompts of the demo.
+
+    Raises:
+        CheckpointError: the file is missing from this installation, or damaged.
+    """
+    from calibfuse.hub import read_config
+
+    folder = Path(__file__).parent.parent / "pretrained"
+    prompts = read_config(folder, _BUNDLED, format_name="calibfuse-demo-prompts", supported_version=1).get("prompts")
+    if not isinstance(prompts, list) or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
+        raise CheckpointError(f"The bundled {_BUNDLED} is damaged: expected a list of prompts.")
+    return prompts

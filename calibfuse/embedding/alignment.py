@@ -181,7 +181,7 @@ class Alignment:
             raise CheckpointError(
                 f"Expected a matrix of shape {(metadata.width, metadata.hidden_size)} and a sketch in the alignment in "
                 f"{str(folder)!r}, found {found}: its two files do not belong together. Make it anew with "
-                "`calibfuse align --target`."
+                "`calibfuse align-embedding`."
             )
         return cls(matrix.float(), sketch.float(), metadata)
 
@@ -198,7 +198,7 @@ class Alignment:
             if made_for != found:
                 raise VocabularyMismatchError(
                     f"The alignment with {self.metadata.target!r} was made for another {what} ({made_for[:12]}, not "
-                    f"{found[:12]}). Make one with `calibfuse align --target`."
+                    f"{found[:12]}). Make one with `calibfuse align-embedding`."
                 )
 
     def similarity(self, target: PreTrainedModel, vocabulary: Vocabulary) -> float:
@@ -286,7 +286,7 @@ def find_alignment(folders: Sequence[Path], guide: Guide, target: PreTrainedMode
         why = "the one there is belongs to other weights of the calibrator" if outdated else "there is none"
         raise MissingHeadError(
             f"Mode 'embedding' needs an alignment of the calibrator with the target {name!r}, but {why}. Make it with "
-            f"`calibfuse align --calibrator {calibrator} --target {name}`."
+            f"`calibfuse align-embedding --calibrator {calibrator} --model {name}`."
         )
     return max(found, key=lambda entry: entry[:2])[2]
 

@@ -73,7 +73,7 @@ class EmbeddingFusion:
         if self.matrix.shape[-1] != self.head.hidden_size:
             raise VocabularyMismatchError(
                 f"The alignment maps to {self.matrix.shape[-1]} channels, but the target's output head takes "
-                f"{self.head.hidden_size}. Make one for this target with `calibfuse align --target`."
+                f"{self.head.hidden_size}. Make one for this target with `calibfuse align-embedding`."
             )
         if not 0.0 <= self.alpha < 1.0:
             raise InputError(f"alpha must be at least 0 and below 1 in mode 'embedding', got {self.alpha!r}.")

@@ -249,6 +249,7 @@ class _Run:
                 other_scorers=scorers[1:],
                 target=self.target,
                 judge=judge,
+                sampling=self.sampling,
                 toxic_from=toxic_from,
                 batch_size=self.batch_size,
                 title=f"{method.title}: scores",

@@ -28,7 +28,7 @@ from calibfuse.evaluation.metrics import (
     toxicity_sums,
 )
 from calibfuse.evaluation.prompts import Prompt
-from calibfuse.generation.continuations import encode
+from calibfuse.generation.decoding import Decoding
 from calibfuse.generation.language_model import LanguageModel
 from calibfuse.scorers import ToxicityScorer, check_scores
 
@@ -63,6 +63,7 @@ def measure(
     other_scorers: Sequence[ToxicityScorer] = (),
     target: LanguageModel | None = None,
     judge: LanguageModel | None = None,
+    sampling: Decoding | None = None,
     toxic_from: float = TOXIC_FROM,
     batch_size: int = 32,
     example_count: int = 20,
@@ -78,6 +79,7 @@ def measure(
         other_scorers: second opinions, with other names.
         target: the model that the continuations come from, for their perplexity under it without any processor.
         judge: a separate language model.
+        sampling: how the continuations were decoded: with or without a chat template; default Decoding().
         toxic_from: a continuation is toxic from this score on.
         batch_size: rows per forward pass.
         example_count: how many examples of each kind to keep.
@@ -103,7 +105,7 @@ def measure(
             for name, sums in toxicity_sums(scores, toxic_from=toxic_from).items():
                 columns[f"{name}/"], columns[f"/{name}"] = sums.numerator, sums.denominator
             if target is not None:
-                _add_target_likelihood(columns, target, block, batch_size)
+                _add_target_likelihood(columns, target, block, sampling or Decoding(), batch_size)
             if judge is not None:
                 _add_judge_likelihood(columns, judge, block, batch_size)
             blocks.append(columns)
@@ -159,10 +161,14 @@ def _columns(block: Sequence[PromptRecord]) -> dict[str, NDArray[np.float64]]:
 
 
 def _add_target_likelihood(
-    columns: dict[str, NDArray[np.float64]], target: LanguageModel, block: Sequence[PromptRecord], batch_size: int
+    columns: dict[str, NDArray[np.float64]],
+    target: LanguageModel,
+    block: Sequence[PromptRecord],
+    sampling: Decoding,
+    batch_size: int,
 ) -> None:
     """Perplexity under the target itself, without any processor, of the very tokens that it said."""
-    ids = [encode(target.tokenizer, record.prompt) for record in block]
+    ids = [sampling.encode(target.tokenizer, record.prompt) for record in block]
     before = [row for row, record in zip(ids, block, strict=True) for _ in record.continuations]
     said = [said.token_ids for record in block for said in record.continuations]
     found = score_ids(target.model, before, said, batch_size=batch_size)

@@ -15,7 +15,7 @@ from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBa
 from calibfuse.errors import InputError
 from calibfuse.evaluation.journal import Journal, PromptRecord
 from calibfuse.evaluation.prompts import Prompt
-from calibfuse.generation.continuations import Continuation, encode, end_ids, find_padding_id, read_continuation
+from calibfuse.generation.continuations import Continuation, end_ids, find_padding_id, read_continuation
 from calibfuse.generation.decoding import Decoding, check_lengths, generate_tokens
 from calibfuse.generation.seeded_sampling import SeededSampling, row_key
 
@@ -62,7 +62,7 @@ def sample_continuations(
     if not config.do_sample or config.num_beams != 1:
         raise InputError("The evaluation draws its continuations; leave out greedy decoding and beams.")
     missing = [prompt for prompt in prompts if not journal.has(prompt.id, prompt.text)]
-    encoded = [(prompt, encode(tokenizer, prompt.text)) for prompt in missing]
+    encoded = [(prompt, config.encode(tokenizer, prompt.text)) for prompt in missing]
     check_lengths(model, [ids for _, ids in encoded], config.max_new_tokens, "prompt")
     padding_id = find_padding_id(model, tokenizer)
     encoded.sort(key=lambda pair: len(pair[1]))  # little padding; the sort is stable, the draws belong to the prompt

@@ -11,7 +11,7 @@ from tqdm import trange
 
 from calibfuse.evaluation.methods import Method
 from calibfuse.evaluation.prompts import Prompt
-from calibfuse.generation.continuations import encode, find_padding_id
+from calibfuse.generation.continuations import find_padding_id
 from calibfuse.generation.decoding import Decoding, generate_tokens
 from calibfuse.generation.language_model import LanguageModel
 from calibfuse.generation.seeded_sampling import SeededSampling, row_key
@@ -52,7 +52,7 @@ def measure_speed(
         Speed by key of method.
     """
     texts = [prompts[number % len(prompts)] for number in range(rows)]
-    encoded = [encode(target.tokenizer, prompt.text) for prompt in texts]
+    encoded = [sampling.encode(target.tokenizer, prompt.text) for prompt in texts]
     padding_id = find_padding_id(target.model, target.tokenizer)
     if padding_id is None:
         encoded = [encoded[0]] * rows

@@ -134,14 +134,17 @@ class RoleRunner:
             temperature=plan.temperature,
             seed=self.config.seed_of(SAMPLES, job.step),
             batch_size=plan.batch_size,
+            chat=plan.chat,
+            system=plan.system,
             show_progress=self._show_progress,
         )
         source = self.config.oracle
+        alone = plan.chat or plan.system is not None or (source is not None and source.continuation_only)
         samples = label_samples(
             samples,
             self.tokenizer,
             oracle,
-            continuation_only=source is not None and source.continuation_only,
+            continuation_only=alone,
             show_progress=self._show_progress,
         )
         labels = samples.satisfaction[~samples.satisfaction.isnan()]

@@ -73,6 +73,8 @@ class SamplingPlan:
         keep_satisfied: share of the samples with C of at least 0.5 that is kept, with weights that make up for it; all
             others are kept. Below 1 the later roles spend their time on what the oracle refuses, which is rare.
         batch_size: rows per forward pass.
+        chat: put each prompt into the tokenizer's chat template; the oracle then sees the continuation alone.
+        system: system message of the chat template; implies `chat`.
     """
 
     per_prompt: int = 4
@@ -80,6 +82,8 @@ class SamplingPlan:
     temperature: float = 1.0
     keep_satisfied: float = 1.0
     batch_size: int = 64
+    chat: bool = False
+    system: str | None = None
 
     def __post_init__(self) -> None:
         """Validate."""

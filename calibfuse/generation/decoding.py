@@ -41,7 +41,9 @@ class Decoding:
         temperature: of the draw, above 0.
         seed: of all draws.
         do_sample: draw tokens; else the best token, or the best beam.
-        num_beams: beams; 1 is off.
+        num_beams: beam search with so many beams (beam sampling with a draw); 1 is off.
+        chat: put each prompt into the tokenizer's chat template.
+        system: system message of the chat template; implies `chat`.
     """
 
     samples: int = 1
@@ -52,6 +54,8 @@ class Decoding:
     seed: int = 0
     do_sample: bool = True
     num_beams: int = 1
+    chat: bool = False
+    system: str | None = None
 
     def __post_init__(self) -> None:
         """Validate.
@@ -76,12 +80,13 @@ class Decoding:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready dictionary; greedy decoding and beams appear only where they are on."""
-        values = asdict(self)
-        for name, off in (("do_sample", True), ("num_beams", 1)):
-            if values[name] == off:
-                del values[name]
-        return values
+        """JSON-ready dictionary; greedy decoding, beams and chat appear only where they are on."""
+        off = {"do_sample": True, "num_beams": 1, "chat": False, "system": None}
+        return {name: value for name, value in asdict(self).items() if name not in off or value != off[name]}
+
+    def encode(self, tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+        """Token ids of a prompt; see `encode_prompt`."""
+        return encode_prompt(tokenizer, prompt, chat=self.chat, system=self.system)
 
     def options(self) -> dict[str, Any]:
         """The arguments of transformers' `generate`."""
@@ -105,7 +110,7 @@ def encode_prompt(
         tokenizer: the target's.
         prompt: the text, or with `chat` what the user says.
         chat: put it into the tokenizer's chat template.
-        system: what the template's system message says; only with `chat`.
+        system: what the template's system message says; implies `chat`.
 
     Returns:
         At least one id.
@@ -113,9 +118,7 @@ def encode_prompt(
     Raises:
         InputError: the tokenizer has no chat template, or one without a system message; or the prompt has no tokens.
     """
-    if not chat:
-        if system is not None:
-            raise InputError("A system message is part of a chat template; turn the chat template on as well.")
+    if not chat and system is None:
         return encode(tokenizer, prompt)
     if not tokenizer.chat_template:
         raise InputError("The target's tokenizer has no chat template; give the prompts as plain text.")

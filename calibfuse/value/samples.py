@@ -23,8 +23,8 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, Pre
 
 from calibfuse import hub
 from calibfuse.errors import CheckpointError, DataError, InputError, ScorerError
-from calibfuse.generation.continuations import decode_continuation, encode, end_ids, find_padding_id
-from calibfuse.generation.decoding import check_lengths, generate_tokens
+from calibfuse.generation.continuations import decode_continuation, end_ids, find_padding_id
+from calibfuse.generation.decoding import check_lengths, encode_prompt, generate_tokens
 from calibfuse.value.oracle import Oracle
 
 SAMPLES_FILE, FACTS_FILE = "samples.safetensors", "samples.json"
@@ -114,6 +114,8 @@ def draw_samples(
     temperature: float = 1.0,
     seed: int,
     batch_size: int = 64,
+    chat: bool = False,
+    system: str | None = None,
     show_progress: bool = True,
 ) -> SampleSet:
     """Draw continuations of prompts from a model's whole distribution.
@@ -127,6 +129,8 @@ def draw_samples(
         temperature: of the draw; above 1 draws rarer continuations, and their weights undo it.
         seed: of all draws.
         batch_size: rows per forward pass.
+        chat: put each prompt into the tokenizer's chat template.
+        system: what the template's system message says; implies `chat`.
         show_progress: draw a progress bar on standard error.
 
     Returns:
@@ -143,7 +147,7 @@ def draw_samples(
             raise InputError(f"{name} must be at least 1, got {value}.")
     if not (math.isfinite(temperature) and temperature > 0):
         raise InputError(f"The sampling temperature must be a number above 0, got {temperature}.")
-    encoded = [encode(tokenizer, prompt) for prompt in prompts]
+    encoded = [encode_prompt(tokenizer, prompt, chat=chat, system=system) for prompt in prompts]
     check_lengths(model, encoded, max_new_tokens, "prompt")
     ends = torch.tensor(sorted(end_ids(model, tokenizer)), dtype=torch.int64, device=model.device)
     padding_id = find_padding_id(model, tokenizer) or 0  # masked: any id will do

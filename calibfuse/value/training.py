@@ -49,6 +49,8 @@ class GuideConfig:
         temperature: of the draw; above 1 draws rarer continuations, and their weights undo it.
         sampling_batch_size: rows per forward pass of the target while sampling.
         continuation_only: show the oracle the continuation without its prompt.
+        chat: put each prompt into the tokenizer's chat template; the oracle then sees the continuation alone.
+        system: system message of the chat template; implies `chat`.
         alpha: strength that the guide recommends; 1 is the q of the theory.
         training: of the auxiliary model.
         seed: of draws and fresh weights.
@@ -61,6 +63,8 @@ class GuideConfig:
     temperature: float = 1.0
     sampling_batch_size: int = 64
     continuation_only: bool = False
+    chat: bool = False
+    system: str | None = None
     alpha: float = 1.0
     training: AuxiliaryTrainingConfig = AuxiliaryTrainingConfig()
     seed: int = 0
@@ -222,9 +226,12 @@ def _samples(
             temperature=config.temperature,
             seed=int(np.random.SeedSequence([config.seed, 51, number]).generate_state(1)[0]),
             batch_size=config.sampling_batch_size,
+            chat=config.chat,
+            system=config.system,
             show_progress=show_progress,
         )
-        shard = label_samples(shard, tokenizer, oracle, continuation_only=config.continuation_only)
+        alone = config.continuation_only or config.chat or config.system is not None
+        shard = label_samples(shard, tokenizer, oracle, continuation_only=alone)
         shard.save(folder)
         shards.append(shard)
     return SampleSet.concatenate(shards)

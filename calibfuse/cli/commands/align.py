@@ -1,7 +1,4 @@
-"""`calibfuse align`: bind a calibrator to a tokenizer ahead of time, and report how much of it is covered.
-
-With a target model it also fits the alignment that mode "embedding" needs (align_target.py).
-"""
+"""`calibfuse align`: bind a calibrator to a tokenizer ahead of time, and report how much of it is covered."""
 
 from __future__ import annotations
 
@@ -11,7 +8,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibfuse.cli.align_target import add_target_arguments, align_target
+from calibfuse.cli.loading import check_calibrator, page_of
+from calibfuse.cli.options import SWITCH, add
 from calibfuse.cli.terminal import Terminal
 from calibfuse.errors import InputError
 
@@ -25,12 +23,10 @@ examples:
   calibfuse align --calibrator ./my-calibrator --tokenizer ./my-model --report
   calibfuse align --tokenizer ./tokenizer.json --text held-out.jsonl.xz --html coverage.html
   calibfuse align --calibrator org/small-lm --tokenizer org/any-llm --report     # a projected language model
-  calibfuse align --calibrator ./my-calibrator --target ./my-model      # for mode embedding
 
 The bound vectors go to the cache folder (CALIBFUSE_CACHE, else ~/.cache/calibfuse), so that loading takes a moment
 where the vocabulary would be composed anew. With --text the report also tells how well the calibrator predicts that
-text, in bits per byte. With --target it also fits the matrix that mode "embedding" needs
-for that model, and saves it beside the calibrator.
+text, in bits per byte. (For mode embedding: calibfuse align-embedding.)
 """
 
 _PASSAGE_BYTES = 600
@@ -38,44 +34,35 @@ _PASSAGE_BYTES = 600
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments; imports nothing heavy."""
-    parser.add_argument("--calibrator", metavar="PATH_OR_HUB", help="folder or Hub id (default: the bundled one)")
-    parser.add_argument(
-        "--tokenizer",
-        metavar="PATH_OR_HUB",
-        help="tokenizer of the target: folder, file or Hub id (default: that of --target)",
+    add(
+        parser,
+        "calibrator",
+        tokenizer={"metavar": "PATH_OR_HUB", "help": "tokenizer of the target: folder, file or Hub id"},
+        dtype={"choices": ("float32", "bfloat16"), "default": "float32", "help": "of the bound vectors"},
+        device={"help": "where the report on a text is computed (default: cpu)"},
+        local_files_only={},
     )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the bound vectors")
-    parser.add_argument("--device", help="where the report on a text is computed (default: cpu)")
-    parser.add_argument("--local-files-only", action="store_true", help="never touch the network")
-    add_target_arguments(parser)
-    report = parser.add_argument_group("report")
-    report.add_argument("--report", action="store_true", help="print what is covered (implied by the options below)")
-    report.add_argument("--text", metavar="FILE", help="measure on this text: .txt, .jsonl or .csv, also .gz and .xz")
-    report.add_argument("--text-field", help="key or column of the text (default: found by name)")
-    report.add_argument(
-        "--max-bytes", type=int, default=65_536, metavar="N", help="read so much of the text (default: %(default)s)"
+    add(
+        parser.add_argument_group("report"),
+        "text_field",
+        "html",
+        "json",
+        report=SWITCH | {"help": "print what is covered (implied by the options below)"},
+        text={"metavar": "FILE", "help": "measure on this text: .txt, .jsonl or .csv, also .gz and .xz"},
+        max_bytes={"type": int, "default": 65_536, "metavar": "N", "help": "read so much of the text"},
     )
-    report.add_argument("--html", metavar="FILE", help="write the report as a page that needs no other file")
-    report.add_argument("--json", action="store_true", help="print the report as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """Bind, then report."""
-    if not (args.tokenizer or args.target):
-        raise InputError("calibfuse align needs the target's vocabulary: give --tokenizer, or --target for a model.")
+    if not args.tokenizer:
+        raise InputError("calibfuse align needs the target's vocabulary: give --tokenizer, a folder, file or Hub id.")
     if args.max_bytes < 1:
         raise InputError(f"--max-bytes must be at least 1, got {args.max_bytes}.")
-    page = Path(args.html).expanduser() if args.html else None
-    if page is not None and page.is_dir():
-        raise InputError(f"--html expects a file, but {args.html!r} is a folder.")
-    if page is not None:
-        from calibfuse.html import require
-
-        require("jinja2")
+    page = page_of(args)
+    check_calibrator(args.calibrator)
     # The text is read first: it is the quickest to be found wanting.
     passages = _read_passages(args.text, args.text_field, args.max_bytes) if args.text else []
-    alignment = align_target(args) if args.target else None
-    args.tokenizer = args.tokenizer or args.target
     is_report = bool(args.report or args.text or page or args.json)
     bound, seconds = _bind(args, for_report=is_report)
     terminal = Terminal()
@@ -91,7 +78,6 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         record: dict[str, Any] = {"vocabulary": vocabulary.to_dict(), "bind_seconds": seconds}
         record["text"] = text.to_dict() if text is not None else None
-        record["alignment"] = alignment
         terminal.write(json.dumps(record, ensure_ascii=False))
         return 0
     terminal.write(_summary(args, bound, seconds))

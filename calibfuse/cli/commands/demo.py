@@ -1,191 +1,165 @@
-"""`calibfuse demo`: a small language model continues a few prompts with and without the calibrator, side by side.
+"""`calibfuse demo`: a language model continues a few prompts with and without the calibrator, side by side.
 
 Everything it needs comes with the package: a demo target trained on unfiltered text, a calibrator, a toxicity scorer
-and prompts.
+and prompts. Figures and draws are those of `calibfuse evaluate`.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from calibfuse.cli.loading import check_model, load_target
 from calibfuse.cli.masking import Mask, masking
+from calibfuse.cli.options import Fields, add, add_model
+from calibfuse.cli.prompts import bundled_prompts
 from calibfuse.cli.terminal import Terminal, printable
-from calibfuse.errors import CheckpointError, InputError
-from calibfuse.generation.decoding import Decoding
+from calibfuse.errors import InputError
 
 if TYPE_CHECKING:
-    from calibfuse.cli.comparison import Outcome
+    from calibfuse.evaluation import Evaluation
+    from calibfuse.evaluation.journal import PromptRecord
+    from calibfuse.scorers import ToxicityScorer
 
 EXAMPLES = """\
 examples:
   calibfuse demo
+  calibfuse demo --model org/any-llm --prompt-count 10
   calibfuse demo --alpha 2 --seed 1
-  calibfuse demo --prompts 5 --samples 4 --unmasked
+  calibfuse demo --prompt-count 5 --samples 4 --no-mask
 
-The models are tiny, so that this takes less than a minute. For figures that mean something, run `calibfuse evaluate`
-on your own model; `calibfuse generate` continues your own prompts.
+The bundled models are tiny, so that this takes less than a minute. `calibfuse evaluate --model org/any-llm` measures
+your own model, with intervals; `calibfuse generate "a prompt"` continues your own prompts.
 """
 
-PROMPTS_FILE = "demo-prompts.json"
-PROMPTS_FORMAT = "calibfuse-demo-prompts"
+SAMPLING = Fields("calibfuse.evaluation.sampling:SamplingConfig", "samples", "max_new_tokens", "seed")
+_WAYS = (("plain", "without calibrator"), ("fused", "with calibrator"))
+_FIGURES = ("toxic_share", "mean_toxicity", "expected_maximum_toxicity", "toxicity_probability", "target_perplexity")
 _SHOWN = 5
+Pair = tuple[float, str, str]  # toxicity, prompt, continuation
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments; imports nothing heavy."""
-    parser.add_argument(
-        "--prompts", type=int, default=30, metavar="N", help="of the bundled ones (default: %(default)s)"
-    )
-    parser.add_argument("--samples", type=int, default=10, metavar="N", help="per prompt (default: %(default)s)")
-    parser.add_argument("--alpha", type=float, help="strength; 0 is off (default: what the calibrator recommends)")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling (default: %(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=20, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--unmasked", action="store_true", help="show offensive words as they are")
-    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+    count = {"type": int, "default": 30, "metavar": "N", "help": "of the bundled ones", "old": ("--prompts",)}
+    add(parser, "alpha", "mask", prompt_count=count, quiet={"old": ("--no-progress",)})
+    SAMPLING.add(parser)
+    add_model(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Load, continue, show."""
     started = time.monotonic()
-    decoding = _decoding(args)
-    prompts = bundled_prompts(args.prompts)
+    from calibfuse.fusion import FusionConfig
+
+    FusionConfig.from_dict({} if args.alpha is None else {"alpha": args.alpha})
+    prompts = bundled_prompts()
+    if not 1 <= args.prompt_count <= len(prompts):
+        raise InputError(f"--prompt-count must lie in 1..{len(prompts)}, the bundled prompts; got {args.prompt_count}.")
+    check_model(args)
     import torch
 
-    from calibfuse.calibrator import BoundCalibrator
-    from calibfuse.cli.comparison import TOXIC_FROM, continue_both, score
-    from calibfuse.generation.language_model import load_language_model
+    from calibfuse.evaluation import Method, Prompt, SamplingConfig, evaluate
     from calibfuse.processor import CalibFusion
     from calibfuse.scorers import load_scorer
 
-    # Such small models gain nothing from a second thread, and on a busy machine threads that wait for each other lose
-    # most of the speed.
-    torch.set_num_threads(1)
+    sampling = SamplingConfig(**SAMPLING.values(args))
+    if args.model is None:
+        # Such small models gain nothing from a second thread, and on a busy machine threads that wait for each other
+        # lose most of the speed.
+        torch.set_num_threads(1)
     scorer = load_scorer("bundled")
-    mask = masking(not args.unmasked, scorer)
-    target = load_language_model(None, device="cpu")
-    fusion = CalibFusion.from_pretrained(tokenizer=target.tokenizer, alpha=args.alpha)
-    outcomes = continue_both(target, fusion, prompts, decoding, args.seed, show_progress=not args.no_progress)
-    for outcome in outcomes.values():
-        score(outcome, scorer)
+    target = load_target(args)
+    fusion = CalibFusion.from_pretrained(tokenizer=target.tokenizer, alpha=args.alpha, device=target.model.device)
+    with tempfile.TemporaryDirectory(prefix="calibfuse-demo-") as folder:
+        evaluation = evaluate(
+            target,
+            [Method("fused", "with calibrator", lambda: [fusion])],
+            [Prompt(f"demo {number}", text) for number, text in enumerate(prompts[: args.prompt_count], start=1)],
+            scorer,
+            folder,
+            sampling=sampling,
+            benign_texts=[],
+            show_progress=not args.quiet and sys.stderr.isatty(),
+        )
+        said = [_read(Path(folder) / "continuations" / f"{key}.jsonl") for key, _ in _WAYS]
     terminal = Terminal()
-    _show_pairs(terminal, prompts, outcomes, mask)
-    _show_table(terminal, outcomes)
+    _show_pairs(terminal, _most_different(*(_pairs(records, scorer) for records in said)), masking(args.mask, scorer))
+    _show_table(terminal, evaluation)
     terminal.write()
-    config = fusion.config
-    assert isinstance(fusion.guide, BoundCalibrator)  # as every universal calibrator is
-    sizes = [sum(each.numel() for each in model.parameters()) for model in (target.model, fusion.guide.calibrator)]
     terminal.note(
-        f"The demo target has {sizes[0] / 1e6:.1f} M parameters, the calibrator {sizes[1] / 1e6:.1f} M; beside a model "
-        "of usual size the loss of speed is far smaller."
-    )
-    terminal.note(
-        f"{len(prompts)} prompts x {decoding.samples} continuations of at most {decoding.max_new_tokens} "
-        f"tokens, top-p {decoding.top_p:g}, seed {args.seed}; mode {config.mode}, alpha {config.alpha:g}; scorer "
-        f"{scorer.name!r}, toxic from {TOXIC_FROM:g}; {time.monotonic() - started:.0f} s in all. These numbers are of "
-        "this run on a toy model: another seed gives others. `calibfuse evaluate` measures your model, with intervals; "
-        "`calibfuse generate --compare` shows your own prompts."
+        f"{args.prompt_count} prompts x {sampling.samples} continuations of at most {sampling.max_new_tokens} tokens, "
+        f"top-p {sampling.top_p:g}, seed {sampling.seed}; mode {fusion.config.mode}, alpha {fusion.config.alpha:g}; "
+        f"scorer {scorer.name!r}; target of {target.model.num_parameters() / 1e6:.1f} M parameters; "
+        f"{time.monotonic() - started:.0f} s in all. Another seed gives other numbers: `calibfuse evaluate` gives "
+        "intervals; `calibfuse generate --compare` shows your own prompts."
     )
     return 0
 
 
-def _decoding(args: argparse.Namespace) -> Decoding:
-    for name in ("prompts", "samples", "max_new_tokens"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}.")
-    if not 0 <= args.seed < 2**32:
-        raise InputError(f"--seed must lie in 0..2**32-1, got {args.seed}.")
-    if args.alpha is not None:
-        from calibfuse.fusion import FusionConfig
+def _read(journal: Path) -> list[PromptRecord]:
+    from calibfuse.evaluation.journal import PromptRecord
 
-        FusionConfig.from_dict({"alpha": args.alpha})
-    return Decoding(max_new_tokens=args.max_new_tokens, samples=args.samples)
+    lines = journal.read_text(encoding="utf-8").split("\n")[1:-1]
+    return sorted(map(PromptRecord.from_line, lines), key=lambda record: record.prompt_id)
 
 
-def bundled_prompts(count: int) -> list[str]:
-    """The first prompts of the bundled set.
-
-    Args:
-        count: how many.
-
-    Returns:
-        `count` prompts.
-
-    Raises:
-        InputError: there are fewer.
-        CheckpointError: the file is missing from this installation, or damaged.
-    """
-    from calibfuse.hub import read_config
-
-    folder = Path(__file__).parent.parent.parent / "pretrained"
-    prompts = read_config(folder, PROMPTS_FILE, format_name=PROMPTS_FORMAT, supported_version=1).get("prompts")
-    if not isinstance(prompts, list) or not all(isinstance(prompt, str) and prompt.strip() for prompt in prompts):
-        raise CheckpointError(f"The bundled {PROMPTS_FILE} is damaged: expected a list of prompts.")
-    if count > len(prompts):
-        raise InputError(f"There are {len(prompts)} bundled prompts, but --prompts asks for {count}.")
-    return prompts[:count]
+def _pairs(records: Sequence[PromptRecord], scorer: ToxicityScorer) -> list[list[Pair]]:
+    """The continuations of each prompt, scored."""
+    pairs = []
+    for record in records:
+        texts = [said.text for said in record.continuations]
+        scores = map(float, scorer.score(texts))
+        pairs.append([(score, record.prompt, text) for score, text in zip(scores, texts, strict=True)])
+    return pairs
 
 
-def _show_pairs(terminal: Terminal, prompts: Sequence[str], outcomes: dict[str, Outcome], mask: Mask) -> None:
-    from calibfuse.cli.comparison import most_different
+def _most_different(plain: list[list[Pair]], fused: list[list[Pair]]) -> list[tuple[Pair, Pair]]:
+    """The pairs of continuations, one per prompt at most, whose toxicity differs most, the most different first."""
 
+    def distance(pair: tuple[Pair, Pair]) -> float:
+        return abs(pair[0][0] - pair[1][0])
+
+    best = [max(zip(one, other, strict=True), key=distance) for one, other in zip(plain, fused, strict=True)]
+    return sorted(best, key=distance, reverse=True)[:_SHOWN]
+
+
+def _show_pairs(terminal: Terminal, pairs: Sequence[tuple[Pair, Pair]], mask: Mask) -> None:
     def shown(text: str) -> str:
         return printable(mask(text)).strip()
 
-    pairs = most_different(outcomes, _SHOWN)
-    total = len(outcomes["plain"].scores)
-    terminal.heading(f"The {len(pairs)} of {total} pairs whose toxicity differs most (same prompt, same random draws)")
-    for prompt, sample in pairs:
+    terminal.heading(f"The {len(pairs)} prompts whose toxicity differs most (same prompt, same random draws)")
+    for pair in pairs:
         terminal.write()
-        terminal.write(terminal.style(shown(prompts[prompt]) + " ...", "cyan"))
-        columns = []
-        for way, name in (("plain", "without calibrator"), ("fused", "with calibrator")):
-            outcome = outcomes[way]
-            columns.append(
-                [f"{name}, toxicity {outcome.toxicity[prompt][sample]:.2f}", shown(outcome.texts[prompt][sample])]
-            )
+        terminal.write(terminal.style(shown(pair[0][1]) + " ...", "cyan"))
+        columns = [
+            [f"{name}, toxicity {toxicity:.2f}", shown(text)]
+            for (_, name), (toxicity, _, text) in zip(_WAYS, pair, strict=True)
+        ]
         terminal.side_by_side(*columns)
     terminal.write()
 
 
-def _show_table(terminal: Terminal, outcomes: dict[str, Outcome]) -> None:
-    from calibfuse.cli.comparison import WAYS, speed_kept
+def _show_table(terminal: Terminal, evaluation: Evaluation) -> None:
+    from calibfuse.evaluation import METRICS
+    from calibfuse.evaluation.tables import change, figure
 
-    plain, fused = (outcomes[way] for way in WAYS)
-
-    def share(value: float) -> str:
-        return f"{100 * value:.1f} %"
-
-    def change(before: float, after: float) -> str:
-        return f"{100 * (after / before - 1):+.1f} %" if before else "-"
-
+    plain, fused = evaluation.results
     rows = [
-        (name, form(before), form(after), change(before, after))
-        for name, form, before, after in (
-            ("toxic continuations", share, plain.toxic_share, fused.toxic_share),
-            ("mean toxicity", _three, plain.mean_toxicity, fused.mean_toxicity),
-            ("expected maximum toxicity", _three, plain.expected_maximum, fused.expected_maximum),
-            ("toxicity probability", share, plain.toxicity_probability, fused.toxicity_probability),
-            ("perplexity under the target", _one, plain.perplexity, fused.perplexity),
-        )
-    ]
-    rows.append(
         (
-            "tokens per second",
-            f"{plain.tokens_per_second:,.0f}",
-            f"{fused.tokens_per_second:,.0f}",
-            f"{100 * (speed_kept(outcomes) - 1):+.1f} %",
+            METRICS[name].title,
+            figure(name, plain.estimates[name].value),
+            figure(name, fused.estimates[name].value),
+            change(fused.changes.get(name)),
         )
-    )
+        for name in _FIGURES
+    ]
+    if plain.speed is not None and fused.speed is not None:
+        before, after = (f"{each.tokens_per_second:,.0f}" for each in (plain.speed, fused.speed))
+        rows.append(("tokens per second", before, after, f"{100 * (fused.speed.kept - 1):+.1f} %"))
     terminal.table(("", "without", "with", "change"), rows)
-
-
-def _three(value: float) -> str:
-    return f"{value:.3f}"
-
-
-def _one(value: float) -> str:
-    return f"{value:.1f}"

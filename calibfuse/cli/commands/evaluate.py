@@ -10,24 +10,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibfuse.cli.compared_methods import baseline_methods, bind_calibrator, check_methods, fusion_methods
+from calibfuse.cli.loading import DECODING, check_calibrator, check_model, load_second, load_target
 from calibfuse.cli.masking import masking
+from calibfuse.cli.methods import FUSION, baseline_methods, bind_calibrator, check_methods, fusion_methods
+from calibfuse.cli.options import SWITCH, Fields, add, add_model
+from calibfuse.cli.prompts import bundled_prompts
 from calibfuse.cli.terminal import Terminal
 from calibfuse.errors import InputError
 
 if TYPE_CHECKING:
-    from calibfuse.evaluation import BudgetComparison, Evaluation, Prompt
+    from calibfuse.evaluation import BudgetComparison, Evaluation, Prompt, SamplingConfig
     from calibfuse.generation.language_model import LanguageModel
     from calibfuse.loading import PretrainedCalibrator
     from calibfuse.scorers import ToxicityScorer
 
 EXAMPLES = """\
 examples:
-  # the bundled calibrator on the demo target, first look
-  calibfuse evaluate --prompts realtoxicityprompts.jsonl.xz --prompt-count 100 --output results
+  calibfuse evaluate --model org/any-llm                 # a first look, on the prompts of the demo
 
-  # your model, your prompts, three strengths, fluency under another model
-  calibfuse evaluate --target org/any-llm --prompts mine.txt --alpha 1 3 5 --judge org/other-llm --output results
+  # your prompts, three strengths, fluency under another model
+  calibfuse evaluate --model org/any-llm --prompts mine.txt --alpha 1 3 5 --judge org/other-llm --output results
 
   # by two scorers: the first one's figures lead, the second's are shown beside them
   calibfuse evaluate --prompts mine.txt --scorer bundled org/toxicity-classifier --output results
@@ -36,191 +38,118 @@ examples:
   calibfuse evaluate ... --output results --resume
 
   # the strongest alpha that costs at most 5 % perplexity, written into the calibrator's config.json
-  calibfuse evaluate --target org/any-llm --prompts my-prompts.txt --calibrator ./mine --pick-alpha \\
-      --max-perplexity-increase 0.05 --output results
+  calibfuse evaluate --model org/any-llm --prompts my-prompts.txt --calibrator ./mine --pick-alpha \\
+      --fluency-budget 0.05 --output results
 
   # all methods, each at several strengths, compared at its best within 2 % loss of fluency
-  calibfuse evaluate --target ./my-model --prompts realtoxicityprompts.jsonl.xz --prompt-count 100 --baseline all \\
+  calibfuse evaluate --model ./my-model --prompts realtoxicityprompts.jsonl.xz --prompt-count 100 --baseline all \\
       --fluency-budget 0.02 --judge ./other-model --output results
 
 The output folder gets report.json (everything), report.md, report.html and the continuations themselves.
 """
 
 _OUTPUT = "calibfuse-evaluation"
+_BUDGET = 0.05
+
+
+SAMPLING = Fields("calibfuse.evaluation.sampling:SamplingConfig", "samples", *DECODING.options)
+_KIND_OF_SCORER = "bundled, a folder or Hub id, detoxify, module:function"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments; imports nothing heavy."""
-    target = parser.add_argument_group("target model")
-    target.add_argument(
-        "--target", "--model", metavar="PATH_OR_HUB", help="causal language model (default: the demo target)"
-    )
-    target.add_argument("--revision", help="branch, tag or commit of the target on the Hub")
-    target.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
-    target.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
-    target.add_argument("--local-files-only", action="store_true", help="never touch the network")
-    target.add_argument("--trust-remote-code", action="store_true", help="run Python code that a model brings along")
+    add_model(parser)
     prompts = parser.add_argument_group("prompts")
-    prompts.add_argument(
-        "--prompts",
-        metavar="FILE",
-        help="RealToxicityPrompts, BOLD or your own .jsonl or .txt, also .gz and .xz (default: the few of the demo)",
+    add(
+        prompts,
+        "max_prompt_toxicity",
+        "min_prompt_toxicity",
+        prompts={"help": "RealToxicityPrompts, BOLD, or your own .jsonl or .txt (default: the few of the demo)"},
+        prompt_count={"default": 200},
     )
-    prompts.add_argument(
-        "--prompt-count", type=int, default=200, metavar="N", help="drawn at random; 0: all (default: 200)"
+    methods = parser.add_argument_group("methods (plain decoding with the same truncation is always measured)")
+    add(
+        methods,
+        "calibrator",
+        alpha={"nargs": "+", "help": "strengths (default: 1 3 5, and the calibrator's own)"},
+        mode={"nargs": "+", "metavar": "MODE"},
     )
-    prompts.add_argument(
-        "--max-prompt-toxicity", type=float, metavar="P", help="only prompts below; 0.5: non-toxic ones"
+    on_or_off = {"action": argparse.BooleanOptionalAction, "old": ("--hold", "--no-hold")}
+    FUSION.add(methods, "the calibrator's", mass_to_others=on_or_off)
+    add(
+        methods,
+        baseline={
+            "nargs": "+",
+            "default": [],
+            "metavar": "NAME[:STRENGTHS]",
+            "help": "other methods: temperature, top-k, nucleus, bad-words, reward, self-debias, experts, geometric, "
+            "embedding, or all; e.g. reward:10,50",
+        },
+        no_fusion=SWITCH | {"help": "measure only plain decoding and the baselines"},
     )
-    prompts.add_argument(
-        "--min-prompt-toxicity", type=float, metavar="P", help="only prompts of at least this toxicity"
-    )
-    methods = parser.add_argument_group(
-        "methods (plain decoding with the same truncation, alpha 0, is always measured)"
-    )
-    methods.add_argument("--calibrator", metavar="PATH_OR_HUB", help="folder or Hub id (default: the bundled one)")
-    methods.add_argument(
-        "--alpha", type=float, nargs="+", metavar="A", help="strengths (default: 1 3 5, and the calibrator's own)"
-    )
-    methods.add_argument(
-        "--mode",
-        nargs="+",
-        metavar="MODE",
-        help="contrast, geometric, blend, value, embedding (default: the calibrator's)",
-    )
-    methods.add_argument("--candidates", type=int, metavar="N", help="best tokens of the target that are re-ranked")
-    methods.add_argument("--margin", type=float, metavar="NATS", help="smaller disagreements of the heads are ignored")
-    methods.add_argument("--max-shift", type=float, metavar="NATS", help="largest change of a candidate")
-    methods.add_argument(
-        "--one-sided", action=argparse.BooleanOptionalAction, help="only lower tokens (default: the calibrator's)"
-    )
-    methods.add_argument(
-        "--hold",
-        action=argparse.BooleanOptionalAction,
-        help="what a token loses is not given back to it (default: the calibrator's)",
-    )
-    methods.add_argument(
-        "--baseline",
-        nargs="+",
-        default=[],
-        metavar="NAME[:STRENGTHS]",
-        help="other methods: temperature, top-k, nucleus, bad-words, reward, self-debias, experts, geometric, "
-        "embedding, or all; e.g. reward:10,50",
-    )
-    methods.add_argument("--no-fusion", action="store_true", help="measure only plain decoding and the baselines")
     sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--samples", type=int, default=10, metavar="N", help="per prompt (default: %(default)s)")
-    sampling.add_argument("--max-new-tokens", type=int, default=20, metavar="N", help="(default: %(default)s)")
-    sampling.add_argument(
-        "--top-p", type=float, default=0.9, metavar="P", help="nucleus; 1 is off (default: %(default)s)"
-    )
-    sampling.add_argument("--top-k", type=int, default=0, metavar="K", help="0 is off (default: %(default)s)")
-    sampling.add_argument("--temperature", type=float, default=1.0, metavar="T", help="(default: %(default)s)")
-    sampling.add_argument("--seed", type=int, default=0, help="of prompts, draws and intervals (default: %(default)s)")
-    sampling.add_argument("--batch-size", type=int, default=64, metavar="ROWS", help="(default: %(default)s)")
+    SAMPLING.add(sampling)
+    add(sampling, "batch_size")
     measures = parser.add_argument_group("measures")
-    measures.add_argument(
-        "--scorer",
-        nargs="+",
-        default=["bundled"],
-        metavar="SCORER",
-        help="of toxicity: bundled, a model, detoxify, module:function; of several the first one leads, the others are "
-        "second opinions (default: bundled)",
+    add(
+        measures,
+        "toxic_from",
+        scorer={
+            "nargs": "+",
+            "default": ["bundled"],
+            "help": f"of toxicity: {_KIND_OF_SCORER}; of several the first leads (default: bundled)",
+        },
+        judge={"metavar": "PATH_OR_HUB", "help": "a separate language model, for perplexity"},
+        benign={"metavar": "FILE", "help": "benign text, for the divergence (default: bundled sentences)"},
+        speed_rounds={"type": int, "default": 3, "metavar": "N", "help": "interleaved timings; 0: none"},
+        suite={
+            "nargs": "+",
+            "default": [],
+            "metavar": "FILE",
+            "help": "labelled sentences: what is suppressed of neutral ones by group, and of toxic ones",
+        },
+        suite_count={"type": int, "default": 1000, "metavar": "N", "help": "sentences drawn of each suite; 0: all"},
+        no_neutrality=SWITCH | {"help": "skip benign text and group words"},
     )
-    measures.add_argument(
-        "--toxic-from", type=float, default=0.5, metavar="P", help="toxic from this score (default: 0.5)"
-    )
-    measures.add_argument("--judge", metavar="PATH_OR_HUB", help="a separate language model, for perplexity")
-    measures.add_argument(
-        "--benign", metavar="FILE", help="benign text, for the divergence (default: bundled sentences)"
-    )
-    measures.add_argument(
-        "--speed-rounds", type=int, default=3, metavar="N", help="interleaved timings; 0: none (default: %(default)s)"
-    )
-    measures.add_argument(
-        "--suite",
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="labelled sentences: what is suppressed of neutral ones by group, and of toxic ones (BOLD, XSTest, yours)",
-    )
-    measures.add_argument(
-        "--suite-count", type=int, default=1000, metavar="N", help="sentences drawn of each; 0: all (default: 1000)"
-    )
-    measures.add_argument("--no-neutrality", action="store_true", help="skip benign text and group words")
     output = parser.add_argument_group("output")
-    output.add_argument("--output", metavar="DIR", help=f"folder of the report; made when missing (default: {_OUTPUT})")
-    output.add_argument("--resume", action="store_true", help="go on with the continuations in --output")
-    output.add_argument("--json", action="store_true", help="print the report as JSON instead of a table")
-    output.add_argument("--unmasked", action="store_true", help="show offensive words in the pages as they are")
-    output.add_argument("--quiet", action="store_true", help="no progress bars")
-    output.add_argument(
-        "--fluency-budget",
-        type=float,
-        metavar="SHARE",
-        help="compare every method at its best strength within this loss of fluency (0.02 is 2 %%); without strengths "
-        "given, each is tried at several",
-    )
-    pick = parser.add_argument_group("choosing the strength")
-    pick.add_argument("--pick-alpha", action="store_true", help="find the strongest alpha within the fluency budget")
-    pick.add_argument(
-        "--max-perplexity-increase", type=float, metavar="SHARE", help="the budget (default: 0.05, that is 5 %%)"
+    add(output, "resume", "json", "mask", "quiet", output={"help": f"folder of the report (default: {_OUTPUT})"})
+    choice = parser.add_argument_group("choosing the strength")
+    add(
+        choice,
+        pick_alpha=SWITCH | {"help": "write the strongest alpha within --fluency-budget into the calibrator's folder"},
+        fluency_budget={
+            "old": ("--max-perplexity-increase",),
+            "type": float,
+            "metavar": "SHARE",
+            "help": "compare each method at its best strength within this loss of fluency; without strengths given, "
+            f"each is tried at several (default of --pick-alpha: {_BUDGET})",
+        },
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    _check(args)
-    from calibfuse.evaluation import (
-        SamplingConfig,
-        compare_within_budget,
-        evaluate,
-        load_prompts,
-        load_suite,
-    )
+    sampling = _check(args)
+    from calibfuse.evaluation import compare_within_budget, evaluate, load_suite
     from calibfuse.evaluation.evaluate import check_output
     from calibfuse.evaluation.prompts import load_texts
     from calibfuse.evaluation.report import write_report
-    from calibfuse.generation.language_model import load_language_model
     from calibfuse.html import require
     from calibfuse.scorers import load_scorer
 
     require("jinja2")
     require("matplotlib")
-    sampling = SamplingConfig(
-        samples=args.samples,
-        max_new_tokens=args.max_new_tokens,
-        top_p=args.top_p,
-        top_k=args.top_k,
-        temperature=args.temperature,
-        seed=args.seed,
-    )
     output = Path(args.output or _OUTPUT)
     check_output(output, resume=args.resume)
-    prompts = _bundled_prompts()[: args.prompt_count or None]
-    if args.prompts is not None:
-        prompts = load_prompts(
-            args.prompts,
-            count=args.prompt_count or None,
-            seed=args.seed,
-            max_toxicity=args.max_prompt_toxicity,
-            min_toxicity=args.min_prompt_toxicity,
-        )
-    benign = [] if args.no_neutrality else None if args.benign is None else load_texts(args.benign, seed=args.seed)
-    suites = [load_suite(path, count=args.suite_count or None, seed=args.seed) for path in args.suite]
+    prompts = _prompts(args, sampling.seed)
+    benign = [] if args.no_neutrality else None if args.benign is None else load_texts(args.benign, seed=sampling.seed)
+    suites = [load_suite(path, count=args.suite_count or None, seed=sampling.seed) for path in args.suite]
     scorers = [load_scorer(each, device=args.device, local_files_only=args.local_files_only) for each in args.scorer]
-    target = load_language_model(
-        args.target,
-        device=args.device,
-        dtype=args.dtype,
-        revision=args.revision,
-        local_files_only=args.local_files_only,
-        trust_remote_code=args.trust_remote_code,
-    )
-    judge = None if args.judge is None else _load_judge(args)
+    target = load_target(args)
+    judge = None if args.judge is None else load_second(args, args.judge)
     fusions = bind_calibrator(args, target)
     methods = [] if fusions is None else fusion_methods(args, fusions)
-    baselines, left_out = baseline_methods(args, target, methods, fusions)
+    baselines, left_out = baseline_methods(args, target, methods, fusions, sampling.top_p)
     methods += baselines
     notes = [*_notes(args, scorers, None if fusions is None else fusions.calibrator, target), *left_out]
     for note in notes:
@@ -245,33 +174,43 @@ def run(args: argparse.Namespace) -> int:
     evaluation.facts.update(_facts(args, prompts, [*notes, *evaluation.facts["notes"]]))
     picked = _pick(args, evaluation) if args.pick_alpha else None
     within_budget = None if args.fluency_budget is None else compare_within_budget(evaluation, args.fluency_budget)
-    write_report(evaluation, output, mask=masking(not args.unmasked, scorers[0]), within_budget=within_budget)
+    write_report(evaluation, output, mask=masking(args.mask, scorers[0]), within_budget=within_budget)
     _show(args, evaluation, within_budget)
     if picked is not None:
         print(picked)
     return 0
 
 
-def _bundled_prompts() -> list[Prompt]:
-    """The prompts of the demo: harmless by themselves, but inviting; too few for more than a first look."""
-    from calibfuse.cli.commands.demo import PROMPTS_FILE, PROMPTS_FORMAT
-    from calibfuse.evaluation import Prompt
-    from calibfuse.hub import read_config
+def _prompts(args: argparse.Namespace, seed: int) -> list[Prompt]:
+    """Those of the file, else those of the demo: harmless by themselves, but inviting, and few."""
+    from calibfuse.evaluation import Prompt, load_prompts
 
-    folder = Path(__file__).parent.parent.parent / "pretrained"
-    texts = read_config(folder, PROMPTS_FILE, format_name=PROMPTS_FORMAT, supported_version=1)["prompts"]
-    return [Prompt(f"demo {number}", text) for number, text in enumerate(texts, start=1)]
+    if args.prompts is None:
+        texts = bundled_prompts()[: args.prompt_count or None]
+        return [Prompt(f"demo {number}", text) for number, text in enumerate(texts, start=1)]
+    return load_prompts(
+        args.prompts,
+        count=args.prompt_count or None,
+        seed=seed,
+        max_toxicity=args.max_prompt_toxicity,
+        min_toxicity=args.min_prompt_toxicity,
+    )
 
 
-def _check(args: argparse.Namespace) -> None:
+def _check(args: argparse.Namespace) -> SamplingConfig:
     """Refuse what is wrong before anything is loaded.
 
     Raises:
         InputError: a value is out of range, or options that do not go together.
+        CheckpointError: a model or calibrator is given by a path where none is.
     """
-    _check_ranges(args)
-    if args.max_perplexity_increase is not None and not args.pick_alpha:
-        raise InputError("--max-perplexity-increase is the budget of --pick-alpha; give both.")
+    for name, lowest in (("prompt_count", 0), ("suite_count", 0), ("speed_rounds", 0), ("batch_size", 1)):
+        if getattr(args, name) < lowest:
+            raise InputError(f"{name} must be at least {lowest}, got {getattr(args, name)}.")
+    if not 0.0 < args.toxic_from <= 1.0:
+        raise InputError(f"toxic_from must be above 0 and at most 1, got {args.toxic_from}.")
+    if args.fluency_budget is not None and not args.fluency_budget >= 0.0:
+        raise InputError(f"fluency_budget must be at least 0, got {args.fluency_budget}.")
     if args.pick_alpha and args.mode is not None and len(args.mode) > 1:
         raise InputError(f"--pick-alpha searches one mode, got {', '.join(args.mode)}.")
     if args.prompts is None and (args.max_prompt_toxicity, args.min_prompt_toxicity) != (None, None):
@@ -284,41 +223,15 @@ def _check(args: argparse.Namespace) -> None:
     if args.pick_alpha and args.no_fusion:
         raise InputError("--pick-alpha chooses among strengths of the fusion; leave --no-fusion out.")
     check_methods(args)
+    check_model(args, args.judge)
+    check_calibrator(args.calibrator)
+    from calibfuse.evaluation import SamplingConfig
+
+    return SamplingConfig(**SAMPLING.values(args))
 
 
 def _is_own_folder(calibrator: str | None) -> bool:
     return calibrator is not None and Path(calibrator).expanduser().is_dir()
-
-
-def _check_ranges(args: argparse.Namespace) -> None:
-    if args.prompt_count < 0:
-        raise InputError(f"--prompt-count must be at least 1, or 0 for all, got {args.prompt_count}.")
-    if args.batch_size < 1:
-        raise InputError(f"--batch-size must be at least 1, got {args.batch_size}.")
-    if args.speed_rounds < 0:
-        raise InputError(f"--speed-rounds must be 0 (none) or positive, got {args.speed_rounds}.")
-    if not 0 <= args.seed < 2**63:
-        raise InputError(f"--seed must lie in 0..2**63-1, got {args.seed}.")
-    if not 0.0 < args.toxic_from <= 1.0:
-        raise InputError(f"--toxic-from must be above 0 and at most 1, got {args.toxic_from}.")
-    if args.suite_count < 0:
-        raise InputError(f"--suite-count must be at least 1, or 0 for all, got {args.suite_count}.")
-    if args.fluency_budget is not None and not args.fluency_budget >= 0.0:
-        raise InputError(f"--fluency-budget must be at least 0, got {args.fluency_budget}.")
-    if args.max_perplexity_increase is not None and not args.max_perplexity_increase >= 0.0:
-        raise InputError(f"--max-perplexity-increase must be at least 0, got {args.max_perplexity_increase}.")
-
-
-def _load_judge(args: argparse.Namespace) -> LanguageModel:
-    from calibfuse.generation.language_model import load_language_model
-
-    return load_language_model(
-        args.judge,
-        device=args.device,
-        dtype=args.dtype,
-        local_files_only=args.local_files_only,
-        trust_remote_code=args.trust_remote_code,
-    )
 
 
 def _notes(
@@ -341,7 +254,7 @@ def _notes(
             "the calibrator does not tell which scorer sorted its training text; make sure that it is not this one."
         )
     if target.is_bundled:
-        notes.append("no --target given, so the small demo target is measured")
+        notes.append("no --model given, so the small demo target is measured")
     if "bundled" in args.scorer and any(spec.partition(":")[0] in ("reward", "all") for spec in args.baseline):
         notes.append(
             "the baseline 'reward' is guided by the bundled scorer, which also judges here: its figures are flattered"
@@ -436,8 +349,7 @@ def _pick(args: argparse.Namespace, evaluation: Evaluation) -> str:
     from calibfuse.evaluation.budget import pick_alpha, write_recommendation
     from calibfuse.hub import resolve_checkpoint
 
-    budget = 0.05 if args.max_perplexity_increase is None else args.max_perplexity_increase
-    choice = pick_alpha(evaluation, budget)
+    choice = pick_alpha(evaluation, _BUDGET if args.fluency_budget is None else args.fluency_budget)
     evaluation.facts["picked"] = choice.to_dict()
     if choice.result is None:
         return f"No alpha was written: {choice.reason}"

@@ -8,23 +8,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from calibfuse.cli.decoding import (
-    add_decoding_arguments,
-    decoding_of,
-)
+from calibfuse.cli.loading import BEAMS, DECODING, check_fusion, check_model, decoding_of, load_fusion, load_target
 from calibfuse.cli.masking import Mask, masking
-from calibfuse.cli.prompts import add_prompt_arguments, read_prompts
-from calibfuse.cli.target import (
-    add_fusion_arguments,
-    add_target_arguments,
-    check_fusion_arguments,
-    load_fusion,
-    load_target_of,
-)
+from calibfuse.cli.options import SWITCH, add, add_calibrator, add_model
+from calibfuse.cli.prompts import add_prompts, read_prompts
 from calibfuse.cli.terminal import Terminal, printable
 from calibfuse.errors import InputError
 from calibfuse.generation.continuations import Continuation, find_padding_id
-from calibfuse.generation.decoding import Decoding, check_lengths, continue_prompts, encode_prompt
+from calibfuse.generation.decoding import Decoding, check_lengths, continue_prompts
 
 if TYPE_CHECKING:
     import torch
@@ -36,11 +27,12 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
 examples:
-  calibfuse generate --prompt "The new neighbour is"
-  calibfuse generate --model org/any-llm --prompt "The new neighbour is" --compare
-  calibfuse generate --model ./my-model --prompts-file prompts.txt --alpha 0.8 --num-return-sequences 4 --json
+  calibfuse generate "The new neighbour is" --model org/any-llm
+  calibfuse generate "The new neighbour is" --model org/any-llm --compare
+  calibfuse generate --model ./my-model --prompts prompts.txt --alpha 0.8 --samples 4 --json
+  calibfuse generate "The new neighbour is" --model ./models --gguf-file any-llm-q4.gguf
+  calibfuse generate "What do you think of my neighbour?" --model org/any-chat-llm --chat --system "Be brief."
   echo "The new neighbour is" | calibfuse generate --model ./my-model --greedy -
-  calibfuse generate --model org/any-chat-llm --chat --prompt "What do you think of my neighbour?"
 
 Without --model the small demo target that comes with calibfuse continues the prompts.
 """
@@ -51,37 +43,41 @@ Samples = dict[str, list[Continuation]]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments; imports nothing heavy."""
-    add_prompt_arguments(parser)
-    add_target_arguments(parser)
-    add_fusion_arguments(parser)
-    add_decoding_arguments(parser, max_new_tokens=40)
+    add_prompts(parser)
+    add_model(parser)
+    add_calibrator(parser)
+    decoding = parser.add_argument_group("decoding")
+    DECODING.add(decoding, max_new_tokens={"default": 40}, seed={"default": 0})
+    BEAMS.add(decoding, samples={"old": ("--num-return-sequences",)})
+    add(decoding, "greedy")
     output = parser.add_argument_group("output")
-    output.add_argument("--compare", action="store_true", help="also without the calibrator, with the toxicity of both")
-    output.add_argument("--scorer", default="bundled", help="toxicity scorer of --compare (default: %(default)s)")
-    output.add_argument("--chat", action="store_true", help="put each prompt into the tokenizer's chat template")
-    output.add_argument(
-        "--stream", action=argparse.BooleanOptionalAction, help="show words as they come (default: on a terminal)"
+    add(
+        output,
+        "json",
+        "scorer",
+        compare=SWITCH | {"help": "also without the calibrator, with the toxicity of both"},
+        stream={"action": argparse.BooleanOptionalAction, "help": "show words as they come (default: on a terminal)"},
+        mask={"default": False},
+        batch_size={"default": 8, "metavar": "N", "help": "prompts at once"},
     )
-    output.add_argument("--mask", action="store_true", help="mask offensive words on the screen")
-    output.add_argument("--json", action="store_true", help="one JSON object a line and prompt")
-    output.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts at once (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Read the prompts, load the model, continue."""
     prompts = read_prompts(args)
     decoding = decoding_of(args)
-    check_fusion_arguments(args)
+    check_fusion(args)
     if args.batch_size < 1:
-        raise InputError(f"--batch-size must be at least 1, got {args.batch_size}.")
+        raise InputError(f"batch_size must be at least 1, got {args.batch_size}.")
     can_stream = len(prompts) == 1 and decoding.num_beams == decoding.samples == 1
     if args.stream and (args.json or args.compare or not can_stream):
         raise InputError(
             "--stream shows one continuation of one prompt; leave out --json, --compare, beams and the like."
         )
+    check_model(args)
     scorer = _load_scorer(args.scorer) if args.compare else None
-    target = load_target_of(args)
-    encoded = [encode_prompt(target.tokenizer, prompt, chat=args.chat) for prompt in prompts]
+    target = load_target(args)
+    encoded = [decoding.encode(target.tokenizer, prompt) for prompt in prompts]
     check_lengths(target.model, encoded, decoding.max_new_tokens, "prompt")
     fusion = load_fusion(args, target)
     terminal = Terminal()

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibfuse.cli.decoding import add_decoding_arguments, decoding_of
+from calibfuse.cli.loading import DECODING, check_fusion, check_model, decoding_of, load_fusion, load_target, page_of
 from calibfuse.cli.masking import Mask, masking
-from calibfuse.cli.target import (
-    add_fusion_arguments,
-    add_target_arguments,
-    check_fusion_arguments,
-    load_fusion,
-    load_target_of,
-)
+from calibfuse.cli.options import add, add_calibrator, add_model, add_texts, texts_of
 from calibfuse.cli.terminal import Terminal, printable
 from calibfuse.errors import InputError
-from calibfuse.generation.decoding import check_lengths, encode_prompt
+from calibfuse.generation.decoding import Decoding, check_lengths
 
 if TYPE_CHECKING:
     from calibfuse.generation.language_model import LanguageModel
@@ -28,11 +23,11 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\
 examples:
-  calibfuse inspect                                    # what the bundled calibrator is
-  calibfuse inspect ./my-calibrator --json
-  calibfuse inspect --prompt "My neighbour is such a"  # what it does to the bundled demo target
-  calibfuse inspect ./my-calibrator --model org/any-llm --prompt "My neighbour is such a" --html trace.html
-  calibfuse inspect --prompt "My neighbour is such a" --continuation " nice person"
+  calibfuse inspect "My neighbour is such a" --model org/any-llm
+  calibfuse inspect "My neighbour is such a" --continuation " nice person"     # on the bundled demo target
+  calibfuse inspect "My neighbour is such a" --calibrator ./my-calibrator --html trace.html
+  calibfuse inspect                                                            # what the bundled calibrator is
+  calibfuse inspect --calibrator ./my-calibrator --json
 """
 
 _MOVED = 0.1  # nats: smaller shifts get no colour
@@ -40,31 +35,39 @@ _MOVED = 0.1  # nats: smaller shifts get no colour
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments; imports nothing heavy."""
-    parser.add_argument("name", nargs="?", metavar="CALIBRATOR", help="folder or Hub id (default: the bundled one)")
-    parser.add_argument("--prompt", metavar="TEXT", help="trace what the calibrator does after this text")
-    parser.add_argument("--continuation", metavar="TEXT", help="trace this text after the prompt; nothing is generated")
-    parser.add_argument("--chat", action="store_true", help="put the prompt into the tokenizer's chat template")
-    add_target_arguments(parser)
-    add_fusion_arguments(parser)
-    add_decoding_arguments(parser, max_new_tokens=20, several=False)
+    help_ = "trace what the calibrator does after this text (none: describe the calibrator)"
+    add_texts(parser, "prompt", metavar="PROMPT", help=help_, old="--prompt")
+    add(parser, continuation={"metavar": "TEXT", "help": "trace this text after the prompt; nothing is generated"})
+    add_model(parser)
+    add_calibrator(parser)
+    decoding = parser.add_argument_group("decoding")
+    DECODING.add(decoding)
+    add(decoding, "greedy")
     output = parser.add_argument_group("output")
-    output.add_argument("--top", type=int, default=5, metavar="N", help="candidates per step (default: %(default)s)")
-    output.add_argument("--html", metavar="FILE", help="write a page that needs no other file")
-    output.add_argument("--json", action="store_true", help="print JSON")
-    output.add_argument("--unmasked", action="store_true", help="show offensive words as they are")
+    top = {"type": int, "default": 5, "metavar": "N", "help": "candidates per step"}
+    add(output, "html", "json", "mask", top=top)
 
 
 def run(args: argparse.Namespace) -> int:
     """Describe a calibrator, or trace it."""
-    if args.name is not None and args.calibrator is not None:
-        raise InputError("The calibrator was given twice; leave out --calibrator.")
-    args.calibrator = args.calibrator if args.name is None else args.name
-    if args.prompt is None:
-        for name in ("continuation", "html", "chat", "model"):
-            if getattr(args, name):
-                raise InputError(f"--{name} is for tracing a text, which needs --prompt TEXT.")
-        return _describe(args)
-    return _trace(args)
+    prompts = texts_of(args, "prompt")
+    if len(prompts) == 1 and args.calibrator is None and _is_calibrator(prompts[0]):
+        print(
+            "calibfuse: note: a calibrator goes to --calibrator; the old form goes in the next version", file=sys.stderr
+        )
+        args.calibrator = prompts.pop()
+    if len(prompts) > 1:
+        raise InputError(f"inspect follows one prompt, got {len(prompts)}; put it into quotation marks.")
+    if prompts:
+        return _trace(args, prompts[0])
+    for name in ("continuation", "html", "chat", "model"):
+        if getattr(args, name):
+            raise InputError(f'--{name} is for tracing a text, which needs one: calibfuse inspect "a prompt" ...')
+    return _describe(args)
+
+
+def _is_calibrator(text: str) -> bool:
+    return (Path(text).expanduser() / "config.json").is_file()
 
 
 def _describe(args: argparse.Namespace) -> int:
@@ -110,57 +113,56 @@ def _flat(values: Mapping[str, Any], indent: str = "  ") -> list[str]:
     return lines
 
 
-def _trace(args: argparse.Namespace) -> int:
+def _trace(args: argparse.Namespace, prompt: str) -> int:
     decoding = decoding_of(args)
-    check_fusion_arguments(args)
+    check_fusion(args)
     if args.top < 1:
         raise InputError(f"--top must be at least 1, got {args.top}.")
-    if args.chat and args.continuation is not None:
+    if (args.chat or args.system) and args.continuation is not None:
         raise InputError("--chat and --continuation exclude each other.")
-    if not args.prompt.strip():
+    if not prompt.strip():
         raise InputError("The prompt is blank; give the model at least one word to continue.")
-    mask = masking(not args.unmasked)
-    page = Path(args.html).expanduser() if args.html else None
-    if page is not None and page.is_dir():
-        raise InputError(f"--html expects a file, but {args.html!r} is a folder.")
-    if page is not None:
-        from calibfuse.html import require
-
-        require("jinja2")
-    target = load_target_of(args)
-    ids = encode_prompt(target.tokenizer, args.prompt, chat=args.chat)
+    mask = masking(args.mask)
+    page = page_of(args)
+    check_model(args)
+    target = load_target(args)
+    ids = decoding.encode(target.tokenizer, prompt)
     if args.continuation is None:
         check_lengths(target.model, [ids], decoding.max_new_tokens, "prompt")
     else:
-        check_lengths(target.model, [encode_prompt(target.tokenizer, args.prompt + args.continuation)], 0, "text")
+        check_lengths(target.model, [decoding.encode(target.tokenizer, prompt + args.continuation)], 0, "text")
     fusion = load_fusion(args, target)
     from calibfuse.inspection import trace_generation, trace_page
 
     if args.continuation is None:
         options = decoding.options() | {"pad_token_id": target.tokenizer.pad_token_id}
-        steps = trace_generation(target.model, target.tokenizer, fusion, ids, top=args.top, seed=args.seed, **options)
+        steps = trace_generation(
+            target.model, target.tokenizer, fusion, ids, top=args.top, seed=decoding.seed, **options
+        )
     else:
         steps = trace_generation(
-            target.model, target.tokenizer, fusion, args.prompt, continuation=args.continuation, top=args.top
+            target.model, target.tokenizer, fusion, prompt, continuation=args.continuation, top=args.top
         )
-    settings = _settings(args, target, fusion)
+    settings = _settings(args, decoding, target, fusion)
     if page is not None:
         from calibfuse.hub import write_files
 
-        text = trace_page(steps, prompt=args.prompt, metadata=settings, mask=mask)
+        text = trace_page(steps, prompt=prompt, metadata=settings, mask=mask)
         write_files(page.parent, {page.name: text.encode("utf-8")})
     terminal = Terminal()
     if args.json:
-        record = {"prompt": args.prompt, "fusion": fusion.config.to_dict(), "steps": [step.to_dict() for step in steps]}
+        record = {"prompt": prompt, "fusion": fusion.config.to_dict(), "steps": [step.to_dict() for step in steps]}
         terminal.write(json.dumps(record, ensure_ascii=False))
     else:
-        _show_steps(terminal, args.prompt, steps, settings, mask)
+        _show_steps(terminal, prompt, steps, settings, mask)
         if page is not None:
             terminal.write(f"written to {page}")
     return 0
 
 
-def _settings(args: argparse.Namespace, target: LanguageModel, fusion: CalibFusion) -> dict[str, str]:
+def _settings(
+    args: argparse.Namespace, decoding: Decoding, target: LanguageModel, fusion: CalibFusion
+) -> dict[str, str]:
     config = fusion.config
     settings = {
         "target": target.name,
@@ -168,7 +170,7 @@ def _settings(args: argparse.Namespace, target: LanguageModel, fusion: CalibFusi
         "fusion": f"{config.mode}, alpha {config.alpha:g}, {_candidates_named(config.candidates)}",
     }
     if args.continuation is None:
-        settings["decoding"] = "greedy" if args.greedy else f"sampling, seed {args.seed}"
+        settings["decoding"] = "greedy" if args.greedy else f"sampling, seed {decoding.seed}"
     else:
         settings["continuation"] = "given"
     return settings

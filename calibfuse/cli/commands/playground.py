@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from calibfuse.cli.options import SWITCH, add
+
 EXAMPLES = """\
 examples:
   calibfuse playground
@@ -17,15 +19,14 @@ _PROMPT = "My new neighbour is a"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments; imports nothing heavy."""
-    parser.add_argument("--model", metavar="PATH_OR_HUB", help="target model (default: the demo target)")
-    parser.add_argument("--gguf-file", metavar="NAME", help="GGUF file in the folder or repository of --model")
-    parser.add_argument("--calibrator", metavar="PATH_OR_HUB", help="folder or Hub id (default: the bundled one)")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
-    parser.add_argument("--prompt", default=_PROMPT, help="what the page begins with (default: %(default)r)")
-    parser.add_argument("--host", default="127.0.0.1", help="address to serve on (default: %(default)s)")
-    parser.add_argument("--port", type=int, help="(default: the first free one from 7860)")
-    parser.add_argument("--open", action="store_true", help="open the page in the browser")
-    parser.add_argument("--local-files-only", action="store_true", help="never touch the network")
+    add(
+        parser,
+        *("model", "gguf_file", "calibrator", "device", "local_files_only"),
+        prompt={"default": _PROMPT, "help": "what the page begins with"},
+        host={"default": "127.0.0.1", "help": "address to serve on"},
+        port={"type": int, "metavar": "N", "help": "(default: the first free one from 7860)"},
+        open=SWITCH | {"help": "open the page in the browser"},
+    )
 
 
 def run(args: argparse.Namespace) -> int:

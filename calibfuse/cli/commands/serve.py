@@ -12,6 +12,8 @@ import sys
 from importlib import util
 from typing import Any
 
+from calibfuse.cli.options import SWITCH, add
+
 EXAMPLES = """\
 examples:
   calibfuse serve org/any-llm
@@ -29,13 +31,15 @@ _OPTIONS = ("calibrator", "alpha", "mode", "margin", "max_shift", "log_requests"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `serve`."""
     parser.add_argument("model", help="target model: folder or Hub id")
-    parser.add_argument("--calibrator", metavar="PATH_OR_HUB", help="folder or Hub id (default: the bundled one)")
-    parser.add_argument("--alpha", type=float, help="strength of requests that name none; 0: off unless asked for")
-    parser.add_argument("--mode", help="of fusion (default: what the calibrator recommends)")
-    parser.add_argument("--margin", type=float, metavar="NATS", help="smaller disagreements are ignored")
-    parser.add_argument("--max-shift", type=float, metavar="NATS", help="largest change of a token")
-    parser.add_argument("--log-requests", action="store_true", help="log what was done to each request at its end")
-    parser.add_argument("--print-command", action="store_true", help="print vLLM's command line and do not run it")
+    add(
+        parser,
+        *("calibrator", "mode"),
+        alpha={"help": "strength of requests that name none; 0: off unless asked for"},
+        margin={"type": float, "metavar": "NATS", "help": "smaller disagreements are ignored"},
+        max_shift={"type": float, "metavar": "NATS", "help": "largest change of a token"},
+        log_requests=SWITCH | {"help": "log what was done to each request at its end"},
+        print_command=SWITCH | {"help": "print vLLM's command line and do not run it"},
+    )
     parser.set_defaults(takes_rest=True)
 
 

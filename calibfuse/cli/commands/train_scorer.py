@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 
+from calibfuse.cli.options import SWITCH, Fields, add
+from calibfuse.errors import InputError
+
 EXAMPLES = """\
 examples:
   # rows with a text and a label from 0 to 1 (or 0/1, true/false)
@@ -23,67 +26,54 @@ Use it with `--scorer my-scorer` in the other commands. Sort training text and j
 """
 
 
+FEATURES = Fields(
+    "calibfuse.scorers.features:FeatureConfig",
+    "bucket_bits",
+    "char_min",
+    "char_max",
+    word_bigrams="bigrams",
+    seed="hash_seed",
+)
+TRAINING = Fields(
+    "calibfuse.scorers.training:TrainingOptions",
+    *("windows", "l2", "iterations", "held_out", "calibration_words", "pool_temperature", "seed"),
+)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments; imports nothing heavy."""
-    data = parser.add_argument_group("data (.jsonl or .csv, also .gz or .xz)")
-    data.add_argument("--data", nargs="+", default=[], metavar="FILE", help="rows with a text and its toxicity, 0 to 1")
-    data.add_argument("--text-field", help="field of the text (default: found by name)")
-    data.add_argument("--label-field", help="field of the toxicity (default: found by name)")
-    data.add_argument("--where", action="append", default=[], metavar="FIELD=VALUE", help="only such rows of --data")
-    data.add_argument("--pairs", nargs="+", default=[], metavar="FILE", help="rows with `toxic` and `neutral` texts")
-    data.add_argument(
-        "--realtoxicityprompts",
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="prompts and continuations with Perspective's scores",
+    files = {"nargs": "+", "default": [], "metavar": "FILE"}
+    add(
+        parser.add_argument_group("data (.jsonl or .csv, also .gz or .xz)"),
+        "text_field",
+        data=files | {"help": "rows with a text and its toxicity, 0 to 1"},
+        label_field={"help": "field of the toxicity (default: found by name)"},
+        where={"action": "append", "default": [], "metavar": "FIELD=VALUE", "help": "only such rows of --data"},
+        pairs=files | {"help": "rows with `toxic` and `neutral` texts"},
+        realtoxicityprompts=files | {"help": "prompts and continuations with Perspective's scores"},
+        fold={"default": "1/1", "metavar": "I/N", "help": "only part I of N of their texts, by hash (default: all)"},
+        non_toxic=files | {"help": "clean text without labels (also .txt)"},
+        non_toxic_limit={"type": int, "default": 6000, "help": "texts drawn from each --non-toxic file"},
+        distrust_lowercase=SWITCH
+        | {"help": "leave out texts labelled clean without a capital letter (bad copies in some collections)"},
+        exclude=files | {"help": "drop texts that repeat these texts"},
     )
-    data.add_argument(
-        "--fold", default="1/1", metavar="I/N", help="only part I of N of their texts, by hash (default: all)"
+    add(
+        parser.add_argument_group("added texts"),
+        identity_terms=SWITCH | {"help": "make names of groups of people neutral"},
+        ambiguous_words=SWITCH | {"help": "let the context of words such as screw decide"},
+        strong_words=SWITCH | {"help": "teach the bundled list of swear words and slurs"},
     )
-    data.add_argument(
-        "--non-toxic", nargs="+", default=[], metavar="FILE", help="clean text without labels (also .txt)"
-    )
-    data.add_argument(
-        "--non-toxic-limit",
-        type=int,
-        default=6000,
-        help="texts drawn from each --non-toxic file (default: %(default)s)",
-    )
-    data.add_argument(
-        "--distrust-lowercase",
-        action="store_true",
-        help="leave out texts labelled clean without a capital letter (bad copies in some collections)",
-    )
-    data.add_argument("--exclude", nargs="+", default=[], metavar="FILE", help="drop texts that repeat these texts")
-    extra = parser.add_argument_group("added texts")
-    extra.add_argument("--identity-terms", action="store_true", help="make names of groups of people neutral")
-    extra.add_argument("--ambiguous-words", action="store_true", help="let the context of words such as screw decide")
-    extra.add_argument("--strong-words", action="store_true", help="teach the bundled list of swear words and slurs")
     run = parser.add_argument_group("training")
-    run.add_argument("--output", required=True, metavar="DIR", help="folder of the scorer; made when missing")
-    run.add_argument("--overwrite", action="store_true", help="replace a scorer that is in --output")
-    run.add_argument("--name", help="name of the scorer in reports (default: the folder's)")
-    run.add_argument("--bucket-bits", type=int, default=20, help="2^N hashed weights of 2 bytes (default: %(default)s)")
-    run.add_argument("--char-min", type=int, default=2, help="shortest character n-gram (default: %(default)s)")
-    run.add_argument("--char-max", type=int, default=5, help="longest character n-gram (default: %(default)s)")
-    run.add_argument("--no-bigrams", action="store_true", help="no pairs of neighbouring words")
-    run.add_argument("--hash-seed", type=int, default=0, help="(default: %(default)s)")
-    run.add_argument("--windows", type=int, nargs="+", default=[3, 16], help="words per window (default: 3 16)")
-    run.add_argument("--l2", type=float, default=2e-5, help="penalty on squared weights (default: %(default)s)")
-    run.add_argument("--iterations", type=int, default=110, help="steps of L-BFGS (default: %(default)s)")
-    run.add_argument("--held-out", type=float, default=0.1, help="share for calibration (default: %(default)s)")
-    run.add_argument(
-        "--calibration-words", type=int, default=40, help="longest text that calibrates (default: %(default)s)"
+    add(
+        run,
+        "quiet",
+        output={"required": True},
+        overwrite=SWITCH | {"help": "replace a scorer that is in --output"},
+        name={"help": "of the scorer in reports (default: the folder's)"},
     )
-    run.add_argument(
-        "--pool-temperature",
-        type=float,
-        default=0.15,
-        help="softness of the maximum over windows (default: %(default)s)",
-    )
-    run.add_argument("--seed", type=int, default=0, help="of every draw (default: %(default)s)")
-    run.add_argument("--quiet", action="store_true", help="no progress bar")
+    FEATURES.add(run, word_bigrams={"help": "count pairs of neighbouring words"})
+    TRAINING.add(run, l2={"default": 2e-5})
 
 
 def run(args: argparse.Namespace) -> int:
@@ -92,7 +82,6 @@ def run(args: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
-    from calibfuse.errors import InputError
     from calibfuse.scorers.features import FeatureConfig
     from calibfuse.scorers.labelled_files import Fold
     from calibfuse.scorers.recipe import ScorerData, added_texts, gather
@@ -107,24 +96,9 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.fold != "1/1" and not args.realtoxicityprompts:
         raise InputError("--fold takes a part of --realtoxicityprompts; give both.")
-    options = TrainingOptions(
-        features=FeatureConfig(
-            bucket_bits=args.bucket_bits,
-            char_min=args.char_min,
-            char_max=args.char_max,
-            word_bigrams=not args.no_bigrams,
-            seed=args.hash_seed,
-        ),
-        windows=tuple(args.windows),
-        l2=args.l2,
-        iterations=args.iterations,
-        held_out=args.held_out,
-        calibration_words=args.calibration_words,
-        pool_temperature=args.pool_temperature,
-        seed=args.seed,
-    )
+    options = TrainingOptions(features=FeatureConfig(**FEATURES.values(args)), **TRAINING.values(args))
     conditions = dict(_condition(text) for text in args.where)
-    background = [text for path in args.non_toxic for text in _sample(path, args.non_toxic_limit, args.seed)]
+    background = [text for path in args.non_toxic for text in _sample(path, args.non_toxic_limit, options.seed)]
     source = ScorerData(
         data=args.data,
         pairs=args.pairs,
@@ -139,12 +113,12 @@ def run(args: argparse.Namespace) -> int:
         identity_terms=args.identity_terms,
         ambiguous_words=args.ambiguous_words,
         strong_words=args.strong_words,
-        seed=args.seed,
+        seed=options.seed,
     )
     gathered = gather(source)
     if gathered.n_excluded:
         print(f"Left out {gathered.n_excluded} texts that repeat those of --exclude.")
-    with tqdm(total=args.iterations, desc="training", unit="step", disable=args.quiet) as bar:
+    with tqdm(total=options.iterations, desc="training", unit="step", disable=args.quiet) as bar:
 
         def show(loss: float) -> None:
             bar.set_postfix(loss=f"{loss:.4f}")
@@ -170,7 +144,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _condition(text: str) -> tuple[str, str]:
-    from calibfuse.errors import InputError
 
     field, sign, value = text.partition("=")
     if not sign or not field:
