@@ -202,7 +202,7 @@ def test_no_prompts(target, tmp_path):
         ("guide_oracles:wordy", "returned something that is no list of numbers"),
         ("guide_oracles:excited", "returned 2.0 for text 0"),
         ("guide_oracles:raising", "failed on 12 texts with KeyError"),
-        ("guide_oracles:missing", "has no 'missing' to use as an oracle"),
+        ("guide_oracles:missing", "has no 'missing' to use as oracle"),
         ("no_such_module:score", "needs a module 'no_such_module'"),
         ("no/such/folder/here", "no checkpoint folder"),
     ],

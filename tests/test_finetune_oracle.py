@@ -114,7 +114,7 @@ def test_a_module_that_fails_while_it_is_imported(module):
 
 def test_a_function_that_is_not_there(module):
     name = module("limit = 3\n", "oracle_empty")
-    with pytest.raises(InputError, match="has no 'score' to use as an oracle"):
+    with pytest.raises(InputError, match="has no 'score' to use as oracle"):
         load_oracle(f"{name}:score")
     with pytest.raises(InputError, match="must be a function .* but it is a int"):
         load_oracle(f"{name}:limit")

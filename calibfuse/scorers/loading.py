@@ -70,7 +70,7 @@ def load_scorer(
     if text == "detoxify" or text.startswith("detoxify:"):
         return detoxify_scorer(text.partition(":")[2] or "original", device=device)
     if not Path(text).expanduser().exists() and _FUNCTION.fullmatch(text):
-        return _from_object(_named_object(text), text)
+        return _from_object(import_object(text), text)
     options: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
     config_folder = resolve_checkpoint(text, allow_patterns=[CONFIG_NAME], **options)
     if read_json(config_folder / CONFIG_NAME, "configuration of a toxicity scorer").get("format") == FORMAT:
@@ -94,7 +94,7 @@ def _from_object(value: object, name: str | None = None) -> ToxicityScorer:
     )
 
 
-def _named_object(spec: str) -> object:
+def import_object(spec: str, role: str = "scorer") -> Any:  # noqa: ANN401
     """Import `module:name`; the working directory counts as a place of modules, as it does for `python`."""
     module_name, _, attribute = spec.partition(":")
     working_directory = os.getcwd()
@@ -102,10 +102,10 @@ def _named_object(spec: str) -> object:
     if added:
         sys.path.insert(0, working_directory)
     try:
-        found: object = importlib.import_module(module_name)
-    except ImportError as error:
+        found: Any = importlib.import_module(module_name)
+    except Exception as error:  # the module is the user's: importing it may raise anything
         raise InputError(
-            f"The scorer {spec!r} needs a module {module_name!r}, which cannot be imported: {error}"
+            f"The {role} {spec!r} needs a module {module_name!r}, which cannot be imported: {error}"
         ) from error
     finally:
         if added:
@@ -114,5 +114,5 @@ def _named_object(spec: str) -> object:
         try:
             found = getattr(found, part)
         except AttributeError as error:
-            raise InputError(f"Module {module_name!r} has no {attribute!r} to score with") from error
+            raise InputError(f"Module {module_name!r} has no {attribute!r} to use as {role}") from error
     return found

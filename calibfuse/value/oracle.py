@@ -8,11 +8,8 @@ never taken for a zero. Left out: constraints on part of a text.
 
 from __future__ import annotations
 
-import importlib
 import math
-import os
 import re
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,6 +20,7 @@ from numpy.typing import NDArray
 from calibfuse.errors import InputError, ScorerError
 from calibfuse.scorers import ToxicityScorer, load_scorer
 from calibfuse.scorers.checks import check_texts
+from calibfuse.scorers.loading import import_object
 
 __all__ = ["FunctionOracle", "Oracle", "ScorerOracle", "load_oracle"]
 
@@ -171,25 +169,8 @@ def _first(values: object) -> object:
 
 
 def _named_function(spec: str) -> Callable[[list[str]], Any]:
-    """Import `module:function`; the working directory counts as a place of modules, as it does for `python`."""
-    module_name, _, attribute = spec.partition(":")
-    working_directory = os.getcwd()
-    added = working_directory not in sys.path and "" not in sys.path
-    if added:
-        sys.path.insert(0, working_directory)
-    try:
-        found: Any = importlib.import_module(module_name)
-    except Exception as error:  # the module is the user's: importing it may raise anything
-        raise InputError(
-            f"The oracle {spec!r} needs a module {module_name!r}, which cannot be imported: {error}"
-        ) from error
-    finally:
-        if added:
-            sys.path.remove(working_directory)
-    for part in attribute.split("."):
-        found = getattr(found, part, None)
-        if found is None:
-            raise InputError(f"Module {module_name!r} has no {attribute!r} to use as an oracle.")
+    """Import `module:function`."""
+    found = import_object(spec, "oracle")
     if not callable(found):
         raise InputError(
             f"The oracle {spec!r} must be a function from texts to numbers in [0, 1], but it is a "
