@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -159,48 +159,58 @@ def run_lm_training(
     check_length(start.model, training)
     announce(output, training)
     store = text.open_store(work, show_progress=show_progress)
-    models: dict[str, PreTrainedModel] = {}
-    measured: dict[str, dict[str, float]] = {"at the start": {}, "at the end": {}}
-    seconds = 0.0
+    trained: dict[str, _Trained] = {}
     for head in HEADS if text.has_reference else HEADS[:1]:
         trainer, texts = _trainer(start, store, training, work, head, device=device, show_progress=show_progress)
-
-        def measure(parts: int = 1, trainer: LMTrainer = trainer, texts: list[str] = texts) -> float:
-            chosen = texts[: len(texts) * parts // _FINAL_VALIDATION_FACTOR] or texts
-            return bits_per_byte(
-                trainer.model,
-                chosen,
-                start.encode,
-                start_id=start.start_id,
-                sequence_length=training.sequence_length,
-            )
-
-        def line(measure: Callable[[], float] = measure) -> str:
-            return f"{measure():.3f} bits per byte"
-
-        if texts:
-            measured["at the start"][head] = round(measure(_FINAL_VALIDATION_FACTOR), 4)
-        if resume and trainer.checkpoint:
-            logger.info("%s: resuming at step %d of %d", head, trainer.resume(), training.steps)
-        finished = trainer.train(line if texts else None, validate_every=training.validate_every)
+        done = _train(trainer, texts, start, training, head, resume=resume)
         draw_curves(output / f"training-{head}.svg", trainer.history, {"nats per token": ["loss"]})
-        if not finished:
+        if done is None:
             return None
-        if texts:
-            measured["at the end"][head] = round(measure(_FINAL_VALIDATION_FACTOR), 4)
-            logger.info("%s: %.3f bits per byte of held-out text", head, measured["at the end"][head])
-        seconds += trainer.seconds
-        cpu: Any = trainer.model
-        models[head] = cpu.to("cpu")
+        trained[head] = done
+    models = {head: each.model for head, each in trained.items()}
     calibrator = CausalLMCalibrator(
         models[HEADS[0]], start.tokenizer, reference=models.get(HEADS[1]), name=str(init_from)
     )
-    known = _facts(text, store, training, start, measured, seconds)
+    known = _facts(text, store, training, start, trained)
     recommended = {} if text.has_reference else {"mode": "geometric"}
     calibrator.config = replace(
         calibrator.config, fusion=recommended, training={**calibrator.config.training, **known, **(facts or {})}
     )
     return calibrator.save_pretrained(output, dtype=torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """A trained model on the CPU, bits per byte of held-out text before and after, and how long it took."""
+
+    model: PreTrainedModel
+    bits_per_byte: dict[str, float]
+    seconds: float
+
+
+def _train(
+    trainer: LMTrainer, texts: list[str], start: _Start, training: TrainingConfig, head: str, *, resume: bool
+) -> _Trained | None:
+    """Train one model; None when a signal stopped it."""
+
+    def measure(parts: int = _FINAL_VALIDATION_FACTOR) -> float:
+        chosen = texts[: len(texts) * parts // _FINAL_VALIDATION_FACTOR] or texts
+        length = training.sequence_length
+        return bits_per_byte(trainer.model, chosen, start.encode, start_id=start.start_id, sequence_length=length)
+
+    def line() -> str:
+        return f"{measure(1):.3f} bits per byte"
+
+    measured = {"at the start": round(measure(), 4)} if texts else {}
+    if resume and trainer.checkpoint:
+        logger.info("%s: resuming at step %d of %d", head, trainer.resume(), training.steps)
+    if not trainer.train(line if texts else None, validate_every=training.validate_every):
+        return None
+    if texts:
+        measured["at the end"] = round(measure(), 4)
+        logger.info("%s: %.3f bits per byte of held-out text", head, measured["at the end"])
+    cpu: Any = trainer.model
+    return _Trained(cpu.to("cpu"), measured, trainer.seconds)
 
 
 def _trainer(
@@ -307,14 +317,16 @@ def _facts(
     store: PassageStore,
     training: TrainingConfig,
     start: _Start,
-    measured: dict[str, dict[str, float]],
-    seconds: float,
+    trained: Mapping[str, _Trained],
 ) -> dict[str, Any]:
     settings = {key: value for key, value in asdict(training).items() if key in _SETTINGS}
     kept, total = start.layers
     return {
         "made from": f"the first {kept} of {total} layers of {Path(start.name).name}",
         "data": text.facts(store),
-        "settings": {**settings, "hours": round(seconds / 3600, 2)},
-        "bits_per_byte": {f"its own, {when}": row for when, row in measured.items() if row},
+        "settings": {**settings, "hours": round(sum(each.seconds for each in trained.values()) / 3600, 2)},
+        "bits_per_byte": {
+            f"its own, {when}": {head: each.bits_per_byte[when] for head, each in trained.items()}
+            for when in trained[HEADS[0]].bits_per_byte
+        },
     }

@@ -153,14 +153,7 @@ def draw_samples(
     padding_id = find_padding_id(model, tokenizer) or 0  # masked: any id will do
     rows = [(ids, number * per_prompt + sample) for number, ids in enumerate(encoded) for sample in range(per_prompt)]
     rows.sort(key=lambda row: len(row[0]))  # little padding; the sort is stable
-    length = max(map(len, encoded)) + max_new_tokens
-    result = SampleSet(
-        torch.full((len(rows), length), padding_id, dtype=torch.int64),
-        lengths=torch.zeros(len(rows), dtype=torch.int64),
-        prompt_lengths=torch.zeros(len(rows), dtype=torch.int64),
-        log_weights=torch.zeros(len(rows)),
-        satisfaction=torch.full((len(rows),), torch.nan),
-    )
+    result = _unfilled(len(rows), max(map(len, encoded)) + max_new_tokens, padding_id)
     with (
         _own_distribution(model),
         tqdm(total=len(rows), desc="sampling", unit="text", leave=False, disable=not show_progress) as bar,
@@ -188,6 +181,17 @@ def draw_samples(
             bar.update(len(batch))
     longest = int(result.lengths.max())
     return replace(result, input_ids=result.input_ids[:, :longest].clone())
+
+
+def _unfilled(count: int, length: int, padding_id: int) -> SampleSet:
+    """Samples without any token, to be written into."""
+    return SampleSet(
+        torch.full((count, length), padding_id, dtype=torch.int64),
+        lengths=torch.zeros(count, dtype=torch.int64),
+        prompt_lengths=torch.zeros(count, dtype=torch.int64),
+        log_weights=torch.zeros(count),
+        satisfaction=torch.full((count,), torch.nan),
+    )
 
 
 class _WeightedDraw(LogitsProcessor):

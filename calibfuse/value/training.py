@@ -152,13 +152,6 @@ def train_guide(
     _open_work(work, _settings(target, prompts, oracle, config, auxiliary), resume=resume)
     logger.info("Samples and checkpoints go to %s; after a stop, resume goes on from them", work)
     samples = _samples(target, tokenizer, prompts, oracle, config, work, show_progress=show_progress)
-    unlabelled = int(samples.satisfaction.isnan().sum())
-    logger.info(
-        "%s samples, mean C %.3f%s",
-        f"{len(samples):,}",
-        float(samples.satisfaction.nanmean()),
-        f", {unlabelled} without a label left out" if unlabelled else "",
-    )
     figures = train_auxiliary(
         auxiliary,
         target,
@@ -170,6 +163,7 @@ def train_guide(
     warning = _doubt(figures, samples)
     if warning:
         logger.warning("%s", warning)
+    unlabelled = int(samples.satisfaction.isnan().sum())
     told = {
         "data": {"prompts": len(prompts), "samples": len(samples), "without a label": unlabelled},
         "settings": {"target": target_name or "in memory", "oracle": oracle.name, **_plain(config)},
@@ -234,7 +228,15 @@ def _samples(
         shard = label_samples(shard, tokenizer, oracle, continuation_only=alone)
         shard.save(folder)
         shards.append(shard)
-    return SampleSet.concatenate(shards)
+    samples = SampleSet.concatenate(shards)
+    unlabelled = int(samples.satisfaction.isnan().sum())
+    logger.info(
+        "%s samples, mean C %.3f%s",
+        f"{len(samples):,}",
+        float(samples.satisfaction.nanmean()),
+        f", {unlabelled} without a label left out" if unlabelled else "",
+    )
+    return samples
 
 
 def _open_work(work: Path, settings: dict[str, Any], *, resume: bool) -> None:
