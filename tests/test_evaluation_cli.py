@@ -1,12 +1,15 @@
 """`calibfuse evaluate` on tiny random checkpoints: what it writes and prints, and how it refuses bad input."""
 
 import json
+import math
 import re
 import shutil
 import sys
 
 import pytest
+import torch
 from tiny_checkpoints import save_bundle
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from calibfuse.calibrator import Calibrator
 from calibfuse.cli import main as cli
@@ -283,3 +286,30 @@ def test_bad_input_gives_one_sentence_and_writes_nothing(run, tmp_path, argument
     assert len([line for line in err.splitlines() if "note:" not in line]) == 1
     assert out == ""
     assert not (tmp_path / "out").exists()
+
+
+def test_a_chat_template_goes_round_each_prompt(run, bundle, tmp_path):
+    """The perplexity is that of continuations after the whole template."""
+    folder = shutil.copytree(bundle / "demo-target", tmp_path / "chat")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}reply:"
+    tokenizer.save_pretrained(folder)
+    options = ("--no-fusion", "--no-neutrality", "--model", str(folder))
+    code, _, err = run(*options, "--system", "be kind")
+    assert code == 0, err
+    data = report(tmp_path / "out")
+    assert data["facts"]["sampling"]["system"] == "be kind"
+    lines = (tmp_path / "out" / "continuations" / "plain.jsonl").read_text().splitlines()[1:]
+    assert len(lines) == 4
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    nats = tokens = 0.0
+    for record in map(json.loads, lines):
+        ids = tokenizer(f"[system] be kind [user] {record['prompt']} reply:")["input_ids"]
+        for said in record["continuations"]:
+            row = torch.tensor([[*ids, *said["token_ids"]]])
+            log_probs = model(row).logits.detach()[0, :-1].log_softmax(-1).gather(1, row[0, 1:, None])[:, 0]
+            nats -= float(log_probs[len(ids) - 1 :].sum())
+            tokens += len(said["token_ids"])
+    assert data["methods"][0]["metrics"]["target_perplexity"]["value"] == pytest.approx(
+        math.exp(nats / tokens), rel=1e-3
+    )

@@ -23,11 +23,7 @@ BEAMS = Fields(DECODING.source, "samples", "num_beams")
 
 
 def load_target(args: argparse.Namespace) -> LanguageModel:
-    """The model of `--model`; arguments as `options.add_model` adds them.
-
-    Raises:
-        CalibfuseError: as `load_language_model`.
-    """
+    """The model of `--model`; arguments as `options.add_model` adds them."""
     from calibfuse.generation.language_model import load_language_model
 
     options = {name: getattr(args, name) for name in _LOADING}
@@ -42,11 +38,7 @@ def load_second(args: argparse.Namespace, name: str, **changed: Any) -> Language
 
 
 def check_model(args: argparse.Namespace, *others: str | None) -> None:
-    """Refuse folders without a model before anything is loaded; what lies on the Hub is found out later.
-
-    Raises:
-        CalibfuseError: as `generation.language_model.locate`.
-    """
+    """Refuse folders without a model before anything is loaded; what lies on the Hub is found out later."""
     from calibfuse.generation.language_model import locate
 
     locate(args.model, args.gguf_file, args.revision)
@@ -56,11 +48,7 @@ def check_model(args: argparse.Namespace, *others: str | None) -> None:
 
 
 def check_calibrator(name: str | None) -> None:
-    """Refuse a path that is no folder before anything is loaded.
-
-    Raises:
-        CheckpointError: a path, and no folder is there.
-    """
+    """Refuse a path that is no folder before anything is loaded."""
     from calibfuse.hub import resolve_checkpoint
 
     if name is not None and ("\\" in name or name.count("/") != 1 or name.startswith((".", "/", "~"))):
@@ -68,12 +56,7 @@ def check_calibrator(name: str | None) -> None:
 
 
 def page_of(args: argparse.Namespace) -> Path | None:
-    """The file of `--html`.
-
-    Raises:
-        InputError: it is a folder.
-        MissingDependencyError: pages need a package that is not installed.
-    """
+    """The file of `--html`."""
     if not args.html:
         return None
     page = Path(args.html).expanduser()
@@ -86,11 +69,7 @@ def page_of(args: argparse.Namespace) -> Path | None:
 
 
 def decoding_of(args: argparse.Namespace) -> Decoding:
-    """The decoding that was asked for; any option of a draw turns beam search into beam sampling.
-
-    Raises:
-        InputError: a value is out of range, or two options exclude each other.
-    """
+    """The decoding that was asked for; any option of a draw turns beam search into beam sampling."""
     values = DECODING.values(args)
     if hasattr(args, "num_beams"):
         values |= BEAMS.values(args)
@@ -103,12 +82,7 @@ def decoding_of(args: argparse.Namespace) -> Decoding:
 
 
 def check_fusion(args: argparse.Namespace) -> None:
-    """Refuse a bad `--alpha`, `--mode` or `--calibrator` before anything large is loaded.
-
-    Raises:
-        InputError: out of range, or unknown.
-        CheckpointError: no such folder.
-    """
+    """Refuse a bad `--alpha`, `--mode` or `--calibrator` before anything large is loaded."""
     from calibfuse.fusion import FusionConfig
 
     FusionConfig.from_dict({key: value for key in ("alpha", "mode") if (value := getattr(args, key)) is not None})
@@ -116,11 +90,7 @@ def check_fusion(args: argparse.Namespace) -> None:
 
 
 def load_fusion(args: argparse.Namespace, target: LanguageModel) -> CalibFusion:
-    """The calibrator of the arguments, bound to the target.
-
-    Raises:
-        CalibfuseError: as `CalibFusion.from_pretrained`.
-    """
+    """The calibrator of the arguments, bound to the target."""
     from calibfuse.processor import CalibFusion
 
     return CalibFusion.from_pretrained(

@@ -67,14 +67,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:
-    """Build the parser of `calibfuse`.
-
-    Args:
-        command: the command that will run; only its arguments are added. None or an unknown word: no command's are.
-
-    Returns:
-        The parser. Parsed arguments of a known command carry `run`, its function.
-    """
+    """Build the parser of `calibfuse`."""
     parser = _Parser(
         prog="calibfuse",
         description="Make a language model say fewer harmful things, at decoding time, with one small calibrator.",
@@ -105,17 +98,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Args:
-        argv: the arguments without the program's name; None takes them from `sys.argv`.
-
-    Returns:
-        The exit code (see the module's header).
-
-    Raises:
-        SystemExit: after `--help` and `--version` (code 0) and on arguments that cannot be parsed (code 2).
-    """
+    """Run the command line."""
     arguments = _renamed(list(sys.argv[1:] if argv is None else argv))
     parser = build_parser(arguments[0] if arguments else None)
     if not arguments:

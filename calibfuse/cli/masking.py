@@ -13,18 +13,7 @@ Mask = Callable[[str], str]
 
 
 def masking(wanted: bool, scorer: ToxicityScorer | None = None) -> Mask:
-    """What turns a text into its form for the screen.
-
-    Args:
-        wanted: mask; else texts stay as they are.
-        scorer: the one in use; if it is the linear one it also judges the words, else the bundled one is loaded.
-
-    Returns:
-        A function from a text to a text with as many characters.
-
-    Raises:
-        CheckpointError: the bundled scorer is missing from this installation.
-    """
+    """What turns a text into its form for the screen."""
     if not wanted:
         return lambda text: text
     from calibfuse.scorers import LinearScorer, load_scorer, mask_offensive

@@ -69,11 +69,7 @@ FUSION_BASELINES: dict[str, FusionBaseline] = {
 
 
 def check_methods(args: argparse.Namespace) -> None:
-    """Refuse bad strengths, modes and baselines before anything is loaded.
-
-    Raises:
-        InputError: out of range, or unknown.
-    """
+    """Refuse bad strengths, modes and baselines before anything is loaded."""
     from calibfuse.evaluation.baselines import BASELINES, parse_baseline
     from calibfuse.fusion import FusionConfig
 
@@ -112,11 +108,7 @@ def _is_fusion(spec: str) -> bool:
 
 
 def _fusion_strengths(spec: str, *, scan: bool = False) -> tuple[float, ...]:
-    """Strengths of a specification such as `experts:1,2`; the paper's where none are given, with `scan` several.
-
-    Raises:
-        InputError: the strengths are no numbers, or out of the mode's range.
-    """
+    """Strengths of a specification such as `experts:1,2`; the paper's where none are given, with `scan` several."""
     from calibfuse.fusion import FusionConfig
 
     name, colon, rest = spec.partition(":")
@@ -135,12 +127,7 @@ def _fusion_strengths(spec: str, *, scan: bool = False) -> tuple[float, ...]:
 
 
 class BoundFusions:
-    """Fusions with the calibrator of `--calibrator`, which is loaded and bound to the target once.
-
-    Args:
-        args: of the command.
-        target: the model.
-    """
+    """Fusions with the calibrator of `--calibrator`, which is loaded and bound to the target once."""
 
     def __init__(self, args: argparse.Namespace, target: LanguageModel) -> None:
         from calibfuse.calibrator import Calibrator
@@ -157,12 +144,7 @@ class BoundFusions:
         return recommended_config(self.calibrator.config.fusion, {} if mode is None else {"mode": mode})
 
     def make(self, **options: Any) -> CalibFusion:  # noqa: ANN401
-        """A fusion with options of FusionConfig over the recommended ones.
-
-        Raises:
-            InputError: an option is out of range.
-            MissingHeadError: the mode needs a head that the calibrator does not have, or an alignment with the target.
-        """
+        """A fusion with options of FusionConfig over the recommended ones."""
         from calibfuse.fusion import MODES, recommended_config
         from calibfuse.processor import CalibFusion
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 from calibfuse.cli.options import add, add_texts, texts_of
 from calibfuse.errors import CheckpointError, DataError, InputError
-from calibfuse.textfiles import read_lines, read_rows
+from calibfuse.textfiles import read_lines
 
 _BUNDLED = "demo-prompts.json"
-_FIELDS = ("prompt", "text")
 _STDIN = "-"
 
 
@@ -24,12 +22,7 @@ def add_prompts(parser: argparse.ArgumentParser) -> None:
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
-    """The prompts that the arguments name, at least one.
-
-    Raises:
-        InputError: none or several sources, or a blank prompt.
-        DataError: the file is missing, empty, binary, not UTF-8, or has a row without a prompt.
-    """
+    """The prompts that the arguments name, at least one."""
     prompts = texts_of(args, "prompt")
     is_stdin = prompts == [_STDIN]
     if bool(prompts) == (args.prompts is not None):
@@ -50,41 +43,17 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
 
 
 def read_prompts_file(path: str) -> list[str]:
-    """The prompts of a file.
+    """The prompts of a file, as `calibfuse evaluate` reads them, but all of them and repeated ones too."""
+    from calibfuse.evaluation import prompts as files
 
-    Args:
-        path: .jsonl with an object a line, its prompt in the field "prompt" or "text" (a string, or an object with a
-            field "text" as in RealToxicityPrompts); any other name: plain text with one prompt a line. Blank lines are
-            skipped.
-
-    Returns:
-        At least one prompt.
-
-    Raises:
-        DataError: missing, empty, binary, not UTF-8, or a row without a prompt; names the file and the line.
-    """
-    prompts = [_prompt_of(row, number, path) for number, row in read_rows(Path(path).expanduser(), lines_are_rows=True)]
+    prompts = [prompt.text for prompt in files.read_prompts(Path(path).expanduser())]
     if not prompts:
         raise DataError(f"Expected prompts, one a line, in {path!r}, but it has none.")
     return prompts
 
 
-def _prompt_of(row: dict[str, Any], number: int, path: str) -> str:
-    for field in _FIELDS:
-        value = row.get(field)
-        if isinstance(value, dict):
-            value = value.get("text")
-        if isinstance(value, str) and value.strip():
-            return value
-    raise DataError(f'Expected a prompt in the field "prompt" or "text" of line {number} of {path!r}, found none.')
-
-
 def bundled_prompts() -> list[str]:
-    """The prompts of the demo.
-
-    Raises:
-        CheckpointError: the file is missing from this installation, or damaged.
-    """
+    """The prompts of the demo."""
     from calibfuse.hub import read_config
 
     folder = Path(__file__).parent.parent / "pretrained"

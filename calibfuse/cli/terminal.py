@@ -33,13 +33,7 @@ _GAP = "  "
 
 
 class Terminal:
-    """A text stream whose colours and width are known.
-
-    Args:
-        stream: where `write` goes; None: standard output.
-        width: columns; None asks the terminal (80 where there is none, at most 140).
-        colour: None decides by the stream and the environment.
-    """
+    """A text stream whose colours and width are known."""
 
     def __init__(self, stream: TextIO | None = None, *, width: int | None = None, colour: bool | None = None) -> None:
         self.stream = sys.stdout if stream is None else stream
@@ -81,14 +75,7 @@ class Terminal:
         align: str | None = None,
         styles: Sequence[Sequence[str | None]] | None = None,
     ) -> None:
-        """Print a table.
-
-        Args:
-            headers: one per column.
-            rows: of plain text without colour codes; cells are printed as they are.
-            align: one of "l" and "r" per column; None: the first to the left, the others to the right.
-            styles: a style per cell, None for none; same shape as `rows`.
-        """
+        """Print a table."""
         align = align or "l" + "r" * (len(headers) - 1)
         widths = [max(display_width(cell) for cell in column) for column in zip(headers, *rows, strict=True)]
         self.write(self.style(_row(headers, widths, align).rstrip(), "underline"))
@@ -102,13 +89,7 @@ class Terminal:
             self.write(_GAP.join(cells).rstrip())
 
     def side_by_side(self, left: Sequence[str], right: Sequence[str], *, rule: str = "|") -> None:
-        """Print two columns of wrapped text.
-
-        Args:
-            left: title and paragraphs of the left column; the first is printed bold.
-            right: of the right column; same length. Paragraphs start at the same line.
-            rule: what stands between the columns.
-        """
+        """Print two columns of wrapped text."""
         width = (self.width - len(rule) - 2) // 2
         for number, (one, other) in enumerate(zip(left, right, strict=True)):
             lines = [wrap(one, width), wrap(other, width)]
@@ -130,13 +111,6 @@ def wants_colour(stream: TextIO) -> bool:
 
 def printable(text: str, *, keep_lines: bool = False) -> str:
     r"""Take out of a text what a terminal would obey instead of show.
-
-    Args:
-        text: any text.
-        keep_lines: leave line ends as they are; else they become a visible mark.
-
-    Returns:
-        The text without control and direction-changing characters; tabs become spaces.
 
     Example:
         >>> printable("a\x1b[2Jb\nc")

@@ -74,7 +74,7 @@ def load_prompts(
 
     def passing() -> Iterator[Prompt]:
         nonlocal rows
-        for prompt in _read(Path(path).expanduser()):
+        for prompt in read_prompts(Path(path).expanduser()):
             rows += 1
             if max_toxicity is not None and (prompt.toxicity is None or prompt.toxicity >= max_toxicity):
                 continue
@@ -120,7 +120,8 @@ def draw(rows: Iterable[_Row], count: int | None, generator: np.random.Generator
     return [row for _, _, row in sorted(heap, key=lambda entry: entry[1])]
 
 
-def _read(path: Path) -> Iterator[Prompt]:
+def read_prompts(path: Path) -> Iterator[Prompt]:
+    """The prompts of a file one after the other, but for blank ones; formats and errors as in `load_prompts`."""
     for number, row in read_rows(path, lines_are_rows=True):
         prompt = _from_row(row, number, path)
         if prompt.text:  # benchmarks have a few blank ones

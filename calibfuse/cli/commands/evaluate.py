@@ -198,12 +198,7 @@ def _prompts(args: argparse.Namespace, seed: int) -> list[Prompt]:
 
 
 def _check(args: argparse.Namespace) -> SamplingConfig:
-    """Refuse what is wrong before anything is loaded.
-
-    Raises:
-        InputError: a value is out of range, or options that do not go together.
-        CheckpointError: a model or calibrator is given by a path where none is.
-    """
+    """Refuse what is wrong before anything is loaded."""
     for name, lowest in (("prompt_count", 0), ("suite_count", 0), ("speed_rounds", 0), ("batch_size", 1)):
         if getattr(args, name) < lowest:
             raise InputError(f"{name} must be at least {lowest}, got {getattr(args, name)}.")

@@ -63,11 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def server_command(args: argparse.Namespace) -> list[str]:
-    """The command line of vLLM's server.
-
-    Raises:
-        InputError: an option that both sides set, or one that does not fit the fusion.
-    """
+    """The command line of vLLM's server."""
     from calibfuse.errors import InputError
     from calibfuse.fusion import FusionConfig
 
