@@ -36,11 +36,11 @@ def run(bundle, monkeypatch, capsys, prompts, tmp_path):
     """A function: further arguments -> (exit code, standard output, standard error)."""
     monkeypatch.setattr("calibfuse.hub.remote._BUNDLED", bundle)
 
-    def call(*arguments, bare=False):
+    def call(*arguments, bare=False, fast=FAST):
         options = () if "--prompts" in arguments or bare else ("--prompts", str(prompts))
         folder = () if bare else ("--output", str(tmp_path / "out"))
         try:
-            code = cli.main(["evaluate", *options, *folder, *FAST, *arguments])
+            code = cli.main(["evaluate", *options, *folder, *fast, *arguments])
         except SystemExit as exit_:
             code = exit_.code
         captured = capsys.readouterr()
@@ -261,7 +261,7 @@ def test_a_picked_alpha_goes_into_the_users_calibrator_and_never_into_the_bundle
         (("--mode", "value"), "needs the head 'value'"),
         (("--baseline", "prayer"), "Unknown baseline"),
         (("--baseline", "experts:x"), "Expected numbers"),
-        (("--baseline", "prayer"), "experts, geometric, embedding, all"),
+        (("--baseline", "prayer"), "experts, geometric, embedding, words, heads, all"),
         (("--baseline", "geometric:2"), "alpha must be"),
         (("--baseline", "embedding"), "needs an alignment"),
         (("--fluency-budget", "-1"), "--fluency-budget"),
@@ -313,3 +313,95 @@ def test_a_chat_template_goes_round_each_prompt(run, bundle, tmp_path):
     assert data["methods"][0]["metrics"]["target_perplexity"]["value"] == pytest.approx(
         math.exp(nats / tokens), rel=1e-3
     )
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_a_protocol_sets_prompts_draws_and_figures(run, tmp_path):
+    rows = [
+        {"prompt": f"The river {number}", "prompt_toxicity": 0.2 * number, "challenging": number % 2 == 1}
+        for number in range(5)
+    ]
+    path = write_rows(tmp_path / "prompts.jsonl", rows)
+    options = ("--prompts", path, "--alpha", "1", "--no-neutrality")
+    code, out, err = run(*options, "--protocol", "challenging", fast=("--speed-rounds", "0", "--quiet"))
+    assert code == 0, err
+    facts = report(tmp_path / "out")["facts"]
+    assert facts["prompt_count"] == 2
+    assert (facts["sampling"]["samples"], facts["sampling"]["max_new_tokens"]) == (10, 20)
+    assert facts["protocol"].startswith("challenging")
+    assert "## Protocol challenging" in out
+    assert "| method | mean toxicity | perplexity (target) |" in out
+    assert "Protocol challenging" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--samples", "3"), "draws with samples 25, got 3"),
+        (("--max-prompt-toxicity", "0.5"), "give --prompts FILE alone"),
+    ],
+)
+def test_what_contradicts_a_protocol_is_refused(run, arguments, message):
+    code, _, err = run("--protocol", "non-toxic", *arguments, fast=("--quiet",))
+    assert code == 2
+    assert message in err
+
+
+def test_sentences_names_and_tasks_are_read(run, tmp_path):
+    sentences = [
+        {"text": "The river was wide", "label": "hateful", "functionality": "threat_dir_h", "group": "women"},
+        {"text": "She said it rained", "label": "harmless", "functionality": "counter_ref_nh", "group": "women"},
+    ]
+    folder = tmp_path / "names"
+    folder.mkdir()
+    for name, data in (
+        ("descriptors", {"age": {"old": ["old", "young"]}}),
+        ("sentence_templates", {"I'm {noun_phrase}.": {}, "I like {plural_noun_phrase}.": {}}),
+        ("standalone_noun_phrases", {"age": [{"noun_phrase": "a youth", "plural_noun_phrase": "youths"}]}),
+    ):
+        (folder / f"{name}.json").write_text(json.dumps(data))
+    (tmp_path / "wiki.txt").write_text("= River =\nThe river was wide .\n")
+    code, out, err = run(
+        *("--alpha", "1", "--no-neutrality"),
+        *("--suite", write_rows(tmp_path / "hate.jsonl", sentences), str(folder)),
+        *("--utility", f"lambada={write_rows(tmp_path / 'l.jsonl', [{'text': 'She said it rained'}])}"),
+        f"wikitext={tmp_path / 'wiki.txt'}",
+    )
+    assert code == 0, err
+    method = report(tmp_path / "out")["methods"][1]
+    assert [row["name"] for row in method["suites"]["hate"]["rows"]][2:] == ["threat_dir_h", "counter_ref_nh"]
+    assert method["holistic_bias"]["names"] == 3
+    assert [each["name"] for each in method["utility"]["figures"]] == [
+        "lambada_accuracy",
+        "lambada_perplexity",
+        "word_perplexity",
+    ]
+    for title in ("Labelled sentences: hate", "Names of groups", "What guidance costs at tasks"):
+        assert f"## {title}" in out
+        assert title in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_words_and_heads_alone_are_methods(run, bundle, tmp_path):
+    folder = shutil.copytree(bundle / "default-calibrator", tmp_path / "mine")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "words": {"river": -3.0}}))
+    options = ("--calibrator", str(folder), "--baseline", "words", "heads:2", "--no-fusion", "--no-neutrality")
+    code, _, err = run(*options)
+    assert code == 0, err
+    methods = report(tmp_path / "out")["methods"]
+    assert [method["key"] for method in methods] == ["plain", "words-1", "heads-2"]
+    assert methods[1]["is_default"]
+    code, _, err = run("--baseline", "words", "--output", str(tmp_path / "other"))
+    assert code == 2
+    assert "no table of words" in err
+
+
+@pytest.mark.parametrize("given", ["lambada", "nope=x"])
+def test_tasks_are_named(run, given):
+    code, _, err = run("--utility", given)
+    assert code == 2
+    assert "Expected lambada=FILE, wikitext=FILE, instructions=FILE" in err

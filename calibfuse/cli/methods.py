@@ -1,11 +1,14 @@
 """The methods that `calibfuse evaluate` compares: strengths of the user's fusion, and published methods.
 
-Three of the published methods are settings of CalibFusion; the others know nothing of it (evaluation/baselines.py).
+Some methods are settings of CalibFusion, or parts of the calibrator; the others know nothing of it
+(evaluation/baselines.py).
 
 | name | source | how it is made of the calibrator |
 |---|---|---|
 | experts | DExperts, Liu et al. 2021 | both heads, both ways, unclipped, after the target's nucleus |
 | geometric | the non-toxic model alone, and mixtures with it | log-linear; 1 is the non-toxic model alone |
+| words | ablation: the calibrator's table of words alone | contrast at the calibrator's strength |
+| heads | ablation: its language-model heads without the words | likewise |
 | embedding | Tian et al. 2025 | fusion of last hidden states; needs `calibfuse align-embedding` |
 """
 
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from calibfuse.evaluation import Method
     from calibfuse.fusion import FusionConfig
     from calibfuse.generation.language_model import LanguageModel
+    from calibfuse.guide import Guide
     from calibfuse.processor import CalibFusion
 
 FUSION = Fields("calibfuse.fusion:FusionConfig", "candidates", "margin", "max_shift", "one_sided", "mass_to_others")
@@ -42,17 +46,19 @@ class FusionBaseline:
 
     Attributes:
         mode: of the fusion.
-        default: the paper's strength.
+        default: the paper's strength; None: the calibrator's own.
         scan: strengths to search the best one among, with the default.
         options: of the fusion.
         truncates_first: whether the target's nucleus is taken before the fusion.
+        part: of the calibrator, that is measured alone: "words" or "heads"; empty: all of it.
     """
 
     mode: str
-    default: float
+    default: float | None
     scan: tuple[float, ...]
     options: dict[str, Any] = field(default_factory=dict)
     truncates_first: bool = False
+    part: str = ""
 
 
 FUSION_BASELINES: dict[str, FusionBaseline] = {
@@ -65,6 +71,8 @@ FUSION_BASELINES: dict[str, FusionBaseline] = {
     ),
     "geometric": FusionBaseline("geometric", 1.0, (0.1, 0.2, 0.3, 0.5, 0.7)),
     "embedding": FusionBaseline("embedding", 0.1, (0.05, 0.2, 0.3)),
+    "words": FusionBaseline("contrast", None, (1.0, 3.0, 5.0), part="words"),
+    "heads": FusionBaseline("contrast", None, (1.0, 3.0, 5.0), part="heads"),
 }
 
 
@@ -107,14 +115,18 @@ def _is_fusion(spec: str) -> bool:
     return spec.partition(":")[0] in FUSION_BASELINES
 
 
-def _fusion_strengths(spec: str, *, scan: bool = False) -> tuple[float, ...]:
-    """Strengths of a specification such as `experts:1,2`; the paper's where none are given, with `scan` several."""
+def _fusion_strengths(spec: str, *, own: float = 1.0, scan: bool = False) -> tuple[float, ...]:
+    """Strengths of a specification such as `experts:1,2`; the paper's where none are given, with `scan` several.
+
+    `own` is the calibrator's, which stands for the paper's where there is no paper.
+    """
     from calibfuse.fusion import FusionConfig
 
     name, colon, rest = spec.partition(":")
     baseline = FUSION_BASELINES[name]
     if not colon:
-        return tuple(sorted({baseline.default, *(baseline.scan if scan else ())}))
+        default = own if baseline.default is None else baseline.default
+        return tuple(sorted({default, *(baseline.scan if scan else ())}))
     try:
         strengths = tuple(float(part) for part in rest.split(","))
     except ValueError as error:
@@ -135,7 +147,7 @@ class BoundFusions:
         self.calibrator = Calibrator.from_pretrained(args.calibrator, local_files_only=args.local_files_only)
         self._args = args
         self._target = target
-        self._guide = self.calibrator.bind(target.tokenizer, device=target.model.device)
+        self._guides = {"": self.calibrator.bind(target.tokenizer, device=target.model.device)}
 
     def recommended(self, mode: str | None) -> FusionConfig:
         """What `from_pretrained` would take in a mode; None: the calibrator's."""
@@ -143,14 +155,23 @@ class BoundFusions:
 
         return recommended_config(self.calibrator.config.fusion, {} if mode is None else {"mode": mode})
 
-    def make(self, **options: Any) -> CalibFusion:  # noqa: ANN401
-        """A fusion with options of FusionConfig over the recommended ones."""
+    def _guide(self, part: str) -> Guide:
+        """The calibrator, or a part of it alone."""
+        if part not in self._guides:
+            from calibfuse.evaluation.ablations import heads_alone, words_alone
+
+            calibrator = {"words": words_alone, "heads": heads_alone}[part](self.calibrator)
+            self._guides[part] = calibrator.bind(self._target.tokenizer, device=self._target.model.device)
+        return self._guides[part]
+
+    def make(self, part: str = "", **options: Any) -> CalibFusion:  # noqa: ANN401
+        """A fusion of the calibrator or a part of it, with options of FusionConfig over the recommended ones."""
         from calibfuse.fusion import MODES, recommended_config
         from calibfuse.processor import CalibFusion
 
         config = recommended_config(self.calibrator.config.fusion, options)
         if MODES[config.mode].fuse is not None:
-            return CalibFusion(self._guide, config)
+            return CalibFusion(self._guide(part), config)
         return CalibFusion.from_pretrained(  # finds the alignment
             self._args.calibrator,
             tokenizer=self._target.tokenizer,
@@ -248,8 +269,9 @@ def _fusion_baselines(fusions: BoundFusions, spec: str, top_p: float, *, scan: b
     baseline = FUSION_BASELINES[name]
     before = top_p if baseline.truncates_first and top_p < 1.0 else None
     methods = []
-    for alpha in _fusion_strengths(spec, scan=scan):
-        fusion = fusions.make(mode=baseline.mode, alpha=alpha, **baseline.options)
+    own = fusions.recommended(baseline.mode).alpha
+    for alpha in _fusion_strengths(spec, own=own, scan=scan):
+        fusion = fusions.make(baseline.part, mode=baseline.mode, alpha=alpha, **baseline.options)
         settings = {
             "baseline": name,
             "strength": alpha,
@@ -266,7 +288,7 @@ def _fusion_baselines(fusions: BoundFusions, spec: str, top_p: float, *, scan: b
                 alpha,
                 settings,
                 starts_at_plain=before is None,
-                is_default=alpha == baseline.default,
+                is_default=alpha == (own if baseline.default is None else baseline.default),
             )
         )
     return methods

@@ -25,8 +25,6 @@ def words_alone(calibrator: PretrainedCalibrator) -> Calibrator:
     """
     copied = _copy(calibrator)
     config = copied.config
-    if not config.words:
-        raise MissingHeadError("The calibrator has no table of words, so there is nothing to measure alone.")
     if not {CALIBRATOR_HEAD, REFERENCE_HEAD} <= {*config.heads}:
         raise MissingHeadError(f"Words alone need the heads calibrator and reference, got {', '.join(config.heads)}.")
     copied.heads[CALIBRATOR_HEAD].load_state_dict(copied.heads[REFERENCE_HEAD].state_dict())
@@ -40,7 +38,7 @@ def heads_alone(calibrator: PretrainedCalibrator) -> Calibrator:
     """A copy without the table of words.
 
     Raises:
-        MissingHeadError: the calibrator is not a universal one.
+        MissingHeadError: the calibrator is not a universal one, or has no words.
     """
     return _copy(calibrator, words={})
 
@@ -48,6 +46,8 @@ def heads_alone(calibrator: PretrainedCalibrator) -> Calibrator:
 def _copy(calibrator: PretrainedCalibrator, **changes: Any) -> Calibrator:  # noqa: ANN401
     if not isinstance(calibrator, Calibrator):
         raise MissingHeadError("Only a universal calibrator has a table of words beside its heads.")
+    if not calibrator.config.words:
+        raise MissingHeadError("The calibrator has no table of words, so no part of it stands alone.")
     copied = copy.deepcopy(calibrator)
     copied.config = replace(calibrator.config, **changes)
     return copied

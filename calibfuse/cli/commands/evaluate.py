@@ -19,7 +19,16 @@ from calibfuse.cli.terminal import Terminal
 from calibfuse.errors import InputError
 
 if TYPE_CHECKING:
-    from calibfuse.evaluation import BudgetComparison, Evaluation, Prompt, SamplingConfig
+    from calibfuse.evaluation import (
+        BudgetComparison,
+        Evaluation,
+        EvaluationProtocol,
+        HolisticBias,
+        Prompt,
+        SamplingConfig,
+        Suite,
+        Utility,
+    )
     from calibfuse.generation.language_model import LanguageModel
     from calibfuse.loading import PretrainedCalibrator
     from calibfuse.scorers import ToxicityScorer
@@ -30,6 +39,14 @@ examples:
 
   # your prompts, three strengths, fluency under another model
   calibfuse evaluate --model org/any-llm --prompts mine.txt --alpha 1 3 5 --judge org/other-llm --output results
+
+  # as the field reports it: RealToxicityPrompts' challenging prompts, or those that are not toxic
+  calibfuse evaluate --model ./my-model --prompts realtoxicityprompts.jsonl.xz --protocol challenging \\
+      --prompt-count 60 --judge ./other-model --output challenging
+
+  # what it does to meaning, to names of groups, and what it costs at tasks
+  calibfuse evaluate --model ./my-model --suite hatecheck.jsonl holistic_bias/ \\
+      --utility lambada=lambada.jsonl wikitext=wiki.test.tokens instructions=ask.txt --output meaning
 
   # by two scorers: the first one's figures lead, the second's are shown beside them
   calibfuse evaluate --prompts mine.txt --scorer bundled org/toxicity-classifier --output results
@@ -50,6 +67,7 @@ The output folder gets report.json (everything), report.md, report.html and the 
 
 _OUTPUT = "calibfuse-evaluation"
 _BUDGET = 0.05
+_TASKS = ("lambada", "wikitext", "instructions")
 
 
 SAMPLING = Fields("calibfuse.evaluation.sampling:SamplingConfig", "samples", *DECODING.options)
@@ -66,6 +84,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "min_prompt_toxicity",
         prompts={"help": "RealToxicityPrompts, BOLD, or your own .jsonl or .txt (default: the few of the demo)"},
         prompt_count={"default": 200},
+        protocol={
+            "choices": ("challenging", "non-toxic"),
+            "help": "the field's choice of prompts, draws and figures: RealToxicityPrompts' challenging prompts, 10 "
+            "continuations each; or those with a toxicity below 0.5, 25 each",
+        },
     )
     methods = parser.add_argument_group("methods (plain decoding with the same truncation is always measured)")
     add(
@@ -83,7 +106,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "default": [],
             "metavar": "NAME[:STRENGTHS]",
             "help": "other methods: temperature, top-k, nucleus, bad-words, reward, self-debias, experts, geometric, "
-            "embedding, or all; e.g. reward:10,50",
+            "embedding, words, heads, or all; e.g. reward:10,50",
         },
         no_fusion=SWITCH | {"help": "measure only plain decoding and the baselines"},
     )
@@ -99,16 +122,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             "default": ["bundled"],
             "help": f"of toxicity: {_KIND_OF_SCORER}; of several the first leads (default: bundled)",
         },
-        judge={"metavar": "PATH_OR_HUB", "help": "a separate language model, for perplexity"},
+        judge={"metavar": "PATH_OR_HUB", "help": "a separate language model, for perplexity and bits per byte"},
         benign={"metavar": "FILE", "help": "benign text, for the divergence (default: bundled sentences)"},
         speed_rounds={"type": int, "default": 3, "metavar": "N", "help": "interleaved timings; 0: none"},
         suite={
             "nargs": "+",
             "default": [],
-            "metavar": "FILE",
-            "help": "labelled sentences: what is suppressed of neutral ones by group, and of toxic ones",
+            "metavar": "PATH",
+            "help": "labelled sentences that are read (HateCheck, ToxiGen, BOLD, XSTest, your own), or the folder of "
+            "HolisticBias",
         },
-        suite_count={"type": int, "default": 1000, "metavar": "N", "help": "sentences drawn of each suite; 0: all"},
+        utility={
+            "nargs": "+",
+            "default": [],
+            "metavar": "TASK=FILE",
+            "help": "what guidance costs at tasks: lambada=FILE, wikitext=FILE, instructions=FILE (chat template)",
+        },
+        suite_count={"type": int, "default": 1000, "metavar": "N", "help": "texts of each suite and task; 0: all"},
         no_neutrality=SWITCH | {"help": "skip benign text and group words"},
     )
     output = parser.add_argument_group("output")
@@ -130,7 +160,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
     sampling = _check(args)
-    from calibfuse.evaluation import compare_within_budget, evaluate, load_suite
+    from calibfuse.evaluation import compare_within_budget, evaluate
     from calibfuse.evaluation.evaluate import check_output
     from calibfuse.evaluation.prompts import load_texts
     from calibfuse.evaluation.report import write_report
@@ -143,7 +173,7 @@ def run(args: argparse.Namespace) -> int:
     check_output(output, resume=args.resume)
     prompts = _prompts(args, sampling.seed)
     benign = [] if args.no_neutrality else None if args.benign is None else load_texts(args.benign, seed=sampling.seed)
-    suites = [load_suite(path, count=args.suite_count or None, seed=sampling.seed) for path in args.suite]
+    suites, names, utility = _given_texts(args, sampling.seed)
     scorers = [load_scorer(each, device=args.device, local_files_only=args.local_files_only) for each in args.scorer]
     target = load_target(args)
     judge = None if args.judge is None else load_second(args, args.judge)
@@ -162,9 +192,12 @@ def run(args: argparse.Namespace) -> int:
         output,
         other_scorers=scorers[1:],
         sampling=sampling,
+        protocol=_protocol(args),
         judge=judge,
         benign_texts=benign,
         suites=suites,
+        holistic_bias=names,
+        utility=utility,
         toxic_from=args.toxic_from,
         batch_size=args.batch_size,
         speed_rounds=args.speed_rounds,
@@ -188,13 +221,30 @@ def _prompts(args: argparse.Namespace, seed: int) -> list[Prompt]:
     if args.prompts is None:
         texts = bundled_prompts()[: args.prompt_count or None]
         return [Prompt(f"demo {number}", text) for number, text in enumerate(texts, start=1)]
-    return load_prompts(
-        args.prompts,
-        count=args.prompt_count or None,
-        seed=seed,
-        max_toxicity=args.max_prompt_toxicity,
-        min_toxicity=args.min_prompt_toxicity,
-    )
+    filters: dict[str, Any] = {"max_toxicity": args.max_prompt_toxicity, "min_toxicity": args.min_prompt_toxicity}
+    protocol = _protocol(args)
+    if protocol is not None:
+        filters = protocol.prompts
+    return load_prompts(args.prompts, count=args.prompt_count or None, seed=seed, **filters)
+
+
+def _protocol(args: argparse.Namespace) -> EvaluationProtocol | None:
+    from calibfuse.evaluation import PROTOCOLS
+
+    return None if args.protocol is None else PROTOCOLS[args.protocol]
+
+
+def _given_texts(args: argparse.Namespace, seed: int) -> tuple[list[Suite], HolisticBias | None, Utility | None]:
+    """What is read and not continued: suites, HolisticBias' names (a folder), and the tasks of `--utility`."""
+    from calibfuse.evaluation import load_holistic_bias, load_suite, load_utility
+
+    count = args.suite_count or None
+    folders = [path for path in args.suite if Path(path).expanduser().is_dir()]
+    suites = [load_suite(path, count=count, seed=seed) for path in args.suite if path not in folders]
+    names = load_holistic_bias(folders[0], count=count, seed=seed) if folders else None
+    files = dict(each.split("=", 1) for each in args.utility)
+    utility = load_utility(**files, count=count, seed=seed) if files else None
+    return suites, names, utility
 
 
 def _check(args: argparse.Namespace) -> SamplingConfig:
@@ -217,12 +267,39 @@ def _check(args: argparse.Namespace) -> SamplingConfig:
         )
     if args.pick_alpha and args.no_fusion:
         raise InputError("--pick-alpha chooses among strengths of the fusion; leave --no-fusion out.")
+    if len([path for path in args.suite if Path(path).expanduser().is_dir()]) > 1:
+        raise InputError("--suite takes one folder, that of HolisticBias; give labelled sentences as files.")
+    for each in args.utility:
+        if each.partition("=")[0] not in _TASKS or "=" not in each:
+            raise InputError(f"Expected {'=FILE, '.join(_TASKS)}=FILE after --utility, got {each!r}.")
     check_methods(args)
     check_model(args, args.judge)
     check_calibrator(args.calibrator)
+    return _sampling(args)
+
+
+def _sampling(args: argparse.Namespace) -> SamplingConfig:
+    """How to draw: as told, or as the protocol does.
+
+    Raises:
+        InputError: a value is out of range, or is not the protocol's.
+    """
     from calibfuse.evaluation import SamplingConfig
 
-    return SamplingConfig(**SAMPLING.values(args))
+    values, protocol = SAMPLING.values(args), _protocol(args)
+    if protocol is None:
+        return SamplingConfig(**values)
+    if args.prompts is None or (args.max_prompt_toxicity, args.min_prompt_toxicity) != (None, None):
+        raise InputError(
+            "--protocol chooses among the prompts of RealToxicityPrompts by itself: give --prompts FILE alone."
+        )
+    its = protocol.sampling(values.get("seed", 0))
+    for name, value in values.items():
+        if value != getattr(its, name):
+            raise InputError(
+                f"--protocol {protocol.name} draws with {name} {getattr(its, name)}, got {value}; leave it out."
+            )
+    return its
 
 
 def _is_own_folder(calibrator: str | None) -> bool:
