@@ -135,7 +135,7 @@ def measure_fidelity(
         for row, sequence in enumerate(group):
             ids[row, : len(sequence)] = torch.as_tensor(sequence)
             present[row, : len(sequence)] = True
-        hidden, _ = bound._advance(ids, None, None, None)
+        hidden = bound.states(ids)
         scored = present & bound.covers(ids)
         targets = ids[scored]
         before = torch.cat([torch.full_like(ids[:, :1], -1), ids[:, :-1]], dim=1)

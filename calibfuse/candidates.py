@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +20,10 @@ MIN_PROBABILITY = 5e-5
 MIN_CANDIDATES = 200
 """... and this many of its best in any case."""
 
+EXCLUDED = -103.0
+"""A log-probability below this is that of an excluded token, whether it was written as -inf, -1e9 or finfo.min: in
+float32 its probability is 0."""
+
 _BLOCK = 16  # entries of a row that are searched as one
 
 
@@ -26,19 +31,23 @@ class Candidates(NamedTuple):
     """The candidates of some rows.
 
     Attributes:
-        token_ids: int64 [..., k], in no order; None: all tokens were looked at, and the last axis is the vocabulary.
-        log_probs: float32 [..., k], the target's, of these tokens.
-        is_candidate: bool [..., k], False for the tokens that are there only because another row has more; None: all
-            are.
+        token_ids: int64 [..., k], in no order; with `places` int64 [n], those of one row after those of another. None:
+            all tokens were looked at, and the last axis is the vocabulary.
+        log_probs: float32, the target's, of these tokens; same shape.
+        is_candidate: bool, likewise; None: all are.
+        places: int64 [n], the row of each, counted over all leading axes; None: the rows have axes of their own.
     """
 
     token_ids: Tensor | None
     log_probs: Tensor
     is_candidate: Tensor | None
+    places: Tensor | None = None
 
 
-def choose_candidates(log_probs: Tensor, count: int | None, always: Tensor | None = None) -> Candidates:
-    """Choose the candidates of each row.
+def choose_candidates(
+    log_probs: Tensor, count: int | None, always: Tensor | None = None, *, as_list: bool = False
+) -> Candidates:
+    """Choose the candidates of each row. A token that the target excludes is none, however exclusion is written.
 
     Args:
         log_probs: float32 [..., target_vocab_size], normalised, nats.
@@ -46,72 +55,63 @@ def choose_candidates(log_probs: Tensor, count: int | None, always: Tensor | Non
             MIN_CANDIDATES.
         always: int64 [n], ids below target_vocab_size that are candidates by probability whatever theirs is, unless it
             is 0: an unsure target draws now and then from its tail, and some tokens are not to be met there.
+        as_list: give those by probability as a list, as many of each row as it has. It makes the host wait.
 
     Returns:
         The candidates. What they are does not depend on the other rows (but for ties at the last place), how they are
         laid out does.
     """
     vocab_size = log_probs.shape[-1]
-    if count == 0 or vocab_size <= (MIN_CANDIDATES if count is None else count):
-        return Candidates(None, log_probs, None)
+    if count == 0 or vocab_size <= (MIN_CANDIDATES if count is None else count) or not log_probs.numel():
+        return Candidates(None, log_probs, log_probs > EXCLUDED)
     if count is not None:
         values, token_ids = best(log_probs, count)
-        return Candidates(token_ids, values, None)
+        return Candidates(token_ids, values, values > EXCLUDED)
+    if as_list:
+        return _listed(log_probs, always)
+    # On an accelerator counting would make the host wait, and a full head costs nothing.
+    searched = _raised(log_probs, always)
+    least = best(searched, MIN_CANDIDATES)[0].amin(dim=-1, keepdim=True)
+    return Candidates(None, log_probs, searched >= least.clamp(EXCLUDED, math.log(MIN_PROBABILITY)))
+
+
+def _raised(log_probs: Tensor, always: Tensor | None) -> Tensor:
+    """The log-probabilities, those of `always` at least what makes a candidate."""
     if always is None or not len(always):
-        return _by_probability(log_probs)
-    searched = log_probs.clone()
-    own = searched[..., always]
-    searched[..., always] = torch.where(own > -torch.inf, own.clamp(min=math.log(MIN_PROBABILITY)), own)
-    found = _by_probability(searched)
-    values = log_probs if found.token_ids is None else log_probs.gather(-1, found.token_ids)
-    return Candidates(found.token_ids, values, found.is_candidate)
+        return log_probs
+    raised = log_probs.clone()
+    own = raised[..., always]
+    raised[..., always] = torch.where(own > EXCLUDED, own.clamp(min=math.log(MIN_PROBABILITY)), own)
+    return raised
 
 
-def _by_probability(log_probs: Tensor) -> Candidates:
+def _listed(log_probs: Tensor, always: Tensor | None) -> Candidates:
     vocab_size = log_probs.shape[-1]
-    rows = log_probs.numel() // vocab_size
-    enough = math.log(MIN_PROBABILITY)
-    if log_probs.device.type != "cpu":
-        # counting would make the host wait, and a full head costs an accelerator nothing
-        return Candidates(None, log_probs, log_probs >= _least(log_probs).clamp(max=enough))
-    if not rows:
-        return Candidates(None, log_probs, None)
-    is_candidate = log_probs >= enough
-    counts = is_candidate.sum(dim=-1)
-    width = max(int(counts.max()), MIN_CANDIDATES)
-    # Gathering a row of the head costs 0.27 us, streaming past one 0.12 us and 0.0175 us for each row of scores.
-    is_few = 16 * rows * width <= vocab_size * (7 + rows)
-    if is_few and width == MIN_CANDIDATES:  # a sure target
-        values, token_ids = best(log_probs, width)
-        return Candidates(token_ids, values, None)
-    is_short = counts < MIN_CANDIDATES
-    if bool(is_short.any()):
-        is_candidate = log_probs >= torch.where(is_short[..., None], _least(log_probs), enough)
-    return _listed(log_probs, is_candidate) if is_few else Candidates(None, log_probs, is_candidate)
+    rows = log_probs.reshape(-1, vocab_size)
+    mask = rows.detach() >= math.log(MIN_PROBABILITY)
+    if always is not None and len(always):
+        mask[:, always] |= rows.detach()[:, always] > EXCLUDED
+    flat = _nonzero(mask)
+    places = flat.div(vocab_size, rounding_mode="floor")
+    short = (torch.bincount(places, minlength=len(rows)) < MIN_CANDIDATES).nonzero()[:, 0]
+    if len(short):
+        values, chosen = best(_raised(rows.detach()[short], always), MIN_CANDIDATES)
+        mask[short] = False
+        mask[short[:, None], chosen] = values > EXCLUDED
+        flat = _nonzero(mask)
+        places = flat.div(vocab_size, rounding_mode="floor")
+    token_ids, values = flat - places * vocab_size, rows.reshape(-1)[flat]
+    if len(rows) == 1:  # one row needs no list
+        shape = (*log_probs.shape[:-1], len(flat))
+        return Candidates(token_ids.view(shape), values.view(shape), None)
+    return Candidates(token_ids, values, None, places)
 
 
-def _listed(log_probs: Tensor, is_candidate: Tensor) -> Candidates:
-    """The candidates as ids. Rows with fewer than the others are filled up with the first tokens that are none."""
-    vocab_size = log_probs.shape[-1]
-    mask = is_candidate.reshape(-1, vocab_size)
-    counts = mask.sum(dim=-1)
-    width = int(counts.max())
-    missing = width - counts
-    listed = mask
-    if bool(missing.any()):
-        # Of the first 2 * width tokens at least `width` are no candidates.
-        others = ~mask[:, : 2 * width]
-        listed = mask.clone()
-        listed[:, : 2 * width] |= others & (others.cumsum(dim=-1, dtype=torch.int32) <= missing[:, None])
-    shape = (*log_probs.shape[:-1], width)
-    token_ids = listed.nonzero()[:, 1].reshape(shape)
-    kept = None if listed is mask else is_candidate.gather(-1, token_ids)
-    return Candidates(token_ids, log_probs.gather(-1, token_ids), kept)
-
-
-def _least(values: Tensor) -> Tensor:
-    """[..., 1], the least of the best MIN_CANDIDATES of each row."""
-    return best(values, MIN_CANDIDATES)[0].amin(dim=-1, keepdim=True)
+def _nonzero(mask: Tensor) -> Tensor:
+    """Where a mask is True, counted over all axes: int64 [n]; NumPy finds them several times as fast on a CPU."""
+    if mask.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(mask.numpy()))
+    return mask.flatten().nonzero()[:, 0]
 
 
 def best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:

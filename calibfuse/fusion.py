@@ -29,10 +29,12 @@ A new mode is one pure function and one line in MODES.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import InitVar, asdict, dataclass, fields
+from functools import partial
 from numbers import Real
-from typing import Any, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -166,13 +168,81 @@ def _is_number(value: object, *, allow_infinity: bool = False) -> bool:
     return allow_infinity or not math.isinf(value)
 
 
+class Layout(ABC):
+    """How the candidates of some rows lie in memory, and what is summed over each row.
+
+    Sums come back in a shape that goes with the candidates' own.
+    """
+
+    @abstractmethod
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over each row's candidates."""
+
+    @abstractmethod
+    def max(self, values: Tensor) -> Tensor:
+        """Largest of each row's candidates."""
+
+    @abstractmethod
+    def normalise(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-softmax over each row's candidates, and the logarithm of what was divided by."""
+
+    @abstractmethod
+    def of_rows(self, values: Tensor) -> Tensor:
+        """One number for each row, [rows] -> a shape that goes with the candidates' own."""
+
+
+class _Table(Layout):
+    """Candidates as a table [..., k], in which some entries are fixed: they count as none, and 0 stands for them."""
+
+    def __init__(self, fixed: Tensor) -> None:
+        self.fixed = fixed
+
+    def sum(self, values: Tensor) -> Tensor:
+        return values.masked_fill(self.fixed, 0.0).sum(dim=-1, keepdim=True)
+
+    def max(self, values: Tensor) -> Tensor:
+        return values.masked_fill(self.fixed, -torch.inf).amax(dim=-1, keepdim=True)
+
+    def normalise(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        masked = scores.masked_fill(self.fixed, -torch.inf)
+        return masked.log_softmax(dim=-1).masked_fill(self.fixed, 0.0), masked.logsumexp(dim=-1, keepdim=True)
+
+    def of_rows(self, values: Tensor) -> Tensor:
+        return values[..., None]
+
+
+class _List(Layout):
+    """Candidates as a list [n], of each row as many as it has; none is fixed."""
+
+    def __init__(self, places: Tensor, rows: int) -> None:
+        self._places, self._rows = places, rows
+
+    def sum(self, values: Tensor) -> Tensor:
+        return values.new_zeros(self._rows).index_add(0, self._places, values)[self._places]
+
+    def max(self, values: Tensor) -> Tensor:
+        lowest = values.new_full((self._rows,), -torch.inf)
+        return lowest.scatter_reduce(0, self._places, values, "amax")[self._places]
+
+    def normalise(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        highest = self.max(scores.detach())
+        total = highest + self.sum((scores - highest).exp()).log()
+        return scores - total, total
+
+    def of_rows(self, values: Tensor) -> Tensor:
+        return values.reshape(-1)[self._places]
+
+
+Strength: TypeAlias = float | Tensor  # of all rows, or one number that goes with each candidate
+
+
 @dataclass(frozen=True)
 class Mode:
     """One way of fusing.
 
     Attributes:
-        fuse: (target log-probabilities, guide log-probabilities by head, fixed entries, config) -> new scores, all
-            [..., k]. None: the mode fuses hidden states, and needs the target's output head (embedding/fusion.py).
+        fuse: (target log-probabilities, guide log-probabilities by head, layout, strength, config) -> new scores of the
+            candidates. None: the mode fuses hidden states, and needs the target's output head (embedding/fusion.py).
         heads: heads of the guide that it needs.
         max_alpha: upper end of alpha.
         default_alpha: alpha where none is given.
@@ -180,7 +250,7 @@ class Mode:
         options: the options of FusionConfig, besides alpha, that this mode reads.
     """
 
-    fuse: Callable[[Tensor, Mapping[str, Tensor], Tensor, FusionConfig], Tensor] | None
+    fuse: Callable[[Tensor, Mapping[str, Tensor], Layout, Strength, FusionConfig], Tensor] | None
     heads: tuple[str, ...]
     max_alpha: float
     default_alpha: float = 1.0
@@ -192,36 +262,37 @@ class Mode:
         return 0.0 <= alpha <= self.max_alpha and not (self.below_max and alpha == self.max_alpha)
 
 
-def _contrast(target: Tensor, guide: Mapping[str, Tensor], fixed: Tensor, config: FusionConfig) -> Tensor:
+def _contrast(
+    target: Tensor, guide: Mapping[str, Tensor], layout: Layout, alpha: Strength, config: FusionConfig
+) -> Tensor:
     disagreement = guide["calibrator"] - guide["reference"]
     if config.margin:
         disagreement = functional.softshrink(disagreement, config.margin)
-    shift = config.alpha * disagreement
-    fused = target + shift.clamp(-config.max_shift, 0.0 if config.one_sided else config.max_shift)
-    return _give_to_others(target, fused, fixed) if config.mass_to_others and config.one_sided else fused
+    shift = (alpha * disagreement).clamp(-config.max_shift, 0.0 if config.one_sided else config.max_shift)
+    return _give_to_others(target, shift, layout) if config.mass_to_others and config.one_sided else target + shift
 
 
-def _geometric(target: Tensor, guide: Mapping[str, Tensor], fixed: Tensor, config: FusionConfig) -> Tensor:
-    if config.alpha == 1.0:  # 0 * -inf would be nan where the target excludes a token
-        return torch.where(target == -torch.inf, target, guide["calibrator"])
-    return (1.0 - config.alpha) * target + config.alpha * guide["calibrator"]
+def _geometric(
+    target: Tensor, guide: Mapping[str, Tensor], layout: Layout, alpha: Strength, config: FusionConfig
+) -> Tensor:
+    return (1.0 - alpha) * target + alpha * guide["calibrator"]
 
 
-def _blend(target: Tensor, guide: Mapping[str, Tensor], fixed: Tensor, config: FusionConfig) -> Tensor:
-    if config.alpha == 1.0:
-        mixed = guide["calibrator"]
-    else:
-        mixed = torch.logaddexp(
-            target + math.log1p(-config.alpha), guide["calibrator"] + math.log(max(config.alpha, 1e-300))
-        )
-    # A token that the target excludes (bad words, a grammar) must not come back through the mixture.
-    return torch.where(target == -torch.inf, target, mixed)
+def _blend(
+    target: Tensor, guide: Mapping[str, Tensor], layout: Layout, alpha: Strength, config: FusionConfig
+) -> Tensor:
+    share = torch.as_tensor(alpha, dtype=target.dtype, device=target.device)
+    return torch.logaddexp(target + (-share).log1p(), guide["calibrator"] + share.log())
 
 
-def _value(target: Tensor, guide: Mapping[str, Tensor], fixed: Tensor, config: FusionConfig) -> Tensor:
-    # guide["value"] is relative to its expectation under the target (`_relative`): what the clip bounds is how much a
-    # token is better or worse than the target's average one, however hopeless the prefix is.
-    return target + (config.alpha * guide["value"]).clamp(-config.max_shift, config.max_shift)
+def _value(
+    target: Tensor, guide: Mapping[str, Tensor], layout: Layout, alpha: Strength, config: FusionConfig
+) -> Tensor:
+    # Relative to its expectation under the target: what the clip bounds is how much a token is better or worse than the
+    # target's average one, however hopeless the prefix is.
+    log_r = guide["value"]
+    relative = log_r - layout.normalise(target + log_r)[1]
+    return target + (alpha * relative).clamp(-config.max_shift, config.max_shift)
 
 
 _OF_CONTRAST = ("candidates", "one_sided", "margin", "max_shift", "mass_to_others")
@@ -236,77 +307,170 @@ MODES: dict[str, Mode] = {
 _DISTRIBUTION_HEADS = ("calibrator", "reference")
 
 
+class Moved(NamedTuple):
+    """What one fusion did to the candidates; what is not listed kept its log-probability.
+
+    Attributes:
+        places: int64 [n], the row of each, counted over all leading axes of the scores.
+        token_ids: int64 [n].
+        before: float32 [n], log-probability under the target, nats.
+        after: float32 [n], after fusion, nats.
+    """
+
+    places: Tensor
+    token_ids: Tensor
+    before: Tensor
+    after: Tensor
+
+
 def fuse(
     scores: Tensor,
     guide_scores: GuideScores,
     covers: Callable[[Tensor], Tensor],
     config: FusionConfig,
     always: Tensor | None = None,
+    *,
+    pick: Callable[[str, Tensor, Tensor], Tensor] | None = None,
+    alpha: Tensor | None = None,
+    keep_scale: bool = False,
+    alone: Tensor | None = None,
+    observe: Callable[[Moved], None] | None = None,
 ) -> Tensor:
     """Fuse next-token scores with a guide.
 
     Args:
-        scores: float [..., target_vocab_size], logits or log-probabilities (a constant per row changes nothing); -inf
-            where a token is excluded. Not modified.
+        scores: float [..., target_vocab_size], logits or log-probabilities (a constant per row changes nothing). Tokens
+            of probability 0 are excluded, however that is written (-inf, -1e9). Not modified.
         guide_scores: (head, token_ids int64 [..., k] or None) -> float [..., k], log-probabilities up to a constant per
             row, or log R of the head "value" (a constant per row cancels there as well). Asked for the needed heads and
             the candidates only; None when every token is a candidate: then the last axis is the guide's whole
             vocabulary, which may be wider or narrower than the scores.
         covers: token_ids int64 [...] -> bool, True where the guide knows the token.
         config: how.
-        always: int64 [n], ids that are candidates whatever their probability; see `choose_candidates`.
+        always: int64 [n], ids below target_vocab_size that are candidates whatever the target gives them, unless it
+            excludes them; for `candidates=None`, where they are chosen by probability.
+        pick: (head, places int64 [n], token_ids int64 [n]) -> float [n], the same for a list of tokens, with `places`
+            counting rows over all leading axes; saves time where many rows have few candidates each on a CPU.
+        alpha: float [...], a strength for each row, in the range of the mode; None: that of the config.
+        keep_scale: give each row the logsumexp that it had instead of 0, for processors behind that look at logits.
+        alone: bool [...], rows that are left as they are (for instance those of `unjudgeable`).
+        observe: called with what was done, once.
 
     Returns:
-        Normalised log-probabilities, float32 [..., target_vocab_size], nats. -inf stays -inf; tokens that are no
-        covered candidates keep the target's log-probability; with alpha 0 all do.
+        Log-probabilities, float32, shape and device of `scores`, nats, normalised unless `keep_scale`. Tokens that the
+        target excludes, that the guide does not cover or that are no candidates keep theirs.
 
     Raises:
-        InputError: the mode fuses hidden states, which scores do not tell.
+        InputError: a mode that fuses hidden states.
+
+    Example:
+        >>> scores = torch.log(torch.tensor([[0.5, 0.25, 0.25]]))
+        >>> heads = {"calibrator": scores, "reference": torch.log(torch.tensor([[0.5, 0.4, 0.1]]))}
+        >>> everything = lambda ids: torch.ones_like(ids, dtype=torch.bool)
+        >>> fuse(scores, lambda head, _: heads[head], everything, FusionConfig(candidates=0)).exp()
+        tensor([[0.5517, 0.1724, 0.2759]])
     """
-    log_probs = scores.float().log_softmax(dim=-1)
-    if config.alpha == 0.0:
-        return log_probs
     mode = MODES[config.mode]
     if mode.fuse is None:
         raise InputError(
             f"Mode {config.mode!r} fuses hidden states, not distributions: use embedding.fusion.EmbeddingFusion."
         )
-    vocab_size = log_probs.shape[-1]
-    token_ids, values, is_candidate = choose_candidates(log_probs, config.candidates, always)
-    covered = covers(torch.arange(vocab_size, device=scores.device) if token_ids is None else token_ids)
-    if is_candidate is not None:
-        covered = covered & is_candidate
-    fixed = ~(covered & (values > -torch.inf))
-    mass = values.masked_fill(fixed, -torch.inf).logsumexp(dim=-1, keepdim=True)
-    target = _renormalise(values, fixed)
-    guide = {}
-    for head in mode.heads:
-        raw = _fit(guide_scores(head, token_ids), values.shape[-1])
-        guide[head] = _renormalise(raw, fixed) if head in _DISTRIBUTION_HEADS else _relative(raw, target, fixed)
-    fused = mode.fuse(target, guide, fixed, config)
-    fused = _renormalise(fused, fixed)
-    values = torch.where(fixed, values, fused + mass)
+    raw = scores if alone is None else scores.masked_fill(alone[..., None], 0.0)
+    log_probs = raw.float().log_softmax(dim=-1)
+    # the same for every token of a row, so its best one tells
+    scale = raw.float().amax(dim=-1, keepdim=True) - log_probs.amax(dim=-1, keepdim=True) if keep_scale else None
+    if observe is not None and alone is not None:
+        observe = partial(_observe_others, observe, alone.flatten())
+    if alpha is not None or config.alpha != 0.0:
+        log_probs = _fuse(log_probs, guide_scores, covers, config, always, pick, alpha, observe)
+    if scale is not None:
+        log_probs = log_probs + scale
+    return log_probs if alone is None else torch.where(alone[..., None], scores.float(), log_probs)
+
+
+def unjudgeable(scores: Tensor) -> Tensor:
+    """Rows with nan or +inf, and rows that exclude every token: bool [...] for scores [..., target_vocab_size]."""
+    best = scores.amax(dim=-1)  # nan where any score is
+    return ~(best < torch.inf) | (best == -torch.inf)
+
+
+def _fuse(
+    log_probs: Tensor,
+    guide_scores: GuideScores,
+    covers: Callable[[Tensor], Tensor],
+    config: FusionConfig,
+    always: Tensor | None,
+    pick: Callable[[str, Tensor, Tensor], Tensor] | None,
+    alpha: Tensor | None,
+    observe: Callable[[Moved], None] | None,
+) -> Tensor:
+    """The fusion of rows that can be judged; writes into `log_probs` where autograd does not need it."""
+    mode, vocab_size = MODES[config.mode], log_probs.shape[-1]
+    assert mode.fuse is not None
+    as_list = pick is not None and log_probs.device.type == "cpu"
+    token_ids, values, is_candidate, places = choose_candidates(log_probs, config.candidates, always, as_list=as_list)
+    known = covers(torch.arange(vocab_size, device=log_probs.device) if token_ids is None else token_ids)
+    raw: dict[str, Tensor] = {}
+    if places is not None:
+        assert pick is not None
+        assert token_ids is not None
+        if not bool(known.all()):
+            places, token_ids, values = places[known], token_ids[known], values[known]
+        layout: Layout = _List(places, log_probs.numel() // vocab_size)
+        raw = {head: pick(head, places, token_ids) for head in mode.heads}
+    else:
+        movable = known.expand_as(values) if is_candidate is None else known & is_candidate
+        layout = _Table(~movable)
+        raw = {head: _fit(guide_scores(head, token_ids), values.shape[-1]) for head in mode.heads}
+    target, mass = layout.normalise(values)
+    guide = {head: layout.normalise(each)[0] if head in _DISTRIBUTION_HEADS else each for head, each in raw.items()}
+    strength: Strength = config.alpha if alpha is None else layout.of_rows(alpha.to(log_probs.device, torch.float32))
+    fused = layout.normalise(mode.fuse(target, guide, layout, strength, config))[0] + mass
+    if isinstance(layout, _Table):
+        fused = torch.where(layout.fixed, values, fused)
+    if observe is not None:
+        observe(_moved(layout, places, token_ids, values, fused))
     if token_ids is None:
-        return values
+        return fused
     # In place where autograd does not need the old values: they are a copy of the scores already.
-    scatter = log_probs.scatter if log_probs.requires_grad else log_probs.scatter_
-    return scatter(-1, token_ids, values)
+    if places is None:
+        return (log_probs.scatter if log_probs.requires_grad else log_probs.scatter_)(-1, token_ids, fused)
+    flat = log_probs.reshape(-1)
+    flat = (flat.index_copy if log_probs.requires_grad else flat.index_copy_)(0, places * vocab_size + token_ids, fused)
+    return flat.view(log_probs.shape)
 
 
-def _give_to_others(target: Tensor, lowered: Tensor, fixed: Tensor) -> Tensor:
-    """Log of exp(target) / (nu + exp(target - lowered) - 1), with the nu in (0, 1] for which the sum is 1.
+def _observe_others(observe: Callable[[Moved], None], alone: Tensor, moved: Moved) -> None:
+    kept = ~alone[moved.places]
+    observe(Moved(*(each[kept] for each in moved)))
+
+
+def _moved(layout: Layout, places: Tensor | None, token_ids: Tensor | None, values: Tensor, fused: Tensor) -> Moved:
+    if places is not None:
+        assert token_ids is not None
+        return Moved(places, token_ids, values.detach(), fused.detach())
+    assert isinstance(layout, _Table)
+    width = values.shape[-1]
+    flat = (~layout.fixed).reshape(-1, width).nonzero()
+    ids = flat[:, 1] if token_ids is None else token_ids.reshape(-1, width)[flat[:, 0], flat[:, 1]]
+    before, after = (each.detach().reshape(-1, width)[flat[:, 0], flat[:, 1]] for each in (values, fused))
+    return Moved(flat[:, 0], ids, before, after)
+
+
+def _give_to_others(target: Tensor, shift: Tensor, layout: Layout) -> Tensor:
+    """Log of exp(target) / (nu + exp(-shift) - 1), with the nu in (0, 1] for which the sum is 1.
 
     Newton's method on 1 / sum - 1, which is concave in nu: begun at a lower bound (no part of the sum may exceed 1) it
     comes nearer from below with every step. What is left of an error the caller's renormalisation takes away.
     """
-    penalty = torch.expm1(target - lowered).clamp(max=_MAX_PENALTY)
-    probability = target.exp().masked_fill(fixed, 0.0)
-    untouched = torch.where(penalty == 0.0, probability, 0.0).sum(dim=-1, keepdim=True)
-    nu = (probability - penalty).amax(dim=-1, keepdim=True).maximum(untouched).clamp(min=_LEAST_NU)
+    penalty = torch.expm1(-shift).clamp(max=_MAX_PENALTY)
+    probability = target.exp()
+    untouched = layout.sum(torch.where(penalty == 0.0, probability, 0.0))
+    nu = layout.max(probability - penalty).maximum(untouched).clamp(min=_LEAST_NU)
     for _ in range(_NEWTON_STEPS):
         share = 1.0 / (nu + penalty)
-        total = (probability * share).sum(dim=-1, keepdim=True)
-        slope = (probability * share * share).sum(dim=-1, keepdim=True)
+        total = layout.sum(probability * share)
+        slope = layout.sum(probability * share * share)
         nu = (nu + total * (total - 1.0) / slope.clamp(min=_TINY)).clamp(_LEAST_NU, 1.0)
     return target - (nu + penalty).log()
 
@@ -315,14 +479,3 @@ def _fit(guide_scores: Tensor, width: int) -> Tensor:
     """Cut or fill up to the width of a model head that is narrower or wider than the tokenizer; fillers are unused."""
     missing = width - guide_scores.shape[-1]
     return functional.pad(guide_scores, (0, missing)) if missing else guide_scores  # a negative pad cuts
-
-
-def _renormalise(scores: Tensor, fixed: Tensor) -> Tensor:
-    """Log-softmax over the entries that are not fixed; 0 at the fixed ones, also in a row that has no others."""
-    return scores.masked_fill(fixed, -torch.inf).log_softmax(dim=-1).masked_fill(fixed, 0.0)
-
-
-def _relative(log_r: Tensor, target: Tensor, fixed: Tensor) -> Tensor:
-    """Log R of each candidate minus log of its expectation under the target's candidates; 0 at the fixed entries."""
-    expected = (target + log_r).masked_fill(fixed, -torch.inf).logsumexp(dim=-1, keepdim=True)
-    return (log_r - expected).masked_fill(fixed, 0.0)

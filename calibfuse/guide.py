@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,9 +25,10 @@ SPECIAL_MASS = 1e-4
 _SEQUENCE_CHUNK = 4_000_000  # elements of a [positions, vocabulary] block in log_probs
 
 
-class NextTokenScores(Protocol):
+class NextTokenScores(ABC):
     """What a guide says of the next token at some positions (leading axes `...`: rows, or rows and positions)."""
 
+    @abstractmethod
     def log_scores(self, head: str, token_ids: Tensor | None = None) -> Tensor:
         """Log-probabilities up to one constant per position; of the head "value" log R, at most 0.
 
@@ -39,32 +40,87 @@ class NextTokenScores(Protocol):
         Returns:
             float32 [..., k] or [..., target_vocab_size], nats.
         """
-        ...
 
+    @abstractmethod
     def positions(self, start: int, stop: int) -> NextTokenScores:
         """What it says at some of the positions of whole sequences (leading axes rows and positions)."""
-        ...
 
-
-class GuideSession(Protocol):
-    """Follows generations. Its state derives from the ids alone, so calls may repeat, shrink, reorder or start anew."""
-
-    def step(self, input_ids: Tensor, readings: Tensor) -> tuple[NextTokenScores, list[float]]:
-        """Advance to the given prefixes.
+    def log_scores_at(self, head: str, places: Tensor, token_ids: Tensor) -> Tensor:
+        """The same for a list of tokens, of each position as many as are wanted.
 
         Args:
-            input_ids: int64 [rows, length], the whole sequences so far; length may be 0.
-            readings: float [n] on the same device, read out together with the session's own, so that a GPU is waited
-                for once.
+            head: see `log_scores`.
+            places: int64 [n], which position, counted over all leading axes.
+            token_ids: int64 [n].
 
         Returns:
-            What the guide says of the next token of each row, and the values of `readings`.
+            float32 [n], nats.
         """
-        ...
+        whole = self.log_scores(head).flatten(0, -2)
+        return whole[places, token_ids.clamp(0, whole.shape[-1] - 1)]
 
+
+class Request(NamedTuple):
+    """One text of a session, as far as it has come.
+
+    Attributes:
+        key: names the text from one step to the next; anything that can be a dictionary's key.
+        ids: its token ids: all of them, or the last ones, at least `Guide.reach`.
+        length: tokens of the whole text; None: `ids` is the whole text.
+    """
+
+    key: Hashable
+    ids: Sequence[int]
+    length: int | None = None
+
+
+class GuideSession(ABC):
+    """Follows texts that come, grow, shrink and go independently: what a serving engine's batch is.
+
+    A step names every text that wants scores, by a key of the caller's choice, with the ids that it has now. What is
+    new is found by comparing ids: a text that went on is read on, one that was rolled back (a rejected draft) goes
+    back, one that changed is read anew. Rows may stand in another order at each step, and texts that are not asked for
+    may come back later. A text that has been dropped or forgotten is simply read again.
+
+        guide = Calibrator.from_pretrained().bind(tokenizer)
+        session, config = guide.session(), recommended_config(guide.recommended, {})
+        texts = {"first": prompt_ids, "second": other_ids}           # request -> its token ids so far
+        while texts:
+            requests = [Request(key, ids) for key, ids in texts.items()]
+            said = session.step(requests)                            # one forward, whatever the lengths
+            logits = engine.forward(texts)                           # [rows, vocabulary], row i for requests[i]
+            strengths = torch.tensor([alpha_of(key) for key in texts])
+            fused = fuse(logits, said.log_scores, guide.covers, config, guide.always_candidates(logits.shape[-1]),
+                         pick=said.log_scores_at, alpha=strengths, keep_scale=True)
+            for request, token in zip(requests, sample(fused)):
+                texts[request.key] = [*request.ids, token]
+            for key in [key for key, ids in texts.items() if ids[-1] == end_id]:
+                del texts[key]
+                session.drop([key])                                  # its memory is free for the next text
+
+    Only the last `guide.reach` tokens of a text need to be passed (None: all of them). An exception at any moment
+    leaves the session as it was or empty. A session belongs to one thread; a guide may have any number of them.
+    """
+
+    @abstractmethod
+    def step(self, requests: Sequence[Request]) -> NextTokenScores:
+        """Read what is new of some texts, each of them named once.
+
+        Returns:
+            What the guide says of the next token of each; row i is that of requests[i].
+        """
+
+    @abstractmethod
+    def copy(self, pairs: Mapping[Hashable, Hashable]) -> None:
+        """Let new texts (keys) begin as copies of others (values), as the beams of a search do."""
+
+    @abstractmethod
+    def drop(self, keys: Iterable[Hashable]) -> None:
+        """Forget texts and free what they held; unknown keys do not matter."""
+
+    @abstractmethod
     def reset(self) -> None:
         """Forget everything."""
-        ...
 
 
 class Guide(ABC):
@@ -105,6 +161,11 @@ class Guide(ABC):
     @abstractmethod
     def read_sequence(self, input_ids: Tensor, masked: Tensor | None) -> NextTokenScores:
         """All positions of sequences on the guide's device; bool `masked` is True for left padding."""
+
+    @property
+    def reach(self) -> int | None:
+        """How many of a text's last tokens matter to what is said next; None: all of them."""
+        return None
 
     @property
     def recommended(self) -> Mapping[str, Any]:
@@ -184,9 +245,7 @@ class Guide(ABC):
     def first_log_probs(self, head: str = CALIBRATOR_HEAD) -> Tensor:
         """Log-probabilities of a text's first token: float32 [target_vocab_size], nats."""
         self.check_head(head, predicts=True)
-        empty = torch.zeros(1, 0, dtype=torch.int64, device=self.device)
-        said, _ = self.session().step(empty, torch.zeros(0, device=self.device))
-        return self.normalise(said.log_scores(head))[0]
+        return self.normalise(self.session().step([Request(None, ())]).log_scores(head))[0]
 
     def normalise(self, scores: Tensor) -> Tensor:
         """Scores [..., target_vocab_size] -> log-probabilities in which uncovered tokens share SPECIAL_MASS."""

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +25,9 @@ from calibfuse.embedding.alignment import Alignment, alignable, alignment_folder
 from calibfuse.embedding.fusion import EmbeddingFusion
 from calibfuse.embedding.output_head import find_output_head
 from calibfuse.errors import FusionNotAppliedError, InputError, MissingHeadError, VocabularyMismatchError
-from calibfuse.fusion import MODES, FusionConfig, fuse, recommended_config
+from calibfuse.fusion import MODES, FusionConfig, Moved, fuse, recommended_config, unjudgeable
 from calibfuse.hub import resolve_checkpoint
+from calibfuse.prefix_cache import RowSession
 from calibfuse.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -86,8 +88,12 @@ class CalibFusion(LogitsProcessor):
             )
         hidden_space = MODES[self.config.mode].fuse is None
         self._embedding = _embedding_fusion(guide, self.config, alignment, target) if hidden_space else None
-        self._session = guide.session()
-        self._calls = 0
+        self._calls = self._fused = 0
+        self._has_warned = False
+        self._target_width = _head_width(target)
+        if self._target_width is not None and (problem := _misfit(guide, self._target_width)):
+            raise VocabularyMismatchError(f"{problem} Pass the target's own tokenizer.")
+        self.reset()
 
     @classmethod
     def from_pretrained(
@@ -138,7 +144,7 @@ class CalibFusion(LogitsProcessor):
         calibrator = Calibrator.from_pretrained(
             name_or_path, reference=reference, revision=revision, local_files_only=local_files_only
         )
-        if device is None and target is not None:
+        if device is None and target is not None and target.device.type != "meta":  # offloaded: follow the scores
             device = target.device
         if local_files_only and isinstance(source, str) and not os.path.exists(os.path.expanduser(source)):
             source = Vocabulary.from_tokenizer(source, local_files_only=True)  # a Hub id, which `bind` would ask for
@@ -159,7 +165,23 @@ class CalibFusion(LogitsProcessor):
 
     def reset(self) -> None:
         """Forget the generations followed so far (frees their cache). Never needed for correctness."""
-        self._session = self.guide.session()
+        self._of_thread = threading.local()
+
+    def _rows(self, guide: Guide) -> RowSession:
+        """The session of this thread: a generation runs in one, and several may share this object."""
+        rows: RowSession | None = getattr(self._of_thread, "rows", None)
+        if rows is None or rows.guide is not guide:
+            rows = self._of_thread.rows = RowSession(guide)
+        return rows
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy follows generations of its own."""
+        return {name: value for name, value in self.__dict__.items() if name != "_of_thread"}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        """See `__getstate__`."""
+        self.__dict__.update(state)
+        self.reset()
 
     @contextmanager
     def required(self) -> Iterator[CalibFusion]:
@@ -170,9 +192,9 @@ class CalibFusion(LogitsProcessor):
         Raises:
             FusionNotAppliedError: on leaving the block.
         """
-        before = self._calls
+        before = self._fused
         yield self
-        if self._calls == before:
+        if self._fused == before:
             raise FusionNotAppliedError(
                 "The generation finished without calling CalibFusion: the engine dropped `logits_processor`, and the "
                 "text is the plain model's. Use model.generate() without continuous batching or a paged cache."
@@ -190,7 +212,7 @@ class CalibFusion(LogitsProcessor):
 
         Raises:
             VocabularyMismatchError: shapes do not fit, or ids lie outside the scores' and the tokenizer's vocabulary.
-            InputError: scores hold nan or +inf, or a row excludes every token.
+            InputError: scores hold nan or +inf.
         """
         if input_ids.ndim != 2 or scores.ndim != 2 or input_ids.shape[0] != scores.shape[0]:
             raise VocabularyMismatchError(
@@ -198,16 +220,18 @@ class CalibFusion(LogitsProcessor):
                 f"{tuple(input_ids.shape)} and {tuple(scores.shape)}."
             )
         self._calls += 1
-        if scores.shape[0] == 0:
+        if scores.shape[0] == 0 or self._is_foreign(scores.shape[-1]):
             return scores.float()
-        self._follow(scores.device)
+        self._fused += 1
+        guide = self._follow(scores.device)
+        input_ids = input_ids.to(scores.device)
         readings = self._readings(input_ids, scores)
         if self.config.alpha == 0.0:
-            self._check(readings.tolist(), scores)
-            return scores.float().log_softmax(dim=-1)
-        next_tokens, values = self._session.step(input_ids, readings)
-        self._check(values, scores)
-        return self._fuse(scores, next_tokens)
+            said, values = None, readings.tolist()
+        else:
+            said, values = self._rows(guide).step(input_ids, readings)
+        has_dead_rows = self._check(values, scores)
+        return self._fuse(guide, scores, said, has_dead_rows)
 
     def fuse_logits(self, input_ids: Tensor, logits: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Fuse whole sequences: perplexity, log-likelihood tasks, training targets.
@@ -222,7 +246,7 @@ class CalibFusion(LogitsProcessor):
 
         Raises:
             VocabularyMismatchError: shapes do not fit, or ids lie outside the logits' and the tokenizer's vocabulary.
-            InputError: logits hold nan or +inf, or a position excludes every token.
+            InputError: logits hold nan or +inf.
         """
         if input_ids.ndim != 2 or logits.ndim != 3 or logits.shape[:2] != input_ids.shape:
             raise VocabularyMismatchError(
@@ -230,27 +254,55 @@ class CalibFusion(LogitsProcessor):
                 f"{tuple(input_ids.shape)} and {tuple(logits.shape)}."
             )
         self._calls += 1
-        self._follow(logits.device)
+        self._fused += 1
+        guide = self._follow(logits.device)
         if not logits.numel():
             return logits.float()
-        self._check(self._readings(input_ids, logits).tolist(), logits)
+        input_ids = input_ids.to(logits.device)
+        has_dead_rows = self._check(self._readings(input_ids, logits).tolist(), logits)
         if self.config.alpha == 0.0:
-            return logits.float().log_softmax(dim=-1)
-        said = self.guide.sequence(input_ids, attention_mask)
+            return self._fuse(guide, logits, None, has_dead_rows)
+        said = guide.sequence(input_ids, attention_mask)
         batch, length, vocab_size = logits.shape
         step = max(1, _SEQUENCE_CHUNK // (batch * vocab_size))
         parts = [
-            self._fuse(logits[:, start : start + step], said.positions(start, start + step))
+            self._fuse(guide, logits[:, start : start + step], said.positions(start, start + step), has_dead_rows)
             for start in range(0, length, step)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
-    def _fuse(self, scores: Tensor, said: NextTokenScores) -> Tensor:
-        if self._embedding is not None:
-            return self._embedding(scores, last_states(said))
+    def _fuse(self, guide: Guide, scores: Tensor, said: NextTokenScores | None, has_dead_rows: bool) -> Tensor:
+        """Fuse; rows that exclude every token are left as they are (dead beams of a constraint)."""
+        alone = unjudgeable(scores) if has_dead_rows else None
+        if said is None or self._embedding is not None:
+            raw = scores if alone is None else scores.masked_fill(alone[..., None], 0.0)
+            fused = raw.float().log_softmax(-1) if said is None else self._embedding(raw, last_states(said))  # type: ignore[misc]
+            return fused if alone is None else torch.where(alone[..., None], scores.float(), fused)
+        always = guide.always_candidates(scores.shape[-1])
         return fuse(
-            scores, said.log_scores, self.guide.covers, self.config, self.guide.always_candidates(scores.shape[-1])
-        )
+            scores, said.log_scores, guide.covers, self.config, always, pick=said.log_scores_at, alone=alone,
+            observe=self._observer(scores, alone),
+        )  # fmt: skip
+
+    def _observer(self, scores: Tensor, alone: Tensor | None) -> Callable[[Moved], None] | None:
+        return None
+
+    def _is_foreign(self, width: int) -> bool:
+        """Whether scores are those of another model than the target: an assistant with a tokenizer of its own."""
+        if self._embedding is not None:
+            return False
+        if self._target_width is not None:
+            return width != self._target_width
+        problem = _misfit(self.guide, width)
+        if problem and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"{problem} Such scores are left as they are: pass target= (the model) if they are an assistant's, and "
+                "the right tokenizer= if they are the target's.",
+                UserWarning,
+                stacklevel=3,
+            )
+        return bool(problem)
 
     def _readings(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """What `_check` judges, float32 [4] on the device: lowest and highest best score, lowest and highest id."""
@@ -259,22 +311,19 @@ class CalibFusion(LogitsProcessor):
         ids = input_ids if input_ids.numel() else best.new_zeros(1)
         return torch.stack([best.amin(), best.amax(), ids.amin(), ids.amax()])
 
-    def _follow(self, device: torch.device) -> None:
-        """Move the guide to the scores' device the first time they differ."""
-        if self.guide.device != device:
-            self.guide = self.guide.to(device)
-            self._session = self.guide.session()
+    def _follow(self, device: torch.device) -> Guide:
+        """The guide, moved to the scores' device the first time they differ."""
+        guide = self.guide
+        if guide.device != device:
+            guide = self.guide = guide.to(device)
+        return guide
 
-    def _check(self, readings: list[float], scores: Tensor) -> None:
+    def _check(self, readings: list[float], scores: Tensor) -> bool:
+        """Refuse what cannot be fused; whether a row excludes every token."""
         lowest, highest, first_id, last_id = readings
         if not highest < math.inf:
             raise InputError(
                 "The target model's scores hold nan or +inf; its forward pass failed (overflow in half precision?)."
-            )
-        if lowest == -math.inf:
-            raise InputError(
-                "A row of the target model's scores is -inf everywhere: the processors before CalibFusion excluded "
-                "every token, so there is nothing to choose from."
             )
         # A prompt may hold ids beyond the head (image marks) as long as the tokenizer has them.
         limit = max(scores.shape[-1], self.guide.target_vocab_size)
@@ -284,6 +333,24 @@ class CalibFusion(LogitsProcessor):
                 f"of the scores and the {self.guide.target_vocab_size} of the tokenizer. Do ids, scores and tokenizer "
                 "belong to the same model?"
             )
+        return lowest == -math.inf
+
+
+def _misfit(guide: Guide, width: int) -> str:
+    """Why a head of `width` scores cannot be that of the guide's tokenizer; empty where it can.
+
+    Heads are padded, by up to 2 % in models that are known, and some leave out a few tokens at the end (image marks).
+    """
+    size = guide.target_vocab_size
+    beyond = size - width
+    if beyond > 0:
+        beyond = int((~guide.vocabulary.is_special[width:]).sum())
+    if beyond <= max(256, size // 100) and width <= size + max(4096, size // 10):
+        return ""
+    return (
+        f"The scores have {width} entries, which cannot be those of the tokenizer {guide.vocabulary.name!r} "
+        f"with {size} ids."
+    )
 
 
 def _embedding_fusion(
@@ -301,6 +368,13 @@ def _embedding_fusion(
         )
     alignment.check(alignable(guide))
     return EmbeddingFusion(alignment.matrix, find_output_head(target), config.alpha, config.hidden_temperature)
+
+
+def _head_width(target: PreTrainedModel | None) -> int | None:
+    """How many scores a model gives; None where it does not say."""
+    head: Any = getattr(target, "get_output_embeddings", lambda: None)()
+    weight = getattr(head, "weight", None)
+    return int(weight.shape[0]) if isinstance(weight, Tensor) and weight.ndim == 2 else None
 
 
 def _tokenizer_name(target: PreTrainedModel | None) -> str:

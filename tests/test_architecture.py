@@ -27,12 +27,11 @@ LAYERS = (
     ("processor", "training", "evaluation"),
     ("embedding", "bits_per_byte"),
     ("calibrator", "guides", "fusion", "scorers", "generation"),
-    ("loading",),
+    ("loading", "prefix_cache"),
     ("guide",),
     (
         "vocabulary",
         "candidates",
-        "prefix_cache",
         "hub",
         "model_card",
         "textfiles",

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from tiny_calibrators import BOS, PAD, make_bound, make_calibrator, make_vocabulary
 
 from calibfuse import guide as guide_module
-from calibfuse.calibrator import Calibrator, binding
+from calibfuse.calibrator import Calibrator, binding, body
 from calibfuse.calibrator.binding import SPECIAL_MASS, cache_folder
-from calibfuse.calibrator.body import KeyValueBuffer
+from calibfuse.calibrator.body import KeyValueRing
 from calibfuse.embedding.alignment import alignment_folders
 from calibfuse.errors import InputError, MissingHeadError, VocabularyError, VocabularyMismatchError
+from calibfuse.prefix_cache import RowSession
 from calibfuse.vocabulary import Vocabulary
 from calibfuse.vocabulary import vocabulary as vocabulary_module
 
@@ -227,7 +228,7 @@ def test_long_texts_are_read_in_pieces_like_the_whole(bound, monkeypatch):
     ids = random_ids(2, 150)
     ids[1, :70] = PAD  # longer than a piece
     pieces = bound.log_probs(ids)
-    monkeypatch.setattr(binding, "_WINDOWS_AT_ONCE", 1000)
+    monkeypatch.setattr(body, "_WINDOWS_AT_ONCE", 1000)
     torch.testing.assert_close(pieces, bound.log_probs(ids), atol=1e-4, rtol=1e-4)
 
 
@@ -255,9 +256,9 @@ class TestSession:
         def draw(rows, length, *, special):
             return torch.randint(0 if special else 3, 6 if special else SIZE, (rows, length), generator=generator)
 
-        slack, KeyValueBuffer.slack = KeyValueBuffer.slack, 5
+        slack, KeyValueRing.slack = KeyValueRing.slack, 5
         try:
-            session = bound.session()
+            session = RowSession(bound)
             ids = draw(2, 3, special=True)
             for action, number, special in [("repeat", 0, False), *script]:
                 rows, length = ids.shape
@@ -275,7 +276,7 @@ class TestSession:
                     ids = draw(rows, number, special=special)
                 self.check(bound, session, ids)
         finally:
-            KeyValueBuffer.slack = slack
+            KeyValueRing.slack = slack
 
     @staticmethod
     def check(bound, session, ids):
@@ -284,19 +285,19 @@ class TestSession:
         if ids.shape[1]:
             expected = bound.sequence(ids).positions(ids.shape[1] - 1, ids.shape[1]).hidden[:, -1]
         else:
-            expected = bound._advance(ids, None, None, None)[0][:, -1]
+            expected = bound.states(ids)[:, -1]
         torch.testing.assert_close(said.hidden, expected, atol=1e-4, rtol=1e-3)
 
     def test_long_generation(self, bound):
-        session, ids = bound.session(), random_ids(3, 200)
+        session, ids = RowSession(bound), random_ids(3, 200)
         ids[1, :5] = PAD
         for length in range(8, 200):
             said, _ = session.step(ids[:, :length], torch.zeros(1))
-        assert session._buffer.first_slot > 0
+        assert session.session.memory_bytes == 3 * 2 * 2 * 32 * (8 + KeyValueRing.slack) * 4, "rows, layers, k and v"
         torch.testing.assert_close(said.hidden, bound.sequence(ids[:, :199]).hidden[:, -1], atol=1e-4, rtol=1e-3)
 
     def test_ids_written_over_by_the_caller_are_noticed(self, bound):
-        session, ids = bound.session(), random_ids(1, 6)
+        session, ids = RowSession(bound), random_ids(1, 6)
         session.step(ids, torch.zeros(1))
         ids[0, 2] = 50
         said, _ = session.step(ids, torch.zeros(1))

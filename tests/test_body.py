@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calibfuse.calibrator.body import Body, KeyValueBuffer, rotary_tables, window_mask
+from calibfuse.calibrator.body import Body, KeyValueRing, rotary_tables, window_mask
 
 WINDOW, WIDTH, LAYERS, HEADS = 6, 16, 2, 2
 
@@ -25,7 +25,7 @@ def body():
 
 @pytest.fixture
 def small_slack(monkeypatch):
-    monkeypatch.setattr(KeyValueBuffer, "slack", 3)
+    monkeypatch.setattr(KeyValueRing, "slack", 3)
 
 
 def random_states(rows, slots, seed=0):
@@ -135,80 +135,102 @@ def test_rotary_tables_are_cosines_and_sines_of_position_times_frequency():
 
 
 class Follower:
-    """A buffer under test, with everything needed to compute its states from scratch."""
+    """A ring under test, with everything needed to compute its states from scratch: texts of different lengths."""
 
     def __init__(self, body, rows, seed):
         self.body = body
         self.generator = torch.Generator().manual_seed(seed)
-        self.buffer = KeyValueBuffer(LAYERS, WINDOW)
-        self.starts = torch.randint(0, 4, (rows,), generator=self.generator)
-        self.inputs = torch.zeros(rows, 0, WIDTH, dtype=torch.float64)
-        self.longest = 0
-        self.extend(4)
+        self.ring = KeyValueRing(LAYERS, WINDOW)
+        self.ring.resize(rows)
+        self.inputs = [torch.zeros(0, WIDTH, dtype=torch.float64) for _ in range(rows)]
+        self.highest = [0] * rows
 
-    def extend(self, count):
-        new = torch.randn(len(self.starts), count, WIDTH, dtype=torch.float64, generator=self.generator)
-        self.inputs = torch.cat([self.inputs, new], dim=1)
-        result = self.body(new, self.starts, self.buffer)
-        expected = self.body(self.inputs, self.starts)
-        torch.testing.assert_close(result, expected[:, -count:], atol=1e-5, rtol=1e-5)
-        assert self.buffer.slots == self.inputs.shape[1]
-        self.longest = max(self.longest, self.buffer.slots)
-
-    def cut(self, slots, parents):
-        slots = min(max(4, slots), self.buffer.slots)
-        if not self.buffer.can_cut_to(slots):
-            assert self.longest - slots > self.buffer.slack, "rolling back less than the slack must always work"
+    def extend(self, counts):
+        """Feed counts[i] new slots of row i; rows with 0 are left out."""
+        rows = [row for row, count in enumerate(counts) if count]
+        if not rows:
             return
-        index = None if parents is None else torch.tensor([parent % len(self.starts) for parent in parents])
-        self.buffer.cut(slots, index)
-        self.inputs = self.inputs[:, :slots]
-        if index is not None:
-            self.inputs, self.starts = self.inputs[index], self.starts[index]
+        new = torch.randn(len(rows), max(counts), WIDTH, dtype=torch.float64, generator=self.generator)
+        before = [len(self.inputs[row]) for row in rows]
+        used = [counts[row] for row in rows]
+        result = self.body.step(new, self.ring, rows, before, used)
+        for at, row in enumerate(rows):
+            self.inputs[row] = torch.cat([self.inputs[row], new[at, : used[at]]])
+            self.highest[row] = max(self.highest[row], len(self.inputs[row]))
+            expected = self.body(self.inputs[row][None], torch.zeros(1, dtype=torch.int64))[0, -used[at] :]
+            torch.testing.assert_close(result[at, : used[at]], expected, atol=1e-5, rtol=1e-5)
+
+    def cut(self, row, slots):
+        slots = min(max(1, slots), len(self.inputs[row]))
+        if not self.ring.can_return_to(slots, self.highest[row]):
+            assert self.highest[row] - slots > self.ring.slack, "rolling back less than the slack must always work"
+            return
+        self.inputs[row] = self.inputs[row][:slots]
+
+    def copy(self, source, target):
+        self.ring.copy([source], [target])
+        self.inputs[target], self.highest[target] = self.inputs[source], self.highest[source]
 
 
+counts = st.lists(st.integers(0, 12), min_size=3, max_size=3)
 steps = st.one_of(
-    st.tuples(st.just("extend"), st.integers(1, 9)),
-    st.tuples(st.just("extend"), st.just(1)),
-    st.tuples(st.just("cut"), st.integers(0, 8), st.none() | st.lists(st.integers(0, 9), min_size=1, max_size=4)),
+    st.tuples(st.just("extend"), counts),
+    st.tuples(st.just("extend"), st.lists(st.integers(0, 1), min_size=3, max_size=3)),
+    st.tuples(st.just("cut"), st.tuples(st.integers(0, 2), st.integers(0, 8))),
+    st.tuples(st.just("copy"), st.tuples(st.integers(0, 2), st.integers(0, 2))),
 )
 
 
 @settings(max_examples=60, deadline=None)
-@given(rows=st.integers(1, 3), seed=st.integers(0, 99), script=st.lists(steps, max_size=25))
-def test_any_sequence_of_extending_rolling_back_and_reordering(body, rows, seed, script):
-    slack, KeyValueBuffer.slack = KeyValueBuffer.slack, 3
+@given(seed=st.integers(0, 99), script=st.lists(steps, max_size=25))
+def test_any_sequence_of_extending_rolling_back_and_copying(body, seed, script):
+    slack, KeyValueRing.slack = KeyValueRing.slack, 3
     try:
-        follower = Follower(body, rows, seed)
-        for step in script:
-            if step[0] == "extend":
-                follower.extend(step[1])
+        follower = Follower(body, 3, seed)
+        follower.extend([4, 1, 9])
+        for action, numbers in script:
+            if action == "extend":
+                follower.extend(numbers)
+            elif action == "cut":
+                follower.cut(numbers[0], len(follower.inputs[numbers[0]]) - numbers[1])
             else:
-                follower.cut(follower.buffer.slots - step[1], step[2])
-        follower.extend(1)
+                follower.copy(*numbers)
+        follower.extend([1, 1, 1])
     finally:
-        KeyValueBuffer.slack = slack
+        KeyValueRing.slack = slack
 
 
 def test_long_texts_keep_a_bounded_cache(body, small_slack):
     follower = Follower(body, 2, 0)
+    follower.extend([5, 1])
+    memory = follower.ring.memory_bytes
     for _ in range(60):
-        follower.extend(1)
-    follower.extend(30)
-    follower.extend(1)
-    kept = follower.buffer.slots - follower.buffer.first_slot
-    assert kept <= 2 * WINDOW + follower.buffer.slack
-    assert all(tensor.shape[2] <= 4 * WINDOW + follower.buffer.slack for tensor in follower.buffer._keys)
+        follower.extend([1, 1])
+    follower.extend([30, 1])
+    follower.extend([1, 0])
+    assert follower.ring.memory_bytes == memory == LAYERS * 2 * 2 * WIDTH * (WINDOW + 3) * 8
+
+
+def test_room_is_given_back_and_taken_again(body, small_slack):
+    follower = Follower(body, 3, 1)
+    follower.extend([9, 2, 20])
+    follower.ring.resize(1)
+    follower.inputs, follower.highest = follower.inputs[:1], follower.highest[:1]
+    follower.extend([1])
+    follower.ring.resize(2)
+    follower.inputs.append(torch.zeros(0, WIDTH, dtype=torch.float64))
+    follower.highest.append(0)
+    follower.extend([1, 7])
+    follower.ring.resize(0)
+    assert follower.ring.memory_bytes == 0
 
 
 def test_cutting_back_further_than_the_slack_is_refused_in_advance(body, small_slack):
-    follower = Follower(body, 1, 0)
-    for _ in range(40):
-        follower.extend(1)
-    buffer = follower.buffer
-    assert buffer.can_cut_to(buffer.slots - 3)
-    assert not buffer.can_cut_to(WINDOW)
-    assert not buffer.can_cut_to(1)
+    ring = KeyValueRing(LAYERS, WINDOW)
+    assert ring.can_return_to(40 - 1 - 3, 40)
+    assert not ring.can_return_to(40 - 1 - 4, 40)
+    assert not ring.can_return_to(1, WINDOW + 4)
+    assert ring.can_return_to(1, WINDOW + 3)  # nothing is overwritten yet
 
 
 def test_gradients_reach_every_weight():

@@ -7,7 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calibfuse import candidates
 from calibfuse.candidates import MIN_CANDIDATES, MIN_PROBABILITY, best, choose_candidates
 from calibfuse.fusion import FusionConfig, fuse
 
@@ -20,15 +19,25 @@ def random_rows(scales, vocab, seed=0):
     return (torch.randn(len(scales), vocab, generator=generator) * torch.tensor(scales)[:, None]).log_softmax(-1)
 
 
-def chosen_sets(log_probs, count):
-    """The candidates of each row, whatever their layout."""
-    token_ids, values, is_candidate = choose_candidates(log_probs, count)
-    if token_ids is None:
-        token_ids = torch.arange(log_probs.shape[-1]).expand_as(log_probs)
-    assert torch.equal(values, log_probs.gather(-1, token_ids))
-    if is_candidate is None:
-        is_candidate = torch.ones_like(token_ids, dtype=torch.bool)
-    return [set(ids[mask].tolist()) for ids, mask in zip(token_ids, is_candidate, strict=True)]
+def chosen_sets(log_probs, count, always=None):
+    """The candidates of each row, the same in both layouts."""
+    sets = []
+    for as_list in (False, True):
+        token_ids, values, is_candidate, places = choose_candidates(log_probs, count, always, as_list=as_list)
+        if places is not None:
+            assert torch.equal(values, log_probs[places, token_ids])
+            assert (torch.diff(places * log_probs.shape[1] + token_ids) > 0).all(), "row by row, with rising ids"
+            sets.append([set(token_ids[places == row].tolist()) for row in range(len(log_probs))])
+            assert sum(map(len, sets[-1])) == len(token_ids)
+            continue
+        if token_ids is None:
+            token_ids = torch.arange(log_probs.shape[-1]).expand_as(log_probs)
+        assert torch.equal(values, log_probs.gather(-1, token_ids))
+        if is_candidate is None:
+            is_candidate = torch.ones_like(token_ids, dtype=torch.bool)
+        sets.append([set(ids[mask].tolist()) for ids, mask in zip(token_ids, is_candidate, strict=True)])
+    assert sets[0] == sets[1]
+    return sets[0]
 
 
 def expected_set(row):
@@ -58,34 +67,91 @@ def test_they_do_not_depend_on_the_other_rows(scale):
         assert chosen_sets(torch.cat([row, random_rows(others, 40_000, seed=1)]), None)[:1] == alone
 
 
-def test_both_layouts_occur():
-    """Few candidates are gathered; with many, or many rows, the whole head is cheaper."""
-    sure, unsure = random_rows([9.0], 40_000), random_rows([0.5], 5_000)
-    assert choose_candidates(sure, None).token_ids is not None
-    assert choose_candidates(unsure, None).token_ids is None
-    assert choose_candidates(random_rows([2.0] * 50, 5_000), None).token_ids is None
+def test_lists_are_made_of_several_rows():
+    sure, unsure = random_rows([9.0], 40_000), random_rows([0.5] * 3, 5_000)
+    assert choose_candidates(sure, None, as_list=True).places is None, "one row is a table as it is"
+    assert choose_candidates(sure, None, as_list=True).token_ids.shape[0] == 1
+    assert choose_candidates(unsure, None, as_list=True).places is not None
+    assert choose_candidates(unsure, None).places is None
 
 
-def test_both_layouts_fuse_to_the_same(monkeypatch):
+@pytest.mark.parametrize("mode", ["contrast", "geometric", "value"])
+def test_both_layouts_fuse_to_the_same(mode):
     """What a GPU does, which never counts, against what a CPU does."""
-    rows = random_rows([4.0, 9.0, 2.0], 40_000)
-    heads = {name: random_rows([1.0] * 3, 40_000, seed) for seed, name in enumerate(("calibrator", "reference"))}
+    rows = random_rows([4.0, 9.0, 2.0], 40_000).view(3, 1, -1)
+    rows[1, 0, 5:30_000] = -1e9
+    heads = {
+        name: random_rows([1.0] * 3, 40_000, seed).view(3, 1, -1)
+        for seed, name in enumerate(("calibrator", "reference", "value"))
+    }
+    always = torch.tensor([7, 31_000])
+    config = FusionConfig(mode=mode, alpha=0.7, margin=0.05, mass_to_others=True)
+    alpha = torch.tensor([[0.7], [0.2], [0.0]])
 
-    def run():
-        def scores(head, token_ids):
-            return heads[head] if token_ids is None else heads[head].gather(-1, token_ids)
+    def scores(head, token_ids):
+        return heads[head] if token_ids is None else heads[head].gather(-1, token_ids)
 
-        return fuse(rows, scores, lambda ids: torch.ones_like(ids, dtype=torch.bool), FusionConfig(alpha=2.0))
+    def pick(head, places, token_ids):
+        return heads[head].flatten(0, 1)[places, token_ids]
 
-    gathered = run()
-    monkeypatch.setattr(
-        candidates,
-        "_by_probability",
-        lambda log_probs: candidates.Candidates(
-            None, log_probs, log_probs >= candidates._least(log_probs).clamp(max=math.log(MIN_PROBABILITY))
-        ),
-    )
-    torch.testing.assert_close(gathered, run(), atol=2e-5, rtol=1e-5)
+    def run(**options):
+        def covers(ids):
+            return ids % 11 > 0
+
+        return fuse(rows, scores, covers, config, always, **options)
+
+    for options in ({}, {"alpha": alpha}, {"keep_scale": True}, {"alone": torch.tensor([[False], [True], [False]])}):
+        seen = []
+        listed = run(pick=pick, observe=seen.append, **options)
+        torch.testing.assert_close(listed, run(observe=seen.append, **options), atol=2e-5, rtol=1e-5)
+        for one, other in zip(*seen, strict=True):
+            torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(run(alpha=alpha)[2], rows[2].log_softmax(-1), atol=2e-5, rtol=1e-5)
+    assert not torch.allclose(run(alpha=alpha)[0], run()[0] * 0 + rows[0].log_softmax(-1), atol=1e-3)
+
+
+def test_a_row_with_a_scale_of_its_own_keeps_it():
+    logits = torch.randn(2, 300, generator=torch.Generator().manual_seed(0)) * 3 + torch.tensor([[5.0], [-40.0]])
+    heads = {"calibrator": random_rows([1.0] * 2, 300), "reference": random_rows([1.0] * 2, 300, 1)}
+
+    def scores(head, token_ids):
+        return heads[head]
+
+    result = fuse(logits, scores, lambda ids: ids > 5, FusionConfig(candidates=0), keep_scale=True)
+    torch.testing.assert_close(result.logsumexp(-1), logits.logsumexp(-1), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(result[:, :6], logits[:, :6], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("excluded", [-math.inf, -1e9, -1e4, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("as_list", [False, True])
+def test_excluded_is_excluded_however_it_is_written(excluded, as_list):
+    """Two equal tokens left: whatever the others' scores are, they share what the calibrator makes of the two."""
+    heads = {"calibrator": random_rows([3.0] * 2, 2_000), "reference": random_rows([3.0] * 2, 2_000, 1)}
+    scores = torch.full((2, 2_000), excluded)
+    scores[:, [10, 20]] = 1.5
+
+    def pick(head, places, token_ids):
+        return heads[head][places, token_ids]
+
+    def say(head, token_ids):
+        return heads[head] if token_ids is None else heads[head].gather(-1, token_ids)
+
+    def run(scores):
+        always = torch.tensor([500, 600])
+        return fuse(scores, say, lambda ids: ids > 0, FusionConfig(), always, pick=pick if as_list else None).exp()
+
+    expected = run(torch.where(scores > 0, scores, -math.inf))
+    assert abs(float(expected[0, 10]) - 0.5) > 0.05
+    torch.testing.assert_close(run(scores), expected)
+
+
+def test_one_constrained_row_does_not_make_the_others_wide():
+    rows = random_rows([9.0] * 8, 40_000)
+    rows[3] = -math.inf
+    rows[3, [5, 6]] = math.log(0.5)
+    found = choose_candidates(rows, None, as_list=True)
+    assert [int((found.places == row).sum()) for row in (2, 3)] == [200, 2]
+    assert chosen_sets(rows, None)[3] == {5, 6}
 
 
 def test_a_number_means_exactly_so_many_and_zero_all():

@@ -11,6 +11,7 @@ from calibfuse.calibrator import Calibrator
 from calibfuse.errors import CheckpointError, InputError, MissingHeadError, VocabularyError, VocabularyMismatchError
 from calibfuse.fusion import FusionConfig
 from calibfuse.guides.causal_lm import BoundCausalLM, CausalLMCalibrator, same_ids
+from calibfuse.prefix_cache import RowSession
 from calibfuse.processor import CalibFusion
 from calibfuse.vocabulary import Vocabulary
 
@@ -122,7 +123,7 @@ def test_a_batch_gives_the_tokens_of_its_rows_one_by_one(bound, target, prompts)
 def test_any_order_of_prefixes_gives_what_recomputation_gives(bound):
     """Growing, cut, exchanged, doubled and dropped rows, special tokens in the middle, and the empty prefix."""
     choose = torch.Generator().manual_seed(5)
-    session, nothing = bound.session(), torch.zeros(0)
+    session, nothing = RowSession(bound), torch.zeros(0)
     ids = torch.randint(0, bound.target_vocab_size, (2, 4), generator=choose)
     for _ in range(40):
         action = int(torch.randint(0, 6, (), generator=choose))
@@ -134,7 +135,7 @@ def test_any_order_of_prefixes_gives_what_recomputation_gives(bound):
             new = torch.randint(0, bound.target_vocab_size, (len(ids), 1 + action % 2), generator=choose)
             ids = torch.cat([ids, torch.where(new % 7 == 0, new % 3, new)], dim=1)
         said, _ = session.step(ids, nothing)
-        fresh, _ = bound.session().step(ids, nothing)
+        fresh, _ = RowSession(bound).step(ids, nothing)
         for head in bound.heads:
             got, expected = (bound.normalise(each.log_scores(head)) for each in (said, fresh))
             assert torch.allclose(got.exp(), expected.exp(), atol=1e-4)
@@ -147,7 +148,7 @@ def test_whole_sequences_say_what_steps_say(bound, prompts):
     assert whole.shape == (*ids.shape, bound.target_vocab_size)
     assert torch.allclose(whole.exp().sum(-1), torch.ones(ids.shape), atol=1e-4)
     assert not torch.allclose(whole, twin, atol=0.1)
-    session = bound.session()
+    session = RowSession(bound)
     for length in range(1, ids.shape[1] + 1):
         said, _ = session.step(ids[:, :length], torch.zeros(0))
         assert torch.allclose(
@@ -189,7 +190,7 @@ def test_texts_beyond_the_length_of_the_model(kind, request, tiny_gpt2, wrap_tok
     text = "The weather in the north was cold and dry for weeks. " * (2 if kind == "lock_step" else 4)
     text += "x" * 70 + "yz" * 40  # longer than any word may be
     ids = torch.tensor([target_tokenizer(text).input_ids])
-    whole, session = bound.log_probs(ids), bound.session()
+    whole, session = bound.log_probs(ids), RowSession(bound)
     for length in range(1, ids.shape[1] + 1):
         said, _ = session.step(ids[:, :length], torch.zeros(0))
         assert torch.allclose(
@@ -208,7 +209,7 @@ def test_projected_steps_read_few_tokens(projected, target, prompts, monkeypatch
         lambda self, ids, *rest, **options: fed.append(ids.shape[1]) or feed(self, ids, *rest, **options),
     )
     text = torch.tensor([[int(each) for each in prompts["input_ids"][0]] * 6])
-    session = projected.session()
+    session = RowSession(projected)
     for length in range(20, text.shape[1]):
         session.step(text[:, :length], torch.zeros(0))
     assert max(fed[4:]) < 24

@@ -11,7 +11,7 @@ import torch
 import transformers
 from tiny_calibrators import EOS, PAD, Forgetful, counting_rebuilds, make_bound
 
-from calibfuse.calibrator.body import KeyValueBuffer
+from calibfuse.calibrator.body import KeyValueRing
 from calibfuse.errors import FusionNotAppliedError
 from calibfuse.fusion import FusionConfig
 from calibfuse.processor import CalibFusion
@@ -30,7 +30,7 @@ def bound():
 @pytest.fixture(autouse=True)
 def small_slack(monkeypatch):
     """Old slots are dropped early, so that short generations see it."""
-    monkeypatch.setattr(KeyValueBuffer, "slack", 12)
+    monkeypatch.setattr(KeyValueRing, "slack", 12)
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +188,7 @@ def test_one_forward_of_the_body_per_new_token(llama, bound):
     fusion = CalibFusion(copy.copy(bound), CONFIG)
     fed = counting_rebuilds(fusion)
     out = generate(llama, prompts(rows=2), fusion, eos_token_id=None)
-    assert fed == [9] + [1] * (NEW - 1)
+    assert fed == [10] + [1] * (NEW - 1)
     assert out.shape[1] == 9 + NEW
 
 
@@ -196,7 +196,7 @@ def test_beams_feed_one_token_per_step(llama, bound):
     fusion = CalibFusion(copy.copy(bound), CONFIG)
     fed = counting_rebuilds(fusion)
     generate(llama, prompts(rows=2), fusion, num_beams=4, eos_token_id=None)
-    assert fed == [9] + [1] * (NEW - 1)
+    assert fed == [10] + [1] * (NEW - 1)
 
 
 def test_inputs_embeds_start(llama, bound):
@@ -256,7 +256,7 @@ def test_generations_step_by_step_in_turns(llama, bound):
 
 
 def test_second_turn_of_a_chat_reuses_the_first(llama, bound, monkeypatch):
-    monkeypatch.setattr(KeyValueBuffer, "slack", 64)
+    monkeypatch.setattr(KeyValueRing, "slack", 64)
     fusion = CalibFusion(copy.copy(bound), CONFIG)
     first = generate(llama, prompts(rows=1), fusion, eos_token_id=None)
     follow_up = torch.cat([first, prompts(rows=1, length=6, seed=4)["input_ids"]], dim=1)
@@ -269,7 +269,7 @@ def test_second_turn_of_a_chat_reuses_the_first(llama, bound, monkeypatch):
 def test_long_generation_past_window_and_slack(llama, bound):
     inputs, fusion = prompts(rows=2, padded=True), CalibFusion(bound, CONFIG)
     fused = generate(llama, inputs, fusion, max_new_tokens=200, eos_token_id=None)
-    assert fusion._session._buffer.first_slot > 100
+    assert fusion._rows(bound).session.memory_bytes == 2 * 2 * 2 * 32 * (8 + KeyValueRing.slack) * 4
     expected = generate(llama, inputs, Forgetful(bound, CONFIG), max_new_tokens=200, eos_token_id=None)
     assert torch.equal(fused, expected)
 

@@ -162,11 +162,14 @@ class TestBadInput:
         with pytest.raises(InputError, match=r"nan or \+inf"):
             fusion.fuse_logits(ids, logits)
 
-    def test_a_position_without_any_choice(self, fusion):
+    def test_a_position_without_any_choice_is_left_as_it_is(self, fusion):
         ids, logits = case()
+        expected = fusion.fuse_logits(ids, logits)
         logits[1, 2] = -math.inf
-        with pytest.raises(InputError, match="-inf everywhere"):
-            fusion.fuse_logits(ids, logits)
+        result = fusion.fuse_logits(ids, logits)
+        assert (result[1, 2] == -math.inf).all()
+        expected[1, 2] = -math.inf
+        torch.testing.assert_close(result, expected)
 
     @pytest.mark.parametrize("wrong", [-1, SIZE])
     def test_ids_outside_the_vocabulary(self, fusion, wrong):

@@ -15,6 +15,7 @@ from calibfuse.calibrator.word_bias import PROTECTED_PIECE, REACH, WordBias
 from calibfuse.candidates import MIN_PROBABILITY
 from calibfuse.errors import InputError
 from calibfuse.fusion import FusionConfig, fuse
+from calibfuse.prefix_cache import RowSession
 from calibfuse.vocabulary import Vocabulary
 from tests.tiny_calibrators import make_calibrator
 
@@ -174,7 +175,7 @@ def test_steps_say_what_the_whole_sequence_says(pair, order):
     _, minding = pair
     torch.manual_seed(1)
     ids = torch.randint(0, len(TOKENS), (3, 12))
-    session = minding.session()
+    session = RowSession(minding)
     no_readings = torch.zeros(0)
     for length in itertools.chain(range(13), (9, 10)):
         if length == 6:
@@ -187,7 +188,7 @@ def test_steps_say_what_the_whole_sequence_says(pair, order):
 
 def test_readings_come_back_unchanged(pair):
     _, minding = pair
-    session = minding.session()
+    session = RowSession(minding)
     ids = torch.randint(0, len(TOKENS), (2, 5))
     for length in (3, 4, 4, 5, 2):
         _, values = session.step(ids[:, :length], torch.tensor([1.5, -2.0, 7.0]))

@@ -1,50 +1,98 @@
-"""Which cached rows and tokens can be reused, against a plain search."""
+"""Rows without names as texts of a session: which goes on from which, against a plain search."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_calibrators import make_vocabulary
 
 from calibfuse import prefix_cache
-from calibfuse.prefix_cache import match_prefixes
+from calibfuse.guide import Guide, GuideSession, Request
+from calibfuse.prefix_cache import RowSession, Text, shared_length
 
 READINGS = torch.tensor([1.5, -2.0, 7.0])
 
 
-def match(cached, current):
-    reuse, values = match_prefixes(torch.tensor(cached), torch.tensor(current), READINGS)
+class Recorder(GuideSession):
+    """Keeps what it is told, and checks that it makes sense."""
+
+    def __init__(self):
+        self.texts = {}
+        self.requests = []
+
+    def step(self, requests):
+        assert len({request.key for request in requests}) == len(requests)
+        self.requests = requests
+        self.texts = {request.key: list(request.ids) for request in requests}
+
+    def copy(self, pairs):
+        assert set(pairs.values()) <= set(self.texts), "the originals are there"
+        assert not set(pairs) & set(self.texts), "the copies have new names"
+        self.texts |= {new: self.texts[old] for new, old in pairs.items()}
+
+    def drop(self, keys):
+        for key in keys:
+            self.texts.pop(key, None)
+
+    def reset(self):
+        self.texts.clear()
+
+
+class Anything(Guide):
+    """A guide that says nothing."""
+
+    heads = ("calibrator",)
+    device = torch.device("cpu")
+    vocabulary = make_vocabulary()
+
+    def __init__(self, reach=None):
+        self._reach = reach
+
+    @property
+    def reach(self):
+        return self._reach
+
+    def to(self, device):
+        return self
+
+    def covers(self, token_ids):
+        return token_ids > 0
+
+    def session(self):
+        return Recorder()
+
+    def read_sequence(self, input_ids, masked):
+        raise NotImplementedError
+
+
+def step(rows, ids):
+    """One step; what the session knew of each row before it (the longest beginning), and its key."""
+    before = dict(rows.session.texts)
+    ids = torch.tensor(ids, dtype=torch.int64)
+    known = {}
+    copy = rows.session.copy
+
+    def remember(pairs):
+        copy(pairs)
+        before.update({new: before[old] for new, old in pairs.items()})
+
+    rows.session.copy = remember
+    _, values = rows.step(ids, READINGS)
+    rows.session.copy = copy
     assert values == [1.5, -2.0, 7.0]
-    return reuse
-
-
-def parents_of(reuse, rows):
-    return list(range(rows)) if reuse.parents is None else reuse.parents.tolist()
-
-
-def shared_length(a, b):
-    length = 0
-    while length < min(len(a), len(b)) and a[length] == b[length]:
-        length += 1
-    return length
+    keys = [request.key for request in rows.session.requests]
+    assert [list(request.ids) for request in rows.session.requests] == ids.tolist()
+    known = [shared_length(list(request.ids), before.get(request.key, [])) for request in rows.session.requests]
+    return known, keys
 
 
 def check(cached, current):
-    """What any answer must satisfy, and that nothing reusable is thrown away."""
-    reuse = match(cached, current)
-    rows, length = len(current), len(current[0])
-    parents = parents_of(reuse, rows)
-    assert len(parents) == rows
-    best = [max(shared_length(row, other) for other in cached) for row in current]
-    if reuse.unchanged:
-        assert current == cached
-        return reuse
-    assert 0 <= reuse.keep <= max(0, length - 1), "one token at least must be fed, to have something to say"
-    for row, parent in zip(current, parents, strict=True):
-        assert row[: reuse.keep] == cached[parent][: reuse.keep]
-    assert reuse.keep == max(0, min(min(best), length - 1))
-    if current == cached:
-        pytest.fail("equal prefixes were not recognised")
-    return reuse
+    """Nothing that could be used again is thrown away, for any row."""
+    rows = RowSession(Anything())
+    step(rows, cached)
+    known, keys = step(rows, current)
+    assert known == [max(shared_length(row, other) for other in cached) for row in current]
+    return keys
 
 
 batches = st.integers(1, 5).flatmap(
@@ -68,9 +116,16 @@ def test_reordered_and_extended_rows(cached, data):
     rows = len(cached)
     parents = data.draw(st.lists(st.integers(0, rows - 1), min_size=rows, max_size=rows))
     extra = data.draw(st.lists(st.integers(0, 1), min_size=rows, max_size=rows))
-    current = [cached[parent] + [token] for parent, token in zip(parents, extra, strict=True)]
-    reuse = check(cached, current)
-    assert reuse.keep == len(cached[0])
+    check(cached, [cached[parent] + [token] for parent, token in zip(parents, extra, strict=True)])
+
+
+@settings(max_examples=200, deadline=None)
+@given(one=st.lists(st.integers(0, 1), max_size=20), other=st.lists(st.integers(0, 1), max_size=20))
+def test_the_common_beginning(one, other):
+    length = 0
+    while length < min(len(one), len(other)) and one[length] == other[length]:
+        length += 1
+    assert shared_length(one, other) == length
 
 
 @pytest.mark.parametrize("limit", [0, 1 << 18], ids=["large batches", "small batches"])
@@ -81,64 +136,58 @@ class TestUsualSteps:
     def set_limit(self, monkeypatch, limit):
         monkeypatch.setattr(prefix_cache, "_CHEAP_COMPARISONS", limit)
 
-    def test_one_more_token_for_the_same_rows(self):
-        reuse = match([[1, 2], [3, 4]], [[1, 2, 9], [3, 4, 9]])
-        assert (reuse.keep, reuse.parents, reuse.unchanged) == (2, None, False)
+    @staticmethod
+    def keys(cached, current):
+        return check(cached, current)
 
-    def test_twins_stay_with_themselves(self):
-        """Equal rows must not be swapped: it would cost a copy at every step."""
-        reuse = match([[1, 2], [1, 2], [1, 2]], [[1, 2, 7], [1, 2, 8], [1, 2, 9]])
-        assert (reuse.keep, reuse.parents) == (2, None)
+    def test_one_more_token_for_the_same_rows(self):
+        assert self.keys([[1, 2], [3, 4]], [[1, 2, 9], [3, 4, 9]]) == [0, 1]
+
+    def test_equal_rows_stay_with_themselves(self):
+        """They must not be swapped: it would cost a copy at every step."""
+        assert self.keys([[1, 2], [1, 2], [1, 2]], [[1, 2, 7], [1, 2, 8], [1, 2, 9]]) == [0, 1, 2]
 
     def test_the_same_ids_again(self):
-        reuse = match([[1, 2], [3, 4]], [[1, 2], [3, 4]])
-        assert reuse.unchanged
+        assert self.keys([[1, 2], [3, 4]], [[1, 2], [3, 4]]) == [0, 1]
 
     def test_swapped_rows(self):
-        reuse = match([[1, 2], [3, 4]], [[3, 4, 9], [1, 2, 9]])
-        assert (reuse.keep, reuse.parents.tolist()) == (2, [1, 0])
+        assert self.keys([[1, 2], [3, 4]], [[3, 4, 9], [1, 2, 9]]) == [1, 0]
 
-    def test_swapped_rows_without_a_new_token_feed_the_last_one_again(self):
-        reuse = match([[1, 2], [3, 4]], [[3, 4], [1, 2]])
-        assert (reuse.keep, reuse.parents.tolist(), reuse.unchanged) == (1, [1, 0], False)
+    def test_swapped_rows_without_a_new_token(self):
+        assert self.keys([[1, 2], [3, 4]], [[3, 4], [1, 2]]) == [1, 0]
 
     def test_a_single_row(self):
-        reuse = match([[1, 2]], [[1, 2, 3]])
-        assert (reuse.keep, reuse.parents) == (2, None)
+        assert self.keys([[1, 2]], [[1, 2, 3]]) == [0]
 
-
-def test_shorter_prefix_keeps_all_but_its_last_token():
-    reuse = match([[1, 2, 3, 4, 5]], [[1, 2, 3]])
-    assert (reuse.keep, reuse.unchanged) == (2, False)
-
-
-def test_rejected_draft_tokens_are_dropped():
-    assert match([[1, 2, 3, 4, 5]], [[1, 2, 3, 9]]).keep == 3
-
-
-def test_a_new_text_keeps_nothing():
-    assert match([[1, 2, 3]], [[5, 6, 7, 8]]).keep == 0
-
-
-def test_second_turn_of_a_chat_keeps_the_first():
-    assert match([[1, 2, 3]], [[1, 2, 3, 4, 5, 6]]).keep == 3
-
-
-def test_more_rows_than_before_continue_the_rows_they_share_most_with():
-    reuse = match([[1, 2, 3], [1, 5, 6]], [[1, 5, 6, 7], [1, 5, 6, 8], [1, 2, 3, 7]])
-    assert (reuse.keep, reuse.parents.tolist()) == (3, [1, 1, 0])
-
-
-def test_fewer_rows_than_before():
-    reuse = match([[1, 2, 3], [1, 5, 6], [7, 7, 7]], [[7, 7, 7, 1]])
-    assert (reuse.keep, reuse.parents.tolist()) == (3, [2])
+    def test_two_rows_go_on_from_one(self):
+        assert self.keys([[1, 2], [3, 4]], [[3, 4, 5], [3, 4, 6]]) == [1, 2]
 
 
 def test_a_generation_that_starts_without_ids():
+    rows = RowSession(Anything())
     empty = torch.zeros(2, 0, dtype=torch.int64)
-    reuse, _ = match_prefixes(empty, torch.tensor([[4], [5]]), READINGS)
-    assert (reuse.keep, reuse.parents) == (0, None)
-    reuse, _ = match_prefixes(torch.tensor([[4], [5]]), empty, READINGS)
-    assert reuse.keep == 0
-    reuse, _ = match_prefixes(empty, empty, READINGS)
-    assert reuse.unchanged
+    for ids in (empty, torch.tensor([[4], [5]]), empty, empty):
+        rows.step(ids, READINGS)
+        assert [list(request.ids) for request in rows.session.requests] == ids.tolist()
+
+
+def test_where_only_tails_matter_padding_is_taken_off_and_lengths_are_told():
+    rows = RowSession(Anything(reach=4))
+    ids = torch.arange(1, 31).repeat(3, 1)
+    ids[1, :25], ids[2, :] = 0, 0
+    for length in (28, 29, 30):
+        rows.step(ids[:, :length], READINGS)
+        first, second, third = rows.session.requests
+        assert (first.key, second.key, third.key)[:2] == (0, 1)
+        assert first.length == length
+        assert list(first.ids[-4:]) == list(range(length - 3, length + 1))
+        assert (list(second.ids), second.length) == (list(range(26, length + 1)), length - 25)
+        assert (list(third.ids), third.length) == ([], 0)
+    assert len(rows.session.requests[0].ids) <= 3 * 4
+
+
+def test_tails_of_texts_are_compared_where_both_have_them():
+    assert Text([3, 4, 5], 2).shared(Text([1, 2, 3, 4, 9], 0)) == 4
+    assert Text([3, 4, 5], 2).shared(Text([3, 4, 5, 6], 2)) == 5
+    assert Text([3, 4, 5], 7).shared(Text([1, 2], 0)) == 0
+    assert Request(0, [1]).length is None

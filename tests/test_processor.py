@@ -12,7 +12,7 @@ import transformers
 from tiny_calibrators import BOS, PAD, make_bound, make_calibrator, make_vocabulary
 
 from calibfuse import processor as processor_module
-from calibfuse.calibrator import Guide, NextTokenScores
+from calibfuse.calibrator import Guide, GuideSession, NextTokenScores
 from calibfuse.errors import (
     CheckpointError,
     FusionNotAppliedError,
@@ -157,11 +157,14 @@ class TestBadInput:
             CalibFusion(bound, FusionConfig(alpha=alpha))(random_ids(), scores)
 
     @pytest.mark.parametrize("alpha", [0.0, 2.0])
-    def test_a_row_without_any_choice(self, bound, alpha):
-        scores = random_scores()
-        scores[0] = -math.inf
-        with pytest.raises(InputError, match="-inf everywhere.*nothing to choose from"):
-            CalibFusion(bound, FusionConfig(alpha=alpha))(random_ids(), scores)
+    def test_a_row_without_any_choice_is_left_as_it_is(self, bound, alpha):
+        """Dead beams of a constraint; plain generate() goes on, too."""
+        scores, ids = random_scores(3), random_ids(3)
+        scores[1] = -math.inf
+        result = CalibFusion(bound, FusionConfig(alpha=alpha))(ids, scores)
+        assert (result[1] == -math.inf).all()
+        others = CalibFusion(bound, FusionConfig(alpha=alpha))(ids[[0, 2]], scores[[0, 2]])
+        torch.testing.assert_close(result[[0, 2]], others, atol=1e-4, rtol=1e-4)
 
     @pytest.mark.parametrize("alpha", [0.0, 2.0])
     @pytest.mark.parametrize("wrong", [-1, -100_000, SIZE, 10**9])
@@ -231,7 +234,7 @@ class TestLife:
         ids, scores = random_ids(), random_scores()
         before = fusion(ids, scores)
         fusion.reset()
-        assert fusion._session._ids is None
+        assert fusion._rows(fusion.guide)._rows is None
         torch.testing.assert_close(fusion(ids, scores), before)
 
     def test_required_raises_without_a_call(self, fusion):
@@ -293,17 +296,25 @@ class TestLife:
                 return torch.ones_like(token_ids, dtype=torch.bool)
 
             def session(self):
-                return self
+                return Session()
 
-            def step(self, input_ids, readings):
-                return self, readings.tolist()
+            def read_sequence(self, input_ids, masked):
+                return Said()
+
+        class Session(GuideSession):
+            def step(self, requests):
+                return Said()
+
+            def copy(self, pairs):
+                pass
+
+            def drop(self, keys):
+                pass
 
             def reset(self):
                 pass
 
-            def read_sequence(self, input_ids, masked):
-                return self
-
+        class Said(NextTokenScores):
             def positions(self, start, stop) -> NextTokenScores:
                 return self
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from calibfuse.guide import Request
 from calibfuse.guides.projected_lm import ProjectedLM
 from calibfuse.guides.projection import GOES_ON, Marginals, Projection, SortedStrings
 from calibfuse.guides.source_text import MAX_WORD, SourceText
@@ -121,7 +122,7 @@ def guide_of(model, own=None, target=None, tokenizer=None, further=32):
 
 
 def say(guide, ids):
-    return guide.session().step(torch.tensor([ids], dtype=torch.int64).reshape(1, -1), torch.zeros(0))[0]
+    return guide.session().step([Request(0, ids)])
 
 
 def covered(logs, target):

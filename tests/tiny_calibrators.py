@@ -78,15 +78,16 @@ class Forgetful(LogitsProcessor):
 
 
 def counting_rebuilds(fusion: CalibFusion) -> list[int]:
-    """A list that grows by the number of tokens fed, once per forward pass of the calibrator's body."""
+    """A list that grows by the number of slots fed, once per forward pass of the calibrator's body."""
     fed: list[int] = []
-    advance = fusion.guide._advance
+    body = fusion.guide.calibrator.body
+    step = type(body).step
 
-    def counted(new_ids, *arguments):
-        fed.append(new_ids.shape[1])
-        return advance(new_ids, *arguments)
+    def counted(states, *arguments):
+        fed.append(states.shape[1])
+        return step(body, states, *arguments)
 
-    fusion.guide._advance = counted
+    body.step = counted
     return fed
 
 

@@ -302,7 +302,7 @@ def measure_profile(target: GPT2LMHeadModel, bound: BoundCalibrator, *, batch: i
 
         return run
 
-    session = fusion._session
+    session = fusion._rows(fusion.guide)
     session.step = timed("guide: match prefixes, body", session.step)  # type: ignore[method-assign]
     fusion._readings = timed("checks of scores and ids", fusion._readings)  # type: ignore[method-assign]
     original = processor_module.fuse
@@ -356,7 +356,7 @@ def profile_operations(bound: BoundCalibrator, *, batch: int, steps: int, count:
 
 def measure_body(calibrator: Calibrator, *, batch: int, steps: int, repetitions: int) -> dict[str, Any]:
     """CPU milliseconds per decoding step of the own body and of transformers' models of the same shape."""
-    from calibfuse.calibrator.body import KeyValueBuffer
+    from calibfuse.calibrator.body import KeyValueRing
 
     config = calibrator.config
     context = config.window - steps  # so that all of them attend to at most one window
@@ -386,11 +386,12 @@ def measure_body(calibrator: Calibrator, *, batch: int, steps: int, repetitions:
     ).eval()
 
     def own() -> Iterator[None]:
-        buffer, starts = KeyValueBuffer(config.layer_count, config.window), torch.zeros(batch, dtype=torch.int64)
-        calibrator(inputs[:, :context], starts, buffer)
+        ring, rows = KeyValueRing(config.layer_count, config.window), range(batch)
+        ring.resize(batch)
+        calibrator.body.step(inputs[:, :context], ring, rows, [0] * batch, [context] * batch)
         for step in range(context, config.window):
             yield
-            calibrator(inputs[:, step : step + 1], starts, buffer)
+            calibrator.body.step(inputs[:, step : step + 1], ring, rows, [step] * batch, [1] * batch)
 
     def theirs(model: GPT2Model | LlamaModel) -> Iterator[None]:
         cache = DynamicCache()

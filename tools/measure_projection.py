@@ -28,6 +28,7 @@ import tokenizers
 import torch
 
 from calibfuse.guides.causal_lm import BoundCausalLM, CausalLMCalibrator
+from calibfuse.prefix_cache import RowSession
 from calibfuse.training.data import iter_documents, split_passages
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def measure(bound: BoundCausalLM, rows: Sequence[list[int]], *, batch_size: int)
         width = len(group[-1])
         ids = torch.tensor([row + [row[-1]] * (width - len(row)) for row in group])
         began = time.thread_time()
-        session = bound.session()
+        session = RowSession(bound)
         for at in range(width):
             said: NextTokenScores = session.step(ids[:, :at], torch.zeros(0))[0]
             log_probs = bound.normalise(said.log_scores("calibrator"))

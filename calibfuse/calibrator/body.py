@@ -1,4 +1,4 @@
-"""The calibrator's transformer body: causal, sliding window, key/value cache outside.
+"""The calibrator's transformer body: causal, sliding window, keys and values of running texts outside.
 
 Pre-norm blocks with rotary positions (Su et al. 2021) and a window (Beltagy et al. 2020), so that the cost of one more
 token does not grow with the text. Own code rather than a transformers model: at this size (3 layers x 192) the
@@ -11,91 +11,140 @@ A row of input is `slots`: slot 0 is always the document boundary, slot j + 1 ho
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+_WINDOWS_AT_ONCE = 4
 
-class KeyValueBuffer:
-    """Keys and values of the latest slots of some rows, per layer; in place, with room to grow.
 
-    Only `window - 1` earlier slots are ever attended to, so no more than those and `slack` slots for roll-backs
-    (assisted decoding rejects a few tokens at a time) are kept: memory and copying do not grow with the text.
+class KeyValueRing:
+    """Keys and values of the latest slots of many texts, each in a row of its own, in place.
 
-    Attributes:
-        slots: number of slots fed so far (kept or dropped).
-        first_slot: the oldest slot still present.
+    A query sees `window - 1` earlier slots, so a row is a ring of `window + slack` entries: slot p lies at entry
+    p % size, and `slack` slots can be taken back (rejected drafts) before something is missing. Memory and the cost of
+    a step depend on the number of rows alone, not on how long the texts are.
+
+    Args:
+        layer_count: of the body.
+        window: of the body.
     """
 
-    slack = 64
+    slack = 32
 
     def __init__(self, layer_count: int, window: int) -> None:
-        self.slots = 0
-        self.first_slot = 0
-        self._window = window
-        self._keys: list[Tensor | None] = [None] * layer_count
-        self._values: list[Tensor | None] = [None] * layer_count
+        self.window = window
+        self.size = window + self.slack
+        self.rows = 0
+        self._layers: list[tuple[Tensor, Tensor] | None] = [None] * layer_count
 
     @property
-    def oldest_visible(self) -> int:
-        """The oldest slot that the next one may attend to."""
-        return max(self.first_slot, self.slots - self._window + 1)
+    def memory_bytes(self) -> int:
+        """Bytes of all rows."""
+        return sum(each.nbytes for layer in self._layers if layer is not None for each in layer)
 
-    def can_cut_to(self, slots: int) -> bool:
-        """Whether every slot that the next query needs would still be there after `cut`."""
-        return self.first_slot == 0 or slots - self._window + 1 >= self.first_slot
+    def can_return_to(self, slots: int, highest: int) -> bool:
+        """Whether a row that had come to `highest` slots can go on from its first `slots` ones."""
+        return highest <= self.size or highest - 1 - slots <= self.size - self.window
 
-    def cut(self, slots: int, parents: Tensor | None) -> None:
-        """Forget all but the first `slots` slots; then row i becomes a copy of the former row parents[i]."""
-        self.slots = slots
-        if parents is not None:
-            for tensors in (self._keys, self._values):
-                for layer, tensor in enumerate(tensors):
-                    if tensor is not None:
-                        tensors[layer] = tensor.index_select(0, parents)  # with the free room: the next slots go there
+    def resize(self, rows: int) -> None:
+        """Make room for `rows` rows, or give room back; the first ones keep their contents."""
+        if rows != self.rows:
+            for index, layer in enumerate(self._layers):
+                if layer is not None:
+                    kept = min(rows, self.rows)
+                    fresh = [each.new_zeros(rows, *each.shape[1:]) for each in layer]
+                    for new, old in zip(fresh, layer, strict=True):
+                        new[:kept] = old[:kept]
+                    self._layers[index] = (fresh[0], fresh[1]) if rows else None
+            self.rows = rows
 
-    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the new slots of one layer (counted by `advance`, after the last layer).
+    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Make each row of `targets` what the row of `sources` was; all are read before one is written."""
+        for layer in self._layers:
+            for each in layer or ():
+                each[list(targets)] = each[list(sources)]
 
-        Args:
-            layer: index.
-            keys: [rows, heads, new, head_width].
-            values: likewise.
+    def layer(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of one layer, [rows, heads, size, head_width] each; `like`: of some new slots."""
+        layer = self._layers[index]
+        if layer is None:
+            shape = (self.rows, like.shape[1], self.size, like.shape[3])
+            # zeros: what a mask hides is multiplied by 0, and must be a number
+            layer = self._layers[index] = (like.new_zeros(shape), like.new_zeros(shape))
+        return layer
 
-        Returns:
-            Keys and values of the slots that the new ones may attend to, the new ones last.
-        """
-        oldest = self.oldest_visible
-        return self._store(self._keys, layer, keys, oldest), self._store(self._values, layer, values, oldest)
 
-    def _store(self, tensors: list[Tensor | None], layer: int, new: Tensor, oldest: int) -> Tensor:
-        filled = self.slots - self.first_slot
-        end = filled + new.shape[2]
-        old = tensors[layer]
-        if old is None or old.shape[2] < end:
-            room = new.new_empty(new.shape[0], new.shape[1], end + self._window, new.shape[3])
-            if old is not None:
-                room[:, :, :filled] = old[:, :, :filled]
-            tensors[layer] = old = room
-        old[:, :, filled:end] = new
-        return old[:, :, oldest - self.first_slot : end]
+class RingStep:
+    """Attention of one forward over a ring: some rows, each with new slots of its own number.
 
-    def advance(self, new: int) -> None:
-        """Count `new` slots as fed, and drop what lies too far back when that is worth a copy."""
-        self.slots += new
-        surplus = self.slots - self.first_slot - (self._window + self.slack)
-        if surplus >= self._window:
-            for tensors in (self._keys, self._values):
-                for layer, tensor in enumerate(tensors):
-                    if tensor is not None:
-                        kept = tensor[:, :, surplus : self.slots - self.first_slot]
-                        room = tensor.new_empty(*kept.shape[:2], kept.shape[2] + self._window, kept.shape[3])
-                        room[:, :, : kept.shape[2]] = kept
-                        tensors[layer] = room
-            self.first_slot += surplus
+    Args:
+        ring: read and extended.
+        rows: of the ring, in rising order.
+        slots: how many slots of each were fed before.
+        counts: how many each is fed now.
+        device: of the ring.
+    """
+
+    def __init__(
+        self, ring: KeyValueRing, rows: Sequence[int], slots: Sequence[int], counts: Sequence[int], device: torch.device
+    ) -> None:
+        self._ring = ring
+        self._new = new = max(counts)
+        table = torch.tensor([rows, slots], device="cpu").to(device, non_blocking=True)
+        before = table[1][:, None]
+        self.positions = before + torch.arange(new, device=device)  # (rows, new)
+        self._entries = self.positions % ring.size
+        self._row = table[0]
+        first, last = rows[0], rows[-1]
+        # Rows that lie side by side are read where they are.
+        self._side_by_side = slice(first, last + 1) if last - first + 1 == len(rows) else None
+        span = min(ring.size, max(slots) + (new == 1))
+        entries = torch.arange(span, device=device)
+        if new == 1:  # its key is in the ring when attention looks
+            age = (self.positions - entries) % ring.size
+            self._mask = (age < (self.positions + 1).clamp(max=ring.window))[:, None, None]
+            return
+        # Age of each entry as seen from each new slot, then which of the new slots each of them sees.
+        latest = before - 1
+        age = (latest - entries) % ring.size
+        offset = torch.arange(1, new + 1, device=device)
+        old = ((age <= latest)[:, None] & (age[:, None] + offset[:, None] < ring.window))[:, None]
+        distance = offset[:, None] - offset
+        among_new = ((distance >= 0) & (distance < ring.window)).expand(len(rows), 1, new, new)
+        self._mask = torch.cat([old, among_new], dim=-1)
+        # Of more new slots than the ring has entries, the last ones are kept.
+        chosen = [(row, at) for row, n in enumerate(counts) for at in range(max(0, n - ring.size), n)]
+        self._kept = torch.tensor(chosen, device="cpu").T.to(device, non_blocking=True)
+
+    def attend(self, layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Attention of one layer; all are [rows, heads, new, head_width]."""
+        ring_keys, ring_values = self._ring.layer(layer, keys)
+        if self._new == 1:
+            ring_keys[self._row, :, self._entries[:, 0]] = keys[:, :, 0]
+            ring_values[self._row, :, self._entries[:, 0]] = values[:, :, 0]
+            seen = self._seen(ring_keys), self._seen(ring_values)
+            return functional.scaled_dot_product_attention(queries, *seen, attn_mask=self._mask)
+        seen = (
+            torch.cat([self._seen(ring_keys), keys], dim=2),
+            torch.cat([self._seen(ring_values), values], dim=2),
+        )
+        mixed = functional.scaled_dot_product_attention(queries, *seen, attn_mask=self._mask)
+        row, at = self._kept
+        target = self._row[row], self._entries[row, at]
+        ring_keys[target[0], :, target[1]] = keys[row, :, at]
+        ring_values[target[0], :, target[1]] = values[row, :, at]
+        return mixed
+
+    def _seen(self, tensor: Tensor) -> Tensor:
+        span = self._mask.shape[-1] - (0 if self._new == 1 else self._new)
+        if self._side_by_side is not None:
+            return tensor[self._side_by_side, :, :span]
+        return tensor[:, :, :span].index_select(0, self._row)
 
 
 def rotary_tables(slots: int, head_width: int, *, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -130,8 +179,6 @@ def window_mask(starts: Tensor, *, first_query: int, first_key: int, slots: int,
         bool [rows, 1, queries, keys].
     """
     keys = torch.arange(first_key, slots, device=starts.device)[None, :]
-    if slots - first_query == 1 and first_key > first_query - window:  # a decoding step: all keys are near
-        return (keys >= starts[:, None].clamp(max=first_query))[:, None, None]
     queries = torch.arange(first_query, slots, device=starts.device)[:, None]
     near = (keys <= queries) & (keys > queries - window)
     # A query before its row's start sees only itself.
@@ -152,23 +199,14 @@ class Block(nn.Module):
         self.up = nn.Linear(width, hidden_width, bias=False)
         self.down = nn.Linear(hidden_width, width, bias=False)
 
-    def forward(
-        self,
-        states: Tensor,
-        cosines: Tensor,
-        sines: Tensor,
-        mask: Tensor | None,
-        remember: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None,
-    ) -> Tensor:
+    def forward(self, states: Tensor, cosines: Tensor, sines: Tensor, attend: Attend) -> Tensor:
         """One block.
 
         Args:
-            states: [rows, new, width].
-            cosines: [new, 1, 1, head_width], of the new slots; see `rotary_tables`.
+            states: [rows, new, width], of the new slots.
+            cosines: [..., new, 1, 1, head_width], of the new slots; see `rotary_tables`.
             sines: likewise.
-            mask: bool [rows, 1, new, keys]; None: the new slots see all keys.
-            remember: takes keys and values of the new slots, [rows, heads, new, head_width], and returns those of all
-                slots on the mask's key axis; None when there is no past.
+            attend: mixes values; takes queries, keys and values of the new slots, [rows, heads, new, head_width].
 
         Returns:
             New states.
@@ -177,10 +215,7 @@ class Block(nn.Module):
         qkv = self.qkv(self.attention_norm(states)).view(rows, new, 3, self.head_count, -1)
         turned = _rotate(qkv[:, :, :2], cosines, sines)  # queries and keys at once: fewer, larger operations
         queries, keys = turned.permute(2, 0, 3, 1, 4).unbind()
-        values = qkv[:, :, 2].transpose(1, 2)  # each (rows, heads, new, head_width)
-        if remember is not None:
-            keys, values = remember(keys, values)
-        mixed = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+        mixed = attend(queries, keys, qkv[:, :, 2].transpose(1, 2))
         states = states + self.attention_out(mixed.transpose(1, 2).reshape(rows, new, width))
         result: Tensor = states + self.down(functional.gelu(self.up(self.mlp_norm(states)), approximate="tanh"))
         return result
@@ -210,36 +245,73 @@ class Body(nn.Module):
             for linear in (block.attention_out, block.down):
                 nn.init.normal_(linear.weight, std=0.02 / (2 * layer_count) ** 0.5)
 
-    def _rotary(self, first: int, slots: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Tables of the slots from `first` on; kept, since making them at every step costs as much as a layer."""
-        if self._tables is None or self._tables[0].shape[0] < slots or self._tables[0].device != like.device:
-            size = max(1024, 1 << (slots - 1).bit_length())
-            self._tables = rotary_tables(size, self.head_width, device=like.device)
-        cosines, sines = (table[first:slots].to(like.dtype) for table in self._tables)
-        return cosines, sines
+    @property
+    def reach(self) -> int:
+        """How many slots a state depends on, its own included: every layer looks back `window - 1` further."""
+        return len(self.blocks) * (self.window - 1) + 1
 
-    def forward(self, states: Tensor, starts: Tensor | None, buffer: KeyValueBuffer | None = None) -> Tensor:
-        """Run new slots through all blocks.
+    def _rotary(self, slots: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Tables of at least `slots` slots; kept, since making them at every step costs as much as a layer."""
+        tables = self._tables
+        if tables is None or tables[0].shape[0] < slots or tables[0].device != like.device:
+            size = max(1024, 1 << (slots - 1).bit_length())
+            self._tables = tables = rotary_tables(size, self.head_width, device=like.device)
+        return tables
+
+    def forward(self, states: Tensor, starts: Tensor) -> Tensor:
+        """Run whole rows through all blocks.
 
         Args:
-            states: float [rows, new, width], input vectors of the slots after those in `buffer`.
-            starts: int64 [rows], the boundary slot of each row. None: no boundary lies after the oldest slot that the
-                new one (a single one) can see, so nothing needs hiding.
-            buffer: earlier slots; extended by the new ones. None: there are none, and none are kept.
+            states: float [rows, slots, width], input vectors.
+            starts: int64 [rows], the boundary slot of each row.
 
         Returns:
-            States [rows, new, width].
+            States [rows, slots, width].
         """
-        first = buffer.slots if buffer is not None else 0
-        new = states.shape[1]
-        cosines, sines = self._rotary(first, first + new, states)
-        oldest = buffer.oldest_visible if buffer is not None else 0
-        mask = None
-        if starts is not None:
-            mask = window_mask(starts, first_query=first, first_key=oldest, slots=first + new, window=self.window)
-        for layer, block in enumerate(self.blocks):
-            remember = partial(buffer.append, layer) if buffer is not None else None
-            states = block(states, cosines, sines, mask, remember)
-        if buffer is not None:
-            buffer.advance(new)
+        slots = states.shape[1]
+        cosines, sines = (table[:slots].to(states.dtype) for table in self._rotary(slots, states))
+        attend = partial(_attend_in_windows, starts=starts, window=self.window)
+        for block in self.blocks:
+            states = block(states, cosines, sines, attend)
         return states
+
+    def step(
+        self, states: Tensor, ring: KeyValueRing, rows: Sequence[int], slots: Sequence[int], counts: Sequence[int]
+    ) -> Tensor:
+        """Run new slots of some texts through all blocks.
+
+        Args:
+            states: float [rows, new, width], input vectors of the slots after those in the ring; where a row has fewer
+                new ones than others, they come first.
+            ring: earlier slots; extended by the new ones. Broken off, it holds some of the new ones and not others.
+            rows: of the ring, in rising order.
+            slots: how many slots of each row were fed before.
+            counts: how many new ones each row has.
+
+        Returns:
+            States [rows, new, width]; those behind a row's count mean nothing.
+        """
+        step = RingStep(ring, rows, slots, counts, states.device)
+        tables = self._rotary(max(slots) + states.shape[1], states)
+        cosines, sines = (
+            functional.embedding(step.positions, table[:, 0, 0])[:, :, None, None].to(states.dtype) for table in tables
+        )
+        for layer, block in enumerate(self.blocks):
+            states = block(states, cosines, sines, partial(step.attend, layer))
+        return states
+
+
+def _attend_in_windows(queries: Tensor, keys: Tensor, values: Tensor, *, starts: Tensor, window: int) -> Tensor:
+    """Attention of whole rows, some windows of queries at once: the mask of a long text as a whole would not fit."""
+    slots, at_once = queries.shape[2], _WINDOWS_AT_ONCE * window
+    parts = []
+    for first in range(0, slots, at_once):
+        last, oldest = min(first + at_once, slots), max(0, first - window + 1)
+        mask = window_mask(starts, first_query=first, first_key=oldest, slots=last, window=window)
+        seen = slice(oldest, last)
+        parts.append(
+            functional.scaled_dot_product_attention(
+                queries[:, :, first:last], keys[:, :, seen], values[:, :, seen], attn_mask=mask
+            )
+        )
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from calibfuse.calibrator.body import Body, KeyValueBuffer
+from calibfuse.calibrator.body import Body
 from calibfuse.calibrator.composer import Composer, TokenFeatures
 from calibfuse.errors import InputError
 from calibfuse.guide import CALIBRATOR_HEAD, REFERENCE_HEAD, VALUE_HEAD
@@ -221,9 +221,9 @@ class CalibratorNetwork(nn.Module):
         inputs = self.token_in(token_vectors)
         return torch.where(is_boundary[..., None], self.boundary.to(inputs.dtype), inputs)
 
-    def forward(self, states: Tensor, starts: Tensor | None, buffer: KeyValueBuffer | None = None) -> Tensor:
+    def forward(self, states: Tensor, starts: Tensor) -> Tensor:
         """The body; see `Body.forward`."""
-        result: Tensor = self.body(states, starts, buffer)
+        result: Tensor = self.body(states, starts)
         return result
 
     def lay_out_for_decoding(self) -> None:

@@ -57,7 +57,7 @@ class Completions(NamedTuple):
 
 
 class Spelled(NamedTuple):
-    """Tokens that would complete a minded word at some places: entries of a sparse [rows, positions, vocabulary].
+    """Tokens that would complete a word with a bias at some places: entries of a sparse [rows, positions, vocabulary].
 
     Attributes:
         rows: int64 [n].
@@ -77,10 +77,12 @@ class Spelled(NamedTuple):
         found = [(row, position, each) for row, position, each in places if each is not None]
         if not found:
             return None
-        counts = [len(each.shifts) for _, _, each in found]
+        repeats = torch.tensor([len(each.shifts) for _, _, each in found], device="cpu")
+        places = torch.tensor([[row, position] for row, position, _ in found], device="cpu")
+        rows, positions = places.repeat_interleave(repeats, dim=0).T
         return cls(
-            torch.tensor([row for row, _, _ in found]).repeat_interleave(torch.tensor(counts)),
-            torch.tensor([position for _, position, _ in found]).repeat_interleave(torch.tensor(counts)),
+            rows,
+            positions,
             torch.cat([torch.from_numpy(each.token_ids) for _, _, each in found]),
             torch.cat([torch.from_numpy(each.shifts) for _, _, each in found]),
         )
@@ -102,11 +104,29 @@ class Spelled(NamedTuple):
         touched, line, ids, shifts = (
             each.to(scores.device, non_blocking=True) for each in (touched, line, self.token_ids, self.shifts)
         )
-        dense = torch.zeros(len(touched), vocab_size, device=scores.device)
+        dense = torch.zeros(len(touched), vocab_size, dtype=scores.dtype, device=scores.device)
         dense.index_put_((line, ids), shifts, accumulate=True)
         if token_ids is not None:
             dense = dense.gather(1, token_ids.reshape(-1, token_ids.shape[-1])[touched].clamp(0, vocab_size - 1))
         lines.index_add_(0, touched, dense)
+
+    def add_at(self, scores: Tensor, places: Tensor, token_ids: Tensor, width: int) -> None:
+        """Add the shifts to scores [n] of tokens that are listed row by row with rising ids, in place.
+
+        Args:
+            scores: changed.
+            places: int64 [n], the row of each; of whole sequences, row * width + position.
+            token_ids: int64 [n].
+            width: positions of a row.
+        """
+        size = max(int(self.token_ids.max()), int(token_ids.max())) + 1
+        wanted = ((self.rows * width + self.positions) * size + self.token_ids).numpy()
+        listed = (places * size + token_ids).cpu().numpy()
+        at = np.minimum(np.searchsorted(listed, wanted), len(listed) - 1)
+        found = listed[at] == wanted
+        scores.index_add_(
+            0, torch.from_numpy(at[found]).to(scores.device), self.shifts[torch.from_numpy(found)].to(scores.device)
+        )
 
 
 class WordBias:

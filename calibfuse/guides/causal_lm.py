@@ -24,7 +24,7 @@ from torch import Tensor
 from calibfuse import hub
 from calibfuse.errors import InputError, VocabularyError
 from calibfuse.guide import CALIBRATOR_HEAD, REFERENCE_HEAD, Guide
-from calibfuse.guides.kv_cache import check_followable
+from calibfuse.guides.kv_cache import check_followable, stands_holes
 from calibfuse.guides.lm_checkpoint import (
     ALLOWED_FILES,
     find_reference,
@@ -287,9 +287,11 @@ class CausalLMCalibrator(PretrainedCalibrator):
         start_id = self.start_id(own)
         max_length = _max_length(models)
         lock_step = same_ids(own, target)
-        side_by_side = [check_followable(model, self.name, holes=not lock_step) for model in models.values()]
         if lock_step:
-            return BoundCausalLM(LockStepLM(models, target, start_id=start_id, max_length=max_length), self, own)
+            holes = all([stands_holes(model, self.name) for model in models.values()])
+            guide = LockStepLM(models, target, start_id=start_id, max_length=max_length, holes=holes)
+            return BoundCausalLM(guide, self, own)
+        side_by_side = [check_followable(model, self.name, holes=True) for model in models.values()]
         if max_length is not None and max_length < _LEAST_LENGTH:
             raise InputError(
                 f"The language model {self.name} reads only {max_length} tokens; to follow a target with another "
@@ -297,8 +299,8 @@ class CausalLMCalibrator(PretrainedCalibrator):
             )
         readable = min(int(model.get_input_embeddings().num_embeddings) for model in models.values())
         text = SourceText(self.tokenizer, own, start_id, readable=readable)
-        guide = ProjectedLM(models, text, target, further=further if all(side_by_side) else 0, max_length=max_length)
-        return BoundCausalLM(guide, self, own)
+        further = further if all(side_by_side) else 0
+        return BoundCausalLM(ProjectedLM(models, text, target, further=further, max_length=max_length), self, own)
 
     def start_id(self, own: Vocabulary) -> int:
         """What stands before every text: the own begin mark, else the end mark.

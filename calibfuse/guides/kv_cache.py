@@ -10,17 +10,22 @@ Left out: models without a key/value cache that can be cut (state-space models),
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
 from calibfuse.errors import InputError
+from calibfuse.prefix_cache import shared_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+_SLACK = 64  # masked slots that are put up with besides one per slot that counts
 
 
 class CachedLM:
@@ -83,6 +88,119 @@ class CachedLM:
         """Make row i a copy of row parents[i]; int64 [rows]."""
         if self.slots:
             self._cache.batch_select_indices(parents)
+
+
+class RaggedReader:
+    """Several LMs of one vocabulary that read rows of tokens, each known by a key.
+
+    Rows may have read different numbers of tokens: slots of the cache in which a row has none are masked. What a key
+    has read is used again as far as its new tokens begin with it; keys that a step leaves out are forgotten.
+
+    Args:
+        models: by head.
+    """
+
+    def __init__(self, models: Mapping[str, PreTrainedModel]) -> None:
+        self._models = models
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget all rows."""
+        self.readers = {name: CachedLM(model) for name, model in self._models.items()}
+        self.width = 0  # slots in use
+        self.tokens: list[list[int]] = []  # read ones, per row
+        self.slots: list[list[int]] = []  # and the slot of each
+        self._row_of: dict[Hashable, int] = {}
+
+    def copy(self, pairs: Mapping[Hashable, Hashable]) -> None:
+        """Let new keys stand for what others have read."""
+        rows = {new: self._row_of[old] for new, old in pairs.items() if old in self._row_of}
+        self._row_of.update(rows)
+
+    def arrange(self, keys: Sequence[Hashable], tokens: Sequence[list[int]]) -> list[list[int]]:
+        """Make row i that of keys[i], holding nothing but a beginning of tokens[i].
+
+        Returns:
+            What of tokens[i] is still to be read.
+        """
+        rows = [self._row_of.get(key) for key in keys]
+        if all(row is None for row in rows):
+            self.forget()
+            self.tokens, self.slots = [[] for _ in keys], [[] for _ in keys]
+        else:
+            parents = [row or 0 for row in rows]  # a row of another text, of which nothing is used, where there is none
+            if parents != list(range(len(self.tokens))):
+                index = torch.tensor(parents, device="cpu").to(next(iter(self._models.values())).device)
+                for reader in self.readers.values():
+                    reader.select(index)
+            shared = [
+                0 if row is None else shared_length(new, self.tokens[row])
+                for new, row in zip(tokens, rows, strict=True)
+            ]
+            self.tokens, self.slots = (
+                [each[parent][:keep] for parent, keep in zip(parents, shared, strict=True)]
+                for each in (self.tokens, self.slots)
+            )
+            self.width = max((slots[-1] + 1 for slots in self.slots if slots), default=0)
+            self.cut()
+        self._row_of = {key: row for row, key in enumerate(keys)}
+        return [new[len(read) :] for new, read in zip(tokens, self.tokens, strict=True)]
+
+    def restart(self, tokens: Sequence[list[int]]) -> list[list[int]]:
+        """Forget what the rows have read, but not whose they are, and read all of them anew."""
+        keys = list(self._row_of)
+        self.forget()
+        return self.arrange(keys, tokens)
+
+    def is_wasteful(self, new: int, longest: int) -> bool:
+        """Whether so many slots are masked that reading anew is cheaper."""
+        return self.width + new > 2 * longest + _SLACK
+
+    def cut(self) -> None:
+        """Remove the slots that are not in use."""
+        for reader in self.readers.values():
+            reader.cut(reader.slots - self.width)
+
+    def read_on(self, news: Sequence[list[int]]) -> dict[str, Tensor]:
+        """Read what is new of each row, at least one token each.
+
+        Returns:
+            Logits of the next token, float32 [rows, width of the head] by head.
+        """
+        count = max(map(len, news))
+        device = next(iter(self._models.values())).device
+        # Aligned to the right: rows that begin together are padded before their text, and nowhere else.
+        ids = [[0] * (count - len(new)) + new for new in news]
+        positions = [
+            [0] * (count - len(new)) + list(range(len(read), len(read) + len(new)))
+            for new, read in zip(news, self.tokens, strict=True)
+        ]
+        visible = np.zeros((len(news), self.width + count), dtype=bool)
+        for row, new in enumerate(news):
+            self.slots[row] += range(self.width + count - len(new), self.width + count)
+            self.tokens[row] += new
+            visible[row, self.slots[row]] = True
+        tables = (
+            torch.tensor(ids, device="cpu").to(device),
+            torch.tensor(positions, device="cpu").to(device),
+            torch.from_numpy(visible).to(device),
+        )
+        self.width += count
+        return {name: reader.feed(*tables, keep=1)[:, -1] for name, reader in self.readers.items()}
+
+
+def stands_holes(model: PreTrainedModel, name: str) -> bool:
+    """Whether rows of different length can be read in one forward.
+
+    Raises:
+        InputError: the model cannot be followed at all.
+    """
+    try:
+        check_followable(model, name, holes=True)
+    except InputError:
+        check_followable(model, name, holes=False)
+        return False
+    return True
 
 
 @torch.no_grad()

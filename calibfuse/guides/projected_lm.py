@@ -11,25 +11,24 @@ All state derives from the ids: rows may be reordered, rolled back or exchanged 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from calibfuse.guides.kv_cache import CachedLM
+from calibfuse.guide import GuideSession, NextTokenScores, Request
+from calibfuse.guides.kv_cache import RaggedReader
 from calibfuse.guides.projection import Projection
 from calibfuse.guides.source_text import SourcePrefix, SourceText, Spelling
 from calibfuse.isolation import isolated
-from calibfuse.prefix_cache import match_prefixes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from calibfuse.vocabulary import Vocabulary
 
-_SLACK = 64  # masked slots that are put up with besides one per slot that counts
 _LEAST = 1e-30  # probability of a token of the text: a model that says 0 must not make everything impossible
 _MOST_LOG = 500.0
 
@@ -119,7 +118,7 @@ class ProjectedLM:
         return [self.source_text.start_id, *tokens[1 + dropped :]]
 
 
-class ProjectedStates:
+class ProjectedStates(NextTokenScores):
     """`NextTokenScores` of a projected LM.
 
     Args:
@@ -153,7 +152,7 @@ class ProjectedStates:
         return _pick(projection.log_by_id(self._marginals[head], split_copies=False), token_ids)
 
 
-class ProjectedSequence:
+class ProjectedSequence(NextTokenScores):
     """`NextTokenScores` of whole sequences, computed when asked for.
 
     Args:
@@ -177,8 +176,10 @@ class ProjectedSequence:
     def log_scores(self, head: str, token_ids: Tensor | None = None) -> Tensor:
         """See `NextTokenScores.log_scores`."""
         if self._states is None:
-            nothing = torch.zeros(0, device=self._ids.device)
-            self._states = [self._session.step(self._ids[:, : at + 1], nothing)[0] for at in self._range]
+            rows = self._ids.tolist()
+            self._states = [
+                self._session.step([Request(row, ids[: at + 1]) for row, ids in enumerate(rows)]) for at in self._range
+            ]
         if not self._states:
             width = len(self._session.guide.target) if token_ids is None else token_ids.shape[-1]
             return torch.zeros(self._ids.shape[0], 0, width, device=self._ids.device)
@@ -188,7 +189,7 @@ class ProjectedSequence:
         )
 
 
-class ProjectedSession:
+class ProjectedSession(GuideSession):
     """`GuideSession` of a projected LM.
 
     Args:
@@ -200,46 +201,53 @@ class ProjectedSession:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything."""
-        self._ids: Tensor | None = None
-        self._prefixes: list[SourcePrefix] = []
-        self._last: ProjectedStates | None = None
-        self._forget_slots()
+        """See `GuideSession.reset`."""
+        self._reader: RaggedReader | None = None
+        self._prefixes: dict[Hashable, tuple[list[int], SourcePrefix]] = {}
+        self._last: tuple[list[Hashable], ProjectedStates] | None = None
 
-    def _forget_slots(self) -> None:
-        self._readers = {name: CachedLM(model) for name, model in self.guide.models.items()}
-        self._tokens: list[list[int]] = []  # own tokens in the cache, per row
-        self._slots: list[list[int]] = []  # and the slot of each
-        self._width = 0
+    def drop(self, keys: Iterable[Hashable]) -> None:
+        """See `GuideSession.drop`; what they held goes with the next step, which names the texts that stay."""
+        for key in keys:
+            self._prefixes.pop(key, None)
+        if not self._prefixes:
+            self.reset()
+
+    def copy(self, pairs: Mapping[Hashable, Hashable]) -> None:
+        """See `GuideSession.copy`."""
+        self._prefixes.update({new: self._prefixes[old] for new, old in pairs.items() if old in self._prefixes})
+        if self._reader is not None:
+            self._reader.copy(pairs)
 
     @isolated
-    def step(self, input_ids: Tensor, readings: Tensor) -> tuple[ProjectedStates, list[float]]:
+    def step(self, requests: Sequence[Request]) -> ProjectedStates:
         """See `GuideSession.step`."""
-        guide, text = self.guide, self.guide.source_text
-        if self._ids is None or self._last is None or 0 in (input_ids.shape[1], self._ids.shape[1]):
-            values = readings.tolist()
-            self.reset()
-            prefixes = [text.extend(text.empty(), guide.pieces(row)) for row in input_ids.tolist()]
-            parents = None
-        else:
-            reuse, values = match_prefixes(self._ids, input_ids, readings)
-            if reuse.unchanged:
-                return self._last, values
-            parents = list(range(len(input_ids))) if reuse.parents is None else reuse.parents.tolist()
-            if reuse.keep == self._ids.shape[1]:
-                new = input_ids[:, reuse.keep :].tolist()
-                prefixes = [
-                    text.extend(self._prefixes[parent], guide.pieces(row))
-                    for parent, row in zip(parents, new, strict=True)
-                ]
-            else:
-                prefixes = [text.extend(text.empty(), guide.pieces(row)) for row in input_ids.tolist()]
-        self._prefixes = prefixes
-        self._ids = input_ids.clone()  # the caller may write into its ids later
-        self._last = ProjectedStates(guide, self._read(prefixes, parents))
-        return self._last, values
+        requests = [Request(*request) for request in requests]
+        keys, texts = [request.key for request in requests], [list(request.ids) for request in requests]
+        unchanged = all(
+            key in self._prefixes and self._prefixes[key][0] == ids for key, ids in zip(keys, texts, strict=True)
+        )
+        if self._last is not None and unchanged and self._last[0] == keys:
+            return self._last[1]
+        reader, known = self._reader, self._prefixes
+        self.reset()  # what breaks off leaves the session empty
+        reader = reader or RaggedReader(self.guide.models)
+        prefixes = [self._prefix(known.get(key), ids) for key, ids in zip(keys, texts, strict=True)]
+        said = ProjectedStates(self.guide, self._read(reader, keys, prefixes))
+        self._prefixes = dict(zip(keys, zip(texts, prefixes, strict=True), strict=True))
+        self._reader, self._last = reader, (keys, said)
+        return said
 
-    def _read(self, prefixes: Sequence[SourcePrefix], parents: list[int] | None) -> dict[str, Tensor]:
+    def _prefix(self, known: tuple[list[int], SourcePrefix] | None, ids: list[int]) -> SourcePrefix:
+        """The text in the LM's own tokens; gone on from what is known where the ids go on."""
+        text = self.guide.source_text
+        if known is not None and ids[: len(known[0])] == known[0]:
+            return text.extend(known[1], self.guide.pieces(ids[len(known[0]) :]))
+        return text.extend(text.empty(), self.guide.pieces(ids))
+
+    def _read(
+        self, reader: RaggedReader, keys: Sequence[Hashable], prefixes: Sequence[SourcePrefix]
+    ) -> dict[str, Tensor]:
         """Marginals by head, float64 [rows, target strings]."""
         guide = self.guide
         spellings = [guide.source_text.spell(prefix.word) for prefix in prefixes]
@@ -247,60 +255,38 @@ class ProjectedSession:
         # The last finished token is read with the open word, so that a distribution after it is at hand.
         finished = [context[:-1] for context in contexts]
         openings = [[context[-1], *each.ids] for context, each in zip(contexts, spellings, strict=True)]
-        self._make_room(finished, parents)
-        news = [tokens[len(cached) :] for tokens, cached in zip(finished, self._tokens, strict=True)]
+        news = reader.arrange(keys, finished)
         ahead, behind = max(map(len, news)), max(map(len, openings))
-        if self._width + ahead + behind > 2 * max(map(len, contexts)) + behind + _SLACK:
-            self._forget_slots()
-            self._make_room(finished, None)
-            news, ahead = finished, max(map(len, finished))
-        first, opened = self._width, self._width + ahead
+        if reader.is_wasteful(ahead, max(map(len, contexts))):
+            news = reader.restart(finished)
+            ahead = max(map(len, finished))
+        first, opened = reader.width, reader.width + ahead
         rows, width = len(contexts), opened + behind
         ids = np.full((rows, ahead + behind), guide.source_text.start_id)
         positions = np.zeros((rows, ahead + behind), dtype=np.int64)
         visible = np.zeros((rows, width), dtype=bool)
         for row in range(rows):
-            new, opening, known = news[row], openings[row], len(self._tokens[row])
-            visible[row, self._slots[row]] = True
+            new, opening, known = news[row], openings[row], len(reader.tokens[row])
+            visible[row, reader.slots[row]] = True
             for tokens, place, position in ((new, 0, known), (opening, ahead, known + len(new))):
                 ids[row, place : place + len(tokens)] = tokens
                 positions[row, place : place + len(tokens)] = range(position, position + len(tokens))
                 visible[row, first + place : first + place + len(tokens)] = True
-            self._slots[row] += range(first, first + len(new))
-            self._tokens[row] += new
+            reader.slots[row] += range(first, first + len(new))
+            reader.tokens[row] += new
         seen = self._tensor(visible)
         probs = {
-            name: reader.feed(self._tensor(ids), self._tensor(positions), seen, keep=behind).softmax(dim=-1)
-            for name, reader in self._readers.items()
+            name: each.feed(self._tensor(ids), self._tensor(positions), seen, keep=behind).softmax(dim=-1)
+            for name, each in reader.readers.items()
         }
-        marginals = self._project(prefixes, spellings, probs, visible, opened)
-        self._width = opened
-        for reader in self._readers.values():
-            reader.cut(reader.slots - opened)
+        marginals = self._project(reader, prefixes, spellings, probs, visible, opened)
+        reader.width = opened
+        reader.cut()
         return marginals
-
-    def _make_room(self, finished: Sequence[list[int]], parents: list[int] | None) -> None:
-        """Make rows of the cache hold nothing but a beginning of `finished`."""
-        if parents is None:
-            self._tokens = [[] for _ in finished]
-            self._slots = [[] for _ in finished]
-            self._width = 0
-            for reader in self._readers.values():
-                reader.reset()
-            return
-        if parents != list(range(len(self._tokens))):
-            index = torch.tensor(parents, device=self.guide.device)
-            for reader in self._readers.values():
-                reader.select(index)
-        shared = [_shared(tokens, self._tokens[parent]) for tokens, parent in zip(finished, parents, strict=True)]
-        self._tokens = [self._tokens[parent][:keep] for keep, parent in zip(shared, parents, strict=True)]
-        self._slots = [self._slots[parent][:keep] for keep, parent in zip(shared, parents, strict=True)]
-        self._width = max((slots[-1] + 1 for slots in self._slots if slots), default=0)
-        for reader in self._readers.values():
-            reader.cut(reader.slots - self._width)
 
     def _project(
         self,
+        reader: RaggedReader,
         prefixes: Sequence[SourcePrefix],
         spellings: Sequence[Spelling],
         probs: Mapping[str, Tensor],
@@ -330,7 +316,7 @@ class ProjectedSession:
                 for name in probs:
                     pairs.add(marginals[name][row], masses[name][row, at] * weights[name][row, at])
         if self.guide.further:
-            self._read_further(prefixes, spellings, masses, weights, marginals, visible, opened)
+            self._read_further(reader, prefixes, spellings, masses, weights, marginals, visible, opened)
         return marginals
 
     def _path_weights(self, probs: Tensor, spellings: Sequence[Spelling]) -> Tensor:
@@ -348,6 +334,7 @@ class ProjectedSession:
 
     def _read_further(
         self,
+        reader: RaggedReader,
         prefixes: Sequence[SourcePrefix],
         spellings: Sequence[Spelling],
         masses: Mapping[str, Tensor],
@@ -379,8 +366,8 @@ class ProjectedSession:
                 sees[row, at, opened + after + 1 : width] = False
                 positions[row, at] = int(sees[row, at, :width].sum())
         sees_tensor = self._tensor(sees)
-        for name, reader in self._readers.items():
-            logits = reader.feed(self._tensor(ids), self._tensor(positions), sees_tensor, keep=most)
+        for name, each in reader.readers.items():
+            logits = each.feed(self._tensor(ids), self._tensor(positions), sees_tensor, keep=most)
             answers = projection.own_masses(logits.softmax(dim=-1))
             for row, questions in enumerate(chosen):
                 for at, (after, remaining, place) in enumerate(questions):
@@ -432,14 +419,6 @@ def _open_ends(word: bytes, spelling: Spelling) -> list[tuple[int, bytes]]:
         return []
     ends = [(at, word[end:]) for at, end in enumerate([0, *spelling.ends])]
     return [(at, remaining) for at, remaining in ends if remaining]
-
-
-def _shared(one: Sequence[int], other: Sequence[int]) -> int:
-    """Length of the common beginning."""
-    length = min(len(one), len(other))
-    if one[:length] == other[:length]:  # the usual case, at the speed of C
-        return length
-    return next(at for at in range(length) if one[at] != other[at])
 
 
 def _pick(logs: Tensor, token_ids: Tensor | None) -> Tensor:

@@ -10,15 +10,15 @@ half the length at a time, so that the cache stays of use.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
-from calibfuse.guides.kv_cache import CachedLM
+from calibfuse.guide import GuideSession, NextTokenScores, Request
+from calibfuse.guides.kv_cache import CachedLM, RaggedReader
 from calibfuse.isolation import isolated
-from calibfuse.prefix_cache import match_prefixes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,23 +34,32 @@ class LockStepLM:
         target: vocabulary of the ids.
         start_id: before every text.
         max_length: tokens that the models can read; None: any number.
+        holes: rows of different length may be read in one forward.
     """
 
     def __init__(
-        self, models: Mapping[str, PreTrainedModel], target: Vocabulary, *, start_id: int, max_length: int | None
+        self,
+        models: Mapping[str, PreTrainedModel],
+        target: Vocabulary,
+        *,
+        start_id: int,
+        max_length: int | None,
+        holes: bool = True,
     ) -> None:
         self.models = dict(models)
         self.target = target
         self.start_id = start_id
         self.max_length = max_length
+        self.holes = holes
         self.device = next(iter(self.models.values())).device
         widths = [model.get_input_embeddings().num_embeddings for model in self.models.values()]
         self._readable = min(cast(int, width) for width in widths)
         # One entry more than ids: whatever lies beyond the vocabulary counts as special, and so does what has no
         # embedding.
-        self._is_special = torch.ones(len(target) + 1, dtype=torch.bool)
+        self._is_special = torch.ones(len(target) + 1, dtype=torch.bool, device="cpu")
         self._is_special[:-1] = torch.from_numpy(target.is_special.copy())
         self._is_special[self._readable :] = True
+        self._special = self._is_special.tolist()
         self._is_special = self._is_special.to(self.device)
 
     def covers(self, token_ids: Tensor) -> Tensor:
@@ -65,7 +74,14 @@ class LockStepLM:
 
     def with_models(self, models: Mapping[str, PreTrainedModel]) -> LockStepLM:
         """The same over other copies of the models."""
-        return LockStepLM(models, self.target, start_id=self.start_id, max_length=self.max_length)
+        return LockStepLM(models, self.target, start_id=self.start_id, max_length=self.max_length, holes=self.holes)
+
+    def context(self, ids: Sequence[int]) -> list[int]:
+        """What the models read of a text: a start token, and what comes after the leading special tokens."""
+        special, size = self._special, len(self._special)
+        ids = ids[self.first_read(len(ids)) :]
+        lead = next((at for at, each in enumerate(ids) if 0 <= each < size and not special[each]), len(ids))
+        return [self.start_id, *(each if 0 <= each < self._readable else self.start_id for each in ids[lead:])]
 
     def session(self) -> LockStepLMSession:
         """A new session."""
@@ -142,7 +158,7 @@ class LockStepLM:
         return {name: reader.feed(ids, positions, visible, keep=keep) for name, reader in readers.items()}, starts
 
 
-class LMLogits:
+class LMLogits(NextTokenScores):
     """`NextTokenScores` of a lock-step LM.
 
     Args:
@@ -167,7 +183,7 @@ class LMLogits:
         return torch.nn.functional.pad(logits, (0, missing)) if missing > 0 else logits[..., : self._size]
 
 
-class LockStepLMSession:
+class LockStepLMSession(GuideSession):
     """`GuideSession` of a lock-step LM.
 
     Args:
@@ -179,45 +195,38 @@ class LockStepLMSession:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything."""
-        self._ids: Tensor | None = None
-        self._last: LMLogits | None = None
-        self._starts: Tensor | None = None
-        self._started = 0  # length of prefix by which every row has a token with text
-        self._first = 0
-        self._readers = {name: CachedLM(model) for name, model in self.guide.models.items()}
+        """See `GuideSession.reset`."""
+        self._reader: RaggedReader | None = None
+        self._last: tuple[list[Hashable], list[list[int]], LMLogits] | None = None
+
+    def drop(self, keys: Iterable[Hashable]) -> None:
+        """See `GuideSession.drop`; what they held goes with the next step, which names the texts that stay."""
+        if self._last is not None and set(self._last[0]) <= set(keys):
+            self.reset()
+
+    def copy(self, pairs: Mapping[Hashable, Hashable]) -> None:
+        """See `GuideSession.copy`."""
+        if self._reader is not None:
+            self._reader.copy(pairs)
 
     @isolated
-    def step(self, input_ids: Tensor, readings: Tensor) -> tuple[LMLogits, list[float]]:
+    def step(self, requests: Sequence[Request]) -> LMLogits:
         """See `GuideSession.step`."""
-        first = self.guide.first_read(input_ids.shape[1])
-        empty = input_ids.shape[1] == 0 or (self._ids is not None and self._ids.shape[1] == 0)
-        if self._ids is None or self._starts is None or self._last is None or empty:
-            return self._rebuild(input_ids, first), readings.tolist()
-        reuse, values = match_prefixes(self._ids, input_ids, readings)
-        if reuse.unchanged:
-            return self._last, values
-        # Where all kept tokens of a row are special, its start token may lie further on.
-        if first != self._first or reuse.keep < max(self._started, first + 1):
-            return self._rebuild(input_ids, first), values
-        starts = self._starts
-        for reader in self._readers.values():
-            reader.cut(reader.slots - (reuse.keep - first + 1))
-            if reuse.parents is not None:
-                reader.select(reuse.parents)
-        if reuse.parents is not None:
-            starts = starts[reuse.parents]
-        logits, _ = self.guide.feed(self._readers, input_ids[:, reuse.keep :], starts, None, 1)
-        return self._remember(input_ids, starts, logits), values
-
-    def _rebuild(self, input_ids: Tensor, first: int) -> LMLogits:
-        self.reset()
-        self._first = first
-        logits, starts = self.guide.feed(self._readers, input_ids[:, first:], None, None, 1)
-        self._started = first + int(starts.max()) + 1
-        return self._remember(input_ids, starts, logits)
-
-    def _remember(self, input_ids: Tensor, starts: Tensor, logits: Mapping[str, Tensor]) -> LMLogits:
-        self._ids, self._starts = input_ids.clone(), starts  # the caller may write into its ids later
-        self._last = LMLogits({name: each[:, -1] for name, each in logits.items()}, len(self.guide.target))
-        return self._last
+        requests = [Request(*request) for request in requests]
+        keys, contexts = (
+            [request.key for request in requests],
+            [self.guide.context(request.ids) for request in requests],
+        )
+        if self._last is not None and self._last[:2] == (keys, contexts):
+            return self._last[2]
+        reader, self._reader, self._last = self._reader, None, None  # what breaks off leaves the session empty
+        reader = reader or RaggedReader(self.guide.models)
+        news = reader.arrange(keys, [context[:-1] for context in contexts])
+        news = [[*new, context[-1]] for new, context in zip(news, contexts, strict=True)]
+        count = max(map(len, news))
+        has_hole = any(read and len(new) < count for read, new in zip(reader.tokens, news, strict=True))
+        if (has_hole and not self.guide.holes) or reader.is_wasteful(count, max(map(len, contexts))):
+            news = reader.restart(contexts)
+        said = LMLogits(reader.read_on(news), len(self.guide.target))
+        self._reader, self._last = reader, (keys, contexts, said)
+        return said

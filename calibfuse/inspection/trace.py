@@ -20,6 +20,7 @@ from calibfuse.candidates import choose_candidates
 from calibfuse.errors import InputError
 from calibfuse.guide import CALIBRATOR_HEAD, REFERENCE_HEAD, VALUE_HEAD
 from calibfuse.inspection.spelling import TokenSpeller
+from calibfuse.prefix_cache import RowSession
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -205,7 +206,7 @@ class _Recorder(LogitsProcessor):
         self._speller = speller
         self._top = top
         self._guide = fusion.guide
-        self._session = self._guide.session()
+        self._session = RowSession(self._guide)
         self._on_step = on_step
         self._pending: _Pending | None = None
         self._steps: list[StepTrace] = []
@@ -232,7 +233,7 @@ class _Recorder(LogitsProcessor):
 
     def _movable(self, plain: Tensor) -> Tensor:
         """Bool [target_vocab_size]: the tokens that fusion re-ranks."""
-        token_ids, values, is_candidate = choose_candidates(
+        token_ids, _, is_candidate, _ = choose_candidates(
             plain, self.fusion.config.candidates, self.fusion.guide.always_candidates(plain.shape[-1])
         )
         if token_ids is not None:
@@ -246,8 +247,8 @@ class _Recorder(LogitsProcessor):
     def _ask_heads(self, input_ids: Tensor, movable: Tensor) -> dict[str, Tensor]:
         if self._guide is not self.fusion.guide:  # the fusion moved it to the scores' device at its first call
             self._guide = self.fusion.guide
-            self._session = self._guide.session()
-        said, _ = self._session.step(input_ids, torch.zeros(1, dtype=torch.bool, device=input_ids.device))
+            self._session = RowSession(self._guide)
+        said, _ = self._session.step(input_ids, torch.zeros(0, device=input_ids.device))
         token_ids = movable.nonzero()[:, 0]
         heads = {}
         for head in self._guide.heads:

@@ -298,8 +298,8 @@ class CalibratorAuxiliary(AuxiliaryModel):
         bound = BoundCalibrator(self.calibrator, self.vocabulary, self.vectors, self.biases)
         bound._is_special = self.special
         masked = None if attention_mask is None else attention_mask == 0
-        states, _ = bound._advance(input_ids, None, None, masked)
-        queries: Tensor = self.head(states)  # (batch, length + 1, token_width): slot 0 speaks of the first token
+        # (batch, length + 1, token_width): slot 0 speaks of the first token
+        queries: Tensor = self.head(bound.states(input_ids, masked))
         return queries
 
     def of_next(self, states: Tensor, input_ids: Tensor, positions: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from torch.nn import functional
 from calibfuse import hub
 from calibfuse.errors import CheckpointError, InputError, VocabularyError, VocabularyMismatchError, reason_of
 from calibfuse.guides.causal_lm import BoundCausalLM, CausalLMConfig, same_ids
-from calibfuse.guides.kv_cache import check_followable
+from calibfuse.guides.kv_cache import stands_holes
 from calibfuse.guides.shared_vocabulary import LockStepLM
 from calibfuse.loading import PretrainedCalibrator, Source
 from calibfuse.model_card import calibrator_card
@@ -226,7 +226,7 @@ class ValueLM(PretrainedCalibrator):
         limit = getattr(self.network.config.get_text_config(), "max_position_embeddings", None)
         return limit if isinstance(limit, int) and limit > 0 else None
 
-    def lock_step(self) -> ValueLockStep:
+    def lock_step(self, *, holes: bool = True) -> ValueLockStep:
         """The network as a reader of the target's ids."""
         return ValueLockStep(
             {HEAD: self.network},  # type: ignore[dict-item]  # has what LockStepLM uses of a model
@@ -234,6 +234,7 @@ class ValueLM(PretrainedCalibrator):
             start_id=self.start_id,
             max_length=self.max_length,
             end_ids=self.end_ids,
+            holes=holes,
         )
 
     def bind(
@@ -267,8 +268,8 @@ class ValueLM(PretrainedCalibrator):
                 f"{self.vocabulary.name}) than that of {target.name} ({len(target)} ids). Train one for this target, "
                 "or with `calibfuse train-guide --kind calibrator` one that binds to any vocabulary."
             )
-        check_followable(self.network, self.name, holes=False)  # type: ignore[arg-type]
-        bound = BoundValueLM(self.lock_step(), self, self.vocabulary)
+        holes = stands_holes(self.network, self.name)  # type: ignore[arg-type]
+        bound = BoundValueLM(self.lock_step(holes=holes), self, self.vocabulary)
         if dtype is None and device is None:
             return bound
         return bound.to(device or self.network.device, dtype)
@@ -383,8 +384,9 @@ class ValueLockStep(LockStepLM):
         start_id: int,
         max_length: int | None,
         end_ids: tuple[int, ...],
+        holes: bool = True,
     ) -> None:
-        super().__init__(models, target, start_id=start_id, max_length=max_length)
+        super().__init__(models, target, start_id=start_id, max_length=max_length, holes=holes)
         self.end_ids = end_ids
         self._ends = torch.tensor(end_ids, dtype=torch.int64, device=self.device)
 
@@ -395,7 +397,12 @@ class ValueLockStep(LockStepLM):
     def with_models(self, models: Mapping[str, PreTrainedModel]) -> ValueLockStep:
         """The same over other copies of the models."""
         return ValueLockStep(
-            models, self.target, start_id=self.start_id, max_length=self.max_length, end_ids=self.end_ids
+            models,
+            self.target,
+            start_id=self.start_id,
+            max_length=self.max_length,
+            end_ids=self.end_ids,
+            holes=self.holes,
         )
 
 
