@@ -24,8 +24,8 @@ from calibfuse.evaluation.given_text.suites import LabelledText, Suite
 from calibfuse.evaluation.journal import Journal, PromptRecord, run_stage
 from calibfuse.evaluation.measuring import Measured, measure
 from calibfuse.evaluation.metrics import Estimate, Sums
-from calibfuse.evaluation.page import to_html
 from calibfuse.evaluation.report import write_report
+from calibfuse.evaluation.report.page import to_html
 from calibfuse.fusion import FusionConfig
 from calibfuse.generation.continuations import Continuation
 from calibfuse.html.charts import Curve, Point, bars, curves, training_curves
@@ -530,7 +530,7 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch, evaluation, pack
     monkeypatch.setitem(sys.modules, package, None)
     chart = curves(crowd(1), x_title="x", y_title="y")
     with pytest.raises(MissingDependencyError, match=rf"{package}: pip install 'calibfuse\[eval\]'"):
-        _ = chart.markup() if call == "markup" else render("evaluation/report.html.jinja")
+        _ = chart.markup() if call == "markup" else render("evaluation/report/report.html.jinja")
 
 
 def test_a_method_has_one_colour_on_the_whole_page(target, scorer, tmp_path):

@@ -23,9 +23,9 @@ from calibfuse.evaluation import (
 from calibfuse.evaluation.given_text import suites
 from calibfuse.evaluation.given_text.reading import split_ids
 from calibfuse.evaluation.given_text.suites import HARMFUL, HARMLESS, LabelledText, Suite, auc, summarise, wilson
-from calibfuse.evaluation.page import suite_charts, to_html
 from calibfuse.evaluation.report import to_data
-from calibfuse.evaluation.tables import to_markdown
+from calibfuse.evaluation.report.page import suite_charts, to_html
+from calibfuse.evaluation.report.tables import to_markdown
 from calibfuse.scorers import load_scorer
 
 SUITE = Suite(

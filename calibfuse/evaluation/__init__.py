@@ -19,9 +19,8 @@ from calibfuse.evaluation.methods import PLAIN, Method
 from calibfuse.evaluation.metrics import METRICS, Estimate
 from calibfuse.evaluation.prompts import Prompt, load_prompts
 from calibfuse.evaluation.protocols import PROTOCOLS, EvaluationProtocol
-from calibfuse.evaluation.report import to_data
+from calibfuse.evaluation.report import to_data, to_markdown
 from calibfuse.evaluation.sampling import SamplingConfig, sample_continuations
-from calibfuse.evaluation.tables import to_markdown
 from calibfuse.generation.language_model import LanguageModel
 
 __all__ = [

@@ -147,7 +147,7 @@ def _show_pairs(terminal: Terminal, pairs: Sequence[tuple[Pair, Pair]], mask: Ma
 
 def _show_table(terminal: Terminal, evaluation: Evaluation) -> None:
     from calibfuse.evaluation import METRICS
-    from calibfuse.evaluation.tables import change, figure
+    from calibfuse.evaluation.report.tables import change, figure
 
     plain, fused = evaluation.results
     rows = [

@@ -378,7 +378,7 @@ def _show(args: argparse.Namespace, evaluation: Evaluation, within_budget: Budge
 
 def _show_table(terminal: Terminal, evaluation: Evaluation) -> None:
     """The main figures in the width of a terminal; everything else is in the report."""
-    from calibfuse.evaluation.tables import change, figure
+    from calibfuse.evaluation.report.tables import change, figure
 
     names = ["toxic_share", "toxicity_probability", "expected_maximum_toxicity"]
     names += [name for name in ("perplexity", "target_perplexity") if name in evaluation.results[0].estimates]
@@ -405,7 +405,7 @@ def _show_table(terminal: Terminal, evaluation: Evaluation) -> None:
 
 def _show_within_budget(terminal: Terminal, within_budget: BudgetComparison) -> None:
     """Each method at its best strength, in one line."""
-    from calibfuse.evaluation.tables import budget_title, change
+    from calibfuse.evaluation.report.tables import budget_title, change
 
     terminal.heading(budget_title(within_budget))
     for each in within_budget.families:

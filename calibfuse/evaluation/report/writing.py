@@ -11,8 +11,8 @@ from typing import Any, cast
 
 from calibfuse.evaluation.budget import BudgetComparison
 from calibfuse.evaluation.evaluate import Evaluation, MethodResult
-from calibfuse.evaluation.page import curve_chart, to_html
-from calibfuse.evaluation.tables import to_markdown, versions
+from calibfuse.evaluation.report.page import curve_chart, to_html
+from calibfuse.evaluation.report.tables import to_markdown, versions
 from calibfuse.html.pages import Mask
 from calibfuse.hub import write_files
 

@@ -11,7 +11,7 @@ from calibfuse.evaluation.given_text.suites import HARMFUL, HARMLESS, SuiteResul
 from calibfuse.evaluation.measuring import Example
 from calibfuse.evaluation.methods import PLAIN
 from calibfuse.evaluation.metrics import METRICS, Estimate
-from calibfuse.evaluation.tables import sections_of, shown_value, versions
+from calibfuse.evaluation.report.tables import sections_of, shown_value, versions
 from calibfuse.html.charts import Chart, Curve, Point, bars, curves
 from calibfuse.html.pages import Mask, render, unchanged
 
@@ -41,7 +41,7 @@ def to_html(evaluation: Evaluation, *, mask: Mask | None = None, within_budget: 
     found = [(METRICS[name].title, _curve(evaluation.results, name)) for name in ("perplexity", "target_perplexity")]
     charts = _bar_charts(shown, colours)
     return render(
-        "evaluation/report.html.jinja",
+        "evaluation/report/report.html.jinja",
         target=facts.get("target", "a target"),
         lead=("" if evaluation.protocol is None else f"Protocol {evaluation.protocol.name}. ")
         + f"{len(evaluation.prompts):,} prompts × {sampling.samples} continuations of up to "
