@@ -150,12 +150,8 @@ def evaluate(
         speeds = run.speeds(everything, prompts, speed_rounds)
         results = [replace(result, speed=speeds[result.method.key]) for result in results]
     facts = {
-        **run.facts(),
+        **run.facts(scorers, judge, toxic_from),
         "protocol": None if protocol is None else f"{protocol.name}: {protocol.description}",
-        "scorer": scorer.name,
-        "other_scorers": [each.name for each in other_scorers],
-        "judge": None if judge is None else judge.name,
-        "toxic_from": toxic_from,
         "prompt_count": len(prompts),
         "resamples": resamples,
         **({"suites": {suite.name: len(suite.texts) for suite in suites}} if suites else {}),
@@ -193,12 +189,18 @@ class _Run:
         self.resume, self.show_progress = resume, show_progress
         self.settings = {"target": target.name, "target_weights": weights_digest(target.model)}
 
-    def facts(self) -> dict[str, Any]:
+    def facts(
+        self, scorers: Sequence[ToxicityScorer], judge: LanguageModel | None, toxic_from: float
+    ) -> dict[str, Any]:
         """What a report says of the run."""
         return {
             "target": self.target.name,
             "target_weights": self.settings["target_weights"],
             "target_parameters": self.target.model.num_parameters(),
+            "scorer": scorers[0].name,
+            "other_scorers": [each.name for each in scorers[1:]],
+            "judge": None if judge is None else judge.name,
+            "toxic_from": toxic_from,
             "sampling": self.sampling.to_dict(),
             "batch_size": self.batch_size,
             "torch_threads": torch.get_num_threads(),

@@ -113,6 +113,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sampling = parser.add_argument_group("sampling")
     SAMPLING.add(sampling)
     add(sampling, "batch_size")
+    _add_measures(parser)
+    output = parser.add_argument_group("output")
+    add(output, "resume", "json", "mask", "quiet", output={"help": f"folder of the report (default: {_OUTPUT})"})
+    choice = parser.add_argument_group("choosing the strength")
+    add(
+        choice,
+        pick_alpha=SWITCH | {"help": "write the strongest alpha within --fluency-budget into the calibrator's folder"},
+        fluency_budget={
+            "old": ("--max-perplexity-increase",),
+            "type": float,
+            "metavar": "SHARE",
+            "help": "compare each method at its best strength within this loss of fluency; without strengths given, "
+            f"each is tried at several (default of --pick-alpha: {_BUDGET})",
+        },
+    )
+
+
+def _add_measures(parser: argparse.ArgumentParser) -> None:
+    """What is measured of the continuations, and of texts that are only read."""
     measures = parser.add_argument_group("measures")
     add(
         measures,
@@ -140,20 +159,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         },
         suite_count={"type": int, "default": 1000, "metavar": "N", "help": "texts of each suite and task; 0: all"},
         no_neutrality=SWITCH | {"help": "skip benign text and group words"},
-    )
-    output = parser.add_argument_group("output")
-    add(output, "resume", "json", "mask", "quiet", output={"help": f"folder of the report (default: {_OUTPUT})"})
-    choice = parser.add_argument_group("choosing the strength")
-    add(
-        choice,
-        pick_alpha=SWITCH | {"help": "write the strongest alpha within --fluency-budget into the calibrator's folder"},
-        fluency_budget={
-            "old": ("--max-perplexity-increase",),
-            "type": float,
-            "metavar": "SHARE",
-            "help": "compare each method at its best strength within this loss of fluency; without strengths given, "
-            f"each is tried at several (default of --pick-alpha: {_BUDGET})",
-        },
     )
 
 
