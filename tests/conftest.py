@@ -212,3 +212,64 @@ def _seeded(build: Callable, seed: int):
             if parameter.dim() == 2:
                 parameter.mul_(10.0)
     return model.eval()
+
+
+# ---- what stands on both: the same for a whole module
+
+
+@pytest.fixture(scope="module")
+def tokenizer(byte_level_tokenizer: tokenizers.Tokenizer, wrap_tokenizer: Callable):
+    """The byte-level tokenizer as transformers has it."""
+    return wrap_tokenizer(byte_level_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def target(byte_level_tokenizer: tokenizers.Tokenizer, wrap_tokenizer: Callable, tiny_llama: Callable):
+    """A tiny random Llama with that tokenizer, as the commands load one."""
+    from calibfuse.generation.language_model import LanguageModel
+
+    tokenizer = wrap_tokenizer(byte_level_tokenizer)
+    return LanguageModel("tiny", tiny_llama(len(tokenizer)), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def bundle(
+    tmp_path_factory, byte_level_tokenizer: tokenizers.Tokenizer, wrap_tokenizer: Callable, tiny_llama: Callable
+):
+    """The folder that stands in for calibfuse/pretrained: a tiny calibrator, demo target and scorer."""
+    from tiny_checkpoints import save_bundle
+
+    tokenizer = wrap_tokenizer(byte_level_tokenizer)
+    return save_bundle(tmp_path_factory.mktemp("bundle"), tiny_llama(len(tokenizer)), tokenizer)
+
+
+@pytest.fixture
+def command_line(capsys: pytest.CaptureFixture) -> Callable:
+    """A function: arguments of the command line -> (exit code, standard output, standard error)."""
+    from calibfuse.cli import main as cli
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        try:
+            code = cli.main(list(arguments))
+        except SystemExit as exit_:
+            code = exit_.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def load_tool(repository: Path) -> Callable:
+    """A function: the name of a program in tools/ -> its module."""
+    import importlib.util
+    import sys
+
+    def load(name: str):
+        spec = importlib.util.spec_from_file_location(name, repository / "tools" / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # dataclasses look their module up here
+        spec.loader.exec_module(module)
+        return module
+
+    return load

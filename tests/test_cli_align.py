@@ -9,10 +9,8 @@ import re
 import pytest
 import torch
 from tiny_calibrators import make_calibrator
-from tiny_checkpoints import save_bundle
 
 from calibfuse.bits_per_byte import measure_fidelity
-from calibfuse.cli import main as cli
 from calibfuse.errors import DataError
 from calibfuse.inspection import coverage_page, report_text, report_vocabulary
 from calibfuse.vocabulary import Vocabulary
@@ -23,27 +21,13 @@ def tokenizer(wordpiece_tokenizer, wrap_tokenizer):
     return wrap_tokenizer(wordpiece_tokenizer)
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory, byte_level_tokenizer, wrap_tokenizer, tiny_llama):
-    tokenizer = wrap_tokenizer(byte_level_tokenizer)
-    return save_bundle(tmp_path_factory.mktemp("bundle"), tiny_llama(len(tokenizer)), tokenizer)
-
-
 @pytest.fixture
-def run(bundle, monkeypatch, capsys, tmp_path):
+def run(bundle, monkeypatch, command_line, tmp_path):
     """A function: arguments -> (exit code, standard output, standard error)."""
     monkeypatch.setattr("calibfuse.hub.remote._BUNDLED", bundle)
     monkeypatch.setenv("CALIBFUSE_CACHE", str(tmp_path / "cache"))
 
-    def call(*arguments):
-        try:
-            code = cli.main(["align", *arguments])
-        except SystemExit as exit_:
-            code = exit_.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+    return lambda *arguments: command_line("align", *arguments)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import re
 import time
 
 import pytest
-from tiny_checkpoints import BUNDLED, BUNDLED_CHECKPOINTS, save_bundle
+from tiny_checkpoints import BUNDLED, BUNDLED_CHECKPOINTS
 
 from calibfuse.cli import main as cli
 from calibfuse.cli.commands.demo import _most_different
@@ -15,26 +15,12 @@ from calibfuse.evaluation.journal import PromptRecord
 from calibfuse.generation.continuations import Continuation
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory, byte_level_tokenizer, wrap_tokenizer, tiny_llama):
-    tokenizer = wrap_tokenizer(byte_level_tokenizer)
-    return save_bundle(tmp_path_factory.mktemp("bundle"), tiny_llama(len(tokenizer)), tokenizer)
-
-
 @pytest.fixture
-def run(bundle, monkeypatch, capsys):
+def run(bundle, monkeypatch, command_line):
     """A function: arguments -> (exit code, standard output, standard error)."""
     monkeypatch.setattr("calibfuse.hub.remote._BUNDLED", bundle)
 
-    def call(*arguments):
-        try:
-            code = cli.main(["demo", *arguments])
-        except SystemExit as exit_:
-            code = exit_.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+    return lambda *arguments: command_line("demo", *arguments)
 
 
 def test_the_most_different_pairs_come_first_one_per_prompt():

@@ -7,9 +7,7 @@ import sys
 import pytest
 import torch
 from tiny_calibrators import make_calibrator
-from tiny_checkpoints import save_bundle
 
-from calibfuse.cli import main as cli
 from calibfuse.cli.prompts import read_prompts_file
 from calibfuse.cli.terminal import Terminal, display_width, printable, wants_colour, wrap
 from calibfuse.errors import CheckpointError, DataError, FusionNotAppliedError, InputError
@@ -19,27 +17,12 @@ from calibfuse.generation.language_model import load_language_model
 from calibfuse.processor import CalibFusion
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory, byte_level_tokenizer, wrap_tokenizer, tiny_llama):
-    """The folder that stands in for calibfuse/pretrained."""
-    tokenizer = wrap_tokenizer(byte_level_tokenizer)
-    return save_bundle(tmp_path_factory.mktemp("bundle"), tiny_llama(len(tokenizer)), tokenizer)
-
-
 @pytest.fixture
-def run(bundle, monkeypatch, capsys):
+def run(bundle, monkeypatch, command_line):
     """A function: arguments of the command line -> (exit code, standard output, standard error)."""
     monkeypatch.setattr("calibfuse.hub.remote._BUNDLED", bundle)
 
-    def call(*arguments):
-        try:
-            code = cli.main(list(arguments))
-        except SystemExit as exit_:
-            code = exit_.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+    return command_line
 
 
 @pytest.fixture(scope="module")

@@ -22,11 +22,6 @@ CONTRAST = FusionConfig(alpha=1.0, candidates=50)
 
 
 @pytest.fixture(scope="module")
-def tokenizer(byte_level_tokenizer, wrap_tokenizer):
-    return wrap_tokenizer(byte_level_tokenizer)
-
-
-@pytest.fixture(scope="module")
 def model(tokenizer, tiny_llama):
     return tiny_llama(len(tokenizer), eos_token_id=None)
 
@@ -47,19 +42,11 @@ def bundle(tmp_path_factory, tokenizer, model):
 
 
 @pytest.fixture
-def run(bundle, monkeypatch, capsys):
+def run(bundle, monkeypatch, command_line):
     """A function: arguments -> (exit code, standard output, standard error)."""
     monkeypatch.setattr("calibfuse.hub.remote._BUNDLED", bundle)
 
-    def call(*arguments):
-        try:
-            code = cli.main(["inspect", *arguments])
-        except SystemExit as exit_:
-            code = exit_.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+    return lambda *arguments: command_line("inspect", *arguments)
 
 
 MODES = [

@@ -7,7 +7,7 @@ import torch
 from tiny_calibrators import make_calibrator
 
 from calibfuse.errors import InputError
-from calibfuse.evaluation import PLAIN, LanguageModel, Method, Prompt, SamplingConfig
+from calibfuse.evaluation import PLAIN, Method, Prompt, SamplingConfig
 from calibfuse.evaluation.baselines import (
     BASELINES,
     BadWords,
@@ -25,12 +25,6 @@ from calibfuse.processor import CalibFusion
 from calibfuse.scorers import load_scorer
 
 TEXTS = ("The river was wide and slow.", "She said nothing at all")
-
-
-@pytest.fixture(scope="module")
-def target(byte_level_tokenizer, wrap_tokenizer, tiny_llama):
-    tokenizer = wrap_tokenizer(byte_level_tokenizer)
-    return LanguageModel("tiny", tiny_llama(len(tokenizer)), tokenizer)
 
 
 @pytest.fixture(scope="module")

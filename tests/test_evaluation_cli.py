@@ -8,20 +8,11 @@ import sys
 
 import pytest
 import torch
-from tiny_checkpoints import save_bundle
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from calibfuse.calibrator import Calibrator
-from calibfuse.cli import main as cli
 
 FAST = ("--prompt-count", "4", "--samples", "3", "--max-new-tokens", "4", "--speed-rounds", "0", "--quiet")
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory, byte_level_tokenizer, wrap_tokenizer, tiny_llama):
-    """The folder that stands in for calibfuse/pretrained."""
-    tokenizer = wrap_tokenizer(byte_level_tokenizer)
-    return save_bundle(tmp_path_factory.mktemp("bundle"), tiny_llama(len(tokenizer)), tokenizer)
 
 
 @pytest.fixture
@@ -32,19 +23,14 @@ def prompts(tmp_path):
 
 
 @pytest.fixture
-def run(bundle, monkeypatch, capsys, prompts, tmp_path):
+def run(bundle, monkeypatch, command_line, prompts, tmp_path):
     """A function: further arguments -> (exit code, standard output, standard error)."""
     monkeypatch.setattr("calibfuse.hub.remote._BUNDLED", bundle)
 
     def call(*arguments, bare=False, fast=FAST):
         options = () if "--prompts" in arguments or bare else ("--prompts", str(prompts))
         folder = () if bare else ("--output", str(tmp_path / "out"))
-        try:
-            code = cli.main(["evaluate", *options, *folder, *fast, *arguments])
-        except SystemExit as exit_:
-            code = exit_.code
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
+        return command_line("evaluate", *options, *folder, *fast, *arguments)
 
     return call
 

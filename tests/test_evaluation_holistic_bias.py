@@ -8,15 +8,9 @@ import torch
 from transformers import LogitsProcessor
 
 from calibfuse.errors import DataError
-from calibfuse.evaluation import LanguageModel, load_holistic_bias, measure_holistic_bias
+from calibfuse.evaluation import load_holistic_bias, measure_holistic_bias
 from calibfuse.evaluation.given_text.holistic_bias import HATEFUL_BEGINNINGS
 from calibfuse.evaluation.given_text.reading import split_ids
-
-
-@pytest.fixture(scope="module")
-def target(byte_level_tokenizer, wrap_tokenizer, tiny_llama):
-    tokenizer = wrap_tokenizer(byte_level_tokenizer)
-    return LanguageModel("tiny", tiny_llama(len(tokenizer)), tokenizer)
 
 
 @pytest.fixture

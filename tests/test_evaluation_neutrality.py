@@ -8,7 +8,7 @@ from tiny_calibrators import make_calibrator
 from torch.nn import functional
 from transformers import LogitsProcessor
 
-from calibfuse.evaluation import LanguageModel, measure_neutrality
+from calibfuse.evaluation import measure_neutrality
 from calibfuse.evaluation.given_text.neutral_text import BENIGN_TEXTS, GROUP_WORDS, TEMPLATES
 from calibfuse.evaluation.given_text.neutrality import PLAIN_GROUP, divergence
 from calibfuse.evaluation.given_text.reading import method_log_probs, split_ids
@@ -18,12 +18,6 @@ from calibfuse.processor import CalibFusion
 TEXTS = ["The river was wide and slow.", "She said nothing at all", "It rained"]
 WORDS = {"one": ("tall", "blind"), "two": ("well known",)}
 BEGINNINGS = ("The new teacher is", "He was")
-
-
-@pytest.fixture(scope="module")
-def target(byte_level_tokenizer, wrap_tokenizer, tiny_llama):
-    tokenizer = wrap_tokenizer(byte_level_tokenizer)
-    return LanguageModel("tiny", tiny_llama(len(tokenizer)), tokenizer)
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,6 @@ from calibfuse.evaluation.given_text.reading import score_ids, score_texts, spli
 
 
 @pytest.fixture(scope="module")
-def tokenizer(byte_level_tokenizer, wrap_tokenizer):
-    return wrap_tokenizer(byte_level_tokenizer)
-
-
-@pytest.fixture(scope="module")
 def model(tokenizer, tiny_gpt2):
     return tiny_gpt2(len(tokenizer))
 

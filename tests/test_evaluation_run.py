@@ -59,12 +59,6 @@ def lowering(by):
 
 
 @pytest.fixture(scope="module")
-def target(byte_level_tokenizer, wrap_tokenizer, tiny_llama):
-    tokenizer = wrap_tokenizer(byte_level_tokenizer)
-    return LanguageModel("tiny", tiny_llama(len(tokenizer)), tokenizer)
-
-
-@pytest.fixture(scope="module")
 def scorer(target):
     def share_of_rare_ids(texts):
         rows = [target.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]

@@ -22,11 +22,6 @@ CONFIG = SamplingConfig(samples=3, max_new_tokens=6)
 
 
 @pytest.fixture(scope="module")
-def tokenizer(byte_level_tokenizer, wrap_tokenizer):
-    return wrap_tokenizer(byte_level_tokenizer)
-
-
-@pytest.fixture(scope="module")
 def model(tokenizer, tiny_llama):
     return tiny_llama(len(tokenizer))
 

@@ -12,7 +12,6 @@ from transformers import LogitsProcessor
 
 from calibfuse.errors import DataError
 from calibfuse.evaluation import (
-    LanguageModel,
     Method,
     Prompt,
     SamplingConfig,
@@ -38,12 +37,6 @@ SUITE = Suite(
         LabelledText("A", False, "short"),
     ),
 )
-
-
-@pytest.fixture(scope="module")
-def target(byte_level_tokenizer, wrap_tokenizer, tiny_llama):
-    tokenizer = wrap_tokenizer(byte_level_tokenizer)
-    return LanguageModel("tiny", tiny_llama(len(tokenizer)), tokenizer)
 
 
 class LowerOne(LogitsProcessor):

@@ -1,6 +1,5 @@
 """Bits per byte, among all tokens and among candidates, and the scripts that compare them across vocabularies."""
 
-import importlib.util
 import json
 import math
 import subprocess
@@ -40,13 +39,8 @@ def minding():
 
 
 @pytest.fixture(scope="module")
-def script(repository):
-    """tools/measure_fidelity.py as a module."""
-    spec = importlib.util.spec_from_file_location("measure_fidelity", repository / "tools/measure_fidelity.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up here
-    spec.loader.exec_module(module)
-    return module
+def script(load_tool):
+    return load_tool("measure_fidelity")
 
 
 @pytest.mark.parametrize("head", ["calibrator", "reference"])

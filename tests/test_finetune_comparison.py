@@ -1,8 +1,6 @@
 """The tables of tools/finetune_comparison.py, from invented measures."""
 
-import importlib.util
 import json
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,14 +10,8 @@ from calibfuse.evaluation.metrics import Sums, toxicity_sums
 
 
 @pytest.fixture(scope="module")
-def example(repository):
-    spec = importlib.util.spec_from_file_location(
-        "finetune_comparison", repository / "tools" / "finetune_comparison.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+def example(load_tool):
+    return load_tool("finetune_comparison")
 
 
 @pytest.fixture

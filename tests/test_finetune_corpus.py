@@ -10,11 +10,6 @@ from calibfuse.errors import DataError, InputError
 from calibfuse.finetune.corpus import PackedCorpus, corpus_perplexity, limit_held_out, pack_corpus
 
 
-@pytest.fixture
-def tokenizer(byte_level_tokenizer, wrap_tokenizer):
-    return wrap_tokenizer(byte_level_tokenizer)
-
-
 def test_blocks_in_a_row_are_the_documents_with_their_marks(tokenizer, sample_lines):
     corpus = pack_corpus(sample_lines, tokenizer, block_length=32, held_out_share=0.0)
     ids = [1 for _ in ()]

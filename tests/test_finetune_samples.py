@@ -14,11 +14,6 @@ PROMPTS = ["The weather is", "A dog", "Once upon a time there was a"]
 
 
 @pytest.fixture(scope="module")
-def tokenizer(byte_level_tokenizer, wrap_tokenizer):
-    return wrap_tokenizer(byte_level_tokenizer)
-
-
-@pytest.fixture(scope="module")
 def model(tiny_llama, tokenizer):
     return softened(tiny_llama(len(tokenizer)), 0.1)
 

@@ -275,11 +275,19 @@ class TestLife:
         torch.testing.assert_close(log_probs, bound.log_probs(ids))
 
     def test_copies_are_independent(self, bound):
-        fusion = CalibFusion(bound, CONFIG)
+        """What one of them follows afterwards changes neither the calls nor the answers of the other."""
+        fusion, fresh = CalibFusion(bound, CONFIG), CalibFusion(bound, CONFIG)
         fusion(random_ids(), random_scores())
         other = copy.deepcopy(fusion)
+        for seed in (4, 5):
+            other(random_ids(seed=seed), random_scores(seed=seed))
+        assert (fusion.calls, other.calls) == (1, 3)
         ids, scores = random_ids(seed=3), random_scores(seed=3)
-        torch.testing.assert_close(other(ids, scores), fusion(ids, scores))
+        torch.testing.assert_close(fusion(ids, scores), fresh(ids, scores))
+        other.reset()
+        assert fusion._session is not other._session
+        ids = torch.cat([ids, ids[:, :1]], dim=1)
+        torch.testing.assert_close(fusion(ids, scores), fresh(ids, scores))
 
     def test_any_guide_will_do(self):
         """The processor knows the protocol of guides, not our calibrator: here one that always says the same."""

@@ -1,6 +1,5 @@
 """The script that made the demo target: what it reads, what it writes, and that a killed run loses nothing."""
 
-import importlib.util
 import json
 import math
 import os
@@ -17,13 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 @pytest.fixture(scope="module")
-def script(repository):
-    path = repository / "tools" / "train_target_lm.py"
-    spec = importlib.util.spec_from_file_location("train_target_lm", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up here
-    spec.loader.exec_module(module)
-    return module
+def script(load_tool):
+    return load_tool("train_target_lm")
 
 
 @pytest.fixture(scope="module")

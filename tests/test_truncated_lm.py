@@ -95,11 +95,6 @@ def test_models_whose_layers_are_in_no_list_are_refused():
 # ---- whole runs
 
 
-@pytest.fixture(scope="module")
-def tokenizer(byte_level_tokenizer, wrap_tokenizer):
-    return wrap_tokenizer(byte_level_tokenizer)
-
-
 @pytest.fixture
 def start(tmp_path, tokenizer):
     build("llama", vocab_size=len(tokenizer), max_position_embeddings=64).save_pretrained(tmp_path / "start")
