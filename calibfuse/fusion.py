@@ -322,6 +322,12 @@ class Moved(NamedTuple):
     before: Tensor
     after: Tensor
 
+    @classmethod
+    def between(cls, before: Tensor, after: Tensor) -> Moved:
+        """All that differs between two tables of log-probabilities, float32 [rows, target_vocab_size]."""
+        places, ids = (before != after).nonzero(as_tuple=True)
+        return cls(places, ids, before[places, ids].detach(), after[places, ids].detach())
+
 
 def fuse(
     scores: Tensor,

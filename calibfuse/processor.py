@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from calibfuse.account import Account, Report, record
 from calibfuse.calibrator import Calibrator, Guide, NextTokenScores
 from calibfuse.embedding.alignment import Alignment, alignable, alignment_folders, find_alignment, last_states
 from calibfuse.embedding.fusion import EmbeddingFusion
@@ -48,6 +49,7 @@ class CalibFusion(LogitsProcessor):
         config: how to fuse; None: as the guide recommends.
         alignment: of the guide with the target; for mode "embedding" only.
         target: the target model, whose output head mode "embedding" uses; not needed otherwise.
+        on_step: gets the report of each step, over all rows, as it is taken; for those who stream.
 
     Raises:
         MissingHeadError: the mode needs a head or an alignment that is not there.
@@ -70,8 +72,11 @@ class CalibFusion(LogitsProcessor):
         *,
         alignment: Alignment | None = None,
         target: PreTrainedModel | None = None,
+        on_step: Callable[[Report], None] | None = None,
     ) -> None:
         self.guide = guide
+        self.on_step = on_step
+        self._account = Account()
         self.config = recommended_config(guide.recommended, {}) if config is None else config
         missing = [head for head in MODES[self.config.mode].heads if head not in guide.heads]
         if missing:
@@ -109,6 +114,7 @@ class CalibFusion(LogitsProcessor):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         local_files_only: bool = False,
+        on_step: Callable[[Report], None] | None = None,
         **fusion_options: Any,  # noqa: ANN401
     ) -> CalibFusion:
         """Load a calibrator and bind it to a target.
@@ -125,6 +131,7 @@ class CalibFusion(LogitsProcessor):
             device: of the calibrator; default the target's, else CPU. It follows the scores in any case.
             dtype: of the bound token vectors; bfloat16 halves their memory.
             local_files_only: never touch the network.
+            on_step: see the class.
             **fusion_options: other fields of FusionConfig.
 
         Returns:
@@ -156,7 +163,7 @@ class CalibFusion(LogitsProcessor):
             folder = resolve_checkpoint(name_or_path, revision=revision, local_files_only=True)
             folders = alignment_folders(folder, calibrator.fingerprint)
             alignment = find_alignment(folders, guide, target, calibrator=str(name_or_path or "CALIBRATOR"))
-        return cls(guide, config, alignment=alignment, target=target)
+        return cls(guide, config, alignment=alignment, target=target, on_step=on_step)
 
     @property
     def calls(self) -> int:
@@ -182,6 +189,18 @@ class CalibFusion(LogitsProcessor):
         """See `__getstate__`."""
         self.__dict__.update(state)
         self.reset()
+
+    def report(self, *, mask: Callable[[str], str] | None = None) -> Report:
+        """What was done in all steps so far (`fuse_logits` takes none).
+
+        Args:
+            mask: how the tokens that lost most are written; None: all letters but the first as stars.
+
+        Example:
+            >>> print(fusion.report())  # doctest: +SKIP
+            40 steps, 12 touched, 1.9% of the probability moved; most lowered: 'b****' -0.321, 's***' -0.104
+        """
+        return self._account.report(self.guide.vocabulary, mask=mask)
 
     @contextmanager
     def required(self) -> Iterator[CalibFusion]:
@@ -231,7 +250,12 @@ class CalibFusion(LogitsProcessor):
         else:
             said, values = self._rows(guide).step(input_ids, readings)
         has_dead_rows = self._check(values, scores)
-        return self._fuse(guide, scores, said, has_dead_rows)
+        step = Account()
+        fused = self._fuse(guide, scores, said, has_dead_rows, step)
+        self._account.add(step)
+        if self.on_step is not None:
+            self.on_step(step.report(guide.vocabulary))
+        return fused
 
     def fuse_logits(self, input_ids: Tensor, logits: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Fuse whole sequences: perplexity, log-likelihood tasks, training targets.
@@ -271,21 +295,32 @@ class CalibFusion(LogitsProcessor):
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
-    def _fuse(self, guide: Guide, scores: Tensor, said: NextTokenScores | None, has_dead_rows: bool) -> Tensor:
+    def _fuse(
+        self,
+        guide: Guide,
+        scores: Tensor,
+        said: NextTokenScores | None,
+        has_dead_rows: bool,
+        account: Account | None = None,
+    ) -> Tensor:
         """Fuse; rows that exclude every token are left as they are (dead beams of a constraint)."""
         alone = unjudgeable(scores) if has_dead_rows else None
+
+        def observe(moved: Moved) -> None:
+            if account is not None:
+                record([account] * scores.shape[0], moved, alone.tolist() if alone is not None else ())
+
         if said is None or self._embedding is not None:
             raw = scores if alone is None else scores.masked_fill(alone[..., None], 0.0)
             fused = raw.float().log_softmax(-1) if said is None else self._embedding(raw, last_states(said))  # type: ignore[misc]
+            if account is not None:
+                observe(Moved.between(raw.float().log_softmax(-1), fused))
             return fused if alone is None else torch.where(alone[..., None], scores.float(), fused)
         always = guide.always_candidates(scores.shape[-1])
         return fuse(
             scores, said.log_scores, guide.covers, self.config, always, pick=said.log_scores_at, alone=alone,
-            observe=self._observer(scores, alone),
+            observe=observe if account is not None else None,
         )  # fmt: skip
-
-    def _observer(self, scores: Tensor, alone: Tensor | None) -> Callable[[Moved], None] | None:
-        return None
 
     def _is_foreign(self, width: int) -> bool:
         """Whether scores are those of another model than the target: an assistant with a tokenizer of its own."""

@@ -36,6 +36,7 @@ LAYERS = (
         "model_card",
         "textfiles",
         "html",
+        "account",
         "isolation",
         "spelling",
     ),

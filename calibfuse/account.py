@@ -1,0 +1,118 @@
+"""The account of a text: what fusion did to it, in a few figures and the tokens that lost most.
+
+A step *moved* something when at least a hundredth of the probability went from some tokens to others; the mass that a
+step moves is the total variation distance of the target's and the fused distribution.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from calibfuse.fusion import Moved
+    from calibfuse.vocabulary import Vocabulary
+
+TOUCHED_FROM = 0.01
+"""Probability that a step must move to count as touched."""
+_LEAST = 1e-3  # of probability that a token must lose in a step to be named
+
+
+@dataclass(frozen=True)
+class Report:
+    """What fusion did.
+
+    Attributes:
+        steps: tokens that were chosen with it.
+        touched: how many of the steps moved at least TOUCHED_FROM of the probability.
+        moved_mass: probability moved per step, mean, in [0, 1].
+        left_alone: steps that could not be judged and were left as the target had them.
+        lowered: the tokens that lost most, as text, with the probability that they lost, summed over the steps.
+    """
+
+    steps: int
+    touched: int
+    moved_mass: float
+    left_alone: int
+    lowered: tuple[tuple[str, float], ...]
+
+    @property
+    def touched_share(self) -> float:
+        """Share of the steps in which something moved, in [0, 1]."""
+        return self.touched / self.steps if self.steps else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready dictionary."""
+        return {**asdict(self), "touched_share": self.touched_share}
+
+    def __str__(self) -> str:
+        alone = f", {self.left_alone} left alone" if self.left_alone else ""
+        told = f"{self.steps} steps, {self.touched} touched, {self.moved_mass:.1%} of the probability moved{alone}"
+        named = ", ".join(f"{text!r} -{lost:.3f}" for text, lost in self.lowered)
+        return f"{told}; most lowered: {named}" if named else told
+
+
+class Account:
+    """Adds up what fusion does to one text, or to several."""
+
+    def __init__(self) -> None:
+        self.steps = self.touched = self.left_alone = 0
+        self.moved_mass = 0.0
+        self.lowered: Counter[int] = Counter()
+
+    def leave_alone(self) -> None:
+        """Count a step that was left as the target had it."""
+        self.left_alone += 1
+
+    def add(self, other: Account) -> None:
+        """Add another account's figures."""
+        for name in ("steps", "touched", "left_alone", "moved_mass"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.lowered.update(other.lowered)
+
+    def report(self, vocabulary: Vocabulary, *, mask: Callable[[str], str] | None = None, most: int = 5) -> Report:
+        """The figures so far.
+
+        Args:
+            vocabulary: of the target, which spells the tokens.
+            mask: how a token is written; None: all letters but the first as stars, since what is lowered is rude.
+            most: tokens named.
+        """
+        write = mask or _starred
+        lowered = tuple(
+            (write(vocabulary.token_bytes(token).decode("utf-8", "backslashreplace").strip()), lost)
+            for token, lost in self.lowered.most_common(most)
+        )
+        mean = self.moved_mass / self.steps if self.steps else 0.0
+        return Report(self.steps, self.touched, mean, self.left_alone, lowered)
+
+
+def record(accounts: Sequence[Account], moved: Moved, left_alone: Sequence[bool] = ()) -> None:
+    """Enter one step of several texts.
+
+    Args:
+        accounts: of each row, in order; one may stand for several rows.
+        moved: what was done to the rows.
+        left_alone: rows that could not be judged; none if empty.
+    """
+    lost = (moved.before.exp() - moved.after.exp()).clamp(min=0.0)
+    masses = torch.zeros(len(accounts), device=lost.device).index_add_(0, moved.places, lost).tolist()
+    for row, (account, mass) in enumerate(zip(accounts, masses, strict=True)):
+        if left_alone and left_alone[row]:
+            account.leave_alone()
+            continue
+        account.steps += 1
+        account.touched += mass >= TOUCHED_FROM
+        account.moved_mass += mass
+    named = (lost >= _LEAST).nonzero()[:, 0]
+    columns = (each[named].tolist() for each in (moved.places, moved.token_ids, lost))
+    for row, token, value in zip(*columns, strict=True):
+        accounts[row].lowered[token] += value
+
+
+def _starred(text: str) -> str:
+    return text[:1] + "*" * (len(text) - 1)
