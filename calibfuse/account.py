@@ -11,15 +11,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from calibfuse.fusion import Moved
     from calibfuse.vocabulary import Vocabulary
 
 TOUCHED_FROM = 0.01
 """Probability that a step must move to count as touched."""
 _LEAST = 1e-3  # of probability that a token must lose in a step to be named
+_STEPS_AT_ONCE = 64  # taken down before they are read from an accelerator
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,6 @@ class Account:
         self.moved_mass = 0.0
         self.lowered: Counter[int] = Counter()
 
-    def leave_alone(self) -> None:
-        """Count a step that was left as the target had it."""
-        self.left_alone += 1
-
     def add(self, other: Account) -> None:
         """Add another account's figures."""
         for name in ("steps", "touched", "left_alone", "moved_mass"):
@@ -91,27 +88,39 @@ class Account:
         return Report(self.steps, self.touched, mean, self.left_alone, lowered)
 
 
-def record(accounts: Sequence[Account], moved: Moved, left_alone: Sequence[bool] = ()) -> None:
-    """Enter one step of several texts.
+class Ledger:
+    """Enters steps into accounts, many at once: on an accelerator, reading figures would make the host wait."""
 
-    Args:
-        accounts: of each row, in order; one may stand for several rows.
-        moved: what was done to the rows.
-        left_alone: rows that could not be judged; none if empty.
-    """
-    lost = (moved.before.exp() - moved.after.exp()).clamp(min=0.0)
-    masses = torch.zeros(len(accounts), device=lost.device).index_add_(0, moved.places, lost).tolist()
-    for row, (account, mass) in enumerate(zip(accounts, masses, strict=True)):
-        if left_alone and left_alone[row]:
-            account.leave_alone()
-            continue
-        account.steps += 1
-        account.touched += mass >= TOUCHED_FROM
-        account.moved_mass += mass
-    named = (lost >= _LEAST).nonzero()[:, 0]
-    columns = (each[named].tolist() for each in (moved.places, moved.token_ids, lost))
-    for row, token, value in zip(*columns, strict=True):
-        accounts[row].lowered[token] += value
+    def __init__(self) -> None:
+        self._waiting: list[tuple[Sequence[Account], Moved, Tensor | None]] = []
+
+    def enter(self, accounts: Sequence[Account], moved: Moved, alone: Tensor | None = None) -> None:
+        """Take a step down.
+
+        Args:
+            accounts: of each row, in order; one may stand for several rows.
+            moved: what was done to the rows.
+            alone: bool [rows], rows that could not be judged; None: all could.
+        """
+        self._waiting.append((accounts, moved, alone))
+        if len(self._waiting) >= _STEPS_AT_ONCE:
+            self.settle()
+
+    def settle(self) -> None:
+        """Bring the accounts up to date."""
+        waiting, self._waiting = self._waiting, []
+        for accounts, moved, alone in waiting:
+            left = alone.flatten().tolist() if alone is not None else [False] * len(accounts)
+            for account, mass, is_left in zip(accounts, moved.mass.tolist(), left, strict=True):
+                account.left_alone += is_left
+                if not is_left:
+                    account.steps += 1
+                    account.touched += mass >= TOUCHED_FROM
+                    account.moved_mass += mass
+            columns = (each.tolist() for each in (moved.rows, moved.token_ids, moved.lost))
+            for row, token, lost in zip(*columns, strict=True):
+                if lost >= _LEAST and not left[row]:
+                    accounts[row].lowered[token] += lost
 
 
 def _starred(text: str) -> str:

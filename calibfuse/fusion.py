@@ -32,7 +32,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import InitVar, asdict, dataclass, fields
-from functools import partial
 from numbers import Real
 from typing import Any, NamedTuple, TypeAlias, cast
 
@@ -304,29 +303,43 @@ MODES: dict[str, Mode] = {
     "embedding": Mode(None, ("calibrator",), 1.0, default_alpha=0.1, below_max=True, options=("hidden_temperature",)),
 }
 # Heads whose scores are log-probabilities up to a constant; the value head's are log R.
+_MOST_LOWERED = 8  # tokens named for each row of a step
 _DISTRIBUTION_HEADS = ("calibrator", "reference")
 
 
 class Moved(NamedTuple):
-    """What one fusion did to the candidates; what is not listed kept its log-probability.
+    """What one fusion took from some tokens and gave to others; nothing of it has been read from the device.
 
     Attributes:
-        places: int64 [n], the row of each, counted over all leading axes of the scores.
-        token_ids: int64 [n].
-        before: float32 [n], log-probability under the target, nats.
-        after: float32 [n], after fusion, nats.
+        mass: float32 [rows], probability that was moved: the total variation distance of before and after. Rows are
+            counted over all leading axes of the scores.
+        rows: int64 [n], of the tokens that lost most.
+        token_ids: int64 [n], these tokens.
+        lost: float32 [n], the probability that each lost; may be 0.
     """
 
-    places: Tensor
+    mass: Tensor
+    rows: Tensor
     token_ids: Tensor
-    before: Tensor
-    after: Tensor
+    lost: Tensor
 
     @classmethod
-    def between(cls, before: Tensor, after: Tensor) -> Moved:
-        """All that differs between two tables of log-probabilities, float32 [rows, target_vocab_size]."""
-        places, ids = (before != after).nonzero(as_tuple=True)
-        return cls(places, ids, before[places, ids].detach(), after[places, ids].detach())
+    def of_table(cls, before: Tensor, after: Tensor, token_ids: Tensor | None = None) -> Moved:
+        """From log-probabilities [..., k] of tokens [..., k], or of the whole vocabulary."""
+        width = before.shape[-1]
+        lost = (before.detach().exp() - after.detach().exp()).clamp(min=0.0).reshape(-1, width)
+        most, index = lost.topk(min(_MOST_LOWERED, width), dim=-1)
+        ids = index if token_ids is None else token_ids.reshape(-1, width).gather(-1, index)
+        rows = torch.arange(len(lost), device=lost.device)[:, None].expand_as(ids)
+        return cls(lost.sum(dim=-1), rows.flatten(), ids.flatten(), most.flatten())
+
+    @classmethod
+    def of_list(cls, rows: int, places: Tensor, token_ids: Tensor, before: Tensor, after: Tensor) -> Moved:
+        """From a list of tokens, of each row as many as there are; on a CPU, where it costs nothing to wait."""
+        lost = (before.detach().exp() - after.detach().exp()).clamp(min=0.0)
+        mass = torch.zeros(rows, dtype=lost.dtype, device=lost.device).index_add_(0, places, lost)
+        named = lost.topk(min(_MOST_LOWERED * rows, len(lost))).indices
+        return cls(mass, places[named], token_ids[named], lost[named])
 
 
 def fuse(
@@ -360,7 +373,7 @@ def fuse(
         alpha: float [...], a strength for each row, in the range of the mode; None: that of the config.
         keep_scale: give each row the logsumexp that it had instead of 0, for processors behind that look at logits.
         alone: bool [...], rows that are left as they are (for instance those of `unjudgeable`).
-        observe: called with what was done, once.
+        observe: called with what was done, once; where rows were left `alone`, what it says of them means nothing.
 
     Returns:
         Log-probabilities, float32, shape and device of `scores`, nats, normalised unless `keep_scale`. Tokens that the
@@ -385,8 +398,6 @@ def fuse(
     log_probs = raw.float().log_softmax(dim=-1)
     # the same for every token of a row, so its best one tells
     scale = raw.float().amax(dim=-1, keepdim=True) - log_probs.amax(dim=-1, keepdim=True) if keep_scale else None
-    if observe is not None and alone is not None:
-        observe = partial(_observe_others, observe, alone.flatten())
     if alpha is not None or config.alpha != 0.0:
         log_probs = _fuse(log_probs, guide_scores, covers, config, always, pick, alpha, observe)
     if scale is not None:
@@ -435,7 +446,11 @@ def _fuse(
     if isinstance(layout, _Table):
         fused = torch.where(layout.fixed, values, fused)
     if observe is not None:
-        observe(_moved(layout, places, token_ids, values, fused))
+        if places is None:
+            observe(Moved.of_table(values, fused, token_ids))
+        else:
+            assert token_ids is not None
+            observe(Moved.of_list(log_probs.numel() // vocab_size, places, token_ids, values, fused))
     if token_ids is None:
         return fused
     # In place where autograd does not need the old values: they are a copy of the scores already.
@@ -444,23 +459,6 @@ def _fuse(
     flat = log_probs.reshape(-1)
     flat = (flat.index_copy if log_probs.requires_grad else flat.index_copy_)(0, places * vocab_size + token_ids, fused)
     return flat.view(log_probs.shape)
-
-
-def _observe_others(observe: Callable[[Moved], None], alone: Tensor, moved: Moved) -> None:
-    kept = ~alone[moved.places]
-    observe(Moved(*(each[kept] for each in moved)))
-
-
-def _moved(layout: Layout, places: Tensor | None, token_ids: Tensor | None, values: Tensor, fused: Tensor) -> Moved:
-    if places is not None:
-        assert token_ids is not None
-        return Moved(places, token_ids, values.detach(), fused.detach())
-    assert isinstance(layout, _Table)
-    width = values.shape[-1]
-    flat = (~layout.fixed).reshape(-1, width).nonzero()
-    ids = flat[:, 1] if token_ids is None else token_ids.reshape(-1, width)[flat[:, 0], flat[:, 1]]
-    before, after = (each.detach().reshape(-1, width)[flat[:, 0], flat[:, 1]] for each in (values, fused))
-    return Moved(flat[:, 0], ids, before, after)
 
 
 def _give_to_others(target: Tensor, shift: Tensor, layout: Layout) -> Tensor:

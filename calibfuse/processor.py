@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from calibfuse.account import Account, Report, record
+from calibfuse.account import Account, Ledger, Report
 from calibfuse.calibrator import Calibrator, Guide, NextTokenScores
 from calibfuse.embedding.alignment import Alignment, alignable, alignment_folders, find_alignment, last_states
 from calibfuse.embedding.fusion import EmbeddingFusion
@@ -76,7 +76,7 @@ class CalibFusion(LogitsProcessor):
     ) -> None:
         self.guide = guide
         self.on_step = on_step
-        self._account = Account()
+        self._account, self._ledger = Account(), Ledger()
         self.config = recommended_config(guide.recommended, {}) if config is None else config
         missing = [head for head in MODES[self.config.mode].heads if head not in guide.heads]
         if missing:
@@ -200,6 +200,7 @@ class CalibFusion(LogitsProcessor):
             >>> print(fusion.report())  # doctest: +SKIP
             40 steps, 12 touched, 1.9% of the probability moved; most lowered: 'b****' -0.321, 's***' -0.104
         """
+        self._ledger.settle()
         return self._account.report(self.guide.vocabulary, mask=mask)
 
     @contextmanager
@@ -250,11 +251,13 @@ class CalibFusion(LogitsProcessor):
         else:
             said, values = self._rows(guide).step(input_ids, readings)
         has_dead_rows = self._check(values, scores)
+        if self.on_step is None:
+            return self._fuse(guide, scores, said, has_dead_rows, self._account)
         step = Account()
         fused = self._fuse(guide, scores, said, has_dead_rows, step)
+        self._ledger.settle()
         self._account.add(step)
-        if self.on_step is not None:
-            self.on_step(step.report(guide.vocabulary))
+        self.on_step(step.report(guide.vocabulary))
         return fused
 
     def fuse_logits(self, input_ids: Tensor, logits: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -308,13 +311,13 @@ class CalibFusion(LogitsProcessor):
 
         def observe(moved: Moved) -> None:
             if account is not None:
-                record([account] * scores.shape[0], moved, alone.tolist() if alone is not None else ())
+                self._ledger.enter([account] * scores.shape[0], moved, alone)
 
         if said is None or self._embedding is not None:
             raw = scores if alone is None else scores.masked_fill(alone[..., None], 0.0)
             fused = raw.float().log_softmax(-1) if said is None else self._embedding(raw, last_states(said))  # type: ignore[misc]
             if account is not None:
-                observe(Moved.between(raw.float().log_softmax(-1), fused))
+                observe(Moved.of_table(raw.float().log_softmax(-1), fused))
             return fused if alone is None else torch.where(alone[..., None], scores.float(), fused)
         always = guide.always_candidates(scores.shape[-1])
         return fuse(

@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calibfuse.account import Account, record
+from calibfuse.account import Account, Ledger
 from calibfuse.errors import InputError, MissingDependencyError
 from calibfuse.fusion import MODES, Moved, fuse, unjudgeable
 from calibfuse.guide import Request
@@ -166,6 +166,7 @@ class CalibFusionProcessor(V1LogitsProcessor, V2LogitsProcessor):  # type: ignor
         self._session = self._guide.session()
         self._served: dict[int, _Served] = {}
         self._keys = itertools.count()
+        self._ledger = Ledger()
         self._failures = 0
         self._metrics = _Metrics()
         _logger.info("calibfuse: %r in every request of this engine", fusion)
@@ -252,6 +253,7 @@ class CalibFusionProcessor(V1LogitsProcessor, V2LogitsProcessor):  # type: ignor
         if not gone:
             return
         self._session.drop([each.key for each in gone])
+        self._ledger.settle()
         for each in gone:
             self._metrics.add(each.account)
             if each.is_reported:
@@ -268,7 +270,7 @@ class CalibFusionProcessor(V1LogitsProcessor, V2LogitsProcessor):  # type: ignor
             if served is None or served.alpha == 0.0:
                 continue
             if served.prompt is None:
-                served.account.leave_alone()
+                served.account.left_alone += 1
                 continue
             ids, length = served.last_ids(self._guide.reach)
             rows.append(row)
@@ -306,7 +308,7 @@ class CalibFusionProcessor(V1LogitsProcessor, V2LogitsProcessor):  # type: ignor
         said = self._session.step([request for _, request in requests])
 
         def observe(moved: Moved) -> None:
-            record([served.account for served, _ in requests], moved, alone.tolist())
+            self._ledger.enter([served.account for served, _ in requests], moved, alone)
 
         fused = fuse(
             scores,

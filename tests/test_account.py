@@ -3,23 +3,29 @@
 import torch
 from tiny_calibrators import make_bound, make_vocabulary
 
-from calibfuse.account import Account, record
+from calibfuse.account import Account, Ledger
 from calibfuse.fusion import FusionConfig, Moved
 from calibfuse.processor import CalibFusion
+
+
+def enter(*step):
+    ledger = Ledger()
+    ledger.enter(*step)
+    ledger.settle()
 
 
 def moved(*entries):
     places, ids, before, after = zip(*entries, strict=True)
     probabilities = (torch.tensor(each).log() for each in (before, after))
-    return Moved(torch.tensor(places), torch.tensor(ids), *probabilities)
+    return Moved.of_list(1 + max(places), torch.tensor(places), torch.tensor(ids), *probabilities)
 
 
 def test_figures_of_a_step_by_hand():
     first, second, third = Account(), Account(), Account()
-    record(
+    enter(
         [first, second, third],
-        moved((0, 7, 0.5, 0.2), (0, 8, 0.5, 0.8), (1, 7, 0.6, 0.5995), (1, 8, 0.4, 0.4005)),
-        [False, False, True],
+        moved((0, 7, 0.5, 0.2), (0, 8, 0.5, 0.8), (1, 7, 0.6, 0.5995), (1, 8, 0.4, 0.4005), (2, 7, 0.9, 0.1)),
+        torch.tensor([False, False, True]),
     )
     assert (first.steps, first.touched, first.left_alone) == (1, 1, 0)
     assert abs(first.moved_mass - 0.3) < 1e-6
@@ -33,7 +39,7 @@ def test_accounts_add_up_and_tokens_are_masked():
     token = next(number for number in range(len(vocabulary)) if len(vocabulary.token_bytes(number).strip()) >= 2)
     text = vocabulary.token_bytes(token).decode().strip()
     total, step = Account(), Account()
-    record([step], moved((0, token, 0.5, 0.1), (0, 1, 0.5, 0.9)))
+    enter([step], moved((0, token, 0.5, 0.1), (0, 1, 0.5, 0.9)))
     total.add(step)
     total.add(step)
     report = total.report(vocabulary)

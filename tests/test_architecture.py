@@ -25,7 +25,7 @@ LAYERS = (
     ("inspection", "finetune", "lm_eval", "vllm"),  # inspection explains what a processor did; adapters of engines
     ("value",),
     ("processor", "training", "evaluation"),
-    ("embedding", "bits_per_byte"),
+    ("embedding", "bits_per_byte", "account"),
     ("calibrator", "guides", "fusion", "scorers", "generation"),
     ("loading", "prefix_cache"),
     ("guide",),
@@ -36,7 +36,6 @@ LAYERS = (
         "model_card",
         "textfiles",
         "html",
-        "account",
         "isolation",
         "spelling",
     ),
