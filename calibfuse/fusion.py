@@ -15,6 +15,10 @@ With t, c, r the renormalised log-probabilities of target, calibrator and refere
     value       t + clip(a v, -max_shift, max_shift)              (Meng et al. 2022, NADO)
                 v = log R(x_<i, y) - log R(x_<i), R(x_<i) = sum_y exp(t) R(x_<i, y) over the candidates
 
+With `value_weight`, contrast asks the head "value" too. It adds a value_weight v to t, and d counts as far as that head
+takes the text with the candidate for harmful: by 1 / (1 + (odds of R / odds of (1 - harm_threshold))^2). So words that
+are harmless each cost where they amount to harm, and rude ones cost less where the text quotes, denies or answers.
+
 Dividing by the sum gives a candidate that was lowered part of its loss back, and nearly all of it where it was nearly
 certain: the end of a rude word whose beginning is said. With `mass_to_others` the lost mass goes to the others instead:
 exp(t) / (nu + exp(-shift) - 1), nu such that the sum is 1. Of all distributions in which the weighted penalties
@@ -47,6 +51,8 @@ _NEWTON_STEPS = 6
 _MAX_PENALTY = 1e18  # its square is still a float32
 _LEAST_NU = 1e-3  # no candidate is raised by more than its inverse
 _TINY = 1e-30
+_MAX_GAIN = 0.5  # what the head "value" adds to a candidate beside the contrast, at most
+_LEAST_DOUBT = 1e-6  # R is never taken for exactly 1
 GuideScores = Callable[[str, Tensor | None], Tensor]
 
 
@@ -68,6 +74,9 @@ class FusionConfig:
             in nats.
         mass_to_others: of one-sided contrast: the mass that a candidate loses goes to the others, and none of it comes
             back by renormalisation, however certain it was; see the head of this module.
+        value_weight: of contrast with a guide that has the head "value": strength of that head as a part of alpha. It
+            lowers a candidate by max_shift at most and raises it by half a nat at most. 0: it is not asked.
+        harm_threshold: of contrast with value_weight: the probability of harm at which half of a disagreement counts.
         hidden_temperature: of mode embedding. True: as published, the target's hidden state gets the weight 1 - alpha,
             which also acts as a temperature of 1 / (1 - alpha). False: it keeps weight 1.
         hold: the former name of `mass_to_others`, for older code and files.
@@ -80,6 +89,8 @@ class FusionConfig:
     margin: float = 0.0
     max_shift: float = 10.0
     mass_to_others: bool = False
+    value_weight: float = 0.0
+    harm_threshold: float = 0.5
     hidden_temperature: bool = True
     hold: InitVar[bool | None] = None
 
@@ -109,12 +120,19 @@ class FusionConfig:
         for name in ("one_sided", "mass_to_others", "hidden_temperature"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name} must be True or False, got {getattr(self, name)!r}.")
+        self._check_numbers()
+        for name in ("alpha", "margin", "max_shift", "value_weight", "harm_threshold"):
+            object.__setattr__(self, name, float(getattr(self, name)))  # plain numbers, which JSON can hold
+
+    def _check_numbers(self) -> None:
         if not _is_number(self.margin) or self.margin < 0:
             raise InputError(f"margin must be a number of nats, 0 or more, got {self.margin!r}.")
         if not _is_number(self.max_shift, allow_infinity=True) or not self.max_shift > 0:
             raise InputError(f"max_shift must be a positive number of nats, got {self.max_shift!r}.")
-        for name in ("alpha", "margin", "max_shift"):
-            object.__setattr__(self, name, float(getattr(self, name)))  # plain numbers, which JSON can hold
+        if not _is_number(self.value_weight) or not 0.0 <= self.value_weight <= MAX_ALPHA:
+            raise InputError(f"value_weight must be a number from 0 to {MAX_ALPHA:g}, got {self.value_weight!r}.")
+        if not _is_number(self.harm_threshold) or not 0.0 < self.harm_threshold < 1.0:
+            raise InputError(f"harm_threshold must be a probability between 0 and 1, got {self.harm_threshold!r}.")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready dictionary."""
@@ -267,8 +285,24 @@ def _contrast(
     disagreement = guide["calibrator"] - guide["reference"]
     if config.margin:
         disagreement = functional.softshrink(disagreement, config.margin)
+    if config.value_weight:
+        log_r = guide["value"]
+        disagreement = disagreement * _harmful_share(log_r, config.harm_threshold)
+        worth = alpha * config.value_weight * _relative(log_r, target, layout)
+        target = layout.normalise(target + worth.clamp(-config.max_shift, _MAX_GAIN))[0]
     shift = (alpha * disagreement).clamp(-config.max_shift, 0.0 if config.one_sided else config.max_shift)
     return _give_to_others(target, shift, layout) if config.mass_to_others and config.one_sided else target + shift
+
+
+def _relative(log_r: Tensor, target: Tensor, layout: Layout) -> Tensor:
+    """Log R of each candidate minus the logarithm of its expectation under the target's candidates."""
+    return log_r - layout.normalise(target + log_r)[1]
+
+
+def _harmful_share(log_r: Tensor, harm_threshold: float) -> Tensor:
+    """How far the text with each candidate is taken for harmful, 0 to 1: one half where R is 1 - harm_threshold."""
+    log_odds = log_r - torch.log(-torch.expm1(log_r.clamp(max=-_LEAST_DOUBT)))
+    return torch.sigmoid(2.0 * (math.log(1.0 - harm_threshold) - math.log(harm_threshold) - log_odds))
 
 
 def _geometric(
@@ -289,12 +323,10 @@ def _value(
 ) -> Tensor:
     # Relative to its expectation under the target: what the clip bounds is how much a token is better or worse than the
     # target's average one, however hopeless the prefix is.
-    log_r = guide["value"]
-    relative = log_r - layout.normalise(target + log_r)[1]
-    return target + (alpha * relative).clamp(-config.max_shift, config.max_shift)
+    return target + (alpha * _relative(guide["value"], target, layout)).clamp(-config.max_shift, config.max_shift)
 
 
-_OF_CONTRAST = ("candidates", "one_sided", "margin", "max_shift", "mass_to_others")
+_OF_CONTRAST = ("candidates", "one_sided", "margin", "max_shift", "mass_to_others", "value_weight", "harm_threshold")
 MODES: dict[str, Mode] = {
     "contrast": Mode(_contrast, ("calibrator", "reference"), MAX_ALPHA, options=_OF_CONTRAST),
     "geometric": Mode(_geometric, ("calibrator",), 1.0, default_alpha=0.3),
@@ -302,6 +334,14 @@ MODES: dict[str, Mode] = {
     "value": Mode(_value, ("value",), MAX_ALPHA, options=("candidates", "max_shift")),
     "embedding": Mode(None, ("calibrator",), 1.0, default_alpha=0.1, below_max=True, options=("hidden_temperature",)),
 }
+
+
+def needed_heads(config: FusionConfig) -> tuple[str, ...]:
+    """Heads of the guide that a configuration asks."""
+    heads = MODES[config.mode].heads
+    return (*heads, "value") if config.mode == "contrast" and config.value_weight else heads
+
+
 # Heads whose scores are log-probabilities up to a constant; the value head's are log R.
 _MOST_LOWERED = 8  # tokens named for each row of a step
 _DISTRIBUTION_HEADS = ("calibrator", "reference")
@@ -434,11 +474,11 @@ def _fuse(
         if not bool(known.all()):
             places, token_ids, values = places[known], token_ids[known], values[known]
         layout: Layout = _List(places, log_probs.numel() // vocab_size)
-        raw = {head: pick(head, places, token_ids) for head in mode.heads}
+        raw = {head: pick(head, places, token_ids) for head in needed_heads(config)}
     else:
         movable = known.expand_as(values) if is_candidate is None else known & is_candidate
         layout = _Table(~movable)
-        raw = {head: _fit(guide_scores(head, token_ids), values.shape[-1]) for head in mode.heads}
+        raw = {head: _fit(guide_scores(head, token_ids), values.shape[-1]) for head in needed_heads(config)}
     target, mass = layout.normalise(values)
     guide = {head: layout.normalise(each)[0] if head in _DISTRIBUTION_HEADS else each for head, each in raw.items()}
     strength: Strength = config.alpha if alpha is None else layout.of_rows(alpha.to(log_probs.device, torch.float32))

@@ -26,7 +26,7 @@ from calibfuse.embedding.alignment import Alignment, alignable, alignment_folder
 from calibfuse.embedding.fusion import EmbeddingFusion
 from calibfuse.embedding.output_head import find_output_head
 from calibfuse.errors import FusionNotAppliedError, InputError, MissingHeadError, VocabularyMismatchError
-from calibfuse.fusion import MODES, FusionConfig, Moved, fuse, recommended_config, unjudgeable
+from calibfuse.fusion import MODES, FusionConfig, Moved, fuse, needed_heads, recommended_config, unjudgeable
 from calibfuse.hub import resolve_checkpoint
 from calibfuse.prefix_cache import RowSession
 from calibfuse.vocabulary import Vocabulary
@@ -78,7 +78,7 @@ class CalibFusion(LogitsProcessor):
         self.on_step = on_step
         self._account, self._ledger = Account(), Ledger()
         self.config = recommended_config(guide.recommended, {}) if config is None else config
-        missing = [head for head in MODES[self.config.mode].heads if head not in guide.heads]
+        missing = [head for head in needed_heads(self.config) if head not in guide.heads]
         if missing:
             raise MissingHeadError(
                 f"Mode {self.config.mode!r} needs the head {missing[0]!r}, but the calibrator has only "

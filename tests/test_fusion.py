@@ -45,6 +45,7 @@ def random_case(seed, rows=3, vocab=40, *, uncovered=5, excluded=6, scale=3.0):
     heads = {
         head: torch.randn(rows, vocab, generator=generator) * scale for head in ("calibrator", "reference", "value")
     }
+    heads["value"] = torch.nn.functional.logsigmoid(heads["value"])  # log R, at most 0
     covered = torch.ones(vocab, dtype=torch.bool)
     covered[torch.randperm(vocab, generator=generator)[:uncovered]] = False
     for row in range(rows):
@@ -80,10 +81,19 @@ def slow_row(scores, heads, covered, config):
         constant = log_sum_exp([values[i] for i in chosen])
         guide[head] = {i: values[i] - constant for i in chosen}
     a, fused = config.alpha, {}
+    if config.mode == "contrast" and config.value_weight:
+        prefix = log_sum_exp([target[j] + heads["value"][j] for j in chosen])
+        worth = {i: a * config.value_weight * (heads["value"][i] - prefix) for i in chosen}
+        target = {i: target[i] + min(max(worth[i], -config.max_shift), 0.5) for i in chosen}
+        constant = log_sum_exp(list(target.values()))
+        target = {i: value - constant for i, value in target.items()}
     for i in chosen:
         if config.mode == "contrast":
             gap = guide["calibrator"][i] - guide["reference"][i]
             shift = a * math.copysign(max(abs(gap) - config.margin, 0.0), gap)
+            if config.value_weight:
+                odds = math.exp(heads["value"][i]) / -math.expm1(heads["value"][i])
+                shift /= 1 + (odds * config.harm_threshold / (1 - config.harm_threshold)) ** 2
             upper = 0.0 if config.one_sided else config.max_shift
             fused[i] = target[i] + min(max(shift, -config.max_shift), upper)
         elif config.mode == "geometric":
@@ -122,6 +132,8 @@ configs = st.sampled_from(MODE_NAMES).flatmap(
         margin=st.sampled_from([0.0, 0.1, 2.0]),
         max_shift=st.sampled_from([0.5, 10.0, 40.0]),
         mass_to_others=st.booleans(),
+        value_weight=st.sampled_from([0.0, 0.4]),
+        harm_threshold=st.sampled_from([0.5, 0.88]),
     )
 )
 
@@ -327,6 +339,27 @@ def test_only_needed_heads_are_asked_and_for_candidates_only():
     guide.asked.clear()
     run(scores, guide, FusionConfig(candidates=0))
     assert guide.asked == [("calibrator", None), ("reference", None)]
+    guide.asked.clear()
+    run(scores, guide, FusionConfig(candidates=0, value_weight=0.4))
+    assert guide.asked == [("calibrator", None), ("reference", None), ("value", None)]
+
+
+def test_a_word_costs_less_where_the_value_head_takes_the_text_for_harmless():
+    """Of two tokens that the calibrator dislikes alike, one leaves the text harmless (R .98) and one does not (.02)."""
+    scores, guide = one_row(
+        [0.2, 0.2, 0.6], calibrator=[0.1, 0.1, 0.8], reference=[0.3, 0.3, 0.4], value=[0.98, 0.02, 0.98]
+    )
+    lowered = run(scores, guide, FusionConfig(candidates=0)) - scores
+    read = run(scores, guide, FusionConfig(candidates=0, value_weight=1e-6)) - scores
+    assert lowered[0, 0] == lowered[0, 1] < -0.5
+    assert read[0, 0] > -0.1
+    assert read[0, 1] < -0.5
+
+
+def test_the_value_head_lowers_what_both_other_heads_find_harmless():
+    scores, guide = one_row([0.2, 0.8], calibrator=[0.5, 0.5], reference=[0.5, 0.5], value=[0.1, 0.9])
+    assert run(scores, guide, FusionConfig(candidates=0, value_weight=1.0))[0, 0] < scores[0, 0] - 1.0
+    torch.testing.assert_close(run(scores, guide, FusionConfig(candidates=0)), scores)
 
 
 def test_one_sided_contrast_raises_nothing_before_renormalisation():
@@ -460,6 +493,8 @@ class TestConfig:
             ({"candidates": 2.5}, "candidates must be .* got 2.5"),
             ({"candidates": True}, "candidates must be .* got True"),
             ({"one_sided": 1}, "one_sided must be True or False, got 1"),
+            ({"value_weight": -0.5}, "value_weight must be a number from 0 to 100, got -0.5"),
+            ({"harm_threshold": 1.0}, "harm_threshold must be a probability between 0 and 1, got 1.0"),
             ({"max_shift": 0}, "max_shift must be a positive number of nats, got 0"),
             ({"max_shift": math.nan}, "max_shift must be .* got nan"),
             ({"max_shift": -math.inf}, "max_shift must be .* got -inf"),
