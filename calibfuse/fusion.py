@@ -200,8 +200,12 @@ class Layout(ABC):
         """Largest of each row's candidates."""
 
     @abstractmethod
-    def normalise(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-softmax over each row's candidates, and the logarithm of what was divided by."""
+    def logsumexp(self, scores: Tensor) -> Tensor:
+        """Over each row's candidates."""
+
+    @abstractmethod
+    def normalise(self, scores: Tensor) -> Tensor:
+        """Log-softmax over each row's candidates."""
 
     @abstractmethod
     def of_rows(self, values: Tensor) -> Tensor:
@@ -209,20 +213,25 @@ class Layout(ABC):
 
 
 class _Table(Layout):
-    """Candidates as a table [..., k], in which some entries are fixed: they count as none, and 0 stands for them."""
+    """Candidates as a table [..., k]; where `fixed` is True, an entry counts as none, and 0 stands for it."""
 
-    def __init__(self, fixed: Tensor) -> None:
+    def __init__(self, fixed: Tensor | None) -> None:
         self.fixed = fixed
 
+    def _fill(self, values: Tensor, number: float) -> Tensor:
+        return values if self.fixed is None else values.masked_fill(self.fixed, number)
+
     def sum(self, values: Tensor) -> Tensor:
-        return values.masked_fill(self.fixed, 0.0).sum(dim=-1, keepdim=True)
+        return self._fill(values, 0.0).sum(dim=-1, keepdim=True)
 
     def max(self, values: Tensor) -> Tensor:
-        return values.masked_fill(self.fixed, -torch.inf).amax(dim=-1, keepdim=True)
+        return self._fill(values, -torch.inf).amax(dim=-1, keepdim=True)
 
-    def normalise(self, scores: Tensor) -> tuple[Tensor, Tensor]:
-        masked = scores.masked_fill(self.fixed, -torch.inf)
-        return masked.log_softmax(dim=-1).masked_fill(self.fixed, 0.0), masked.logsumexp(dim=-1, keepdim=True)
+    def logsumexp(self, scores: Tensor) -> Tensor:
+        return self._fill(scores, -torch.inf).logsumexp(dim=-1, keepdim=True)
+
+    def normalise(self, scores: Tensor) -> Tensor:
+        return self._fill(self._fill(scores, -torch.inf).log_softmax(dim=-1), 0.0)
 
     def of_rows(self, values: Tensor) -> Tensor:
         return values[..., None]
@@ -241,10 +250,12 @@ class _List(Layout):
         lowest = values.new_full((self._rows,), -torch.inf)
         return lowest.scatter_reduce(0, self._places, values, "amax")[self._places]
 
-    def normalise(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+    def logsumexp(self, scores: Tensor) -> Tensor:
         highest = self.max(scores.detach())
-        total = highest + self.sum((scores - highest).exp()).log()
-        return scores - total, total
+        return highest + self.sum((scores - highest).exp()).log()
+
+    def normalise(self, scores: Tensor) -> Tensor:
+        return scores - self.logsumexp(scores)
 
     def of_rows(self, values: Tensor) -> Tensor:
         return values.reshape(-1)[self._places]
@@ -289,14 +300,14 @@ def _contrast(
         log_r = guide["value"]
         disagreement = disagreement * _harmful_share(log_r, config.harm_threshold)
         worth = alpha * config.value_weight * _relative(log_r, target, layout)
-        target = layout.normalise(target + worth.clamp(-config.max_shift, _MAX_GAIN))[0]
+        target = layout.normalise(target + worth.clamp(-config.max_shift, _MAX_GAIN))
     shift = (alpha * disagreement).clamp(-config.max_shift, 0.0 if config.one_sided else config.max_shift)
     return _give_to_others(target, shift, layout) if config.mass_to_others and config.one_sided else target + shift
 
 
 def _relative(log_r: Tensor, target: Tensor, layout: Layout) -> Tensor:
     """Log R of each candidate minus the logarithm of its expectation under the target's candidates."""
-    return log_r - layout.normalise(target + log_r)[1]
+    return log_r - layout.logsumexp(target + log_r)
 
 
 def _harmful_share(log_r: Tensor, harm_threshold: float) -> Tensor:
@@ -467,30 +478,32 @@ def _fuse(
     as_list = pick is not None and log_probs.device.type == "cpu"
     token_ids, values, is_candidate, places = choose_candidates(log_probs, config.candidates, always, as_list=as_list)
     known = covers(torch.arange(vocab_size, device=log_probs.device) if token_ids is None else token_ids)
-    raw: dict[str, Tensor] = {}
+    layout: Layout = _Table(~(known if is_candidate is None else known & is_candidate).expand_as(values))
+    if token_ids is not None and is_candidate is None:  # of one row, or a list: the others can be left out
+        if not bool(known.all()):
+            places = places[known] if places is not None else None
+            shape = (*values.shape[:-1], -1)
+            token_ids, values = token_ids[known].view(shape), values[known].view(shape)
+        if not values.numel():
+            if observe is not None:
+                observe(_moved(log_probs.numel() // vocab_size, places, token_ids, values, values))
+            return log_probs
+        layout = _Table(None) if places is None else _List(places, log_probs.numel() // vocab_size)
     if places is not None:
         assert pick is not None
         assert token_ids is not None
-        if not bool(known.all()):
-            places, token_ids, values = places[known], token_ids[known], values[known]
-        layout: Layout = _List(places, log_probs.numel() // vocab_size)
         raw = {head: pick(head, places, token_ids) for head in needed_heads(config)}
     else:
-        movable = known.expand_as(values) if is_candidate is None else known & is_candidate
-        layout = _Table(~movable)
         raw = {head: _fit(guide_scores(head, token_ids), values.shape[-1]) for head in needed_heads(config)}
-    target, mass = layout.normalise(values)
-    guide = {head: layout.normalise(each)[0] if head in _DISTRIBUTION_HEADS else each for head, each in raw.items()}
+    mass = layout.logsumexp(values)
+    target = (values - mass) if places is not None else layout.normalise(values)
+    guide = {head: layout.normalise(each) if head in _DISTRIBUTION_HEADS else each for head, each in raw.items()}
     strength: Strength = config.alpha if alpha is None else layout.of_rows(alpha.to(log_probs.device, torch.float32))
-    fused = layout.normalise(mode.fuse(target, guide, layout, strength, config))[0] + mass
-    if isinstance(layout, _Table):
+    fused = layout.normalise(mode.fuse(target, guide, layout, strength, config)) + mass
+    if isinstance(layout, _Table) and layout.fixed is not None:
         fused = torch.where(layout.fixed, values, fused)
     if observe is not None:
-        if places is None:
-            observe(Moved.of_table(values, fused, token_ids))
-        else:
-            assert token_ids is not None
-            observe(Moved.of_list(log_probs.numel() // vocab_size, places, token_ids, values, fused))
+        observe(_moved(log_probs.numel() // vocab_size, places, token_ids, values, fused))
     if token_ids is None:
         return fused
     # In place where autograd does not need the old values: they are a copy of the scores already.
@@ -499,6 +512,12 @@ def _fuse(
     flat = log_probs.reshape(-1)
     flat = (flat.index_copy if log_probs.requires_grad else flat.index_copy_)(0, places * vocab_size + token_ids, fused)
     return flat.view(log_probs.shape)
+
+
+def _moved(rows: int, places: Tensor | None, token_ids: Tensor | None, before: Tensor, after: Tensor) -> Moved:
+    if places is None or token_ids is None:
+        return Moved.of_table(before, after, token_ids)
+    return Moved.of_list(rows, places, token_ids, before, after)
 
 
 def _give_to_others(target: Tensor, shift: Tensor, layout: Layout) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from calibfuse import hub
-from calibfuse.errors import CheckpointError
+from calibfuse.errors import CheckpointError, InputError
 from calibfuse.guide import Guide
 from calibfuse.model_card import PLACEHOLDER, with_metadata
 from calibfuse.vocabulary import TokenizerLike
@@ -114,7 +114,7 @@ class PretrainedCalibrator(ABC):
         self,
         tokenizer: TokenizerLike,
         *,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         use_disk_cache: bool = True,
     ) -> Guide:
@@ -165,12 +165,36 @@ class PretrainedCalibrator(ABC):
             )
 
 
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A dtype by itself or by its name, as transformers takes it.
+
+    Raises:
+        InputError: no such dtype.
+    """
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if found is not None and not isinstance(found, torch.dtype) or (found is None and dtype is not None):
+        raise InputError(f"dtype must be one of torch's, such as torch.bfloat16 or 'bfloat16', got {dtype!r}.")
+    return found
+
+
+def as_device(device: torch.device | str | None) -> torch.device | None:
+    """A device by itself or by its name.
+
+    Raises:
+        InputError: no such device.
+    """
+    try:
+        return None if device is None else torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise InputError(f"device must be one of torch's, such as 'cpu' or 'cuda:0', got {device!r}.") from error
+
+
 def load_calibrator(
     source: Source,
     *,
     reference: str | os.PathLike[str] | None = None,
     device: torch.device | str | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
 ) -> PretrainedCalibrator:
     """Load a calibrator of whatever format; see `Calibrator.from_pretrained`.
 
@@ -179,6 +203,7 @@ def load_calibrator(
         InputError: a reference for a calibrator that takes none, or a causal LM that cannot be one.
         CheckpointFormatError: written by a newer calibfuse.
     """
+    device, dtype = as_device(device), as_dtype(dtype) or torch.float32
     folder = source.resolve()
     values = hub.read_json(folder / hub.CONFIG_NAME, "configuration of a calibrator")
     name = values.get("format", TRANSFORMERS if "model_type" in values else None)

@@ -12,7 +12,7 @@ import math
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +22,17 @@ from transformers import LogitsProcessor
 
 from calibfuse.account import Account, Ledger, Report
 from calibfuse.calibrator import Calibrator, Guide, NextTokenScores
+from calibfuse.calibrator.word_bias import LOWERED, PROTECTED
 from calibfuse.embedding.alignment import Alignment, alignable, alignment_folders, find_alignment, last_states
 from calibfuse.embedding.fusion import EmbeddingFusion
 from calibfuse.embedding.output_head import find_output_head
-from calibfuse.errors import FusionNotAppliedError, InputError, MissingHeadError, VocabularyMismatchError
+from calibfuse.errors import (
+    CalibfuseError,
+    FusionNotAppliedError,
+    InputError,
+    MissingHeadError,
+    VocabularyMismatchError,
+)
 from calibfuse.fusion import MODES, FusionConfig, Moved, fuse, needed_heads, recommended_config, unjudgeable
 from calibfuse.hub import resolve_checkpoint
 from calibfuse.prefix_cache import RowSession
@@ -48,7 +55,8 @@ class CalibFusion(LogitsProcessor):
         guide: a calibrator bound to the target's vocabulary.
         config: how to fuse; None: as the guide recommends.
         alignment: of the guide with the target; for mode "embedding" only.
-        target: the target model, whose output head mode "embedding" uses; not needed otherwise.
+        target: the target model, whose output head mode "embedding" uses. Otherwise it only tells how wide the target's
+            scores are, by which those of an assistant with another tokenizer are known.
         on_step: gets the report of each step, over all rows, as it is taken; for those who stream.
 
     Raises:
@@ -78,12 +86,7 @@ class CalibFusion(LogitsProcessor):
         self.on_step = on_step
         self._account, self._ledger = Account(), Ledger()
         self.config = recommended_config(guide.recommended, {}) if config is None else config
-        missing = [head for head in needed_heads(self.config) if head not in guide.heads]
-        if missing:
-            raise MissingHeadError(
-                f"Mode {self.config.mode!r} needs the head {missing[0]!r}, but the calibrator has only "
-                f"{', '.join(map(repr, guide.heads))}. Choose another mode or a calibrator trained with that head."
-            )
+        self._check_heads()
         if self.config.mode == "blend":
             warnings.warn(
                 "Mode 'blend' is deprecated and goes in the next version, since it flattens the text; use 'contrast', "
@@ -91,10 +94,11 @@ class CalibFusion(LogitsProcessor):
                 FutureWarning,
                 stacklevel=2,
             )
-        hidden_space = MODES[self.config.mode].fuse is None
-        self._embedding = _embedding_fusion(guide, self.config, alignment, target) if hidden_space else None
+        # Held only where its output head is used: a copy of this object would copy the model.
+        self._alignment, self._target = alignment, target if MODES[self.config.mode].fuse is None else None
+        self._embedding = self._embedding_fusion()
         self._calls = self._fused = 0
-        self._has_warned = False
+        self._warned: set[str] = set()
         self._target_width = _head_width(target)
         if self._target_width is not None and (problem := _misfit(guide, self._target_width)):
             raise VocabularyMismatchError(f"{problem} Pass the target's own tokenizer.")
@@ -112,7 +116,7 @@ class CalibFusion(LogitsProcessor):
         reference: str | os.PathLike[str] | None = None,
         revision: str | None = None,
         device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         local_files_only: bool = False,
         on_step: Callable[[Report], None] | None = None,
         **fusion_options: Any,  # noqa: ANN401
@@ -129,7 +133,7 @@ class CalibFusion(LogitsProcessor):
             reference: where the calibrator is a causal LM of transformers, its reference model for mode "contrast".
             revision: of the calibrator on the Hub.
             device: of the calibrator; default the target's, else CPU. It follows the scores in any case.
-            dtype: of the bound token vectors; bfloat16 halves their memory.
+            dtype: of the bound token vectors, as torch or as a string; bfloat16 halves their memory.
             local_files_only: never touch the network.
             on_step: see the class.
             **fusion_options: other fields of FusionConfig.
@@ -144,6 +148,11 @@ class CalibFusion(LogitsProcessor):
             MissingHeadError: the mode needs a head that the calibrator has not, or (embedding) an alignment with this
                 target that `calibfuse align-embedding` has not made yet.
         """
+        if target is not None and not isinstance(target, torch.nn.Module):
+            raise InputError(
+                f"target= must be the model itself, got a {type(target).__name__}; a tokenizer, a name or a path goes "
+                "to tokenizer=."
+            )
         source = tokenizer if tokenizer is not None else _tokenizer_name(target)
         options: dict[str, Any] = {key: value for key, value in (("alpha", alpha), ("mode", mode)) if value is not None}
         options.update(fusion_options)
@@ -163,12 +172,88 @@ class CalibFusion(LogitsProcessor):
             folder = resolve_checkpoint(name_or_path, revision=revision, local_files_only=True)
             folders = alignment_folders(folder, calibrator.fingerprint)
             alignment = find_alignment(folders, guide, target, calibrator=str(name_or_path or "CALIBRATOR"))
+        if reference is None and name_or_path is not None and str(name_or_path) in _names_of(tokenizer, target):
+            warnings.warn(
+                f"The calibrator {str(name_or_path)!r} is the target itself: a model cannot correct itself. Leave the "
+                "name out for the bundled calibrator.",
+                UserWarning,
+                stacklevel=2,
+            )
         return cls(guide, config, alignment=alignment, target=target, on_step=on_step)
 
     @property
     def calls(self) -> int:
         """How often the processor was called; `fuse_logits` counts as one call."""
         return self._calls
+
+    @property
+    def alpha(self) -> float:
+        """The strength; may be set."""
+        return self.config.alpha
+
+    @alpha.setter
+    def alpha(self, alpha: float) -> None:
+        self.set(alpha=alpha)
+
+    def set(self, **options: Any) -> CalibFusion:  # noqa: ANN401
+        """Change options of the fusion; what has been followed so far stays of use.
+
+        Args:
+            **options: fields of FusionConfig. With another mode, the others are those that the guide recommends for it.
+
+        Returns:
+            This object.
+
+        Raises:
+            InputError: an unknown option, or a value out of range.
+            MissingHeadError: the mode needs a head or an alignment that is not there.
+        """
+        if options.get("mode", self.config.mode) == self.config.mode:
+            config = recommended_config(self.config.to_dict(), options)
+        else:
+            config = recommended_config(self.guide.recommended, options)
+        former, self.config = self.config, config
+        try:
+            self._check_heads()
+            self._embedding = self._embedding_fusion()
+        except CalibfuseError:
+            self.config = former
+            raise
+        return self
+
+    def __repr__(self) -> str:
+        """Mode, strength and calibrator."""
+        options = "".join(f", {name}={getattr(self.config, name)!r}" for name in MODES[self.config.mode].options)
+        return (
+            f"{type(self).__name__}(mode={self.config.mode!r}, alpha={self.config.alpha:g}{options}, "
+            f"guide={type(self.guide).__name__}, vocabulary={self.guide.vocabulary.name!r})"
+        )
+
+    def add_words(self, words: Iterable[str], bias: float = LOWERED) -> CalibFusion:
+        """Lower further words, in whatever pieces the target spells them.
+
+        Args:
+            words: of letters a to z.
+            bias: in nats, below 0; before the strength is applied.
+
+        Returns:
+            This object.
+
+        Raises:
+            InputError: a word of other characters, or a guide that is no universal calibrator.
+        """
+        return self._with_words(dict.fromkeys((word.lower() for word in words), -abs(bias)))
+
+    def protect_names(self, names: Iterable[str], bias: float = PROTECTED) -> CalibFusion:
+        """Give names of people or groups back what the calibrator may take from them; see `add_words`."""
+        return self._with_words(dict.fromkeys((name.lower() for name in names), abs(bias)))
+
+    def _with_words(self, words: Mapping[str, float]) -> CalibFusion:
+        calibrator = self.guide.calibrator
+        if not isinstance(calibrator, Calibrator):
+            raise InputError(f"Words are a part of universal calibrators, and this is a {type(calibrator).__name__}.")
+        self.guide = calibrator.with_words(words).bind(self.guide.vocabulary, device=self.guide.device)
+        return self
 
     def reset(self) -> None:
         """Forget the generations followed so far (frees their cache). Never needed for correctness."""
@@ -183,11 +268,14 @@ class CalibFusion(LogitsProcessor):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy follows generations of its own."""
-        return {name: value for name, value in self.__dict__.items() if name != "_of_thread"}
+        return {
+            name: value for name, value in self.__dict__.items() if name not in ("_of_thread", "_account", "_ledger")
+        }
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         """See `__getstate__`."""
         self.__dict__.update(state)
+        self._account, self._ledger = Account(), Ledger()
         self.reset()
 
     def report(self, *, mask: Callable[[str], str] | None = None) -> Report:
@@ -234,6 +322,13 @@ class CalibFusion(LogitsProcessor):
             VocabularyMismatchError: shapes do not fit, or ids lie outside the scores' and the tokenizer's vocabulary.
             InputError: scores hold nan or +inf.
         """
+        if torch.compiler.is_compiling():  # host and device take turns here: nothing for a graph
+            result: Tensor = torch.compiler.disable(self._step)(input_ids, scores)  # type: ignore[no-untyped-call]
+            return result
+        return self._step(input_ids, scores)
+
+    def _step(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """See `__call__`."""
         if input_ids.ndim != 2 or scores.ndim != 2 or input_ids.shape[0] != scores.shape[0]:
             raise VocabularyMismatchError(
                 "Expected input_ids [rows, length] and scores [rows, vocabulary] with equal rows, got "
@@ -243,6 +338,11 @@ class CalibFusion(LogitsProcessor):
         if scores.shape[0] == 0 or self._is_foreign(scores.shape[-1]):
             return scores.float()
         self._fused += 1
+        if input_ids.shape[1] == 0:
+            self._warn(
+                "The generation begins without token ids (inputs_embeds): the calibrator does not see the prompt, and "
+                "judges the continuation alone."
+            )
         guide = self._follow(scores.device)
         input_ids = input_ids.to(scores.device)
         readings = self._readings(input_ids, scores)
@@ -325,6 +425,33 @@ class CalibFusion(LogitsProcessor):
             observe=observe if account is not None else None,
         )  # fmt: skip
 
+    def _check_heads(self) -> None:
+        missing = [head for head in needed_heads(self.config) if head not in self.guide.heads]
+        if missing:
+            raise MissingHeadError(
+                f"Mode {self.config.mode!r} needs the head {missing[0]!r}, but the calibrator has only "
+                f"{', '.join(map(repr, self.guide.heads))}. Choose another mode or a calibrator trained with that head."
+            )
+
+    def _embedding_fusion(self) -> EmbeddingFusion | None:
+        """What mode "embedding" needs beside the guide; None in other modes."""
+        config, target = self.config, self._target
+        if MODES[config.mode].fuse is not None:
+            return None
+        if target is None:
+            raise InputError(
+                f"Mode {config.mode!r} decodes through the target's own output head: pass target= (the model)."
+            )
+        if self._alignment is None:
+            raise MissingHeadError(
+                f"Mode {config.mode!r} needs an alignment of the calibrator with the target: pass alignment=, or use "
+                "CalibFusion.from_pretrained, which finds the one that `calibfuse align --target` made."
+            )
+        self._alignment.check(alignable(self.guide))
+        return EmbeddingFusion(
+            self._alignment.matrix, find_output_head(target), config.alpha, config.hidden_temperature
+        )
+
     def _is_foreign(self, width: int) -> bool:
         """Whether scores are those of another model than the target: an assistant with a tokenizer of its own."""
         if self._embedding is not None:
@@ -332,15 +459,18 @@ class CalibFusion(LogitsProcessor):
         if self._target_width is not None:
             return width != self._target_width
         problem = _misfit(self.guide, width)
-        if problem and not self._has_warned:
-            self._has_warned = True
-            warnings.warn(
+        if problem:
+            self._warn(
                 f"{problem} Such scores are left as they are: pass target= (the model) if they are an assistant's, and "
-                "the right tokenizer= if they are the target's.",
-                UserWarning,
-                stacklevel=3,
+                "the right tokenizer= if they are the target's."
             )
         return bool(problem)
+
+    def _warn(self, message: str) -> None:
+        """Warn once of each thing."""
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, UserWarning, stacklevel=5)
 
     def _readings(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """What `_check` judges, float32 [4] on the device: lowest and highest best score, lowest and highest id."""
@@ -391,21 +521,10 @@ def _misfit(guide: Guide, width: int) -> str:
     )
 
 
-def _embedding_fusion(
-    guide: Guide, config: FusionConfig, alignment: Alignment | None, target: PreTrainedModel | None
-) -> EmbeddingFusion:
-    """What mode "embedding" needs beside the guide."""
-    if target is None:
-        raise InputError(
-            f"Mode {config.mode!r} decodes through the target's own output head: pass target= (the model)."
-        )
-    if alignment is None:
-        raise MissingHeadError(
-            f"Mode {config.mode!r} needs an alignment of the calibrator with the target: pass alignment=, or use "
-            "CalibFusion.from_pretrained, which finds the one that `calibfuse align-embedding` made."
-        )
-    alignment.check(alignable(guide))
-    return EmbeddingFusion(alignment.matrix, find_output_head(target), config.alpha, config.hidden_temperature)
+def _names_of(*things: object) -> set[str]:
+    """Where a tokenizer or a model says that it was loaded from."""
+    names = {each if isinstance(each, str) else getattr(each, "name_or_path", None) for each in things}
+    return {str(name) for name in names if name}
 
 
 def _head_width(target: PreTrainedModel | None) -> int | None:

@@ -116,8 +116,9 @@ def test_one_step_is_the_loss_written_out(bound, target):
     assert float(found) == pytest.approx(total / 2, rel=1e-5)
 
 
-def test_source_embeddings_are_what_the_calibrator_works_with(bound):
+def test_source_embeddings_are_what_the_calibrator_works_with():
     """Input: what the body is fed. Output: scores are their products with the last state, up to bias terms."""
+    bound = make_bound(size=VOCAB, words={})
     ids = torch.randint(3, VOCAB, (2, 6), generator=torch.Generator().manual_seed(0))
     calibrator, vocabulary = bound.calibrator, bound.vocabulary
     vectors = bound._vectors[ids]

@@ -124,7 +124,7 @@ def test_special_and_unknown_ids_end_a_word(words):
 @pytest.fixture(scope="module")
 def pair(vocabulary):
     """The same calibrator without and with words, bound."""
-    plain = make_calibrator(3)
+    plain = make_calibrator(3, words={})
     minding = Calibrator(dataclasses.replace(plain.config, words=WORDS)).eval()
     minding.load_state_dict(plain.state_dict())
     return tuple(each.bind(vocabulary, use_disk_cache=False) for each in (plain, minding))

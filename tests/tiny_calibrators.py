@@ -18,6 +18,8 @@ from calibfuse.processor import CalibFusion
 from calibfuse.vocabulary import Vocabulary
 
 BOS, EOS, PAD = 0, 1, 2
+# Words and pieces of `make_vocabulary`, so that most texts come upon the beginning of one.
+WORDS = {"a": -2.0, "ab": -3.0, "ka": -1.5, "b": 0.7, "the": -1.0, "cbd": -2.5, "east": 0.4}
 
 
 def make_vocabulary(size: int = 96, specials: int = 3) -> Vocabulary:
@@ -44,6 +46,7 @@ def make_calibrator(seed: int = 0, strength: float = 1.0, **config) -> Calibrato
         "hidden_width": 48,
         "window": 8,
         "adapter_width": 24,
+        "words": WORDS,
     } | config
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -33,6 +33,7 @@ from calibfuse.calibrator.word_bias import REACH, Spelled, WordBias
 from calibfuse.errors import InputError
 from calibfuse.guide import CALIBRATOR_HEAD, SPECIAL_MASS, VALUE_HEAD, Guide, NextTokenScores
 from calibfuse.isolation import isolated
+from calibfuse.loading import as_device, as_dtype
 from calibfuse.vocabulary import TokenizerLike, Vocabulary
 
 __all__ = ["SPECIAL_MASS", "BoundCalibrator", "GuideStates", "bind", "cache_folder"]
@@ -45,12 +46,12 @@ def bind(
     calibrator: CalibratorNetwork,
     tokenizer: TokenizerLike,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     use_disk_cache: bool = True,
 ) -> BoundCalibrator:
     """Compile `calibrator` for one vocabulary; see `Calibrator.bind`."""
-    dtype = dtype or torch.float32
+    dtype = as_dtype(dtype) or torch.float32
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise InputError(f"Bound vectors can be float32, bfloat16 or float16, got dtype={dtype}.")
     vocabulary = vocabulary_of(tokenizer, use_disk_cache=use_disk_cache)
@@ -64,7 +65,7 @@ def bind(
     if path is not None and tensors is None:
         save_bound(path, vectors, biases)
     return BoundCalibrator(calibrator, vocabulary, vectors, biases, words).to(
-        torch.device(device) if device is not None else calibrator.boundary.device
+        as_device(device) or calibrator.boundary.device
     )
 
 

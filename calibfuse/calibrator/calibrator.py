@@ -32,7 +32,7 @@ class Calibrator(CalibratorNetwork, PretrainedCalibrator):
         self,
         tokenizer: TokenizerLike,
         *,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         use_disk_cache: bool = True,
     ) -> BoundCalibrator:
@@ -88,7 +88,7 @@ class Calibrator(CalibratorNetwork, PretrainedCalibrator):
         local_files_only: bool = False,
         token: str | bool | None = None,
         device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
     ) -> PretrainedCalibrator:
         """Load a calibrator of any format.
 

@@ -12,6 +12,7 @@ compiles it for one vocabulary.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import re
@@ -202,6 +203,23 @@ class CalibratorNetwork(nn.Module):
         copied.load_state_dict(fresh)
         nn.init.zeros_(copied.heads[VALUE_HEAD].query.weight)  # type: ignore[union-attr, arg-type]
         return copied
+
+    def with_words(self: _Network, words: Mapping[str, float]) -> _Network:
+        """The same weights with further words.
+
+        Args:
+            words: word of letters a to z -> bias in nats, in place of what the word had; 0 takes it out.
+
+        Returns:
+            A calibrator that shares the weights of this one.
+
+        Raises:
+            InputError: a word of other characters.
+        """
+        merged = {word: bias for word, bias in {**self.config.words, **words}.items() if bias}
+        changed = copy.copy(self)
+        changed.config = replace(self.config, words=merged)
+        return changed
 
     def compose(self, features: TokenFeatures) -> tuple[Tensor, Tensor]:
         """Vectors [tokens, token_width] and biases [tokens, heads] of tokens given by their features."""

@@ -20,9 +20,11 @@ Left out: words of other letters than a to z, and words over more than `REACH` t
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +32,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from calibfuse.errors import InputError
 from calibfuse.vocabulary import Vocabulary
 
 REACH = 8
@@ -37,11 +40,45 @@ REACH = 8
 
 PROTECTED_PIECE = 0.3
 """What a piece of a spared name is given at most, nats; what pieces lost in vocabularies that were measured."""
+LOWERED, PROTECTED = -6.0, 1.0
+"""Bias of a word, and of a name, where none is given, nats."""
+
 _LEAST_LETTERS = 3  # of a beginning that is given something
 
 _MULTIPLIER = 0x9E3779B97F4A7C15
 _INVERSE = pow(_MULTIPLIER, -1, 1 << 64)
 _LEAST = 0.1  # a completion that adds less is none: "fuck" + "ing" after what "fuck" has cost
+
+
+def read_words(path: str | os.PathLike[str]) -> dict[str, float]:
+    """Words with their biases from a text file.
+
+    Args:
+        path: one word a line, which is lowered; with a number behind it, that is its bias (above 0: a protected name).
+            What follows a # is left out.
+
+    Returns:
+        Word in lower case -> bias in nats.
+
+    Raises:
+        InputError: the file cannot be read, or a line is something else.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"Cannot read words from {os.fspath(path)!r}: {error}.") from error
+    words: dict[str, float] = {}
+    for number, line in enumerate(lines, 1):
+        parts = line.partition("#")[0].split()
+        try:
+            if parts:
+                word, bias = parts if len(parts) > 1 else (parts[0], str(LOWERED))
+                words[word.lower()] = float(bias)
+        except ValueError:
+            raise InputError(
+                f"Expected a word, or a word and a number, in line {number} of {os.fspath(path)!r}, got {line!r}."
+            ) from None
+    return words
 
 
 class Completions(NamedTuple):
@@ -57,7 +94,7 @@ class Completions(NamedTuple):
 
 
 class Spelled(NamedTuple):
-    """Tokens that would complete a word with a bias at some places: entries of a sparse [rows, positions, vocabulary].
+    """Tokens that would complete a word with a bias: a sparse [rows, positions, vocabulary], on the host.
 
     Attributes:
         rows: int64 [n].
@@ -66,10 +103,10 @@ class Spelled(NamedTuple):
         shifts: float32 [n], nats.
     """
 
-    rows: Tensor
-    positions: Tensor
-    token_ids: Tensor
-    shifts: Tensor
+    rows: NDArray[np.int64]
+    positions: NDArray[np.int64]
+    token_ids: NDArray[np.int64]
+    shifts: NDArray[np.float32]
 
     @classmethod
     def of(cls, places: Iterable[tuple[int, int, Completions | None]]) -> Spelled | None:
@@ -77,20 +114,18 @@ class Spelled(NamedTuple):
         found = [(row, position, each) for row, position, each in places if each is not None]
         if not found:
             return None
-        repeats = torch.tensor([len(each.shifts) for _, _, each in found], device="cpu")
-        places = torch.tensor([[row, position] for row, position, _ in found], device="cpu")
-        rows, positions = places.repeat_interleave(repeats, dim=0).T
+        counts = [len(each.shifts) for _, _, each in found]
         return cls(
-            rows,
-            positions,
-            torch.cat([torch.from_numpy(each.token_ids) for _, _, each in found]),
-            torch.cat([torch.from_numpy(each.shifts) for _, _, each in found]),
+            np.repeat(np.array([row for row, _, _ in found]), counts),
+            np.repeat(np.array([position for _, position, _ in found]), counts),
+            np.concatenate([each.token_ids for _, _, each in found]),
+            np.concatenate([each.shifts for _, _, each in found]),
         )
 
     def part(self, start: int, stop: int) -> Spelled | None:
         """The entries of positions start to stop - 1, counted from start."""
         inside = (self.positions >= start) & (self.positions < stop)
-        if not bool(inside.any()):
+        if not inside.any():
             return None
         return Spelled(self.rows[inside], self.positions[inside] - start, self.token_ids[inside], self.shifts[inside])
 
@@ -99,12 +134,12 @@ class Spelled(NamedTuple):
         width = scores.shape[1] if scores.ndim == 3 else 1
         lines = scores.view(-1, scores.shape[-1])
         # What needs counting is counted on the host, and no copy is waited for: the device need not stop.
-        flat = (self.rows * width + self.positions).numpy()
-        touched, line = (torch.from_numpy(each) for each in np.unique(flat, return_inverse=True))
+        rows, line_of = np.unique(self.rows * width + self.positions, return_inverse=True)
         touched, line, ids, shifts = (
-            each.to(scores.device, non_blocking=True) for each in (touched, line, self.token_ids, self.shifts)
+            torch.from_numpy(each).to(scores.device, non_blocking=True)
+            for each in (rows, line_of, self.token_ids, self.shifts)
         )
-        dense = torch.zeros(len(touched), vocab_size, dtype=scores.dtype, device=scores.device)
+        dense = torch.zeros(len(rows), vocab_size, dtype=torch.float32, device=scores.device)
         dense.index_put_((line, ids), shifts, accumulate=True)
         if token_ids is not None:
             dense = dense.gather(1, token_ids.reshape(-1, token_ids.shape[-1])[touched].clamp(0, vocab_size - 1))
@@ -119,14 +154,15 @@ class Spelled(NamedTuple):
             token_ids: int64 [n].
             width: positions of a row.
         """
+        if not len(token_ids):
+            return
         size = max(int(self.token_ids.max()), int(token_ids.max())) + 1
-        wanted = ((self.rows * width + self.positions) * size + self.token_ids).numpy()
+        wanted = (self.rows * width + self.positions) * size + self.token_ids
         listed = (places * size + token_ids).cpu().numpy()
         at = np.minimum(np.searchsorted(listed, wanted), len(listed) - 1)
         found = listed[at] == wanted
-        scores.index_add_(
-            0, torch.from_numpy(at[found]).to(scores.device), self.shifts[torch.from_numpy(found)].to(scores.device)
-        )
+        index, shifts = (torch.from_numpy(each[found]).to(scores.device) for each in (at, self.shifts))
+        scores.index_add_(0, index, shifts)
 
 
 class WordBias:

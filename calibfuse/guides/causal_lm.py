@@ -35,7 +35,7 @@ from calibfuse.guides.lm_checkpoint import (
 from calibfuse.guides.projected_lm import ProjectedLM, ProjectedSequence, ProjectedSession
 from calibfuse.guides.shared_vocabulary import LMLogits, LockStepLM, LockStepLMSession
 from calibfuse.guides.source_text import MAX_WORD, SourceText
-from calibfuse.loading import PretrainedCalibrator, Source
+from calibfuse.loading import PretrainedCalibrator, Source, as_device, as_dtype
 from calibfuse.model_card import calibrator_card
 from calibfuse.vocabulary import Vocabulary
 
@@ -250,7 +250,7 @@ class CausalLMCalibrator(PretrainedCalibrator):
         self,
         tokenizer: TokenizerLike,
         *,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         use_disk_cache: bool = True,
         further: int = DEFAULT_FURTHER,
@@ -274,6 +274,7 @@ class CausalLMCalibrator(PretrainedCalibrator):
         """
         if not isinstance(further, int) or isinstance(further, bool) or further < 0:
             raise InputError(f"further must be a number of tokens, 0 or more, got {further!r}.")
+        dtype, device = as_dtype(dtype), as_device(device)
         target = Vocabulary.from_tokenizer(tokenizer)
         if self.tokenizer is None:
             raise VocabularyError(

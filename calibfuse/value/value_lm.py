@@ -35,7 +35,7 @@ from calibfuse.errors import CheckpointError, InputError, VocabularyError, Vocab
 from calibfuse.guides.causal_lm import BoundCausalLM, CausalLMConfig, same_ids
 from calibfuse.guides.kv_cache import stands_holes
 from calibfuse.guides.shared_vocabulary import LockStepLM
-from calibfuse.loading import PretrainedCalibrator, Source
+from calibfuse.loading import PretrainedCalibrator, Source, as_device, as_dtype
 from calibfuse.model_card import calibrator_card
 from calibfuse.vocabulary import Vocabulary
 
@@ -241,7 +241,7 @@ class ValueLM(PretrainedCalibrator):
         self,
         tokenizer: TokenizerLike,
         *,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         use_disk_cache: bool = True,
     ) -> BoundValueLM:
@@ -261,6 +261,7 @@ class ValueLM(PretrainedCalibrator):
             VocabularyError: no usable tokenizer.
             InputError: the backbone cannot be followed token by token.
         """
+        dtype, device = as_dtype(dtype), as_device(device)
         target = Vocabulary.from_tokenizer(tokenizer)
         if not same_ids(self.vocabulary, target):
             raise VocabularyMismatchError(
