@@ -141,6 +141,70 @@ def test_any_order_of_prefixes_gives_what_recomputation_gives(bound):
             assert torch.allclose(got.exp(), expected.exp(), atol=1e-4)
 
 
+def test_texts_by_key_come_and_go(bound):
+    """As in a serving engine: rows of different lengths that join, leave, pause, go back and stand in any order."""
+    choose = torch.Generator().manual_seed(7)
+
+    def draw(low, high):
+        return int(torch.randint(low, high, (), generator=choose))
+
+    session, texts = bound.session(), {}
+    for number in range(40):
+        if len(texts) < 2 or (draw(0, 4) == 0 and len(texts) < 5):
+            texts[number] = [draw(3, bound.target_vocab_size) for _ in range(draw(1, 12))]
+        for key in list(texts):
+            match draw(0, 8):
+                case 0:
+                    texts[key] = texts[key][: draw(0, len(texts[key]) + 1)]
+                case 1 if len(texts) > 2:
+                    del texts[key]
+                    session.drop([key])
+                case 2:
+                    session.copy({(key, number): key})
+                    texts[(key, number)] = [*texts[key], draw(0, bound.target_vocab_size)]
+                case _:
+                    texts[key] = [*texts[key], draw(0, bound.target_vocab_size)]
+        asked = [key for key in texts if draw(0, 6)] or list(texts)
+        said = session.step([(key, texts[key]) for key in asked])
+        for head in bound.heads:
+            scores = bound.normalise(said.log_scores(head)).exp()
+            for row, key in enumerate(asked):
+                alone = bound.normalise(bound.session().step([("x", texts[key])]).log_scores(head)).exp()
+                assert torch.allclose(scores[row], alone[0], atol=2e-4)
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_step_that_breaks_off_leaves_nothing_wrong_behind(bound, monkeypatch, at):
+    """Ctrl-C in a forward of the LM, then an older text goes on."""
+    from calibfuse.guides.kv_cache import CachedLM
+
+    ids = torch.randint(3, bound.target_vocab_size, (2, 14), generator=torch.Generator().manual_seed(1)).tolist()
+    session, feed, calls = bound.session(), CachedLM.feed, [0]
+    session.step([(key, ids[key][:9]) for key in (0, 1)])
+
+    def breaking(self, *arguments, **options):
+        calls[0] += 1
+        if calls[0] == at:
+            raise KeyboardInterrupt
+        return feed(self, *arguments, **options)
+
+    monkeypatch.setattr(CachedLM, "feed", breaking)
+
+    def go_on():
+        for length in (10, 12, 13):
+            session.step([(key, ids[key][:length]) for key in (0, 1)])
+
+    with pytest.raises(KeyboardInterrupt):
+        go_on()
+    monkeypatch.setattr(CachedLM, "feed", feed)
+    texts = [[*ids[0][:8], 7], ids[1][:11]]
+    said, alone = session.step([(key, texts[key]) for key in (0, 1)]), bound.session()
+    expected = alone.step([(key, texts[key]) for key in (0, 1)])
+    for head in bound.heads:
+        one, other = (bound.normalise(each.log_scores(head)).exp() for each in (said, expected))
+        assert torch.allclose(one, other, atol=1e-4)
+
+
 def test_whole_sequences_say_what_steps_say(bound, prompts):
     ids, mask = prompts["input_ids"], prompts["attention_mask"]
     whole = bound.log_probs(ids, mask)
