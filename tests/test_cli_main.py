@@ -179,6 +179,21 @@ def test_defaults_and_fields_are_those_of_the_settings_classes():
     assert checked > 80
 
 
+def test_the_default_of_a_field_is_the_one_that_the_help_names():
+    """Options of other commands have the same names and defaults of their own, --batch-size for one."""
+    checked = 0
+    for name, parser in parsers():
+        module = importlib.import_module(f"calibfuse.cli.commands.{name.replace('-', '_')}")
+        of_fields = {
+            each for fields in vars(module).values() if isinstance(fields, Fields) for each in fields.options.values()
+        }
+        for action in parser._actions:
+            if action.dest in of_fields and action.help != argparse.SUPPRESS:
+                assert not action.default or f"(default: {action.default})" in action.help, f"{name}: {action.dest}"
+                checked += 1
+    assert checked > 80
+
+
 @pytest.mark.parametrize(
     ("old", "note"),
     [

@@ -188,6 +188,7 @@ class Fields:
             field = known[name]
             settings: dict[str, Any] = {"help": field.help, "field": name} | changed.get(name, {})
             default = settings.get("default", field.default)
+            settings.setdefault("default", None)  # not that of another command's option with the same name
             kind = field.annotation.partition(" | ")[0]
             if kind == "bool":
                 if field.default:
