@@ -37,6 +37,16 @@ def test_every_other_option_goes_to_the_server(capsys):
     assert "--tensor-parallel-size=2" in words
 
 
+def test_the_model_may_stand_behind_a_flag_as_in_other_commands(capsys):
+    words = command(capsys, "--model", "org/llm", "--port", "8001")
+    assert words.count("--model") == 1
+    assert after(words, "--model") == "org/llm"
+    assert after(words, "--port") == "8001"
+    for arguments in (["--port", "8001", "--model", "org/llm"], ["org/llm", "--model", "m"], ["m", "--model=n"]):
+        assert main(["serve", *arguments, "--print-command"]) == 2
+        assert "the model first" in capsys.readouterr().err
+
+
 def test_other_processors_and_configuration_are_kept(capsys):
     words = command(
         capsys, "m", "--alpha", "1", "--logits-processors", "a.b:C", "--additional-config", '{"other": {"x": 1}}'

@@ -7,6 +7,7 @@ import re
 import sys
 import tracemalloc
 from dataclasses import replace
+from html import escape
 from xml.etree import ElementTree
 
 import numpy as np
@@ -234,6 +235,8 @@ def test_every_scorer_and_threshold_is_counted_as_a_slow_loop_counts(target, sco
     assert any("too few" in note and other.name in note for note in found.facts["notes"])
     text = to_markdown(found)
     assert "## Toxic continuations by threshold and scorer" in text
+    header = next(line for line in text.splitlines() if line.startswith("| method |"))
+    assert header.endswith(f"| mean toxicity ({other.name}) |")
     assert re.search(r"\| \S*by_length, from 0\.7 \|", text)
     assert "by_length" in to_html(found)
     assert to_data(found)["methods"][1]["scorer_thresholds"][4]["scorer"] == other.name
@@ -371,6 +374,17 @@ def test_changes_stand_whole_in_one_line_of_their_cell(evaluation):
 
 def test_markdown_has_mean_toxicity(evaluation):
     assert re.search(r"^\| method \|.* mean toxicity \|", to_markdown(evaluation), re.MULTILINE)
+
+
+def test_the_worst_part_stands_beside_each_example(evaluation, scorer):
+    for said in (*evaluation.results[0].measured.first, *evaluation.results[0].measured.worst):
+        assert said.worst_part == scorer.worst_part(said.continuation)
+    worst = evaluation.results[0].measured.worst[0]
+    assert worst.worst_part in worst.continuation
+    assert f"{worst.toxicity:.2f}: “{escape(worst.worst_part)}”" in to_html(evaluation)
+    shown = to_markdown(evaluation).partition("## The most toxic continuations")[2]
+    assert " ".join(worst.worst_part.split()).replace("|", "\\|") in shown
+    assert "****" in to_markdown(evaluation, mask=lambda text: "*" * max(4, len(text)))
 
 
 def test_examples_are_masked_on_the_page(evaluation):

@@ -388,8 +388,8 @@ def _compare(
 def _cautions(thresholds: Sequence[ThresholdFigures]) -> list[str]:
     """Which scorers find too little toxic text in plain decoding to compare shares of it."""
     return [
-        f"{each.scorer} counts only {each.flagged} of plain decoding's continuations as toxic: too few to compare "
-        "shares of toxic continuations. Compare mean toxicity, or measure more prompts."
+        f"the scorer {each.scorer} counts {each.flagged} of plain decoding's continuations as toxic, too few to "
+        "compare shares of toxic continuations: compare mean toxicity, or measure more prompts"
         for each in thresholds
         if each.toxic_from == TOXIC_FROM and each.is_too_few
     ]

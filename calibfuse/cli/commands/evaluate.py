@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibfuse.cli.loading import DECODING, check_calibrator, check_model, load_second, load_target
-from calibfuse.cli.masking import masking
+from calibfuse.cli.masking import Mask, masking
 from calibfuse.cli.methods import FUSION, baseline_methods, bind_calibrator, check_methods, fusion_methods
 from calibfuse.cli.options import SWITCH, Fields, add, add_model
 from calibfuse.cli.prompts import bundled_prompts
@@ -212,8 +212,9 @@ def run(args: argparse.Namespace) -> int:
     evaluation.facts.update(_facts(args, prompts, [*notes, *evaluation.facts["notes"]]))
     picked = _pick(args, evaluation) if args.pick_alpha else None
     within_budget = None if args.fluency_budget is None else compare_within_budget(evaluation, args.fluency_budget)
-    write_report(evaluation, output, mask=masking(args.mask, scorers[0]), within_budget=within_budget)
-    _show(args, evaluation, within_budget)
+    mask = masking(args.mask, scorers[0])
+    write_report(evaluation, output, mask=mask, within_budget=within_budget)
+    _show(args, evaluation, within_budget, mask)
     if picked is not None:
         print(picked)
     return 0
@@ -324,11 +325,11 @@ def _notes(
         if any(name == scorer.name or name.startswith(f"{scorer.name},") for name in sorters):
             notes.append(
                 f"THE SCORER {scorer.name!r} ALSO SORTED THE CALIBRATOR'S TRAINING TEXT: its toxicity figures flatter "
-                "the calibrator. Use another one with --scorer."
+                "the calibrator; use another one with --scorer"
             )
     if calibrator is not None and not sorters:
         notes.append(
-            "the calibrator does not tell which scorer sorted its training text; make sure that it is not this one."
+            "the calibrator does not tell which scorer sorted its training text; make sure that it is not this one"
         )
     if target.is_bundled:
         notes.append("no --model given, so the small demo target is measured")
@@ -357,7 +358,7 @@ def _facts(args: argparse.Namespace, prompts: Sequence[Prompt], notes: Sequence[
     toxicities = [prompt.toxicity for prompt in prompts if prompt.toxicity is not None]
     return {
         "prompts": "the demo's" if args.prompts is None else Path(args.prompts).name,
-        "prompts_non_toxic": sum(value < 0.5 for value in toxicities) if toxicities else None,
+        **({"prompts_non_toxic": sum(value < 0.5 for value in toxicities)} if toxicities else {}),
         "calibrator": args.calibrator or "bundled",
         "benign_text": None if args.no_neutrality else args.benign or "bundled sentences",
         "notes": list(notes),
@@ -365,7 +366,7 @@ def _facts(args: argparse.Namespace, prompts: Sequence[Prompt], notes: Sequence[
     }
 
 
-def _show(args: argparse.Namespace, evaluation: Evaluation, within_budget: BudgetComparison | None) -> None:
+def _show(args: argparse.Namespace, evaluation: Evaluation, within_budget: BudgetComparison | None, mask: Mask) -> None:
     from calibfuse.evaluation import to_data, to_markdown
 
     if args.json:
@@ -373,7 +374,7 @@ def _show(args: argparse.Namespace, evaluation: Evaluation, within_budget: Budge
         print(json.dumps(data, ensure_ascii=False, indent=2, allow_nan=False))
         return
     if not Terminal().is_interactive:
-        print(to_markdown(evaluation, within_budget=within_budget), end="")
+        print(to_markdown(evaluation, within_budget=within_budget, mask=mask), end="")
     else:
         _show_table(Terminal(), evaluation)
         if within_budget is not None:

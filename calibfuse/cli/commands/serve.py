@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
 from importlib import util
 from typing import Any
 
@@ -62,6 +63,21 @@ def run(args: argparse.Namespace) -> int:
     os.execv(command[0], command)
 
 
+def _without_model_flag(rest: Sequence[str]) -> list[str]:
+    """What is not ours, without the `--model` of somebody who wrote `serve --model NAME` as for other commands.
+
+    Raises:
+        InputError: the model does not come first, so that its name cannot be told from another option's value.
+    """
+    from calibfuse.errors import InputError
+
+    is_flag_alone = list(rest[:1]) == ["--model"] and all(each.startswith("-") for each in rest[1:2])
+    kept = list(rest[1:] if is_flag_alone else rest)
+    if any(each.partition("=")[0] == "--model" for each in kept):
+        raise InputError("Expected the model first: calibfuse serve MODEL, then options.")
+    return kept
+
+
 def server_command(args: argparse.Namespace) -> list[str]:
     """The command line of vLLM's server."""
     from calibfuse.errors import InputError
@@ -72,7 +88,7 @@ def server_command(args: argparse.Namespace) -> list[str]:
     FusionConfig.from_dict(
         {name: options[name] for name in ("alpha", "mode", "margin", "max_shift") if name in options}
     )
-    rest = list(args.rest)
+    rest = _without_model_flag(args.rest)
     extra: dict[str, Any] = {}
     if "--additional-config" in rest:
         place = rest.index("--additional-config")

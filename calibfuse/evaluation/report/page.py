@@ -11,13 +11,12 @@ from calibfuse.evaluation.given_text.suites import HARMFUL, HARMLESS, SuiteResul
 from calibfuse.evaluation.measuring import Example
 from calibfuse.evaluation.methods import PLAIN
 from calibfuse.evaluation.metrics import METRICS, Estimate
-from calibfuse.evaluation.report.tables import sections_of, shown_value, versions
+from calibfuse.evaluation.report.tables import family_of, representatives, sections_of, shown_value, versions
 from calibfuse.html.charts import Chart, Curve, Point, bars, curves
 from calibfuse.html.pages import Mask, render, unchanged
 
 Rows = dict[str, dict[str, Estimate]]  # row of bars -> title of a method -> figure
 _EXAMPLES = 12
-_MOST_SHOWN = 7  # methods side by side in bars and examples
 
 
 def to_html(evaluation: Evaluation, *, mask: Mask | None = None, within_budget: BudgetComparison | None = None) -> str:
@@ -36,7 +35,7 @@ def to_html(evaluation: Evaluation, *, mask: Mask | None = None, within_budget: 
     """
     mask = mask or unchanged
     facts, sampling = evaluation.facts, evaluation.sampling
-    shown = _representatives(evaluation.results, within_budget)
+    shown = representatives(evaluation.results, within_budget)
     colours = _colours(shown, evaluation.results)
     found = [(METRICS[name].title, _curve(evaluation.results, name)) for name in ("perplexity", "target_perplexity")]
     charts = _bar_charts(shown, colours)
@@ -64,20 +63,6 @@ def curve_chart(evaluation: Evaluation) -> Chart | None:
     return _curve(evaluation.results, perplexity_metric(evaluation))
 
 
-def _representatives(results: Sequence[MethodResult], within_budget: BudgetComparison | None) -> Sequence[MethodResult]:
-    """What bars and examples show: everything, or of many methods plain and one of each family.
-
-    That one is the best within the budget, else the family's default, else its last.
-    """
-    if len(results) <= _MOST_SHOWN:
-        return results
-    chosen = {_family(result): result for result in results[1:]}
-    chosen |= {_family(result): result for result in results[1:] if result.method.is_default}
-    if within_budget is not None:
-        chosen |= {each.family: each.best for each in within_budget.families if each.best is not None}
-    return [results[0], *chosen.values()]
-
-
 def _curve(results: Sequence[MethodResult], name: str) -> Chart | None:
     """Toxic continuations against a perplexity; None where nothing has that perplexity."""
     if name not in results[0].estimates:
@@ -85,7 +70,7 @@ def _curve(results: Sequence[MethodResult], name: str) -> Chart | None:
     families: dict[str, list[MethodResult]] = {}
     for result in results[1:]:
         if name in result.estimates:
-            families.setdefault(_family(result), []).append(result)
+            families.setdefault(family_of(result), []).append(result)
 
     def point(result: MethodResult, label: str) -> Point:
         is_default = result.method.is_default and result.method.alpha is not None
@@ -106,16 +91,12 @@ def _curve(results: Sequence[MethodResult], name: str) -> Chart | None:
     )
 
 
-def _family(result: MethodResult) -> str:
-    return result.method.family or result.method.title
-
-
 def _colours(shown: Sequence[MethodResult], results: Sequence[MethodResult]) -> dict[str, int | None]:
     """Colours of bars by title: a family's as in the curve where every family is there once, else by order."""
-    order = list(dict.fromkeys(map(_family, results[1:])))
+    order = list(dict.fromkeys(map(family_of, results[1:])))
     methods = [result for result in shown if result.method.key != PLAIN.key]
-    is_once = len(set(map(_family, methods))) == len(methods)
-    numbers = {each.method.title: order.index(_family(each)) if is_once else i for i, each in enumerate(methods)}
+    is_once = len(set(map(family_of, methods))) == len(methods)
+    numbers = {each.method.title: order.index(family_of(each)) if is_once else i for i, each in enumerate(methods)}
     return {PLAIN.title: None, **numbers}
 
 

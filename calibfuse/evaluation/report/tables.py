@@ -18,7 +18,7 @@ from calibfuse.evaluation.budget import METRICS_AT_BUDGET, AtBudget, BudgetCompa
 from calibfuse.evaluation.evaluate import Evaluation, MethodResult
 from calibfuse.evaluation.given_text.suites import SuiteRow
 from calibfuse.evaluation.metrics import METRICS, Estimate
-from calibfuse.html.pages import Cell, Table
+from calibfuse.html.pages import Cell, Mask, Table, unchanged
 
 _PERCENT = frozenset({"toxic_share", "empty_share", "refusal_share", "finished_share", "repetition"})
 _TOXICITY = (
@@ -27,6 +27,8 @@ _TOXICITY = (
 )
 _TEXT = ("distinct_1", "distinct_2", "distinct_3", "repetition", "length", "empty_share", "refusal_share")
 _BUDGET_METRICS = ("toxicity_probability", "distinct_2")
+_MOST_SHOWN = 7  # methods side by side in bars and examples
+_WORST_SHOWN = 3  # continuations of a method in Markdown
 _JUDGED_FROM = 50  # prompts; a bootstrap over fewer gives intervals that are too narrow to colour a change by
 
 
@@ -59,8 +61,13 @@ def versions() -> dict[str, str]:
     }
 
 
-def to_markdown(evaluation: Evaluation, *, within_budget: BudgetComparison | None = None) -> str:
-    """Tables: figures with intervals, changes against plain, neutral text, and how all of it was made."""
+def to_markdown(
+    evaluation: Evaluation, *, within_budget: BudgetComparison | None = None, mask: Mask | None = None
+) -> str:
+    """Tables: figures with intervals, changes against plain, neutral text, the worst examples, how all was made.
+
+    `mask` makes offensive words of the examples unreadable; None shows them.
+    """
     parts = ["# Evaluation"]
     for section in sections_of(evaluation, within_budget):
         headers, rows = section.table.headers, section.table.rows
@@ -71,10 +78,41 @@ def to_markdown(evaluation: Evaluation, *, within_budget: BudgetComparison | Non
             compared = [row for row, cells in zip(changes, rows, strict=True) if any(cell.change for cell in cells)]
             parts += ["", "Change against plain, paired by prompts:", "", *table(headers, compared)]
         parts += ["", section.note] if section.note else []
-    parts += ["", "In brackets: 95 % bootstrap intervals over prompts.", "", "## How it was made", ""]
+    parts += ["", "In brackets: 95 % bootstrap intervals over prompts."]
+    parts += _worst_examples(representatives(evaluation.results, within_budget), mask or unchanged)
+    parts += ["", "## How it was made", ""]
     parts += [f"- {name.replace('_', ' ')}: {shown_value(value)}" for name, value in evaluation.facts.items()]
     parts += [f"- {name}: {value}" for name, value in versions().items()]
     return "\n".join(parts) + "\n"
+
+
+def _worst_examples(shown: Sequence[MethodResult], mask: Mask) -> list[str]:
+    rows = [
+        [result.method.title, f"{each.toxicity:.2f}", mask(each.worst_part), mask(each.continuation.strip())]
+        for result in shown
+        for each in result.measured.worst[:_WORST_SHOWN]
+    ]
+    headers = ["method", "toxicity", "its worst part", "continuation"]
+    return ["", "## The most toxic continuations", "", *table(headers, rows)] if rows else []
+
+
+def representatives(results: Sequence[MethodResult], within_budget: BudgetComparison | None) -> Sequence[MethodResult]:
+    """What bars and examples show: everything, or of many methods plain and one of each family.
+
+    That one is the best within the budget, else the family's default, else its last.
+    """
+    if len(results) <= _MOST_SHOWN:
+        return results
+    chosen = {family_of(result): result for result in results[1:]}
+    chosen |= {family_of(result): result for result in results[1:] if result.method.is_default}
+    if within_budget is not None:
+        chosen |= {each.family: each.best for each in within_budget.families if each.best is not None}
+    return [results[0], *chosen.values()]
+
+
+def family_of(result: MethodResult) -> str:
+    """The family of a method; one that has none is its own."""
+    return result.method.family or result.method.title
 
 
 def sections_of(
@@ -115,22 +153,39 @@ def sections_of(
 
 
 def _main_figures(evaluation: Evaluation, few: bool) -> tuple[str, Table]:
-    """Title and table: of a protocol the figures that the field reports with it, and those alone."""
+    """Title and table: of a protocol what the field reports with it alone; further scorers add a column each."""
     protocol = evaluation.protocol
-    if protocol is None:
-        return "Toxicity and fluency", _figures(evaluation.results, _TOXICITY, few)
-    return f"Protocol {protocol.name}", _figures(evaluation.results, protocol.metrics, few)
+    title = "Toxicity and fluency" if protocol is None else f"Protocol {protocol.name}"
+    figures = _figures(evaluation.results, _TOXICITY if protocol is None else protocol.metrics, few)
+    return title, _with_other_scorers(figures, evaluation.results, few)
 
 
 def _figures(results: Sequence[MethodResult], wanted: Sequence[str], few: bool) -> Table:
     names = [name for name in wanted if any(name in result.estimates for result in results)]
-    rows = [_row(each.method.title, *(_figure_cell(name, each, few) for name in names)) for each in results]
+    rows = [
+        _row(
+            each.method.title,
+            *(_figure_cell(name, each.estimates.get(name), each.changes.get(name), few) for name in names),
+        )
+        for each in results
+    ]
     return Table(["method", *(METRICS[name].title for name in names)], rows if names else [])
 
 
-def _figure_cell(name: str, result: MethodResult, few: bool) -> Cell:
-    cell = _cell(result.estimates.get(name), partial(figure, name))
-    against = result.changes.get(name)
+def _with_other_scorers(figures: Table, results: Sequence[MethodResult], few: bool) -> Table:
+    """The figures, and mean toxicity by every scorer but the first."""
+    first = results[0].thresholds[0].scorer if results[0].thresholds else ""
+    by_scorer = [{each.scorer: each for each in result.thresholds if each.scorer != first} for result in results]
+    name = "mean_toxicity"
+    rows = [
+        [*row, *(_figure_cell(name, each.estimates[name], each.changes.get(name), few) for each in found.values())]
+        for row, found in zip(figures.rows, by_scorer, strict=True)
+    ]
+    return Table([*figures.headers, *(f"{METRICS[name].title} ({scorer})" for scorer in by_scorer[0])], rows)
+
+
+def _figure_cell(name: str, estimate: Estimate | None, against: Estimate | None, few: bool) -> Cell:
+    cell = _cell(estimate, partial(figure, name))
     if against is None or cell.text == "-":
         return cell
     better = METRICS[name].lower_is_better
@@ -351,7 +406,7 @@ def _cell(estimate: Estimate | None, show: Callable[[float], str]) -> Cell:
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a Markdown table."""
     lines = [headers, ["---", *["---:"] * (len(headers) - 1)], *rows]
-    return ["| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines]
+    return ["| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in line) + " |" for line in lines]
 
 
 def figure(name: str, value: float) -> str:

@@ -90,7 +90,8 @@ def write_report(
     Args:
         evaluation: the results.
         folder: made when missing; older reports in it are replaced.
-        mask: makes offensive words of the page unreadable; None shows them. report.json holds text as it is.
+        mask: makes offensive words of the page and of report.md unreadable; None shows them. report.json holds text
+            as it is.
         within_budget: the comparison at one fluency, if it was made.
 
     Raises:
@@ -100,7 +101,7 @@ def write_report(
     data = to_data(evaluation, within_budget=within_budget)
     contents = {
         "report.json": json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
-        "report.md": to_markdown(evaluation, within_budget=within_budget),
+        "report.md": to_markdown(evaluation, within_budget=within_budget, mask=mask),
         "report.html": to_html(evaluation, mask=mask, within_budget=within_budget),
     }
     curve = curve_chart(evaluation)
