@@ -318,6 +318,8 @@ def test_offensive_words_are_masked_unless_asked(run):
         (["--html", "page.html"], "needs one: calibfuse inspect"),
         (["--continuation", "x"], "needs one: calibfuse inspect"),
         (["a", "b"], "follows one prompt, got 2"),
+        (["no-such-folder/"], "no calibrator in the folder 'no-such-folder/'"),
+        (["./nowhere"], "or --calibrator FOLDER"),
         ([" "], "blank"),
         (["a", "--top", "0"], "--top"),
         (["a", "--alpha", "inf"], "alpha must be a number"),

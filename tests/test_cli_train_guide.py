@@ -117,7 +117,7 @@ def test_a_guide_of_the_calibrator_kind_still_contrasts(workplace, target_folder
 def test_a_folder_with_work_in_it_needs_resume(workplace, target_folder, capsys):
     assert cli(command(target_folder)) == 0
     assert cli(command(target_folder)) == 2
-    assert "holds the work of an earlier run: go on with resume" in capsys.readouterr().err
+    assert "holds the work of an earlier run: go on with --resume," in capsys.readouterr().err
     assert cli(command(target_folder, "--resume")) == 0
     assert cli(command(target_folder, "--resume", "--seed", "1")) == 2
     assert "was begun with other settings (begins_with, seed)" in capsys.readouterr().err

@@ -9,7 +9,9 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import safetensors.torch
@@ -471,6 +473,28 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(tmp_path):
     answer = client.call("resolve_checkpoint", name_or_path="org/name")
     client.close()
     assert "not in the Hub's cache, and the Hub was not asked or not reached" in answer
+
+
+def test_a_model_is_asked_for_once_and_refused_in_one_sentence(server, running, checkpoint, tmp_path):
+    server.add("org/name", files_of(checkpoint))
+    check = partial(running[1].call, "check_repository")
+    assert check(repo_id="org/name") == "None"
+    missing = check(repo_id="org/missing")
+    assert missing.startswith("error: Cannot get the model 'org/missing': there is no such folder here and no such")
+    assert len(server.asked(r"missing")) == 1
+    assert "no such revision" in check(repo_id="org/name", revision="v9")
+    assert check(repo_id="org/missing", local_files_only=True) == "None"
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once_for_a_model(tmp_path):
+    unreachable = LoopbackHub()
+    unreachable._server.server_close()
+    client = Client(unreachable.environment(tmp_path))
+    start = time.monotonic()
+    answer = client.call("check_repository", repo_id="org/name")
+    client.close()
+    assert "not in the Hub's cache, and the Hub was not reached" in answer
+    assert time.monotonic() - start < 20.0  # the loaders' retries take a minute
 
 
 def test_a_pushed_checkpoint_comes_back_the_same(server, push, resolve, checkpoint):

@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from calibfuse.errors import CalibfuseError, CheckpointError, InputError, MissingDependencyError, ScorerError
+from calibfuse.hub import resolve_checkpoint
 from calibfuse.scorers import LinearScorer, ToxicityScorer, check_scores, load_scorer
 from calibfuse.scorers.adapters import FunctionScorer, TransformersScorer, find_toxic_label
 from calibfuse.scorers.features import FeatureConfig
@@ -105,6 +106,11 @@ def test_detoxify_is_adapted(monkeypatch):
 def test_names_without_a_scorer_are_refused(spec):
     with pytest.raises(CheckpointError):
         load_scorer(spec, local_files_only=True)
+
+
+def test_a_calibrator_is_no_scorer():
+    with pytest.raises(CheckpointError, match="Expected a toxicity scorer, but .* 'calibfuse-calibrator'"):
+        load_scorer(resolve_checkpoint(None))
 
 
 def test_a_number_is_no_scorer():

@@ -142,7 +142,7 @@ def _with_flags(message: str, flags: Mapping[str, str]) -> str:
     for name, flag in flags.items():
         place = rf"\b{name}\b(?![=(.])" if "_" in name else rf"^{name}(?= must)"
         message = re.sub(place, flag, message)
-    return message
+    return re.sub(r"\b(with|without) resume\b", r"\1 --resume", message) if "resume" in flags else message
 
 
 def _fail(message: str, code: int) -> int:

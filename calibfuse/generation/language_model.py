@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibfuse.errors import CheckpointError, InputError, MissingDependencyError, reason_of
-from calibfuse.hub import CONFIG_NAME, read_json, resolve_checkpoint
+from calibfuse.hub import CONFIG_NAME, check_repository, read_json, resolve_checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -104,6 +104,10 @@ def read_tokenizer(source: str, **options: Any) -> PreTrainedTokenizerBase:  # n
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
+    if not Path(source).exists() and _REPO_ID.fullmatch(source):
+        check_repository(
+            source, revision=options.get("revision"), local_files_only=bool(options.get("local_files_only"))
+        )
     quiet_transformers()
     from transformers import AutoTokenizer
 

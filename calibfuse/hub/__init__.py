@@ -21,13 +21,14 @@ from calibfuse.hub.files import (
     write_files,
     write_tensors,
 )
-from calibfuse.hub.remote import resolve_checkpoint, upload_folder
+from calibfuse.hub.remote import check_repository, resolve_checkpoint, upload_folder
 
 __all__ = [
     "ALLOWED_FILES",
     "CONFIG_NAME",
     "README_NAME",
     "WEIGHTS_NAME",
+    "check_repository",
     "read_config",
     "read_json",
     "read_tensors",

@@ -108,6 +108,27 @@ def download_folder(
     return Path(folder)
 
 
+def check_repository(repo_id: str, *, revision: str | None = None, local_files_only: bool = False) -> None:
+    """Ask the Hub once for a model that its cache has not; loaders ask again and again where it cannot be reached.
+
+    Raises:
+        CheckpointError: there is no such repository or revision, no access, or the Hub was not reached.
+    """
+    from huggingface_hub import HfApi, constants, errors, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(repo_id, CONFIG_NAME, revision=revision)
+    if local_files_only or constants.HF_HUB_OFFLINE or isinstance(cached, str):
+        return  # whether the cache has all of it is the loader's to say, without a request
+    try:
+        HfApi().model_info(repo_id, revision=revision, timeout=10.0)
+    except Exception as error:  # as in download_folder
+        at = "" if revision is None else f" at revision {revision!r}"
+        reason = "there is no such folder here, it is not in the Hub's cache, and the Hub was not reached"
+        if isinstance(error, errors.HfHubHTTPError | errors.HFValidationError):
+            reason = _hub_reason(error)
+        raise CheckpointError(f"Cannot get the model {repo_id!r}{at}: {reason}.") from error
+
+
 def _hub_reason(error: Exception) -> str:
     """Say in a few words why a call of huggingface_hub failed, and what helps."""
     from huggingface_hub import errors

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from calibfuse.errors import InputError, ScorerError
+from calibfuse.errors import CheckpointError, InputError, ScorerError
 from calibfuse.hub import CONFIG_NAME, read_json, resolve_checkpoint
 from calibfuse.scorers.adapters import FunctionScorer, TransformersScorer, detoxify_scorer
 from calibfuse.scorers.checks import ToxicityScorer
@@ -73,8 +73,11 @@ def load_scorer(
         return _from_object(import_object(text), text)
     options: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
     config_folder = resolve_checkpoint(text, allow_patterns=[CONFIG_NAME], **options)
-    if read_json(config_folder / CONFIG_NAME, "configuration of a toxicity scorer").get("format") == FORMAT:
+    kind = read_json(config_folder / CONFIG_NAME, "configuration of a toxicity scorer").get("format")
+    if kind == FORMAT:
         return LinearScorer.load(resolve_checkpoint(text, **options))
+    if kind is not None:
+        raise CheckpointError(f"Expected a toxicity scorer, but {text!r} holds a checkpoint of the format {kind!r}.")
     return TransformersScorer.from_pretrained(
         text, label=label, batch_size=batch_size, fast=fast, device=device, **options
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -67,7 +68,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _is_calibrator(text: str) -> bool:
-    return (Path(text).expanduser() / "config.json").is_file()
+    """Whether a text is the folder of a calibrator; what can only be a mistyped folder is refused."""
+    if (Path(text).expanduser() / "config.json").is_file():
+        return True
+    if re.fullmatch(r"(\.{0,2}|~)/\S+|\S+/", text):
+        raise InputError(
+            f"There is no calibrator in the folder {text!r}. Expected a prompt, or --calibrator FOLDER to describe one."
+        )
+    return False
 
 
 def _describe(args: argparse.Namespace) -> int:
