@@ -1,6 +1,7 @@
 """Texts known by keys, as a serving engine has them: whatever comes and goes, each row is that of its text alone."""
 
 import time
+from functools import lru_cache
 
 import pytest
 import torch
@@ -31,8 +32,9 @@ def ids_of(length, seed=0, special=False):
     return torch.randint(0 if special else 3, 6 if special else SIZE, (length,), generator=generator).tolist()
 
 
+@lru_cache(maxsize=1_000)  # most texts of a step are those of the step before
 def alone(bound, ids):
-    """What the guide says after a text that it reads as a whole."""
+    """What the guide says after a text, a tuple of ids, that it reads as a whole."""
     if not ids:
         return bound.first_log_probs(), bound.states(torch.zeros(1, 0, dtype=torch.int64))[0, -1]
     said = bound.sequence(torch.tensor([ids])).positions(len(ids) - 1, len(ids))
@@ -48,10 +50,9 @@ def check(bound, session, texts, only_tails=False):
     ]
     said = session.step(requests)
     scores = bound.normalise(said.log_scores("calibrator"))
-    for row, ids in enumerate(texts.values()):
-        expected, hidden = alone(bound, ids)
-        torch.testing.assert_close(said.hidden[row], hidden, atol=2e-4, rtol=1e-3)
-        torch.testing.assert_close(scores[row], expected, atol=1e-3, rtol=1e-3)
+    expected, hidden = zip(*(alone(bound, tuple(ids)) for ids in texts.values()), strict=True)
+    torch.testing.assert_close(said.hidden, torch.stack(hidden), atol=2e-4, rtol=1e-3)
+    torch.testing.assert_close(scores, torch.stack(expected), atol=1e-3, rtol=1e-3)
 
 
 action = st.one_of(
@@ -110,7 +111,7 @@ def test_any_history(bound, script, seed):
 def test_ten_thousand_random_steps(bound):
     done = 0
 
-    @settings(max_examples=700, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
+    @settings(max_examples=560, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
     @given(
         script=st.lists(st.tuples(st.sampled_from(KEYS), action), min_size=10, max_size=40), seed=st.integers(0, 10**6)
     )
