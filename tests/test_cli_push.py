@@ -60,6 +60,7 @@ def test_a_folder_is_published_whole(push, server, folder, tmp_path):
         assert torch.equal(published.state_dict()[name], tensor), name
 
 
+@pytest.mark.slow
 def test_the_card_names_the_repository_and_keeps_what_the_user_wrote(push, server, folder, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)

@@ -45,6 +45,7 @@ def test_detoxify_continues_the_prompt_in_two_ways(shown):
     assert plain[7:] != fused[7:]
 
 
+@pytest.mark.slow
 def test_a_strength_removes_what_no_strength_leaves(shown):
     rows = [line.split() for line in shown("sweep_strength.py")[1:]]
     assert [float(row[0]) for row in rows] == [0.0, 1.0, 2.25, 5.0]
