@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from calibfuse import hub
-from calibfuse.errors import CheckpointError, InputError
+from calibfuse.errors import CheckpointError, InputError, reason_of
 from calibfuse.guide import Guide
 from calibfuse.model_card import PLACEHOLDER, with_metadata
 from calibfuse.vocabulary import TokenizerLike
@@ -181,12 +181,17 @@ def as_device(device: torch.device | str | None) -> torch.device | None:
     """A device by itself or by its name.
 
     Raises:
-        InputError: no such device.
+        InputError: no such device, or it is not there.
     """
     try:
-        return None if device is None else torch.device(device)
+        found = None if device is None else torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise InputError(f"device must be one of torch's, such as 'cpu' or 'cuda:0', got {device!r}.") from error
+    try:
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"The device {device!r} cannot be used here: {reason_of(error)}.") from error
+    return found
 
 
 def load_calibrator(

@@ -153,6 +153,11 @@ class CalibFusion(LogitsProcessor):
                 f"target= must be the model itself, got a {type(target).__name__}; a tokenizer, a name or a path goes "
                 "to tokenizer=."
             )
+        if name_or_path is not None and not isinstance(name_or_path, str | os.PathLike):
+            raise InputError(
+                f"The first argument names the calibrator, got a {type(name_or_path).__name__}; a tokenizer goes to "
+                "tokenizer=, a model to target=."
+            )
         source = tokenizer if tokenizer is not None else _tokenizer_name(target)
         options: dict[str, Any] = {key: value for key, value in (("alpha", alpha), ("mode", mode)) if value is not None}
         options.update(fusion_options)
@@ -233,7 +238,7 @@ class CalibFusion(LogitsProcessor):
         """Lower further words, in whatever pieces the target spells them.
 
         Args:
-            words: of letters a to z.
+            words: of letters a to z; one, or several.
             bias: in nats, below 0; before the strength is applied.
 
         Returns:
@@ -242,17 +247,21 @@ class CalibFusion(LogitsProcessor):
         Raises:
             InputError: a word of other characters, or a guide that is no universal calibrator.
         """
-        return self._with_words(dict.fromkeys((word.lower() for word in words), -abs(bias)))
+        return self._with_words(words, -abs(bias))
 
     def protect_names(self, names: Iterable[str], bias: float = PROTECTED) -> CalibFusion:
         """Give names of people or groups back what the calibrator may take from them; see `add_words`."""
-        return self._with_words(dict.fromkeys((name.lower() for name in names), abs(bias)))
+        return self._with_words(names, abs(bias))
 
-    def _with_words(self, words: Mapping[str, float]) -> CalibFusion:
+    def _with_words(self, words: Iterable[str], bias: float) -> CalibFusion:
+        listed = [words] if isinstance(words, str) else list(words)
+        if not all(isinstance(word, str) for word in listed):
+            raise InputError(f"Expected words as strings, got {listed!r}.")
         calibrator = self.guide.calibrator
         if not isinstance(calibrator, Calibrator):
             raise InputError(f"Words are a part of universal calibrators, and this is a {type(calibrator).__name__}.")
-        self.guide = calibrator.with_words(words).bind(self.guide.vocabulary, device=self.guide.device)
+        with_words = calibrator.with_words(dict.fromkeys(map(str.lower, listed), bias))
+        self.guide = with_words.bind(self.guide.vocabulary, device=self.guide.device)
         return self
 
     def reset(self) -> None:

@@ -149,6 +149,8 @@ def test_a_given_continuation_gives_the_trace_of_its_generation(model, tokenizer
     ("options", "message"),
     [
         ({"prompt": []}, "no token in the prompt"),
+        ({"prompt": ["text"]}, "one row"),
+        ({"prompt": torch.zeros(2, 3, dtype=torch.int64)}, "one row"),
         ({"top": 0}, "at least 1 candidate"),
         ({"num_beams": 2}, "one row"),
         ({"num_return_sequences": 2, "do_sample": True}, "one row"),
@@ -160,6 +162,15 @@ def test_what_cannot_be_traced_is_refused(options, message, model, tokenizer, ma
     arguments = {"prompt": PROMPT} | options
     with pytest.raises(InputError, match=message):
         trace_generation(model, tokenizer, make_fusion(), arguments.pop("prompt"), **arguments)
+
+
+def test_a_prompt_may_be_a_tensor_of_one_row(model, tokenizer, make_fusion):
+    row = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
+    options = {"max_new_tokens": 2, "do_sample": False}
+    expected = trace_generation(model, tokenizer, make_fusion(), row[0].tolist(), **options)
+    for prompt in (row, row[0]):
+        found = trace_generation(model, tokenizer, make_fusion(), prompt, **options)
+        assert [step.token_id for step in found] == [step.token_id for step in expected]
 
 
 def test_excluded_tokens_are_null_in_json(model, tokenizer, make_fusion):

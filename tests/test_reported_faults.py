@@ -11,6 +11,7 @@ from tiny_calibrators import make_bound, make_calibrator, make_vocabulary
 
 from calibfuse.calibrator.word_bias import read_words
 from calibfuse.errors import FusionNotAppliedError, InputError, VocabularyMismatchError
+from calibfuse.evaluation import Prompt, evaluate
 from calibfuse.fusion import FusionConfig
 from calibfuse.processor import CalibFusion
 
@@ -212,6 +213,16 @@ class TestSettings:
         with pytest.raises(InputError, match="target= must be the model itself"):
             CalibFusion.from_pretrained(tokenizer="gpt2", target=target)
 
+    def test_the_first_argument_is_the_calibrator(self):
+        with pytest.raises(InputError, match="a tokenizer goes to tokenizer="):
+            CalibFusion.from_pretrained(object())
+
+    def test_an_evaluation_takes_prompts_and_a_scorer(self, tmp_path):
+        with pytest.raises(InputError, match="Expected prompts as Prompt"):
+            evaluate(None, [], ["text"], None, tmp_path)
+        with pytest.raises(InputError, match="Expected a scorer"):
+            evaluate(None, [], [Prompt("1", "text")], "bundled", tmp_path)
+
 
 class TestWords:
     """Words of one's own."""
@@ -230,6 +241,12 @@ class TestWords:
         assert bound.calibrator.config.words == {}, "the guide that was given is as it was"
         with pytest.raises(InputError, match="lower-case words of a to z"):
             fusion.add_words(["two words"])
+        with pytest.raises(InputError, match="words as strings"):
+            fusion.add_words([3])
+
+    def test_one_word_alone_is_that_word_and_not_its_letters(self):
+        fusion = CalibFusion(make_bound(words={}), FusionConfig()).add_words("darn")
+        assert fusion.guide.calibrator.config.words == {"darn": -6.0}
 
     def test_words_from_a_file(self, tmp_path):
         (tmp_path / "words.txt").write_text("# rude\nDamn\nheck -2.5  # mildly\n\nscunthorpe 1\n")

@@ -316,6 +316,12 @@ def _check_names(
 ) -> None:
     if not prompts:
         raise InputError("An evaluation needs at least one prompt.")
+    for each in prompts:
+        if not isinstance(each, Prompt):
+            raise InputError(f"Expected prompts as Prompt(id, text), got a {type(each).__name__}.")
+    for scorer in scorers:
+        if not hasattr(scorer, "score"):
+            raise InputError(f"Expected a scorer, such as load_scorer() gives, got a {type(scorer).__name__}.")
     for kind, names in (
         ("method", [method.key for method in methods]),
         ("prompt", [prompt.id for prompt in prompts]),

@@ -51,7 +51,7 @@ def resolve_checkpoint(
         if not folder.is_dir():
             raise CheckpointError(f"The bundled checkpoint {default!r} is missing from this installation of calibfuse.")
         return _without_revision(folder, revision)
-    name = os.fspath(name_or_path)
+    name = os.fspath(name_or_path) if isinstance(name_or_path, str | os.PathLike) else name_or_path
     if not isinstance(name, str) or not name.strip():
         raise CheckpointError(f"Expected a folder or a Hub id of a checkpoint, got {name_or_path!r}.")
     folder = Path(name).expanduser()

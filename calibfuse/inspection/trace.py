@@ -8,6 +8,7 @@ in `generate()`, are not part of it. One row at a time: no batches, no beams, no
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -135,7 +136,7 @@ def trace_generation(
     """
     if top < 1:
         raise InputError(f"A trace keeps at least 1 candidate per step, got top={top}.")
-    ids = list(tokenizer(prompt)["input_ids"]) if isinstance(prompt, str) else list(prompt)
+    ids = list(tokenizer(prompt)["input_ids"]) if isinstance(prompt, str) else _row(prompt)
     if not ids:
         raise InputError(f"The tokenizer finds no token in the prompt {prompt!r}.")
     recorder = _Recorder(fusion, TokenSpeller(tokenizer), top, on_step)
@@ -152,6 +153,16 @@ def trace_generation(
         for place in range(len(ids), len(sequence)):
             recorder(input_ids[:, :place], logits[place - 1 : place])
     return recorder.finish(sequence)
+
+
+def _row(prompt: Any) -> list[int]:  # noqa: ANN401
+    """Token ids as a list; a tensor of one row, [1, length], is taken as that row."""
+    ids = prompt.tolist() if isinstance(prompt, torch.Tensor) else list(prompt)
+    if len(ids) == 1 and isinstance(ids[0], list):
+        ids = ids[0]
+    if not all(isinstance(each, numbers.Integral) for each in ids):
+        raise InputError("Expected a prompt of one row: a text, or its token ids [length] or [1, length].")
+    return [int(each) for each in ids]
 
 
 def _generate(
