@@ -140,7 +140,7 @@ def test_a_resumed_run_samples_reads_and_times_nothing_again(target, scorer, tmp
 def test_a_folder_with_an_evaluation_is_not_overwritten(target, scorer, tmp_path):
     evaluate(target, [], PROMPTS, scorer, tmp_path, **OPTIONS)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(InputError, match="already holds an evaluation; resume it"):
+    with pytest.raises(InputError, match="already holds an evaluation: go on with resume"):
         evaluate(target, [], PROMPTS[:1], scorer, tmp_path, **OPTIONS)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 

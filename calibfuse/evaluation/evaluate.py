@@ -168,7 +168,8 @@ def check_output(output: str | os.PathLike[str], *, resume: bool) -> None:
     """
     if not resume and any(Path(output).glob("continuations/*.jsonl")):
         raise InputError(
-            f"The folder {str(output)!r} already holds an evaluation; resume it, or choose another output folder."
+            f"The folder {str(output)!r} already holds an evaluation: go on with resume, or choose another output "
+            "folder."
         )
 
 
