@@ -31,7 +31,7 @@ def test_words_alone_move_the_tokens_of_words_and_nothing_else(calibrator):
 
 
 def test_heads_alone_are_the_calibrator_without_its_words(calibrator):
-    bare = make_calibrator()
+    bare = make_calibrator(words={})
     assert torch.equal(differences(heads_alone(calibrator)), differences(bare))
     assert not torch.allclose(differences(calibrator)[:, WORD], differences(bare)[:, WORD])
 
@@ -43,7 +43,7 @@ def test_the_parts_add_up(calibrator):
 
 def test_a_calibrator_without_the_part_is_refused():
     with pytest.raises(MissingHeadError, match="no table of words"):
-        words_alone(make_calibrator())
+        words_alone(make_calibrator(words={}))
     with pytest.raises(MissingHeadError):
         words_alone(make_calibrator(words={"a": -1.0}, heads=("calibrator",)))
     with pytest.raises(MissingHeadError, match="universal"):

@@ -19,7 +19,7 @@ def save_bundle(folder, model, tokenizer):
     folder = Path(folder)
     model.save_pretrained(folder / "demo-target")
     tokenizer.save_pretrained(folder / "demo-target")
-    calibrator = make_calibrator(training={"name": "tiny", "settings": {"steps": 0}})
+    calibrator = make_calibrator(training={"name": "tiny", "settings": {"steps": 0}}, words={})
     calibrator.save_pretrained(folder / "default-calibrator", dtype=torch.float32)
     weights = np.random.default_rng(0).normal(size=256)
     LinearScorer(weights, FeatureConfig(bucket_bits=8), name="tiny").save(folder / "default-scorer")
