@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from math import exp
 
+from calibfuse.account import TOUCHED_FROM
 from calibfuse.inspection.trace import CandidateTrace, StepTrace
 
-_TOUCHED = 0.01  # of probability moved in a step, from which on it counts as touched
 _NAMED = 5
 
 
@@ -20,12 +21,12 @@ def account(steps: Sequence[StepTrace], mask: Callable[[str], str]) -> str:
     """
     if not steps:
         return ""
-    touched = sum(step.moved_mass >= _TOUCHED for step in steps)
+    touched = sum(step.moved_mass >= TOUCHED_FROM for step in steps)
     moved = sum(step.moved_mass for step in steps) / len(steps)
     lowered: Counter[str] = Counter()
     for step in steps:
         for each in step.candidates:
-            lost = _probability(each.plain) - _probability(each.fused)
+            lost = exp(each.plain) - exp(each.fused)
             if lost > 0.0:
                 lowered[each.text.strip()] += lost  # type: ignore[assignment]
     named = [f"{mask(text)} (-{100 * lost:.1f} points)" for text, lost in lowered.most_common(_NAMED) if text]
@@ -44,11 +45,5 @@ def candidate_rows(step: StepTrace, mask: Callable[[str], str]) -> list[list[str
 
 
 def _row(each: CandidateTrace, mask: Callable[[str], str]) -> list[str]:
-    plain, fused = (f"{100 * _probability(value):.2f} %" for value in (each.plain, each.fused))
+    plain, fused = (f"{100 * exp(value):.2f} %" for value in (each.plain, each.fused))
     return [mask(each.text), plain, fused, f"{each.shift:+.2f}" if each.is_movable else "-"]
-
-
-def _probability(log_probability: float) -> float:
-    from math import exp
-
-    return exp(log_probability)
