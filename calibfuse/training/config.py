@@ -56,11 +56,6 @@ class TrainingText:
         if self.unfiltered and self.scorer is None:
             raise InputError("Unfiltered text needs a toxicity scorer that sorts it.")
 
-    @property
-    def has_reference(self) -> bool:
-        """Whether there is text for a reference model."""
-        return bool(self.unwanted or self.unfiltered)
-
     def check_files(self) -> None:
         """Raise DataError where a file or folder is not there, before anything slow is done."""
         for path in (*self.wanted, *self.unwanted, *self.unfiltered):

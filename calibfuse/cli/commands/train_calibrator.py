@@ -12,8 +12,6 @@ from calibfuse.cli.options import Fields, add, add_texts, texts_of
 from calibfuse.errors import InputError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from calibfuse.training.config import TrainingText
 
 EXAMPLES = """\
@@ -35,9 +33,6 @@ examples:
   # the bundled calibrator with another idea of what is toxic: its heads learn from text that your scorer sorts
   calibfuse train-calibrator web/ --scorer my-scorer --init-from bundled --heads-only \\
       --learning-rate 0.001 --output mine
-
-  # the first 3 layers of a pretrained causal language model, trained further, and a reference model
-  calibfuse train-calibrator --wanted ok.txt --unwanted all.txt --init-from gpt2 --keep-layers 3 --output mine
 
   # several processes or machines (extra: train)
   accelerate launch --num_processes 2 -m calibfuse train-calibrator web/ --output my-calibrator
@@ -93,13 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "license",
         init_from={
             "metavar": "CALIBRATOR",
-            "help": "start from these weights: bundled, folder or Hub id; with --keep-layers, a causal language model",
-        },
-        keep_layers={
-            "type": int,
-            "metavar": "K",
-            "old": ("--num-layers",),
-            "help": "keep the first K layers of the language model in --init-from",
+            "help": "start from these weights: bundled, folder or Hub id",
         },
         pool={"metavar": "DIR", "help": "tokenizer pool of an earlier run (default: trained on the text)"},
     )
@@ -110,7 +99,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         batch_size={"old": ("--rows",)},
         sequence_length={"old": ("--slots",)},
         candidate_count={"old": ("--candidates",)},
-        learning_rate={"help": "peak (default: 0.003; with --keep-layers 0.0003)"},
         precision={"choices": ("bf16", "fp32")},
     )
     add(run, "device")
@@ -126,8 +114,6 @@ def run(args: argparse.Namespace) -> int:
     from calibfuse.training.run import run_training
 
     logging.basicConfig(level=logging.WARNING if args.quiet else logging.INFO, format="%(message)s")
-    if args.keep_layers is not None:
-        return _run_from_language_model(args)
     chosen = SHAPE.values(args)
     if args.init_from is not None and chosen:
         raise InputError("The shape is that of --init-from: leave out --layers, --width, --token-width and --buckets.")
@@ -145,38 +131,15 @@ def run(args: argparse.Namespace) -> int:
         init_from=args.init_from if args.init_from != "bundled" else _bundled(),
         resume=args.resume,
         device=args.device,
-        facts=_facts(args),
+        facts={key: value for key, value in (("name", args.name), ("license", args.license)) if value},
         show_progress=not args.quiet,
     )
-    return _close(args, output)
-
-
-def _run_from_language_model(args: argparse.Namespace) -> int:
-    """The branch for --keep-layers: the first layers of a causal language model."""
-    from calibfuse.training.config import TrainingConfig
-    from calibfuse.training.truncated_lm import DEFAULT_LEARNING_RATE, run_lm_training
-
-    if args.init_from is None:
-        raise InputError("--keep-layers needs --init-from MODEL: a causal language model of transformers.")
-    if args.heads_only:
-        raise InputError("--heads-only is for calibrators that read bytes; leave it out with --keep-layers.")
-    if SHAPE.values(args) or args.pool is not None:
-        raise InputError(
-            "With --keep-layers shape and tokenizer are those of --init-from: leave out --layers, --width, "
-            "--token-width, --buckets and --pool."
-        )
-    output = run_lm_training(
-        _training_text(args),
-        args.output,
-        init_from=args.init_from,
-        layer_count=args.keep_layers,
-        training=TrainingConfig(**({"learning_rate": DEFAULT_LEARNING_RATE} | TRAINING.values(args))),
-        resume=args.resume,
-        device=args.device,
-        facts=_facts(args),
-        show_progress=not args.quiet,
-    )
-    return _close(args, output)
+    if output is None:
+        print(f"Stopped and saved. Go on with the same command and --resume (checkpoint in {args.output}/work).")
+        return 130
+    trial = f'calibfuse generate "The new neighbour is" --calibrator {output} --compare'
+    print(f"Calibrator written to {output}. Try: {trial}")
+    return 0
 
 
 def _training_text(args: argparse.Namespace) -> TrainingText:
@@ -192,20 +155,6 @@ def _training_text(args: argparse.Namespace) -> TrainingText:
         threshold=args.toxic_from,
         text_field=args.text_field,
     )
-
-
-def _facts(args: argparse.Namespace) -> dict[str, str]:
-    return {key: value for key, value in (("name", args.name), ("license", args.license)) if value}
-
-
-def _close(args: argparse.Namespace, output: Path | None) -> int:
-    """Say where the result is; the exit code."""
-    if output is None:
-        print(f"Stopped and saved. Go on with the same command and --resume (checkpoint in {args.output}/work).")
-        return 130
-    trial = f'calibfuse generate "The new neighbour is" --calibrator {output} --compare'
-    print(f"Calibrator written to {output}. Try: {trial}")
-    return 0
 
 
 def _bundled() -> str:
