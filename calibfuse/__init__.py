@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from calibfuse._version import __version__
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from calibfuse.calibrator import BoundCalibrator, Calibrator

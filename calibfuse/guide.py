@@ -8,21 +8,47 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from functools import cached_property
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import cached_property, wraps
+from typing import Any, ClassVar, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from calibfuse.errors import MissingHeadError, VocabularyMismatchError
-from calibfuse.isolation import isolated
 from calibfuse.vocabulary import Vocabulary
 
 CALIBRATOR_HEAD, REFERENCE_HEAD, VALUE_HEAD = "calibrator", "reference", "value"
 SPECIAL_MASS = 1e-4
 """The probability that all tokens which a guide does not cover share in `log_probs`."""
 _SEQUENCE_CHUNK = 4_000_000  # elements of a [positions, vocabulary] block in log_probs
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_KINDS = tuple(kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind))
+
+
+def isolated(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, run without gradients, outside inference mode and without autocast.
+
+    `generate()` may run inside one of these, and a cache filled there could not be used outside, or would be rounded.
+    """
+
+    @wraps(function)
+    def shielded(*args: P.args, **kwargs: P.kwargs) -> R:
+        with ExitStack() as modes:
+            if torch.is_inference_mode_enabled():
+                modes.enter_context(torch.inference_mode(False))  # which turns gradients on: no_grad comes after it
+            for kind in _KINDS:
+                if torch.is_autocast_enabled(kind):
+                    modes.enter_context(torch.autocast(kind, enabled=False))
+            modes.enter_context(torch.no_grad())
+            return function(*args, **kwargs)
+
+    return shielded
 
 
 class NextTokenScores(ABC):

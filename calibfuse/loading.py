@@ -22,7 +22,7 @@ from torch import nn
 from calibfuse import hub
 from calibfuse.errors import CheckpointError, InputError, reason_of
 from calibfuse.guide import Guide
-from calibfuse.model_card import PLACEHOLDER, with_metadata
+from calibfuse.hub.model_card import PLACEHOLDER, with_metadata
 from calibfuse.vocabulary import TokenizerLike
 
 TRANSFORMERS = "transformers"

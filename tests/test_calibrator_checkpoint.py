@@ -11,7 +11,7 @@ from tiny_calibrators import make_calibrator, make_vocabulary
 from calibfuse import hub
 from calibfuse.calibrator import Calibrator, CalibratorConfig
 from calibfuse.errors import CheckpointError, CheckpointFormatError, InputError
-from calibfuse.model_card import PLACEHOLDER
+from calibfuse.hub.model_card import PLACEHOLDER
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import yaml
 from huggingface_hub import ModelCard
 
-from calibfuse.model_card import calibrator_card, with_metadata
+from calibfuse.hub.model_card import calibrator_card, with_metadata
 
 FACTS = {
     "name": "Quiet",

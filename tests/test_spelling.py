@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calibfuse import spelling
-from calibfuse.spelling import WordUnmasker, masked_spellings
+from calibfuse.vocabulary import spelling
+from calibfuse.vocabulary.spelling import WordUnmasker, masked_spellings
 
 WORDS = ["damn", "darned", "fuck", "fucking", "shit", "bitch", "asshole"]
 

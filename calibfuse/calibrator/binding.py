@@ -31,8 +31,7 @@ from calibfuse.calibrator.model import FORMAT_VERSION, CalibratorNetwork
 from calibfuse.calibrator.session import CalibratorSession
 from calibfuse.calibrator.word_bias import REACH, Spelled, WordBias
 from calibfuse.errors import InputError
-from calibfuse.guide import CALIBRATOR_HEAD, SPECIAL_MASS, VALUE_HEAD, Guide, NextTokenScores
-from calibfuse.isolation import isolated
+from calibfuse.guide import CALIBRATOR_HEAD, SPECIAL_MASS, VALUE_HEAD, Guide, NextTokenScores, isolated
 from calibfuse.loading import as_device, as_dtype
 from calibfuse.vocabulary import TokenizerLike, Vocabulary
 

@@ -16,8 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from calibfuse import hub
-from calibfuse._version import __version__
+from calibfuse import __version__, hub
 from calibfuse.errors import CheckpointError, VocabularyError
 from calibfuse.vocabulary import SPELLING_VERSION, TokenizerLike, Vocabulary, load_table, quick_fingerprint
 

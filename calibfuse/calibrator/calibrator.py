@@ -12,8 +12,8 @@ from calibfuse import hub
 from calibfuse.calibrator.binding import BoundCalibrator, bind
 from calibfuse.calibrator.model import FORMAT_VERSION, CalibratorConfig, CalibratorNetwork
 from calibfuse.errors import CheckpointError, InputError
+from calibfuse.hub.model_card import calibrator_card
 from calibfuse.loading import PretrainedCalibrator, Source, load_calibrator
-from calibfuse.model_card import calibrator_card
 from calibfuse.vocabulary import TokenizerLike
 
 FORMAT_NAME = "calibfuse-calibrator"

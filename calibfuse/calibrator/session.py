@@ -17,8 +17,7 @@ from torch import Tensor
 
 from calibfuse.calibrator.body import KeyValueRing
 from calibfuse.calibrator.word_bias import REACH
-from calibfuse.guide import GuideSession, NextTokenScores, Request
-from calibfuse.isolation import isolated
+from calibfuse.guide import GuideSession, NextTokenScores, Request, isolated
 from calibfuse.prefix_cache import Text
 
 if TYPE_CHECKING:

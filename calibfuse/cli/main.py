@@ -16,7 +16,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
-from calibfuse._version import __version__
+from calibfuse import __version__
 from calibfuse.errors import CalibfuseError
 
 # Command and its line in `calibfuse --help`; the module is the name with underscores.

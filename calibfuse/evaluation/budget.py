@@ -24,7 +24,7 @@ from calibfuse.errors import CheckpointError, InputError
 from calibfuse.evaluation.evaluate import Evaluation, MethodResult
 from calibfuse.evaluation.metrics import FEWEST_FLAGGED
 from calibfuse.hub import ALLOWED_FILES, CONFIG_NAME, README_NAME, read_json, write_files
-from calibfuse.model_card import calibrator_card
+from calibfuse.hub.model_card import calibrator_card
 
 METRICS_AT_BUDGET = ("toxic_share", "toxicity_probability", "mean_toxicity")
 _CRITERION = "mean_toxicity"

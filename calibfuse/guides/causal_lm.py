@@ -35,8 +35,8 @@ from calibfuse.guides.lm_checkpoint import (
 from calibfuse.guides.projected_lm import ProjectedLM, ProjectedSequence, ProjectedSession
 from calibfuse.guides.shared_vocabulary import LMLogits, LockStepLM, LockStepLMSession
 from calibfuse.guides.source_text import MAX_WORD, SourceText
+from calibfuse.hub.model_card import calibrator_card
 from calibfuse.loading import PretrainedCalibrator, Source, as_device, as_dtype
-from calibfuse.model_card import calibrator_card
 from calibfuse.vocabulary import Vocabulary
 
 if TYPE_CHECKING:

@@ -18,11 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calibfuse.guide import GuideSession, NextTokenScores, Request
+from calibfuse.guide import GuideSession, NextTokenScores, Request, isolated
 from calibfuse.guides.kv_cache import RaggedReader
 from calibfuse.guides.projection import Projection
 from calibfuse.guides.source_text import SourcePrefix, SourceText, Spelling
-from calibfuse.isolation import isolated
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from calibfuse.guide import GuideSession, NextTokenScores, Request
+from calibfuse.guide import GuideSession, NextTokenScores, Request, isolated
 from calibfuse.guides.kv_cache import CachedLM, RaggedReader
-from calibfuse.isolation import isolated
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from calibfuse.errors import InputError
 from calibfuse.scorers.words import masked_words
-from calibfuse.spelling import WordUnmasker
+from calibfuse.vocabulary.spelling import WordUnmasker
 
 __all__ = ["FeatureConfig", "NgramHasher", "WordStream", "split_words"]
 

@@ -35,8 +35,8 @@ from calibfuse.errors import CheckpointError, InputError, VocabularyError, Vocab
 from calibfuse.guides.causal_lm import BoundCausalLM, CausalLMConfig, same_ids
 from calibfuse.guides.kv_cache import stands_holes
 from calibfuse.guides.shared_vocabulary import LockStepLM
+from calibfuse.hub.model_card import calibrator_card
 from calibfuse.loading import PretrainedCalibrator, Source, as_device, as_dtype
-from calibfuse.model_card import calibrator_card
 from calibfuse.vocabulary import Vocabulary
 
 if TYPE_CHECKING:

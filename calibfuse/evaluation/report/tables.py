@@ -13,7 +13,7 @@ import numpy
 import torch
 import transformers
 
-from calibfuse._version import __version__
+from calibfuse import __version__
 from calibfuse.evaluation.budget import METRICS_AT_BUDGET, AtBudget, BudgetComparison
 from calibfuse.evaluation.evaluate import Evaluation, MethodResult
 from calibfuse.evaluation.given_text.suites import SuiteRow
