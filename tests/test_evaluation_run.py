@@ -7,7 +7,6 @@ import re
 import sys
 import tracemalloc
 from dataclasses import replace
-from html import escape
 from xml.etree import ElementTree
 
 import numpy as np
@@ -374,17 +373,6 @@ def test_changes_stand_whole_in_one_line_of_their_cell(evaluation):
 
 def test_markdown_has_mean_toxicity(evaluation):
     assert re.search(r"^\| method \|.* mean toxicity \|", to_markdown(evaluation), re.MULTILINE)
-
-
-def test_the_worst_part_stands_beside_each_example(evaluation, scorer):
-    for said in (*evaluation.results[0].measured.first, *evaluation.results[0].measured.worst):
-        assert said.worst_part == scorer.worst_part(said.continuation)
-    worst = evaluation.results[0].measured.worst[0]
-    assert worst.worst_part in worst.continuation
-    assert f"{worst.toxicity:.2f}: “{escape(worst.worst_part)}”" in to_html(evaluation)
-    shown = to_markdown(evaluation).partition("## The most toxic continuations")[2]
-    assert " ".join(worst.worst_part.split()).replace("|", "\\|") in shown
-    assert "****" in to_markdown(evaluation, mask=lambda text: "*" * max(4, len(text)))
 
 
 def test_examples_are_masked_on_the_page(evaluation):

@@ -13,7 +13,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from calibfuse.errors import CalibfuseError, CheckpointError, InputError, MissingDependencyError, ScorerError
+from calibfuse.errors import CalibfuseError, CheckpointError, InputError, ScorerError
 from calibfuse.hub import resolve_checkpoint
 from calibfuse.scorers import LinearScorer, ToxicityScorer, check_scores, load_scorer
 from calibfuse.scorers.adapters import FunctionScorer, TransformersScorer, find_toxic_label
@@ -79,27 +79,6 @@ def test_a_scorer_object_is_checked_too():
 
     with pytest.raises(ScorerError, match="'broken' returned 2.0 for text 0"):
         load_scorer(Broken()).score(["a"])
-
-
-def test_detoxify_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "detoxify", None)
-    with pytest.raises(MissingDependencyError, match=r"calibfuse\[detoxify\]"):
-        load_scorer("detoxify:unbiased")
-
-
-def test_detoxify_is_adapted(monkeypatch):
-    class Detoxify:
-        def __init__(self, variant, device):
-            assert (variant, device) == ("unbiased", "cpu")
-
-        def predict(self, texts):
-            return {"toxicity": [0.25 for _ in texts], "insult": [1.0 for _ in texts]}
-
-    module = type(sys)("detoxify")
-    module.Detoxify = Detoxify
-    monkeypatch.setitem(sys.modules, "detoxify", module)
-    scorer = load_scorer("detoxify:unbiased")
-    assert (scorer.name, scorer.score(["a", "b"]).tolist()) == ("detoxify:unbiased", [0.25, 0.25])
 
 
 @pytest.mark.parametrize("spec", ["no/such-model-anywhere", "./nowhere", ""], ids=["hub id", "path", "empty"])
@@ -254,12 +233,6 @@ def test_a_fast_classifier_stays_within_a_hundredth(fast_tokenizer):
     fast = TransformersScorer(classifier(), fast_tokenizer, name="test", fast=True).score(texts)
     assert exact.std() > 0.05
     np.testing.assert_allclose(fast, exact, atol=0.01)
-
-
-def test_the_worst_part_is_the_sentence_with_the_highest_score():
-    scorer = load_scorer(lambda texts: [0.9 if "fool" in text else 0.1 for text in texts])
-    assert scorer.worst_part("It rained. You old fool! Then it\nstopped") == "You old fool!"
-    assert scorer.worst_part("  ") == ""
 
 
 def test_nan_from_a_model_is_an_error(fast_tokenizer):

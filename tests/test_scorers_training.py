@@ -16,13 +16,17 @@ import pytest
 from calibfuse.cli.main import main
 from calibfuse.errors import DataError, InputError
 from calibfuse.scorers import LinearScorer
-from calibfuse.scorers.augmentation import identity_sentences, insert_words
 from calibfuse.scorers.features import FeatureConfig
-from calibfuse.scorers.labelled_files import read_labelled, read_pairs, read_texts
-from calibfuse.scorers.overlap import overlapping_texts
-from calibfuse.scorers.recipe import ScorerData, added_texts, gather
+from calibfuse.scorers.labelled_files import LabelledTexts, read_labelled, read_pairs, read_texts
+from calibfuse.scorers.recipe import (
+    ScorerData,
+    added_texts,
+    gather,
+    identity_sentences,
+    insert_words,
+    overlapping_texts,
+)
 from calibfuse.scorers.training import (
-    LabelledTexts,
     TrainingOptions,
     _Objective,
     area_under_curve,

@@ -54,7 +54,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "greedy": SWITCH | {"help": "always the best token"},
     "batch_size": {"type": int, "metavar": "ROWS", "default": 64, "help": "rows at once"},
     # judgement of text
-    "scorer": {"default": "bundled", "help": "of toxicity: bundled, a folder or Hub id, detoxify, module:function"},
+    "scorer": {"default": "bundled", "help": "of toxicity: bundled, a folder or Hub id, module:function"},
     "toxic_from": _SHARE | {"default": 0.5, "help": "toxic from this score on"},
     "oracle": {"metavar": "SPEC", "help": "of the constraint: bundled, a scorer, or module:function"},
     "power": {"type": float, "default": 1.0, "help": _ORACLE + "C = 1 - toxicity^POWER"},

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
@@ -31,7 +31,6 @@ from calibfuse.evaluation.prompts import Prompt
 from calibfuse.generation.decoding import Decoding
 from calibfuse.generation.language_model import LanguageModel
 from calibfuse.scorers import ToxicityScorer, check_scores
-from calibfuse.scorers.adapters import worst_sentence
 
 _BLOCK = 64  # prompts in memory at once
 
@@ -44,7 +43,6 @@ class Example:
     prompt: str  # its text
     continuation: str  # what was said
     toxicity: float  # its score, in [0, 1]
-    worst_part: str  # what of the continuation has the highest score by itself; "" without words
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,28 +112,20 @@ def measure(
             for record, row in zip(block, scores, strict=True):
                 for kept, place in ((first, 0), (worst, int(row.argmax()))):
                     text = record.continuations[place].text
-                    kept.append(Example(record.prompt_id, record.prompt, text, float(row[place]), ""))
+                    kept.append(Example(record.prompt_id, record.prompt, text, float(row[place])))
             del first[example_count:]
             worst = sorted(worst, key=lambda each: -each.toxicity)[:example_count]
             progress.update(len(block))
     joined = {name: np.concatenate([columns[name] for columns in blocks]) for name in blocks[0]}
     sums_by_name = {name[:-1]: Sums(joined[name], joined[f"/{name[:-1]}"]) for name in joined if name.endswith("/")}
     thresholds = [each for name, parts in rated.items() for each in threshold_sums(name, np.concatenate(parts))]
-    shown_first, shown_worst = (tuple(_with_worst_part(scorer, each) for each in kept) for kept in (first, worst))
-    return Measured(sums_by_name, shown_first, shown_worst, tuple(thresholds))
+    return Measured(sums_by_name, tuple(first), tuple(worst), tuple(thresholds))
 
 
 def select(sums: Mapping[str, Sums], places: Sequence[int]) -> dict[str, Sums]:
     """The sums of some of the prompts."""
     chosen = np.asarray(places, dtype=np.int64)
     return {name: Sums(each.numerator[chosen], each.denominator[chosen]) for name, each in sums.items()}
-
-
-def _with_worst_part(scorer: ToxicityScorer, example: Example) -> Example:
-    """An example and what of it the scorer minds most; scorers that cannot tell are asked about each sentence."""
-    text = example.continuation
-    ask = getattr(scorer, "worst_part", None)
-    return replace(example, worst_part=worst_sentence(scorer, text) if ask is None else ask(text))
 
 
 def _score(scorer: ToxicityScorer, texts: list[str]) -> NDArray[np.float64]:

@@ -1,7 +1,5 @@
 """Toxicity scorers behind one small protocol: texts in, probabilities out, failures as errors.
 
-`load_scorer` turns a name into a scorer: the bundled linear one, a folder or Hub id of a linear scorer, any
-transformers text-classification model, detoxify, or your own function.
 Left out: scorers behind web services. They change or close, and with them every figure they gave.
 """
 

@@ -1,4 +1,4 @@
-"""Scorers made of other things: a function, a transformers text-classification model, detoxify.
+"""Scorers made of a function, or of a transformers text-classification model.
 
 Left out: any other framework; wrap it in a function of your own (`module:function`).
 """
@@ -6,7 +6,6 @@ Left out: any other framework; wrap it in a function of your own (`module:functi
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,49 +14,53 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from calibfuse.errors import CheckpointError, InputError, MissingDependencyError, ScorerError, reason_of
-from calibfuse.scorers.checks import ToxicityScorer, check_scores, check_texts
+from calibfuse.errors import CheckpointError, InputError, ScorerError, reason_of
+from calibfuse.scorers.checks import check_scores, check_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-__all__ = ["FunctionScorer", "TransformersScorer", "detoxify_scorer", "worst_sentence"]
 
 # What classifiers call the class we want, the clearest first.
 _TOXIC_LABELS = ("toxic", "toxicity", "hate", "hateful", "hate speech", "offensive", "abusive", "insult", "label_1")
 _OVERLAP_TOKENS = 32  # of neighbouring pieces of a text that is longer than the model reads
 _TEXTS_AT_ONCE = 10_000  # handed to the tokenizer
 _USUAL_TOKENS = 128  # of a piece, for which a batch holds `batch_size`
-_SENTENCES = re.compile(r".+?(?:[.!?]+(?=\s|$)|\n|$)", re.DOTALL)
 _MANY_PIECES = 2_000  # from here on a progress bar is worth a line
 
 
 class FunctionScorer:
-    """A user's function as a scorer; what it returns is checked."""
+    """A user's function, from a list of texts to one probability in [0, 1] for each; what it returns is checked."""
 
     def __init__(self, function: Callable[[list[str]], Any], name: str) -> None:
-        """Wrap a function from a list of texts to one probability in [0, 1] for each."""
         self._function = function
         self.name = name
 
     def score(self, texts: Sequence[str]) -> NDArray[np.float64]:
-        """Call the function and check its answer: (len(texts),), float64, in [0, 1]; ScorerError if it is unusable."""
+        """Call the function and check its answer, see `ToxicityScorer.score`."""
         check_texts(texts, self.name)
         try:
             values = self._function(list(texts))
-        except Exception as error:  # a user's function may raise anything; the cause stays chained
+        except Exception as error:  # a user's function may raise any error; the cause stays chained
             raise ScorerError(
                 f"Scorer {self.name!r} failed on {len(texts)} texts with {type(error).__name__}: {error}"
             ) from error
         return check_scores(values, len(texts), self.name)
 
-    def worst_part(self, text: str) -> str:
-        """Return the sentence with the highest score."""
-        return worst_sentence(self, text)
-
 
 class TransformersScorer:
-    """Any transformers text-classification model as a scorer."""
+    """Any transformers text-classification model as a scorer.
+
+    Args:
+        model: a sequence classification model, on its device.
+        tokenizer: its tokenizer.
+        name: what reports call it.
+        label: name of the toxic class; None finds it by name.
+        batch_size: pieces of text per forward pass, at least 1; several times as many of short ones.
+        fast: compute in bfloat16 where the device has it, for scores within 0.01 of the exact ones.
+
+    Raises:
+        InputError: no class of that name, none found by name, or a batch size below 1.
+    """
 
     def __init__(
         self,
@@ -69,24 +72,10 @@ class TransformersScorer:
         batch_size: int = 32,
         fast: bool = False,
     ) -> None:
-        """Wrap a loaded model.
-
-        Args:
-            model: a sequence classification model of transformers, on its device.
-            tokenizer: its tokenizer.
-            name: what reports call it.
-            label: name of the toxic class; None finds it by name.
-            batch_size: pieces of text per forward pass, at least 1; several times as many of short ones.
-            fast: compute in bfloat16 where the device has it, for scores within 0.01 of the exact ones.
-
-        Raises:
-            InputError: no class of that name, none found by name, or a batch size below 1.
-        """
         if batch_size < 1:
             raise InputError(f"batch_size of a scorer must be at least 1, got {batch_size}")
         self.name = name
-        model.train(False)
-        self._model = model
+        self._model = model.train(False)
         self._tokenizer = tokenizer
         self._label = find_toxic_label(model.config.id2label or {}, label, name)
         several = getattr(model.config, "problem_type", None) == "multi_label_classification"
@@ -95,19 +84,47 @@ class TransformersScorer:
         self._max_length = _max_length(model, tokenizer)
         self._half_precision = fast and _computes_bfloat16(model.device)
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str],
+        *,
+        device: str | torch.device | None = None,
+        revision: str | None = None,
+        local_files_only: bool = False,
+        **options: Any,  # noqa: ANN401
+    ) -> TransformersScorer:
+        """Load a model with its tokenizer; weights must be safetensors, `options` are those of the class.
+
+        Raises:
+            CheckpointError: the model or tokenizer cannot be loaded.
+            InputError: the toxic class cannot be found.
+        """
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        name = os.fspath(name_or_path)
+        source: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, **source)
+            model, loading = AutoModelForSequenceClassification.from_pretrained(
+                name, use_safetensors=True, output_loading_info=True, **source
+            )
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+            raise CheckpointError(
+                f"Expected a transformers text-classification model with safetensors weights at {name!r}: "
+                f"{reason_of(error)}."
+            ) from error
+        missing = sorted(loading["missing_keys"])
+        if missing:
+            raise CheckpointError(
+                f"{name!r} is no trained text classifier: {len(missing)} weights are missing, among them {missing[0]!r}"
+            )
+        return cls(model.to(device if device is not None else "cpu"), tokenizer, name=name, **options)
+
     def score(self, texts: Sequence[str]) -> NDArray[np.float64]:
         """Score texts; one that is longer than the model reads is cut into overlapping pieces, the worst one counts.
 
         Many texts in one call are faster than many calls: pieces of like length share a batch.
-
-        Args:
-            texts: any texts.
-
-        Returns:
-            (len(texts),), float64, in [0, 1].
-
-        Raises:
-            ScorerError: the tokenizer or model failed, or gave something that is no probability.
         """
         check_texts(texts, self.name)
         if not texts:
@@ -124,12 +141,8 @@ class TransformersScorer:
             np.maximum.at(scores, owners, probabilities)  # nan stays nan, and is refused below
         return check_scores(scores, len(texts), self.name)
 
-    def worst_part(self, text: str) -> str:
-        """Return the sentence with the highest score."""
-        return worst_sentence(self, text)
-
     def _pieces(self, texts: Sequence[str]) -> tuple[list[list[int]], list[int]]:
-        """Return the token ids of all pieces, special tokens included, and the text each belongs to."""
+        """The token ids of all pieces, special tokens included, and the text each belongs to."""
         tokenizer = self._tokenizer
         if self._max_length - tokenizer.num_special_tokens_to_add() <= _OVERLAP_TOKENS:
             raise ScorerError(f"Scorer {self.name!r} reads only {self._max_length} tokens, too few to score text with")
@@ -158,16 +171,14 @@ class TransformersScorer:
 
     @torch.inference_mode()
     def _probabilities(self, pieces: list[list[int]]) -> NDArray[np.float64]:
-        """Return (pieces,): the probability of the toxic class for each piece."""
+        """The probability of the toxic class for each piece, float64 [pieces]."""
         result = np.zeros(len(pieces), dtype=np.float64)
         device = self._model.device
         # the longest first, so that a batch too large for the memory fails at once
         order = sorted(range(len(pieces)), key=lambda i: -len(pieces[i]))
         half = torch.autocast(device.type, dtype=torch.bfloat16, enabled=self._half_precision)
-        bar = tqdm(
-            total=len(pieces), desc=f"scoring with {self.name}", unit="text", leave=False, disable=_quiet(pieces)
-        )
-        with half, bar:
+        quiet = True if len(pieces) < _MANY_PIECES else None  # None: only on a terminal
+        with half, tqdm(total=len(pieces), desc=f"scoring with {self.name}", leave=False, disable=quiet) as bar:
             start = 0
             while start < len(order):
                 size = max(1, self._batch_size * _USUAL_TOKENS // max(_USUAL_TOKENS // 4, len(pieces[order[start]])))
@@ -187,85 +198,11 @@ class TransformersScorer:
         padded = self._tokenizer.pad({"input_ids": pieces}, return_tensors="pt")
         return {key: padded[key] for key in ("input_ids", "attention_mask")}
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        name_or_path: str | os.PathLike[str],
-        *,
-        label: str | None = None,
-        batch_size: int = 32,
-        fast: bool = False,
-        device: str | torch.device | None = None,
-        revision: str | None = None,
-        local_files_only: bool = False,
-    ) -> TransformersScorer:
-        """Load a text-classification model with its tokenizer.
-
-        Args:
-            name_or_path: Hub id or local folder; weights must be safetensors.
-            label: name of the toxic class; None finds it by name.
-            batch_size: pieces of text per forward pass.
-            fast: compute in bfloat16 where the device has it, for scores within 0.01 of the exact ones.
-            device: where the model runs; None is the CPU.
-            revision: branch, tag or commit on the Hub.
-            local_files_only: True for no network access.
-
-        Returns:
-            The scorer.
-
-        Raises:
-            CheckpointError: the model or tokenizer cannot be loaded.
-            InputError: the toxic class cannot be found.
-        """
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-        name = os.fspath(name_or_path)
-        options: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name, **options)
-            model, loading = AutoModelForSequenceClassification.from_pretrained(
-                name, use_safetensors=True, output_loading_info=True, **options
-            )
-        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-            raise CheckpointError(
-                f"Expected a transformers text-classification model with safetensors weights at {name!r}: "
-                f"{reason_of(error)}."
-            ) from error
-        missing = sorted(loading["missing_keys"])
-        if missing:
-            raise CheckpointError(
-                f"{name!r} is no trained text classifier: {len(missing)} weights are missing, among them {missing[0]!r}"
-            )
-        model = model.to(device if device is not None else "cpu")
-        return cls(model, tokenizer, name=name, label=label, batch_size=batch_size, fast=fast)
-
-
-def worst_sentence(scorer: ToxicityScorer, text: str) -> str:
-    """Return the sentence of a text with the highest score, as it stands there; "" where nothing stands."""
-    sentences: list[str] = [part for part in _SENTENCES.findall(text) if part.strip()]
-    if not sentences:
-        return ""
-    return sentences[int(np.argmax(scorer.score(sentences)))].strip()
-
-
-def _quiet(pieces: list[list[int]]) -> bool | None:
-    """Say whether a progress bar stays hidden; None shows it on a terminal only."""
-    return True if len(pieces) < _MANY_PIECES else None
-
-
-def _computes_bfloat16(device: torch.device) -> bool:
-    """Say whether a device multiplies bfloat16 numbers faster than float32 ones."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported())
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return device.type == "cpu" and any(getattr(torch.cpu, name, lambda: False)() for name in checks)
-
 
 def find_toxic_label(id_to_label: Mapping[Any, str], label: str | None, name: str) -> int:
-    """Return the index of the class that means toxic: the one asked for, or one of a known name; InputError without."""
+    """The index of the class that means toxic: the one asked for, or one of a known name; InputError without."""
     known = {str(text).strip().lower().replace("_", " ").replace("-", " "): int(i) for i, text in id_to_label.items()}
-    wanted = _TOXIC_LABELS if label is None else (label.strip().lower(),)
-    for candidate in wanted:
+    for candidate in _TOXIC_LABELS if label is None else (label.strip().lower(),):
         index = known.get(candidate.replace("_", " ").replace("-", " "))
         if index is not None and not (label is None and candidate == "label_1" and len(known) != 2):
             return index
@@ -277,8 +214,16 @@ def find_toxic_label(id_to_label: Mapping[Any, str], label: str | None, name: st
     )
 
 
+def _computes_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 numbers faster than float32 ones."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported())
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return device.type == "cpu" and any(getattr(torch.cpu, name, lambda: False)() for name in checks)
+
+
 def _max_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return how many tokens a model reads at once, by its tokenizer and its positions, at most 512."""
+    """How many tokens a model reads at once, by its tokenizer and its positions, at most 512."""
     lengths = [512]
     positions = getattr(model.config, "max_position_embeddings", None)
     if isinstance(positions, int) and positions > 0:
@@ -288,32 +233,3 @@ def _max_length(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> i
     if tokenizer.model_max_length and tokenizer.model_max_length < 1e6:
         lengths.append(int(tokenizer.model_max_length))
     return min(lengths)
-
-
-def detoxify_scorer(variant: str = "original", *, device: str | torch.device | None = None) -> FunctionScorer:
-    """Load detoxify (extra `detoxify`); it downloads its own weights in its own way.
-
-    Args:
-        variant: "original", "unbiased" or "multilingual", with "-small" where detoxify offers it.
-        device: where it runs; None is the CPU.
-
-    Returns:
-        Its toxicity as a scorer.
-
-    Raises:
-        MissingDependencyError: detoxify is not installed.
-        ScorerError: detoxify could not load this variant.
-    """
-    try:
-        from detoxify import Detoxify
-    except ImportError as error:
-        raise MissingDependencyError(
-            "The scorer 'detoxify' needs the package detoxify; install it with `pip install calibfuse[detoxify]`"
-        ) from error
-    try:
-        model = Detoxify(variant, device=str(device or "cpu"))
-    except Exception as error:
-        raise ScorerError(
-            f"detoxify could not load its variant {variant!r}: {type(error).__name__}: {error}"
-        ) from error
-    return FunctionScorer(lambda texts: model.predict(texts)["toxicity"] if texts else [], f"detoxify:{variant}")

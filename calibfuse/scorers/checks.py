@@ -10,8 +10,6 @@ from numpy.typing import NDArray
 
 from calibfuse.errors import ScorerError
 
-__all__ = ["ToxicityScorer", "check_scores", "check_texts"]
-
 
 @runtime_checkable
 class ToxicityScorer(Protocol):
@@ -47,19 +45,10 @@ def check_texts(texts: Sequence[str], name: str) -> None:
 
 
 def check_scores(values: object, n_texts: int, name: str) -> NDArray[np.float64]:
-    """Return scores as float64, or refuse them.
-
-    Args:
-        values: what a scorer returned: a sequence, array or CPU tensor of numbers.
-        n_texts: how many texts it was given.
-        name: the scorer, for the message.
-
-    Returns:
-        (n_texts,), float64, in [0, 1].
+    """Return what a scorer gave for `n_texts` texts as float64 (n_texts,), or refuse it.
 
     Raises:
-        ScorerError: not numbers, wrong count, or a value that is not finite or outside [0, 1]; the message names
-            the first text concerned by its index.
+        ScorerError: not numbers, wrong count, or a value that is not finite or outside [0, 1]; names the first text.
     """
     try:
         scores = np.asarray(values, dtype=np.float64)

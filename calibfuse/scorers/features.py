@@ -1,11 +1,8 @@
 """Hashed n-grams of words and characters, for whole batches of text at once.
 
-What it is for: the linear scorer reads 150 MB of text on one core, so nothing here loops over texts, words or
-characters in Python. Texts are joined into one byte array, written in a plain form (lower case, simple disguises
-such as "sh1t", "f**k" or "fuuuck" undone), cut into words, and every n-gram becomes a bucket number.
-
-Source: feature hashing (Weinberger et al. 2009), character n-grams inside words as in Bojanowski et al. 2017.
-Left out: punctuation, capitals, sentence structure, and any word order beyond two neighbouring words.
+Nothing loops over texts, words or characters in Python. Texts are joined into one byte array, written in a plain form
+(lower case, disguises such as "sh1t", "f**k" or "fuuuck" undone), cut into words, and every n-gram becomes a bucket
+number: feature hashing (Weinberger et al. 2009), character n-grams inside words as in Bojanowski et al. 2017.
 """
 
 from __future__ import annotations
@@ -22,8 +19,6 @@ from numpy.typing import NDArray
 from calibfuse.errors import InputError
 from calibfuse.scorers.words import masked_words
 from calibfuse.vocabulary.spelling import WordUnmasker
-
-__all__ = ["FeatureConfig", "NgramHasher", "WordStream", "split_words"]
 
 _SPACE = 32
 _STAR = ord("*")
@@ -92,41 +87,20 @@ class WordStream:
     n_texts: int
 
     def __len__(self) -> int:
-        """Return the number of words."""
         return len(self.starts)
 
     def word(self, index: int) -> bytes:
-        """Return the plain form of one word."""
+        """The plain form of one word."""
         start = int(self.starts[index])
         return self.data[start : start + int(self.lengths[index])].tobytes()
 
 
-@cache
-def _lower_table() -> NDArray[np.uint8]:
-    """Return [256] uint8: ASCII capitals to small letters, every other byte to itself."""
-    table = np.arange(256, dtype=np.uint8)
-    table[ord("A") : ord("Z") + 1] += 32
-    return table
-
-
-@cache
-def _disguise_table() -> NDArray[np.uint8]:
-    """Return [256] uint8: the letter a digit or sign may stand for, 0 where it stands for none."""
-    table = np.zeros(256, dtype=np.uint8)
-    for sign, letter in _DIGIT_AS_LETTER.items():
-        table[ord(sign)] = ord(letter)
-    return table
-
-
-@cache
-def _class_tables() -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Return two [256] bool tables: letters (a-z and bytes of non-ASCII characters), and letters or digits."""
-    letters = np.zeros(256, dtype=np.bool_)
-    letters[ord("a") : ord("z") + 1] = True
-    letters[128:] = True
-    letters_or_digits = letters.copy()
-    letters_or_digits[ord("0") : ord("9") + 1] = True
-    return letters, letters_or_digits
+_BYTES = np.arange(256, dtype=np.uint8)
+_LOWER = np.where((_BYTES >= ord("A")) & (_BYTES <= ord("Z")), _BYTES + 32, _BYTES).astype(np.uint8)
+_IS_LETTER = ((_BYTES >= ord("a")) & (_BYTES <= ord("z"))) | (_BYTES >= 128)  # and bytes of non-ASCII characters
+_IS_LETTER_OR_DIGIT = _IS_LETTER | ((_BYTES >= ord("0")) & (_BYTES <= ord("9")))
+_STANDS_FOR = np.zeros(256, dtype=np.uint8)  # the letter a digit or sign may stand for, 0 where it stands for none
+_STANDS_FOR[[ord(sign) for sign in _DIGIT_AS_LETTER]] = [ord(letter) for letter in _DIGIT_AS_LETTER.values()]
 
 
 class _FoldTable(dict[int, str]):
@@ -159,7 +133,7 @@ def fold_characters(text: str) -> str:
 
 
 def _shifted(mask: NDArray[Any], by: int) -> NDArray[Any]:
-    """Return `mask` moved by `by` places (positive: later), zeros moving in."""
+    """`mask` moved by `by` places (positive: later), zeros moving in."""
     out = np.zeros_like(mask)
     if by > 0:
         out[by:] = mask[:-by]
@@ -175,16 +149,15 @@ def _undo_disguises(codes: NDArray[np.uint8], *, unmask: bool) -> NDArray[np.boo
         for _ in range(2):
             hides |= beside & (_shifted(hides, 1) | _shifted(hides, -1))
         codes[hides] = _STAR
-    letters, letters_or_digits = _class_tables()
-    stands_for = _disguise_table()[codes]
+    stands_for = _STANDS_FOR[codes]
     signs = (codes == ord("@")) | (codes == ord("$"))
     for _ in range(2):  # twice, so that two signs in a row ("a$$") are both reached
-        is_letter = letters[codes]
+        is_letter = _IS_LETTER[codes]
         before, after = _shifted(is_letter, 1), _shifted(is_letter, -1)
         hit = (stands_for > 0) & ~is_letter & ((before & after) | (signs & (before | after)))
         np.copyto(codes, stands_for, where=hit)
-    is_letter = letters[codes]
-    in_word = letters_or_digits[codes]
+    is_letter = _IS_LETTER[codes]
+    in_word = _IS_LETTER_OR_DIGIT[codes]
     hides = (codes == _STAR) | (codes == ord("#")) | (codes == ord("%"))
     if hides.any():
         codes[hides] = _STAR
@@ -220,8 +193,7 @@ def _leave_out_contractions(codes: NDArray[np.uint8], in_word: NDArray[np.bool_]
 
 def _keep_mask(codes: NDArray[np.uint8], in_word: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """Say which bytes stay: apostrophes inside words, invisible bytes and the repeats of stretched letters go."""
-    letters, _ = _class_tables()
-    is_letter = letters[codes]
+    is_letter = _IS_LETTER[codes]
     drop = (codes == _DROP) | ((codes == ord("'")) & _shifted(is_letter, 1) & _shifted(is_letter, -1))
     same = _shifted(codes, 1) == codes
     same[:1] = False
@@ -235,8 +207,7 @@ def _keep_mask(codes: NDArray[np.uint8], in_word: NDArray[np.bool_]) -> NDArray[
 
 def _join_single_letters(stream: WordStream) -> WordStream:
     """Join three or more single letters in a row into one word ("f u c k", "f.u.c.k")."""
-    letters, _ = _class_tables()
-    single = (stream.lengths == 1) & letters[stream.data[stream.starts]]
+    single = (stream.lengths == 1) & _IS_LETTER[stream.data[stream.starts]]
     joined = single & _shifted(single, 1)  # this one and the word before are single letters
     joined &= stream.text_index == _shifted(stream.text_index, 1)
     joined[:1] = False
@@ -263,7 +234,7 @@ _ENDINGS = ("s", "es", "ed", "er", "ers", "ing", "in", "y")
 
 @cache
 def _unmaskers() -> tuple[WordUnmasker, WordUnmasker]:
-    """Return the readers of masked words: of the listed words, and of these with an ending."""
+    """The readers of masked words: of the listed words, and of these with an ending."""
     words = masked_words()
     return WordUnmasker(words), WordUnmasker(
         word + ending for word in words for ending in _ENDINGS if word[-1] != ending
@@ -272,7 +243,7 @@ def _unmaskers() -> tuple[WordUnmasker, WordUnmasker]:
 
 def _read_masked(stream: WordStream, raw: NDArray[np.uint8]) -> WordStream:
     """Put words in the place of their masked spellings, which `raw`, the text before any change, still holds."""
-    lower = _lower_table()[raw]
+    lower = _LOWER[raw]
     suspect = (stream.data != lower[np.minimum(stream.origin + 1, len(raw) - 1)]) & (stream.data != _SPACE)
     suspect |= (stream.data == _STAR) | (stream.data == ord("v"))
     words = np.flatnonzero(np.add.reduceat(suspect, stream.starts))
@@ -317,7 +288,7 @@ def split_words(texts: Sequence[str], *, unmask: bool = True) -> WordStream:
     text_starts = np.cumsum([0] + [len(part) + 1 for part in encoded], dtype=np.int64)
     # one line feed before, between and after: texts never touch, and every word has two edges
     raw = np.frombuffer(b"\n" + b"\n".join(encoded) + b"\n", dtype=np.uint8)
-    codes = _lower_table()[raw]
+    codes = _LOWER[raw]
     in_word = _undo_disguises(codes, unmask=unmask)
     _leave_out_contractions(codes, in_word)
     keep = _keep_mask(codes, in_word)
@@ -338,7 +309,6 @@ class NgramHasher:
     """Turns words into bucket numbers under one `FeatureConfig`."""
 
     def __init__(self, config: FeatureConfig) -> None:
-        """Prepare the powers of the hash's base."""
         self.config = config
         self._shift = np.uint32(32 - config.bucket_bits)
         self._powers = np.ones(_LONGEST_HASHED, dtype=np.uint32)
@@ -346,7 +316,7 @@ class NgramHasher:
             self._powers[i] = (int(self._powers[i - 1]) * int(_PRIME)) & 0xFFFFFFFF
 
     def _start(self, kind: int) -> np.uint32:
-        """Return the first state of the hash for one kind of feature, so that kinds do not share buckets by rule."""
+        """The first state of the hash for one kind of feature, so that kinds do not share buckets by rule."""
         state: np.uint32 = np.uint32(((self.config.seed + 1) * 0x9E3779B1 + kind * 0x7FEB352D) & 0xFFFFFFFF)
         return state
 
@@ -360,7 +330,7 @@ class NgramHasher:
         return mixed
 
     def word_states(self, stream: WordStream) -> NDArray[np.uint32]:
-        """Return [words] uint32: one hash per word, before mixing."""
+        """[words] uint32: one hash per word, before mixing."""
         if not len(stream):
             return np.zeros(0, dtype=np.uint32)
         values = stream.data.astype(np.uint32)
@@ -371,17 +341,17 @@ class NgramHasher:
 
     @staticmethod
     def _places(stream: WordStream) -> NDArray[np.int64]:
-        """Return [bytes] int64: how far each byte lies behind its word's first one (the space before it: 0)."""
+        """[bytes] int64: how far each byte lies behind its word's first one (the space before it: 0)."""
         first = np.zeros(len(stream.data), dtype=np.int64)
         first[stream.starts] = stream.starts
         return np.maximum(np.arange(len(stream.data)) - np.maximum.accumulate(first), 0)
 
     def word_buckets(self, stream: WordStream) -> NDArray[np.uint32]:
-        """Return [words] uint32: the bucket of each word as a whole."""
+        """[words] uint32: the bucket of each word as a whole."""
         return self._bucket(self.word_states(stream) ^ self._start(0))
 
     def bigram_buckets(self, stream: WordStream) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
-        """Return [words] uint32, the bucket of each word with the one before it, and [words] bool: there is one."""
+        """[words] uint32, the bucket of each word with the one before it, and [words] bool: there is one."""
         states = self.word_states(stream)
         has_left = stream.text_index == _shifted(stream.text_index, 1)
         has_left[:1] = False
@@ -402,9 +372,8 @@ class NgramHasher:
         is_space = data == _SPACE
         values = data.astype(np.uint32)
         state = np.full(len(data), self._start(2), dtype=np.uint32)
-        inside = np.ones(
-            len(data), dtype=np.bool_
-        )  # the n-gram so far has no space after its first byte but at its end
+        # the n-gram so far has no space after its first byte but at its end
+        inside = np.ones(len(data), dtype=np.bool_)
         result = []
         for n in range(1, self.config.char_max + 1):
             here = _shifted(values, 1 - n) if n > 1 else values
@@ -421,7 +390,7 @@ class NgramHasher:
         return result
 
     def ngram_counts(self, stream: WordStream) -> NDArray[np.int64]:
-        """Return [words] int64: how many character n-grams each word has (edges included)."""
+        """[words] int64: how many character n-grams each word has (edges included)."""
         total = np.zeros(len(stream), dtype=np.int64)
         for n in range(self.config.char_min, self.config.char_max + 1):
             total += np.maximum(stream.lengths + 2 - n + 1, 0) if n > 1 else stream.lengths

@@ -1,11 +1,7 @@
-"""Read labelled texts: rows with a label, with a toxic text and its neutral rewrites, or of RealToxicityPrompts.
+"""Labelled texts, and the files that hold them: rows with a label, toxic texts with rewrites, RealToxicityPrompts.
 
-RealToxicityPrompts (Gehman et al. 2020) holds prompts and how their authors went on, each with Perspective's score, in
-its original form (`{"prompt": {"text": ..., "toxicity": ...}, "continuation": {...}}`) or the flat one (`prompt`,
-`prompt_toxicity`, ...). A fold takes a part of its texts, so that one scorer can sort text for training and another,
-which has read none of the same, can judge the result.
-
-Left out: text without labels (`calibfuse.textfiles` streams it), data sets of the Hub.
+RealToxicityPrompts (Gehman et al. 2020) holds prompts and how their authors went on, each with Perspective's score. A
+fold takes a part of its texts, so that one scorer can sort text for training and another judge the result.
 """
 
 from __future__ import annotations
@@ -16,20 +12,50 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from calibfuse.errors import DataError, InputError
-from calibfuse.scorers.training import LabelledTexts
 from calibfuse.textfiles import read_rows
 
-__all__ = ["Fold", "ScoredText", "read_labelled", "read_pairs", "read_scored_rows", "read_scored_texts", "read_texts"]
-
+# Fields in which a row's text and label are looked for, in this order, when none is given.
 TEXT_FIELDS = ("text", "comment_text", "comment", "content", "sentence")
-"""Fields in which a row's text is looked for, in this order, when none is given."""
 LABEL_FIELDS = ("toxic", "toxicity", "toxic_fraction", "label", "target")
-"""Fields in which a row's label is looked for, in this order, when none is given."""
 
 _REWRITES_PER_ROW = 2  # so that both classes stay of similar size
 
 Paths = Sequence[str | os.PathLike[str]]
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledTexts:
+    """Texts with their toxicity and their weight in the loss."""
+
+    texts: list[str]
+    labels: NDArray[np.float64]  # [texts] toxicity in [0, 1]; fractions of annotators are fine
+    weights: NDArray[np.float64]  # [texts] above 0; 1 is one ordinary text
+
+    @classmethod
+    def build(cls, texts: Sequence[str], labels: Sequence[float], weight: float = 1.0) -> LabelledTexts:
+        """Build from parallel sequences; DataError for unequal lengths or labels outside [0, 1]."""
+        values = np.asarray(labels, dtype=np.float64)
+        if values.shape != (len(texts),):
+            raise DataError(f"{len(texts)} texts but {values.size} labels")
+        wrong = np.flatnonzero(~((values >= 0) & (values <= 1)))
+        if len(wrong):
+            raise DataError(f"Label of text {int(wrong[0])} is {values[wrong[0]]}; labels lie in [0, 1]")
+        return cls(list(texts), values, np.full(len(texts), float(weight)))
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __add__(self, other: LabelledTexts) -> LabelledTexts:
+        arrays = ((self.labels, other.labels), (self.weights, other.weights))
+        return LabelledTexts(self.texts + other.texts, *map(np.concatenate, arrays))
+
+    def take(self, index: NDArray[np.int64]) -> LabelledTexts:
+        """The texts at some positions."""
+        return LabelledTexts([self.texts[i] for i in index.tolist()], self.labels[index], self.weights[index])
 
 
 @dataclass(frozen=True)
@@ -51,7 +77,6 @@ class Fold:
         return fold
 
     def __contains__(self, text: object) -> bool:
-        """Whether a text falls into it."""
         return int(hashlib.sha256(str(text).encode()).hexdigest(), 16) % self.parts == self.part - 1
 
 
@@ -63,8 +88,77 @@ class ScoredText:
     toxicity: float
 
 
+def read_labelled(
+    paths: Paths,
+    *,
+    text_field: str | None = None,
+    label_field: str | None = None,
+    where: Mapping[str, str] | None = None,
+) -> LabelledTexts:
+    """Read rows with a text and a label; texts without any visible character are left out.
+
+    Args:
+        paths: .jsonl or .csv files, plain or compressed; as for the other readers here.
+        text_field: field of the text; None tries `TEXT_FIELDS`.
+        label_field: field of the label, 0 to 1; None tries `LABEL_FIELDS`.
+        where: only rows whose fields have these values, compared as text, e.g. {"split": "train"}.
+
+    Raises:
+        DataError: as of the other readers: a file that cannot be used, a row without what it needs, or no row at all.
+    """
+    conditions = dict(where or {})
+
+    def of_row(row: Mapping[str, Any], place: str) -> list[ScoredText]:
+        if any(str(row.get(key)) != value for key, value in conditions.items()):
+            return []
+        text = _text(_field(row, (text_field,) if text_field else TEXT_FIELDS, place, "text"), place)
+        label = _label(_field(row, (label_field,) if label_field else LABEL_FIELDS, place, "label"), place)
+        return [ScoredText(text, label)] if text.strip() else []
+
+    return _gather(paths, of_row, f"no usable row{f' where {conditions}' if conditions else ''}")
+
+
+def read_pairs(paths: Paths) -> LabelledTexts:
+    """Read rows with a text in the field `toxic` (label 1) and a rewrite, or a list of them, in `neutral` (label 0)."""
+
+    def of_row(row: Mapping[str, Any], place: str) -> list[ScoredText]:
+        toxic = _text(_field(row, ("toxic",), place, "toxic text"), place)
+        rewrites = _field(row, ("neutral",), place, "neutral rewrite")
+        neutral = [_text(value, place) for value in (rewrites if isinstance(rewrites, list) else [rewrites])]
+        return [ScoredText(toxic, 1.0), *(ScoredText(text, 0.0) for text in neutral[:_REWRITES_PER_ROW])]
+
+    return _gather(paths, of_row, "no usable row")
+
+
+def read_texts(paths: Paths) -> list[str]:
+    """Read every string in the fields of rows that hold texts, labelled or not, pairs included."""
+
+    def of_row(row: Mapping[str, Any], place: str) -> list[ScoredText]:
+        values = [row.get(name) for name in (*TEXT_FIELDS, "toxic", "neutral")]
+        every = [each for value in values for each in (value if isinstance(value, list) else [value])]
+        return [ScoredText(each, 0.0) for each in every if isinstance(each, str)]
+
+    return _gather(paths, of_row, "no field with text").texts
+
+
+def read_scored_texts(paths: Paths, fold: Fold | None = None) -> LabelledTexts:
+    """Read prompts and continuations of RealToxicityPrompts as texts of their own; None: not only those of a fold."""
+    chosen = fold or Fold()
+
+    def of_row(row: Mapping[str, Any], place: str) -> list[ScoredText]:
+        return [part for part in _scored_row(row, place) if part is not None and part.text in chosen]
+
+    return _gather(paths, of_row, f"no scored text (part {chosen.part} of {chosen.parts})")
+
+
+def read_scored_rows(path: str | os.PathLike[str]) -> Iterator[tuple[ScoredText | None, ScoredText | None]]:
+    """Yield prompt and continuation of each row of RealToxicityPrompts; None for what has no text or no score."""
+    for line, row in read_rows(path):
+        yield _scored_row(row, f"{path}, line {line}")
+
+
 def _gather(paths: Paths, of_row: Callable[[Mapping[str, Any], str], list[ScoredText]], nothing: str) -> LabelledTexts:
-    """Return what a function makes of each row of some files; each file must give at least one text."""
+    """What a function makes of each row of some files; each file must give at least one text."""
     found: list[ScoredText] = []
     for path in paths:
         before = len(found)
@@ -76,7 +170,6 @@ def _gather(paths: Paths, of_row: Callable[[Mapping[str, Any], str], list[Scored
 
 
 def _field(row: Mapping[str, Any], names: Sequence[str], where: str, what: str) -> object:
-    """Return the first of the fields that a row has."""
     for name in names:
         if row.get(name) is not None:
             return row[name]
@@ -86,7 +179,6 @@ def _field(row: Mapping[str, Any], names: Sequence[str], where: str, what: str) 
 
 
 def _label(value: object, where: str) -> float:
-    """Turn a label into toxicity in [0, 1]."""
     try:
         number = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
@@ -102,77 +194,6 @@ def _text(value: object, where: str) -> str:
     return value
 
 
-def read_labelled(
-    paths: Paths,
-    *,
-    text_field: str | None = None,
-    label_field: str | None = None,
-    where: Mapping[str, str] | None = None,
-) -> LabelledTexts:
-    """Read rows with a text and a label; texts without any visible character are left out.
-
-    Args:
-        paths: .jsonl or .csv files, plain or compressed.
-        text_field: field of the text; None tries `TEXT_FIELDS`.
-        label_field: field of the label, 0 to 1; None tries `LABEL_FIELDS`.
-        where: only rows whose fields have these values, compared as text, e.g. {"split": "train"}.
-
-    Raises:
-        DataError: a file that cannot be used, a row without text or label, or no row at all.
-    """
-    conditions = dict(where or {})
-
-    def of_row(row: Mapping[str, Any], place: str) -> list[ScoredText]:
-        if any(str(row.get(key)) != value for key, value in conditions.items()):
-            return []
-        text = _text(_field(row, (text_field,) if text_field else TEXT_FIELDS, place, "text"), place)
-        label = _label(_field(row, (label_field,) if label_field else LABEL_FIELDS, place, "label"), place)
-        return [ScoredText(text, label)] if text.strip() else []
-
-    return _gather(paths, of_row, f"no usable row{f' where {conditions}' if conditions else ''}")
-
-
-def read_pairs(paths: Paths) -> LabelledTexts:
-    """Read rows with a text in the field `toxic` (label 1) and a rewrite, or a list of them, in `neutral` (label 0).
-
-    Raises:
-        DataError: a file that cannot be used, a row without one of the fields, or no row at all.
-    """
-
-    def of_row(row: Mapping[str, Any], place: str) -> list[ScoredText]:
-        toxic = _text(_field(row, ("toxic",), place, "toxic text"), place)
-        rewrites = _field(row, ("neutral",), place, "neutral rewrite")
-        neutral = [_text(value, place) for value in (rewrites if isinstance(rewrites, list) else [rewrites])]
-        return [ScoredText(toxic, 1.0), *(ScoredText(text, 0.0) for text in neutral[:_REWRITES_PER_ROW])]
-
-    return _gather(paths, of_row, "no usable row")
-
-
-def read_texts(paths: Paths) -> list[str]:
-    """Read every string in the fields of rows that hold texts, labelled or not, pairs included.
-
-    Raises:
-        DataError: a file that cannot be used, or one without any text.
-    """
-
-    def of_row(row: Mapping[str, Any], place: str) -> list[ScoredText]:
-        values = [row.get(name) for name in (*TEXT_FIELDS, "toxic", "neutral")]
-        every = [each for value in values for each in (value if isinstance(value, list) else [value])]
-        return [ScoredText(each, 0.0) for each in every if isinstance(each, str)]
-
-    return _gather(paths, of_row, "no field with text").texts
-
-
-def read_scored_rows(path: str | os.PathLike[str]) -> Iterator[tuple[ScoredText | None, ScoredText | None]]:
-    """Yield prompt and continuation of each row of RealToxicityPrompts; None for what has no text or no score.
-
-    Raises:
-        DataError: a file that cannot be used, or a row without a prompt.
-    """
-    for line, row in read_rows(path):
-        yield _scored_row(row, f"{path}, line {line}")
-
-
 def _scored_row(row: Mapping[str, Any], place: str) -> tuple[ScoredText | None, ScoredText | None]:
     if "prompt" not in row:
         raise DataError(f"{place} has no field 'prompt'; expected rows of RealToxicityPrompts")
@@ -180,6 +201,7 @@ def _scored_row(row: Mapping[str, Any], place: str) -> tuple[ScoredText | None, 
 
 
 def _part(row: Mapping[str, Any], name: str, place: str) -> ScoredText | None:
+    """A part in its original form, {"text": ..., "toxicity": ...}, or the flat one."""
     value: Any = row.get(name)
     toxicity: Any = row.get(f"{name}_toxicity")
     if isinstance(value, Mapping):
@@ -189,21 +211,3 @@ def _part(row: Mapping[str, Any], name: str, place: str) -> ScoredText | None:
     if not isinstance(toxicity, int | float) or not 0.0 <= toxicity <= 1.0:
         raise DataError(f"{place} has the toxicity {toxicity!r} of its {name}; expected a number from 0 to 1")
     return ScoredText(value, float(toxicity))
-
-
-def read_scored_texts(paths: Paths, fold: Fold | None = None) -> LabelledTexts:
-    """Read the prompts and the continuations of RealToxicityPrompts as texts of their own, their scores as labels.
-
-    Args:
-        paths: .jsonl files, plain or compressed.
-        fold: only texts of this part; None: all.
-
-    Raises:
-        DataError: a file that cannot be used, or one without a scored text in the fold.
-    """
-    chosen = fold or Fold()
-
-    def of_row(row: Mapping[str, Any], place: str) -> list[ScoredText]:
-        return [part for part in _scored_row(row, place) if part is not None and part.text in chosen]
-
-    return _gather(paths, of_row, f"no scored text (part {chosen.part} of {chosen.parts})")

@@ -1,13 +1,8 @@
 """The bundled toxicity scorer: logistic regression on hashed n-grams, read with numpy alone.
 
-What it is for: a scorer that comes with the package, needs no download and reads megabytes of text per second on one
-core. Every word has a value (its own weight, its character n-grams', and its pair's with the word before), the values
-of a window of words add up to the window's logit, and a text is as toxic as its worst window. Windows come in two
-sizes, so that one swear word counts the same in a short line, in a long paragraph, and among kind words.
-
-Source: feature hashing (Weinberger et al. 2009); a text as the maximum over its parts is multiple-instance learning;
-probabilities by Platt (1999) on held-out text.
-Left out: meaning. The scorer is lexical; it misses hate without hateful words.
+Every word has a value (its own weight, its character n-grams', and its pair's with the word before), the values of a
+window of words add up to its logit, and a text is as toxic as its worst window (multiple-instance learning). Feature
+hashing: Weinberger et al. 2009; probabilities: Platt 1999. Left out: meaning; it misses hate without hateful words.
 """
 
 from __future__ import annotations
@@ -26,8 +21,6 @@ from calibfuse.errors import CheckpointError, InputError
 from calibfuse.hub import WEIGHTS_NAME, read_config, read_tensors, write_checkpoint
 from calibfuse.scorers.checks import check_scores, check_texts
 from calibfuse.scorers.features import FeatureConfig, NgramHasher, WordStream, fold_characters, split_words
-
-__all__ = ["FORMAT", "FORMAT_VERSION", "LinearScorer", "Windows", "WordScore", "check_window_sizes"]
 
 FORMAT = "calibfuse-linear-scorer"
 FORMAT_VERSION = 1
@@ -76,14 +69,28 @@ class Windows:
         return cls(all_starts, all_stops, text_of_window, np.flatnonzero(np.diff(text_of_window, prepend=-1)))
 
     def sums(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return (windows,): the sum of each window's words' values, (words,)."""
+        """(windows,): the sum of each window's words' values, (words,)."""
         total = np.concatenate([[0.0], np.cumsum(values)])
         sums: NDArray[np.float64] = total[self.stops] - total[self.starts]
         return sums
 
 
 class LinearScorer:
-    """Logistic regression on hashed word and character n-grams, over sliding windows of words."""
+    """Logistic regression on hashed word and character n-grams, over sliding windows of words.
+
+    Args:
+        weights: (2**features.bucket_bits,), any float dtype.
+        features: how text becomes buckets.
+        bias: added to every window's sum.
+        windows: sizes of the windows in words, ascending, each at least 1.
+        slope: Platt's slope, above 0; the probability is sigmoid(slope * logit + intercept).
+        intercept: Platt's intercept.
+        name: what reports call it.
+        training: facts about the training (data, seed, figures), kept in the checkpoint.
+
+    Raises:
+        InputError: sizes that do not fit, or numbers that are not finite.
+    """
 
     def __init__(
         self,
@@ -97,21 +104,6 @@ class LinearScorer:
         name: str = "linear",
         training: dict[str, Any] | None = None,
     ) -> None:
-        """Assemble a scorer from its parts.
-
-        Args:
-            weights: (2**features.bucket_bits,), any float dtype.
-            features: how text becomes buckets.
-            bias: added to every window's sum.
-            windows: sizes of the windows in words, ascending, each at least 1.
-            slope: Platt's slope, above 0; the probability is sigmoid(slope * logit + intercept).
-            intercept: Platt's intercept.
-            name: what reports call it.
-            training: facts about the training (data, seed, figures), kept in the checkpoint.
-
-        Raises:
-            InputError: sizes that do not fit, or numbers that are not finite.
-        """
         expected = (1 << features.bucket_bits,)
         if weights.shape != expected:
             raise InputError(
@@ -133,21 +125,11 @@ class LinearScorer:
         self._weights = np.ascontiguousarray(weights, dtype=np.float32)
 
     def score(self, texts: Sequence[str]) -> NDArray[np.float64]:
-        """Give each text its probability of being toxic.
-
-        Args:
-            texts: any texts. One without words gets the score of "nothing said".
-
-        Returns:
-            (len(texts),), float64, in [0, 1]; the score of the worst window.
-
-        Raises:
-            ScorerError: an element is no string.
-        """
+        """Score texts, see `ToxicityScorer.score`; one without words gets the score of "nothing said"."""
         return check_scores(self._probability(self.logits(texts)), len(texts), self.name)
 
     def logits(self, texts: Sequence[str]) -> NDArray[np.float64]:
-        """Return (len(texts),) float64: the logit of each text's worst window, before Platt's calibration."""
+        """(len(texts),) float64: the logit of each text's worst window, before Platt's calibration."""
         check_texts(texts, self.name)
         logits = np.empty(len(texts), dtype=np.float64)
         for start, stop in _batches(texts):
@@ -162,28 +144,14 @@ class LinearScorer:
             return []
         alone, _ = self._word_values(stream)
         scores = self._probability(alone + self.bias)
-        everything = np.arange(len(stream))
-        starts, ends = _word_positions(text, stream, everything, everything)
+        starts, ends = _word_positions(text, stream)
         return [WordScore(int(s), int(e), float(p)) for s, e, p in zip(starts, ends, scores, strict=True)]
-
-    def worst_part(self, text: str) -> str:
-        """Return the window of words with the highest logit, as it stands in the text; "" without words."""
-        check_texts([text], self.name)
-        stream = split_words([text], unmask=self.features.unmask)
-        if not len(stream):
-            return ""
-        alone, pairs = self._word_values(stream)
-        windows = Windows.of(stream.text_index, self.windows)
-        worst = int(np.argmax(windows.sums(alone + pairs)))
-        one = slice(worst, worst + 1)
-        first, last = _word_positions(text, stream, windows.starts[one], windows.stops[one] - 1)
-        return text[int(first[0]) : int(last[0])]
 
     def _probability(self, logits: NDArray[np.float64]) -> NDArray[np.float64]:
         return 0.5 * (1.0 + np.tanh(0.5 * (self.slope * logits + self.intercept)))
 
     def _word_values(self, stream: WordStream) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Return [words] float64 twice: each word's value alone, and its pair's with the word before."""
+        """[words] float64 twice: each word's value alone, and its pair's with the word before."""
         alone = self._weights[self.hasher.word_buckets(stream)].astype(np.float64)
         at_byte = np.zeros(len(stream.data), dtype=np.float32)
         for buckets, exists in self.hasher.char_buckets(stream):
@@ -197,7 +165,7 @@ class LinearScorer:
         return alone, pairs
 
     def _logits(self, texts: Sequence[str]) -> NDArray[np.float64]:
-        """Return [texts] float64: the logit of each text's worst window."""
+        """[texts] float64: the logit of each text's worst window."""
         stream = split_words(texts, unmask=self.features.unmask)
         logits = np.full(len(texts), self.bias, dtype=np.float64)
         if not len(stream):
@@ -226,12 +194,6 @@ class LinearScorer:
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> LinearScorer:
         """Read a scorer that `save` wrote.
-
-        Args:
-            folder: holds `config.json` and `model.safetensors`.
-
-        Returns:
-            The scorer; weights are those on disk (16-bit floats), computed with in 32 bits.
 
         Raises:
             CheckpointError: a file is missing or damaged, or is no scorer of ours.
@@ -279,12 +241,10 @@ def _batches(texts: Sequence[str]) -> list[tuple[int, int]]:
     return bounds
 
 
-def _word_positions(
-    text: str, stream: WordStream, first_words: NDArray[np.int64], last_words: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return where runs of words begin and end (one past), in characters of the text that `stream` was made of."""
-    first_bytes = stream.origin[stream.starts[first_words]]
-    last_bytes = stream.origin[stream.starts[last_words] + stream.lengths[last_words] - 1]
+def _word_positions(text: str, stream: WordStream) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Where words begin and end (one past), in characters of the text that `stream` was made of."""
+    first_bytes = stream.origin[stream.starts]
+    last_bytes = stream.origin[stream.starts + stream.lengths - 1]
     if text.isascii():
         return first_bytes, last_bytes + 1
     raw = np.frombuffer(fold_characters(text).encode(), dtype=np.uint8)  # as many characters as the text

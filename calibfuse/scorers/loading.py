@@ -14,11 +14,9 @@ import torch
 
 from calibfuse.errors import CheckpointError, InputError, ScorerError
 from calibfuse.hub import CONFIG_NAME, read_json, resolve_checkpoint
-from calibfuse.scorers.adapters import FunctionScorer, TransformersScorer, detoxify_scorer
+from calibfuse.scorers.adapters import FunctionScorer, TransformersScorer
 from calibfuse.scorers.checks import ToxicityScorer
 from calibfuse.scorers.linear import FORMAT, LinearScorer
-
-__all__ = ["load_scorer"]
 
 _BUNDLED = "default-scorer"
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
@@ -39,12 +37,12 @@ def load_scorer(
 
     Args:
         spec: None or "bundled" for the one that comes with calibfuse; the folder or Hub id of a linear scorer or of
-            a transformers text-classification model; "detoxify" or "detoxify:VARIANT"; "module:function", a function
-            that takes a list of texts and returns their probabilities; such a function; or a scorer.
+            a transformers text-classification model; "module:function", a function that takes a list of texts and
+            returns their probabilities; such a function; or a scorer.
         label: name of the toxic class of a transformers model; None finds it by name.
         batch_size: texts per forward pass of a transformers model.
         fast: a transformers model may compute in bfloat16, for scores within 0.01; for sorting much text.
-        device: where a transformers model or detoxify runs; None is the CPU.
+        device: where a transformers model runs; None is the CPU.
         revision: branch, tag or commit on the Hub.
         local_files_only: True for no network access.
 
@@ -54,7 +52,6 @@ def load_scorer(
     Raises:
         CheckpointError: a folder or Hub id that holds no scorer, or a damaged one.
         InputError: a function that does not exist, or a model without a toxic class.
-        MissingDependencyError: detoxify is not installed.
         ScorerError: `spec` is none of the above.
 
     Example:
@@ -67,19 +64,17 @@ def load_scorer(
     if not isinstance(spec, str | os.PathLike):
         return _from_object(spec)
     text = os.fspath(spec)
-    if text == "detoxify" or text.startswith("detoxify:"):
-        return detoxify_scorer(text.partition(":")[2] or "original", device=device)
     if not Path(text).expanduser().exists() and _FUNCTION.fullmatch(text):
         return _from_object(import_object(text), text)
-    options: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
-    config_folder = resolve_checkpoint(text, allow_patterns=[CONFIG_NAME], **options)
+    source: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
+    config_folder = resolve_checkpoint(text, allow_patterns=[CONFIG_NAME], **source)
     kind = read_json(config_folder / CONFIG_NAME, "configuration of a toxicity scorer").get("format")
     if kind == FORMAT:
-        return LinearScorer.load(resolve_checkpoint(text, **options))
+        return LinearScorer.load(resolve_checkpoint(text, **source))
     if kind is not None:
         raise CheckpointError(f"Expected a toxicity scorer, but {text!r} holds a checkpoint of the format {kind!r}.")
     return TransformersScorer.from_pretrained(
-        text, label=label, batch_size=batch_size, fast=fast, device=device, **options
+        text, device=device, **source, label=label, batch_size=batch_size, fast=fast
     )
 
 
@@ -100,19 +95,19 @@ def _from_object(value: object, name: str | None = None) -> ToxicityScorer:
 def import_object(spec: str, role: str = "scorer") -> Any:  # noqa: ANN401
     """Import `module:name`; the working directory counts as a place of modules, as it does for `python`."""
     module_name, _, attribute = spec.partition(":")
-    working_directory = os.getcwd()
-    added = working_directory not in sys.path and "" not in sys.path
+    here = os.getcwd()
+    added = here not in sys.path and "" not in sys.path
     if added:
-        sys.path.insert(0, working_directory)
+        sys.path.insert(0, here)
     try:
         found: Any = importlib.import_module(module_name)
-    except Exception as error:  # the module is the user's: importing it may raise anything
+    except Exception as error:  # the module is the user's: importing it may raise any error
         raise InputError(
             f"The {role} {spec!r} needs a module {module_name!r}, which cannot be imported: {error}"
         ) from error
     finally:
         if added:
-            sys.path.remove(working_directory)
+            sys.path.remove(here)
     for part in attribute.split("."):
         try:
             found = getattr(found, part)

@@ -1,7 +1,6 @@
 """Offending words masked for the screen: the first letter stays, so that a reader still sees what was said.
 
-What it is for: demo and reports. Words are masked that the scorer finds toxic when they stand alone, and those on the
-bundled list of strong words.
+Words are masked that the scorer finds toxic when they stand alone, and those on the bundled list of strong words.
 Left out: insults made of harmless words; this is no filter.
 """
 
@@ -14,21 +13,18 @@ from calibfuse.scorers.features import split_words
 from calibfuse.scorers.linear import LinearScorer
 from calibfuse.scorers.words import strong_words
 
-__all__ = ["mask_offensive"]
-
 _STEMS = (b"fuck", b"faggot", b"bitch")  # unmistakable wherever they stand in a word
 _BEGINNINGS = (b"nigger", b"nigga", b"shitt", b"retarded")  # ... and these at its beginning ("snigger" is harmless)
 
 
 @cache
 def _plain_strong_words() -> frozenset[bytes]:
-    """Return the strong words in the plain form of `split_words`."""
+    """The strong words in the plain form of `split_words`."""
     words = split_words(strong_words())
     return frozenset(words.word(i) for i in range(len(words)))
 
 
 def _is_strong(word: bytes) -> bool:
-    """Say whether a word in plain form is strong: on the list, or made from a word that is never harmless."""
     return word in _plain_strong_words() or any(stem in word for stem in _STEMS) or word.startswith(_BEGINNINGS)
 
 
@@ -36,12 +32,9 @@ def mask_offensive(text: str, scorer: LinearScorer, *, threshold: float = 0.85) 
     """Replace the letters of offending words by stars, all but the first and, in words of four and more, the last.
 
     Args:
-        text: any text.
-        scorer: a linear scorer; it judges word by word.
+        text: any text; the result has as many characters.
+        scorer: judges word by word.
         threshold: words that score at least this much alone are masked, in [0, 1].
-
-    Returns:
-        The text with the same number of characters.
 
     Raises:
         InputError: `threshold` outside [0, 1].
@@ -50,12 +43,10 @@ def mask_offensive(text: str, scorer: LinearScorer, *, threshold: float = 0.85) 
     if not 0.0 <= threshold <= 1.0:
         raise InputError(f"The threshold of masking must lie in [0, 1], got {threshold}")
     words = scorer.word_scores(text)
-    if not words:
-        return text
-    stream = split_words([text])
+    stream = split_words([text]) if words else None
     characters = list(text)
     for index, word in enumerate(words):
-        if word.score >= threshold or _is_strong(stream.word(index)):
+        if word.score >= threshold or (stream is not None and _is_strong(stream.word(index))):
             letters = [i for i in range(word.start, word.end) if not characters[i].isspace()]
             for i in letters[1:-1] if len(letters) >= 4 else letters[1:]:
                 characters[i] = "*"

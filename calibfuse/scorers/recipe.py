@@ -1,6 +1,8 @@
-"""From files to the training texts of a linear scorer: read, exclude overlaps, add what labelled data teach wrongly.
+"""From files to the training texts of a linear scorer: read, leave out repeats, add what labelled data teach wrongly.
 
-Left out: reading text without labels, which the caller brings along.
+A group's name stands mostly in toxic comments, and a linear scorer learns it as an insult; in neutral and in hostile
+sentences alike, and put into texts of both kinds, it stops telling the classes apart (counterfactual data augmentation,
+Lu et al. 2018; Dixon et al. 2018). The sentences share no form with the Identity Phrase Templates that we test on.
 """
 
 from __future__ import annotations
@@ -12,20 +14,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from calibfuse.errors import DataError
-from calibfuse.scorers.augmentation import identity_sentences, insert_words
-from calibfuse.scorers.labelled_files import Fold, read_labelled, read_pairs, read_scored_texts, read_texts
-from calibfuse.scorers.overlap import overlapping_texts
-from calibfuse.scorers.training import LabelledTexts
-from calibfuse.scorers.words import ADJECTIVES, PLURALS, ambiguous_words, strong_words
+from calibfuse.errors import DataError, InputError
+from calibfuse.scorers.features import FeatureConfig, NgramHasher, WordStream, split_words
+from calibfuse.scorers.labelled_files import (
+    Fold,
+    LabelledTexts,
+    read_labelled,
+    read_pairs,
+    read_scored_texts,
+    read_texts,
+)
+from calibfuse.scorers.words import ambiguous_words, identity_templates, identity_terms, strong_words
 
-__all__ = ["GatheredTexts", "ScorerData", "added_texts", "gather"]
-
-_IDENTITY_WEIGHT = 1.0  # of an added sentence about a group, against 1 for a labelled text
 _SENTENCES_PER_TERM = 12
 _INSERTIONS_PER_TERM = 20
 _INSERTIONS_PER_STRONG_WORD = 30
+_CARRIER_WORDS = 20  # longer carriers would only repeat what the training texts hold already
+_RUN = 8  # words of a passage that counts as a copy; shorter texts are looked for as a whole
+_SHORTEST = 4  # words; anything shorter is common speech, not a copy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,27 +80,24 @@ def gather(source: ScorerData) -> GatheredTexts:
     if not parts:
         raise DataError("A scorer needs labelled texts: files with labels or pairs")
     labelled = sum(parts[1:], parts[0])
-    n_before = len(labelled)
+    n_excluded = 0
     if source.exclude:
         repeats = overlapping_texts(labelled.texts, read_texts(source.exclude))
+        n_excluded = int(repeats.sum())
         labelled = labelled.take(np.flatnonzero(~repeats))
         if not len(labelled):
             raise DataError("Every training text repeats a text of the excluded files; nothing is left to learn from")
     if source.background:
         labelled = labelled + LabelledTexts.build(source.background, [0.0] * len(source.background))
+    files = {"data": "data", "pairs": "pairs", "realtoxicityprompts": "realtoxicityprompts", "excluded": "exclude"}
+    switches = ("distrust_lowercase", "identity_terms", "ambiguous_words", "strong_words")
     facts = {
-        "data": [Path(path).name for path in source.data],
-        "pairs": [Path(path).name for path in source.pairs],
+        **{name: [Path(path).name for path in getattr(source, option)] for name, option in files.items()},
         "where": dict(source.where),
-        "realtoxicityprompts": [Path(path).name for path in source.realtoxicityprompts],
         "fold": f"{source.fold.part}/{source.fold.parts}",
-        "excluded": [Path(path).name for path in source.exclude],
-        "distrust_lowercase": source.distrust_lowercase,
-        "identity_terms": source.identity_terms,
-        "ambiguous_words": source.ambiguous_words,
-        "strong_words": source.strong_words,
+        **{name: getattr(source, name) for name in switches},
     }
-    return GatheredTexts(labelled, n_before - len(labelled) + len(source.background), facts)
+    return GatheredTexts(labelled, n_excluded, facts)
 
 
 def _without_lowercase_clean(labelled: LabelledTexts) -> LabelledTexts:
@@ -107,21 +112,111 @@ def _without_lowercase_clean(labelled: LabelledTexts) -> LabelledTexts:
 
 def added_texts(source: ScorerData, carriers: LabelledTexts) -> LabelledTexts | None:
     """Make the added texts that were asked for out of training texts; None without any."""
-    parts = []
+    seed, parts = source.seed, []
     if source.identity_terms:
-        parts.append(identity_sentences(per_term=_SENTENCES_PER_TERM, weight=_IDENTITY_WEIGHT, seed=source.seed))
-        terms = (*ADJECTIVES, *PLURALS)
-        parts.append(
-            insert_words(terms, carriers, per_word=_INSERTIONS_PER_TERM, weight=_IDENTITY_WEIGHT, seed=source.seed)
-        )
+        parts.append(identity_sentences(per_term=_SENTENCES_PER_TERM, seed=seed))
+        parts.append(insert_words(identity_terms(), carriers, per_word=_INSERTIONS_PER_TERM, seed=seed))
     if source.ambiguous_words:
-        parts.append(insert_words(ambiguous_words(), carriers, per_word=_INSERTIONS_PER_TERM, seed=source.seed + 2))
+        parts.append(insert_words(ambiguous_words(), carriers, per_word=_INSERTIONS_PER_TERM, seed=seed + 2))
     if source.strong_words:
-        parts.append(
-            insert_words(
-                strong_words(), carriers, per_word=_INSERTIONS_PER_STRONG_WORD, label=1.0, seed=source.seed + 1
-            )
-        )
-    if not parts:
-        return None
-    return sum(parts[1:], parts[0])
+        count = _INSERTIONS_PER_STRONG_WORD
+        parts.append(insert_words(strong_words(), carriers, per_word=count, label=1.0, seed=seed + 1))
+    return sum(parts[1:], parts[0]) if parts else None
+
+
+def identity_sentences(*, per_term: int = 12, seed: int = 0) -> LabelledTexts:
+    """Make neutral (label 0) and as many hostile sentences (label 1) for every name of a group.
+
+    Args:
+        per_term: sentences of each kind per name, drawn with replacement; at least 1, else InputError.
+        seed: of the draw.
+    """
+    if per_term < 1:
+        raise InputError(f"per_term must be at least 1, got {per_term}")
+    rng = np.random.default_rng(seed)
+    texts: list[str] = []
+    labels: list[float] = []
+    for terms, templates in identity_templates():
+        for term in terms:
+            for tone, label in (("neutral", 0.0), ("hostile", 1.0)):
+                drawn = rng.integers(len(templates[tone]), size=per_term).tolist()
+                texts += [templates[tone][choice].format(term=term) for choice in drawn]
+                labels += [label] * per_term
+    return LabelledTexts.build(texts, labels)
+
+
+def insert_words(
+    words: Sequence[str], carriers: LabelledTexts, *, per_word: int, label: float | None = None, seed: int = 0
+) -> LabelledTexts:
+    """Put each word into random texts at random places.
+
+    Args:
+        words: what is put in; may be several words each.
+        carriers: texts to put them into. With `label` None, half of the draws go to texts labelled above 0.5.
+        per_word: texts per word, at least 1.
+        label: label of the results; None keeps the carriers' own.
+        seed: of the draws.
+
+    Raises:
+        DataError: no carriers, or, with `label` None, carriers of one class only.
+    """
+    rng = np.random.default_rng(seed)
+    toxic = np.flatnonzero(carriers.labels > 0.5)
+    clean = np.flatnonzero(carriers.labels < 0.2)
+    if not len(clean) or (label is None and not len(toxic)):
+        raise DataError(f"Words need carriers of both classes; got {len(toxic)} toxic and {len(clean)} clean texts")
+    texts: list[str] = []
+    labels: list[float] = []
+    for word in words:
+        for i in range(per_word):
+            pool = toxic if label is None and i % 2 else clean
+            index = int(pool[rng.integers(len(pool))])
+            carrier = carriers.texts[index].split()
+            if pool is clean:
+                start = int(rng.integers(max(1, len(carrier) - _CARRIER_WORDS + 1)))
+                carrier = carrier[start : start + _CARRIER_WORDS]  # any part of a clean text is clean
+            place = int(rng.integers(len(carrier) + 1))
+            texts.append(" ".join([*carrier[:place], word, *carrier[place:]]))
+            labels.append(float(carriers.labels[index]) if label is None else label)
+    return LabelledTexts.build(texts, labels)
+
+
+def overlapping_texts(texts: Sequence[str], others: Sequence[str]) -> NDArray[np.bool_]:
+    """Say which texts share a passage with other texts: data sets that should be disjoint often are not.
+
+    Returns:
+        (len(texts),), bool: True where eight neighbouring words, or all words of a text of four to seven, occur in
+        `others` in the same order, whatever their case and punctuation.
+
+    Example:
+        >>> overlapping_texts(["We met, by the river!", "something else"], ["Yesterday we met by the river."]).tolist()
+        [True, False]
+    """
+    stream, other_stream = split_words(texts), split_words(others)
+    result = np.zeros(len(texts), dtype=np.bool_)
+    n_words = np.bincount(stream.text_index, minlength=len(texts))
+    for length in range(_SHORTEST, _RUN + 1):
+        wanted = n_words >= _RUN if length == _RUN else n_words == length
+        if not wanted.any() or not len(other_stream):
+            continue
+        runs, exists = _run_hashes(stream, length)
+        known, known_exists = _run_hashes(other_stream, length)
+        chosen = exists & wanted[stream.text_index]
+        hits = np.isin(runs[chosen], known[known_exists])
+        result[stream.text_index[chosen][hits]] = True
+    return result
+
+
+def _run_hashes(stream: WordStream, length: int) -> tuple[NDArray[np.uint64], NDArray[np.bool_]]:
+    """A hash of the run of `length` words from each word on, uint64 [words], and where such a run exists."""
+    words = NgramHasher(FeatureConfig()).word_states(stream).astype(np.uint64)
+    mixed = np.zeros(len(words), dtype=np.uint64)
+    for i in range(length):
+        mixed *= np.uint64(0x9E3779B97F4A7C15)
+        mixed[: len(words) - i] ^= words[i:]
+        mixed ^= mixed >> np.uint64(29)
+    exists = np.zeros(len(words), dtype=np.bool_)
+    last = len(words) - length + 1
+    if last > 0:
+        exists[:last] = stream.text_index[:last] == stream.text_index[length - 1 :]
+    return mixed, exists

@@ -1,12 +1,8 @@
 """Training of the linear scorer: labelled texts in, a `LinearScorer` with calibrated probabilities out.
 
-What it is for: `calibfuse train-scorer`, and the two scorers of the project (one for evaluation, one for sorting).
-The loss is the logistic loss of a soft maximum over each text's windows plus an L2 penalty, minimised over all texts
-at once by L-BFGS: no learning rate, no order of batches, the same result for the same data. scikit-learn's logistic
-regression knows no maximum over windows, so the loss stands here; its optimiser (SciPy's) and its metrics serve.
-
-Source: logistic regression; multiple-instance learning with a log-sum-exp pool (Ray and Craven 2005); Platt (1999).
-Left out: features beyond `features.py`; any use of accelerators (one core and a few minutes suffice).
+The logistic loss of a soft maximum over each text's windows (Ray and Craven 2005) plus an L2 penalty, minimised over
+all texts at once by L-BFGS: the same result for the same data. scikit-learn's logistic regression knows no maximum over
+windows, so the loss stands here; its optimiser (SciPy's) and its metrics serve.
 """
 
 from __future__ import annotations
@@ -20,9 +16,8 @@ from numpy.typing import NDArray
 
 from calibfuse.errors import DataError, InputError, MissingDependencyError
 from calibfuse.scorers.features import FeatureConfig, NgramHasher, WordStream, split_words
+from calibfuse.scorers.labelled_files import LabelledTexts
 from calibfuse.scorers.linear import LinearScorer, Windows, check_window_sizes
-
-__all__ = ["LabelledTexts", "TrainingOptions", "area_under_curve", "fit_platt", "train_linear_scorer"]
 
 _NEUTRAL_CAP = 0.5  # logits; about what an ordinary word adds
 _CORRECTIONS = 12  # past steps that shape the next one of L-BFGS
@@ -55,44 +50,8 @@ class TrainingOptions:
             raise InputError(f"held_out must lie between 0 and 1, got {self.held_out}")
 
 
-@dataclass(frozen=True, eq=False)
-class LabelledTexts:
-    """Texts with their toxicity and their weight in the loss."""
-
-    texts: list[str]
-    labels: NDArray[np.float64]  # [texts] toxicity in [0, 1]; fractions of annotators are fine
-    weights: NDArray[np.float64]  # [texts] above 0; 1 is one ordinary text
-
-    @classmethod
-    def build(cls, texts: Sequence[str], labels: Sequence[float], weight: float = 1.0) -> LabelledTexts:
-        """Build from parallel sequences; DataError for unequal lengths or labels outside [0, 1]."""
-        values = np.asarray(labels, dtype=np.float64)
-        if values.shape != (len(texts),):
-            raise DataError(f"{len(texts)} texts but {values.size} labels")
-        wrong = np.flatnonzero(~((values >= 0) & (values <= 1)))
-        if len(wrong):
-            raise DataError(f"Label of text {int(wrong[0])} is {values[wrong[0]]}; labels lie in [0, 1]")
-        return cls(list(texts), values, np.full(len(texts), float(weight)))
-
-    def __len__(self) -> int:
-        """Return the number of texts."""
-        return len(self.texts)
-
-    def __add__(self, other: LabelledTexts) -> LabelledTexts:
-        """Return both sets in one."""
-        return LabelledTexts(
-            self.texts + other.texts,
-            np.concatenate([self.labels, other.labels]),
-            np.concatenate([self.weights, other.weights]),
-        )
-
-    def take(self, index: NDArray[np.int64]) -> LabelledTexts:
-        """Return the texts at some positions."""
-        return LabelledTexts([self.texts[i] for i in index.tolist()], self.labels[index], self.weights[index])
-
-
 def _add_up(index: NDArray[np.int64], values: NDArray[np.float64], size: int) -> NDArray[np.float64]:
-    """Return [size] float64: the sum of the values that share an index."""
+    """[size] float64: the sum of the values that share an index."""
     return np.bincount(index, values, minlength=size).astype(np.float64, copy=False)
 
 
@@ -132,14 +91,14 @@ class _Objective:
         return len(self.used) + 1
 
     def word_values(self, weights: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return [words] float64: the value of each word with its pair."""
+        """[words] float64: the value of each word with its pair."""
         alone = _add_up(self.owner, weights[self.feature] * self.scale, self.n_distinct)
         values = alone[self.word_of]
         values[self.has_pair] += weights[self.pair_feature]
         return values
 
     def __call__(self, parameters: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        """Return the loss and its gradient, [size] float64."""
+        """The loss and its gradient, [size] float64."""
         weights, bias = parameters[:-1], parameters[-1]
         temperature = self.options.pool_temperature
         windows = self.windows
@@ -165,7 +124,7 @@ class _Objective:
 
 
 def _distinct_words(stream: WordStream, first_of: NDArray[np.int64]) -> WordStream:
-    """Return a stream that holds the given words once each, every one its own text."""
+    """A stream that holds the given words once each, every one its own text."""
     lengths = stream.lengths[first_of]
     stops = np.cumsum(lengths + 1)
     place = np.arange(int(stops[-1])) - np.repeat(stops - lengths - 1, lengths + 1)
@@ -178,7 +137,7 @@ def _distinct_words(stream: WordStream, first_of: NDArray[np.int64]) -> WordStre
 def _word_features(
     hasher: NgramHasher, words: WordStream
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
-    """Return, for every feature of every word: its bucket, the word, and the factor of its weight."""
+    """For every feature of every word: its bucket, the word, and the factor of its weight."""
     n_words = len(words)
     word_at = np.repeat(np.arange(n_words), words.lengths + 1)
     word_at = np.append(word_at, n_words - 1)
@@ -199,18 +158,8 @@ def fit_platt(
 ) -> tuple[float, float]:
     """Fit sigmoid(slope * logit + intercept) to labels by Newton's method.
 
-    Args:
-        logits: (texts,).
-        labels: (texts,), toxicity in [0, 1].
-        weights: (texts,), at least 0.
-
-    Returns:
-        Slope and intercept.
-
-    Raises:
-        DataError: the labels do not rise with the logits, so no calibration with a positive slope exists.
-
-    Source: Platt (1999), with his smoothed targets in the form of a weak prior on slope 1, intercept 0.
+    Platt (1999), with his smoothed targets in the form of a weak prior on slope 1, intercept 0. All (texts,); labels
+    are toxicity in [0, 1], weights at least 0. DataError where the labels do not rise with the logits.
     """
     design = np.stack([logits, np.ones_like(logits)], axis=1)
     prior = np.array([1.0, 0.0])
@@ -229,11 +178,7 @@ def fit_platt(
 
 
 def area_under_curve(scores: NDArray[np.float64], labels: NDArray[np.float64]) -> float:
-    """Return the area under the ROC curve: how often a toxic text scores above one that is not, ties counted half.
-
-    Args:
-        scores: (texts,), any numbers.
-        labels: (texts,), above 0.5 toxic, else not.
+    """Area under the ROC curve of scores (texts,); labels above 0.5 are toxic.
 
     Raises:
         DataError: one of the classes is empty.
@@ -258,7 +203,7 @@ def _needs_sklearn() -> MissingDependencyError:
 
 
 def _minimise(objective: _Objective, iterations: int, progress: Callable[[float], None]) -> NDArray[np.float64]:
-    """Return the parameters of the lowest loss, found from zeros."""
+    """The parameters of the lowest loss, found from zeros."""
     try:
         from scipy.optimize import OptimizeResult, minimize
     except ImportError as error:
@@ -347,18 +292,15 @@ def train_linear_scorer(
     probability = np.clip(0.5 * (1.0 + np.tanh(0.5 * (slope * logits[short] + intercept))), 1e-9, 1 - 1e-9)
     labels = held_out.labels[short]
     log_loss = -np.mean(labels * np.log(probability) + (1 - labels) * np.log(1 - probability))
+    named = ("calibration_words", "windows", "l2", "pool_temperature", "iterations", "seed")
     figures = {
         "training_texts": len(training),
         "held_out_texts": len(held_out),
         "held_out_auc": round(area_under_curve(logits, held_out.labels), 5),
         "calibration_texts": int(short.sum()),
         "calibration_log_loss_nats": round(float(log_loss), 5),
-        "calibration_words": options.calibration_words,
+        **{name: getattr(options, name) for name in named},
         "windows": list(options.windows),
-        "l2": options.l2,
-        "pool_temperature": options.pool_temperature,
-        "iterations": options.iterations,
-        "seed": options.seed,
     }
     return LinearScorer(
         weights,

@@ -130,10 +130,10 @@ def load_oracle(spec: str, *, power: float = 1.0, threshold: float | None = None
     Args:
         spec: "module:function", a function list[str] -> numbers in [0, 1], taken as C itself; or whatever
             `calibfuse.scorers.load_scorer` takes ("bundled", a folder or Hub id of a scorer or a transformers text
-            classifier, "detoxify"), whose toxicity becomes C.
+            classifier), whose toxicity becomes C.
         power: of the toxicity: C = 1 - toxicity ** power.
         threshold: C = 1 where the toxicity is below, else 0; None: soft labels.
-        device: where a transformers classifier or detoxify runs; None: the CPU.
+        device: where a transformers classifier runs; None: the CPU.
 
     Returns:
         The oracle.
@@ -141,14 +141,13 @@ def load_oracle(spec: str, *, power: float = 1.0, threshold: float | None = None
     Raises:
         InputError: a module or function that is not there, power or threshold out of range, or given for a function.
         CheckpointError: a folder or Hub id that holds no scorer.
-        MissingDependencyError: detoxify is not installed.
         ScorerError: `spec` names no scorer.
 
     Example:
         >>> load_oracle("bundled", threshold=0.5).satisfaction(["What a lovely day."]).tolist()
         [1.0]
     """
-    if _FUNCTION.fullmatch(spec) and not spec.startswith("detoxify:") and not Path(spec).expanduser().exists():
+    if _FUNCTION.fullmatch(spec) and not Path(spec).expanduser().exists():
         if power != 1.0 or threshold is not None:
             raise InputError(
                 f"power and threshold turn a toxicity into C, but the oracle {spec!r} is a function that gives C "

@@ -71,7 +71,7 @@ _TASKS = ("lambada", "wikitext", "instructions")
 
 
 SAMPLING = Fields("calibfuse.evaluation.sampling:SamplingConfig", "samples", *DECODING.options)
-_KIND_OF_SCORER = "bundled, a folder or Hub id, detoxify, module:function"
+_KIND_OF_SCORER = "bundled, a folder or Hub id, module:function"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -88,11 +88,11 @@ def to_markdown(
 
 def _worst_examples(shown: Sequence[MethodResult], mask: Mask) -> list[str]:
     rows = [
-        [result.method.title, f"{each.toxicity:.2f}", mask(each.worst_part), mask(each.continuation.strip())]
+        [result.method.title, f"{each.toxicity:.2f}", mask(each.continuation.strip())]
         for result in shown
         for each in result.measured.worst[:_WORST_SHOWN]
     ]
-    headers = ["method", "toxicity", "its worst part", "continuation"]
+    headers = ["method", "toxicity", "continuation"]
     return ["", "## The most toxic continuations", "", *table(headers, rows)] if rows else []
 
 
