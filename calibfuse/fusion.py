@@ -1,39 +1,13 @@
 """Fusion of the target's and the guide's next-token distributions: the arithmetic, and nothing else.
 
-Common to all modes: only those of the target's candidates (candidates.py) that the guide covers are re-ranked.
-Both distributions are renormalised over these (so constants of the guide cancel and its head is needed for the
-candidates alone), the mode makes new scores, and the result gets the probability mass that the candidates had. Every
-other token keeps the target's log-probability exactly: what the guide does not know is never moved, and no tail token
-gains.
-
-With t, c, r the renormalised log-probabilities of target, calibrator and reference, and a = alpha:
-
-    contrast    t + clip(a d, -max_shift, 0 or max_shift)         (Liu et al. 2021, DExperts)
-                d = c - r, brought nearer to 0 by margin
-    geometric   (1 - a) t + a c                                   (log-linear mixture)
-    blend       log((1 - a) exp t + a exp c)                      (linear mixture of probabilities)
-    value       t + clip(a v, -max_shift, max_shift)              (Meng et al. 2022, NADO)
-                v = log R(x_<i, y) - log R(x_<i), R(x_<i) = sum_y exp(t) R(x_<i, y) over the candidates
-
-With `value_weight`, contrast asks the head "value" too. It adds a value_weight v to t, and d counts as far as that head
-takes the text with the candidate for harmful: by 1 / (1 + (odds of R / odds of (1 - harm_threshold))^2). So words that
-are harmless each cost where they amount to harm, and rude ones cost less where the text quotes, denies or answers.
-
-Dividing by the sum gives a candidate that was lowered part of its loss back, and nearly all of it where it was nearly
-certain: the end of a rude word whose beginning is said. With `mass_to_others` the lost mass goes to the others instead:
-exp(t) / (nu + exp(-shift) - 1), nu such that the sum is 1. Of all distributions in which the weighted penalties
-exp(-shift) - 1 are expected no oftener, this one is nearest to the target's, by the divergence from the target.
-
-One mode is none of these: `embedding`, the source paper's own (Tian et al. 2025), fuses hidden states before the
-target's output head, over the whole vocabulary. Its arithmetic is in embedding/fusion.py; here it has its options.
-
-A new mode is one pure function and one line in MODES.
+Only the target's candidates that the guide covers are re-ranked, each mode's formula over the distributions
+renormalised to them; they keep the probability mass that they had together, and every other token keeps its own
+exactly. A new mode is one pure function and one line in MODES.
 """
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import InitVar, asdict, dataclass, fields
 from numbers import Real
@@ -53,7 +27,11 @@ _LEAST_NU = 1e-3  # no candidate is raised by more than its inverse
 _TINY = 1e-30
 _MAX_GAIN = 0.5  # what the head "value" adds to a candidate beside the contrast, at most
 _LEAST_DOUBT = 1e-6  # R is never taken for exactly 1
+_MOST_LOWERED = 8  # tokens named for each row of a step
+_DISTRIBUTION_HEADS = ("calibrator", "reference")  # log-probabilities up to a constant; the value head's are log R
+
 GuideScores = Callable[[str, Tensor | None], Tensor]
+Strength: TypeAlias = float | Tensor  # of all rows, or one number that goes with each candidate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +51,7 @@ class FusionConfig:
         max_shift: largest change of a candidate's log-probability in contrast and value mode, before renormalisation,
             in nats.
         mass_to_others: of one-sided contrast: the mass that a candidate loses goes to the others, and none of it comes
-            back by renormalisation, however certain it was; see the head of this module.
+            back by renormalisation, however certain it was.
         value_weight: of contrast with a guide that has the head "value": strength of that head as a part of alpha. It
             lowers a candidate by max_shift at most and raises it by half a nat at most. 0: it is not asked.
         harm_threshold: of contrast with value_weight: the probability of harm at which half of a disagreement counts.
@@ -83,7 +61,7 @@ class FusionConfig:
     """
 
     mode: str = "contrast"
-    alpha: float = None  # type: ignore[assignment]  # a float from __post_init__ on: the default hangs on the mode
+    alpha: float = None  # type: ignore[assignment]  # a float from __post_init__ on: the default is the mode's
     candidates: int | None = None
     one_sided: bool = True
     margin: float = 0.0
@@ -107,32 +85,22 @@ class FusionConfig:
             object.__setattr__(self, "mass_to_others", hold)
         if cast("float | None", self.alpha) is None:
             object.__setattr__(self, "alpha", mode.default_alpha)
-        if not _is_number(self.alpha) or not mode.allows(self.alpha):
-            limit = f"{'below ' if mode.below_max else ''}{mode.max_alpha:g}"
-            raise InputError(
-                f"alpha must be a number from 0 (off) to {limit} in mode {self.mode!r}, got {self.alpha!r}."
-            )
-        count = self.candidates
-        if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 0):
-            raise InputError(
-                f"candidates must be None (by probability), 0 (whole vocabulary) or a positive integer, got {count!r}."
-            )
-        for name in ("one_sided", "mass_to_others", "hidden_temperature"):
-            if not isinstance(getattr(self, name), bool):
-                raise InputError(f"{name} must be True or False, got {getattr(self, name)!r}.")
-        self._check_numbers()
-        for name in ("alpha", "margin", "max_shift", "value_weight", "harm_threshold"):
-            object.__setattr__(self, name, float(getattr(self, name)))  # plain numbers, which JSON can hold
-
-    def _check_numbers(self) -> None:
-        if not _is_number(self.margin) or self.margin < 0:
-            raise InputError(f"margin must be a number of nats, 0 or more, got {self.margin!r}.")
-        if not _is_number(self.max_shift, allow_infinity=True) or not self.max_shift > 0:
-            raise InputError(f"max_shift must be a positive number of nats, got {self.max_shift!r}.")
-        if not _is_number(self.value_weight) or not 0.0 <= self.value_weight <= MAX_ALPHA:
-            raise InputError(f"value_weight must be a number from 0 to {MAX_ALPHA:g}, got {self.value_weight!r}.")
-        if not _is_number(self.harm_threshold) or not 0.0 < self.harm_threshold < 1.0:
-            raise InputError(f"harm_threshold must be a probability between 0 and 1, got {self.harm_threshold!r}.")
+        limit = f"{'below ' if mode.below_max else ''}{mode.max_alpha:g}"
+        number = {name: _number(getattr(self, name)) for name in _NUMBERS}  # nan compares as False
+        is_count = self.candidates is None or type(self.candidates) is int and self.candidates >= 0
+        for name, holds, expected in (
+            ("alpha", mode.allows(number["alpha"]), f"a number from 0 (off) to {limit} in mode {self.mode!r}"),
+            ("candidates", is_count, "None (by probability), 0 (whole vocabulary) or a positive integer"),
+            *((name, isinstance(getattr(self, name), bool), "True or False") for name in _SWITCHES),
+            ("margin", 0.0 <= number["margin"] < math.inf, "a number of nats, 0 or more"),
+            ("max_shift", number["max_shift"] > 0.0, "a positive number of nats"),
+            ("value_weight", 0.0 <= number["value_weight"] <= MAX_ALPHA, f"a number from 0 to {MAX_ALPHA:g}"),
+            ("harm_threshold", 0.0 < number["harm_threshold"] < 1.0, "a probability between 0 and 1"),
+        ):
+            if not holds:
+                raise InputError(f"{name} must be {expected}, got {getattr(self, name)!r}.")
+        for name, value in number.items():
+            object.__setattr__(self, name, value)  # plain numbers, which JSON can hold
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready dictionary."""
@@ -153,87 +121,62 @@ class FusionConfig:
         return cls(**values)
 
 
+_NUMBERS = ("alpha", "margin", "max_shift", "value_weight", "harm_threshold")
+_SWITCHES = ("one_sided", "mass_to_others", "hidden_temperature")
+
+
+def _number(value: object) -> float:
+    """The number as Python has it, from NumPy's too; nan for everything else."""
+    return math.nan if isinstance(value, bool) or not isinstance(value, Real) else float(value)
+
+
 def recommended_config(recommended: Mapping[str, Any], options: Mapping[str, Any]) -> FusionConfig:
-    """A guide's recommended options, overridden by the user's.
-
-    A recommendation belongs to its mode: when the user asks for another mode, only the user's options count.
-
-    Args:
-        recommended: `Guide.recommended`.
-        options: of FusionConfig.
-
-    Returns:
-        The config.
+    """A guide's recommended options, overridden by the user's; for another mode, the user's alone.
 
     Raises:
         InputError: unknown keys, or values out of range.
     """
-    if options.get("mode", recommended.get("mode", FusionConfig.mode)) == recommended.get("mode", FusionConfig.mode):
+    default = recommended.get("mode", FusionConfig.mode)
+    if options.get("mode", default) == default:
         options = {**_present_names(recommended), **_present_names(options)}
     return FusionConfig.from_dict(options)
 
 
 def _present_names(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Options by their present names: `mass_to_others` was `hold`."""
+    """Options by their present names: in older files `mass_to_others` is `hold`."""
     return {"mass_to_others" if name == "hold" else name: value for name, value in values.items()}
 
 
-def _is_number(value: object, *, allow_infinity: bool = False) -> bool:
-    # Real: NumPy's numbers too, as a sweep over strengths gives them
-    if isinstance(value, bool) or not isinstance(value, Real) or math.isnan(value):
-        return False
-    return allow_infinity or not math.isinf(value)
-
-
-class Layout(ABC):
-    """How the candidates of some rows lie in memory, and what is summed over each row.
+class Layout:
+    """Candidates as a table [..., k], and what is summed over each row; entries where `fixed` is True do not count.
 
     Sums come back in a shape that goes with the candidates' own.
     """
 
-    @abstractmethod
-    def sum(self, values: Tensor) -> Tensor:
-        """Sum over each row's candidates."""
-
-    @abstractmethod
-    def max(self, values: Tensor) -> Tensor:
-        """Largest of each row's candidates."""
-
-    @abstractmethod
-    def logsumexp(self, scores: Tensor) -> Tensor:
-        """Over each row's candidates."""
-
-    @abstractmethod
-    def normalise(self, scores: Tensor) -> Tensor:
-        """Log-softmax over each row's candidates."""
-
-    @abstractmethod
-    def of_rows(self, values: Tensor) -> Tensor:
-        """One number for each row, [rows] -> a shape that goes with the candidates' own."""
-
-
-class _Table(Layout):
-    """Candidates as a table [..., k]; where `fixed` is True, an entry counts as none, and 0 stands for it."""
-
-    def __init__(self, fixed: Tensor | None) -> None:
+    def __init__(self, fixed: Tensor | None = None) -> None:
         self.fixed = fixed
 
     def _fill(self, values: Tensor, number: float) -> Tensor:
         return values if self.fixed is None else values.masked_fill(self.fixed, number)
 
     def sum(self, values: Tensor) -> Tensor:
+        """Sum over each row's candidates."""
         return self._fill(values, 0.0).sum(dim=-1, keepdim=True)
 
     def max(self, values: Tensor) -> Tensor:
+        """Largest of each row's candidates."""
         return self._fill(values, -torch.inf).amax(dim=-1, keepdim=True)
 
     def logsumexp(self, scores: Tensor) -> Tensor:
+        """Over each row's candidates."""
         return self._fill(scores, -torch.inf).logsumexp(dim=-1, keepdim=True)
 
     def normalise(self, scores: Tensor) -> Tensor:
+        """Log-softmax over each row's candidates; 0 where fixed."""
         return self._fill(self._fill(scores, -torch.inf).log_softmax(dim=-1), 0.0)
 
     def of_rows(self, values: Tensor) -> Tensor:
+        """One number for each row, [rows] -> a shape that goes with the candidates' own."""
         return values[..., None]
 
 
@@ -241,6 +184,7 @@ class _List(Layout):
     """Candidates as a list [n], of each row as many as it has; none is fixed."""
 
     def __init__(self, places: Tensor, rows: int) -> None:
+        super().__init__()
         self._places, self._rows = places, rows
 
     def sum(self, values: Tensor) -> Tensor:
@@ -261,15 +205,12 @@ class _List(Layout):
         return values.reshape(-1)[self._places]
 
 
-Strength: TypeAlias = float | Tensor  # of all rows, or one number that goes with each candidate
-
-
 @dataclass(frozen=True)
 class Mode:
     """One way of fusing.
 
     Attributes:
-        fuse: (target log-probabilities, guide log-probabilities by head, layout, strength, config) -> new scores of the
+        fuse: (target log-probabilities, guide scores by head, layout, strength, config) -> new scores of the
             candidates. None: the mode fuses hidden states, and needs the target's output head (embedding/fusion.py).
         heads: heads of the guide that it needs.
         max_alpha: upper end of alpha.
@@ -293,6 +234,12 @@ class Mode:
 def _contrast(
     target: Tensor, guide: Mapping[str, Tensor], layout: Layout, alpha: Strength, config: FusionConfig
 ) -> Tensor:
+    """Target + clip(alpha d), d = calibrator - reference brought nearer to 0 by the margin (DExperts, Liu et al. 2021).
+
+    With `value_weight` the head "value" adds its own share, and d counts as far as that head takes the text with the
+    candidate for harmful: words that are harmless each cost where they amount to harm, and rude ones cost less where
+    the text quotes, denies or answers.
+    """
     disagreement = guide["calibrator"] - guide["reference"]
     if config.margin:
         disagreement = functional.softshrink(disagreement, config.margin)
@@ -319,12 +266,14 @@ def _harmful_share(log_r: Tensor, harm_threshold: float) -> Tensor:
 def _geometric(
     target: Tensor, guide: Mapping[str, Tensor], layout: Layout, alpha: Strength, config: FusionConfig
 ) -> Tensor:
+    """Log-linear mixture."""
     return (1.0 - alpha) * target + alpha * guide["calibrator"]
 
 
 def _blend(
     target: Tensor, guide: Mapping[str, Tensor], layout: Layout, alpha: Strength, config: FusionConfig
 ) -> Tensor:
+    """Linear mixture of probabilities."""
     share = torch.as_tensor(alpha, dtype=target.dtype, device=target.device)
     return torch.logaddexp(target + (-share).log1p(), guide["calibrator"] + share.log())
 
@@ -332,9 +281,34 @@ def _blend(
 def _value(
     target: Tensor, guide: Mapping[str, Tensor], layout: Layout, alpha: Strength, config: FusionConfig
 ) -> Tensor:
-    # Relative to its expectation under the target: what the clip bounds is how much a token is better or worse than the
-    # target's average one, however hopeless the prefix is.
+    """Target + clip(alpha log R) (NADO, Meng et al. 2022).
+
+    Log R is taken relative to its expectation under the target: what the clip bounds is how much a token is better or
+    worse than the target's average one, however hopeless the prefix is.
+    """
     return target + (alpha * _relative(guide["value"], target, layout)).clamp(-config.max_shift, config.max_shift)
+
+
+def _give_to_others(target: Tensor, shift: Tensor, layout: Layout) -> Tensor:
+    """Log of exp(target) / (nu + exp(-shift) - 1), with the nu in (0, 1] for which the sum is 1.
+
+    Dividing by the sum alone would give a candidate that was lowered part of its loss back, and nearly all of it where
+    it was nearly certain: the end of a rude word whose beginning is said. Of all distributions in which the weighted
+    penalties exp(-shift) - 1 are expected no oftener, this one has the least divergence from the target.
+
+    Newton's method on 1 / sum - 1, which is concave in nu: begun at a lower bound (no part of the sum may exceed 1) it
+    comes nearer from below with every step. What is left of an error the caller's renormalisation takes away.
+    """
+    penalty = torch.expm1(-shift).clamp(max=_MAX_PENALTY)
+    probability = target.exp()
+    untouched = layout.sum(torch.where(penalty == 0.0, probability, 0.0))
+    nu = layout.max(probability - penalty).maximum(untouched).clamp(min=_LEAST_NU)
+    for _ in range(_NEWTON_STEPS):
+        share = 1.0 / (nu + penalty)
+        total = layout.sum(probability * share)
+        slope = layout.sum(probability * share * share)
+        nu = (nu + total * (total - 1.0) / slope.clamp(min=_TINY)).clamp(_LEAST_NU, 1.0)
+    return target - (nu + penalty).log()
 
 
 _OF_CONTRAST = ("candidates", "one_sided", "margin", "max_shift", "mass_to_others", "value_weight", "harm_threshold")
@@ -351,11 +325,6 @@ def needed_heads(config: FusionConfig) -> tuple[str, ...]:
     """Heads of the guide that a configuration asks."""
     heads = MODES[config.mode].heads
     return (*heads, "value") if config.mode == "contrast" and config.value_weight else heads
-
-
-# Heads whose scores are log-probabilities up to a constant; the value head's are log R.
-_MOST_LOWERED = 8  # tokens named for each row of a step
-_DISTRIBUTION_HEADS = ("calibrator", "reference")
 
 
 class Moved(NamedTuple):
@@ -375,22 +344,26 @@ class Moved(NamedTuple):
     lost: Tensor
 
     @classmethod
-    def of_table(cls, before: Tensor, after: Tensor, token_ids: Tensor | None = None) -> Moved:
-        """From log-probabilities [..., k] of tokens [..., k], or of the whole vocabulary."""
+    def of(
+        cls,
+        before: Tensor,
+        after: Tensor,
+        token_ids: Tensor | None = None,
+        places: Tensor | None = None,
+        row_count: int = 0,
+    ) -> Moved:
+        """From log-probabilities [..., k] of tokens [..., k] (None: the vocabulary), or as a list with their rows."""
+        lost = (before.detach().exp() - after.detach().exp()).clamp(min=0.0)
+        if places is not None and token_ids is not None:
+            mass = lost.new_zeros(row_count).index_add_(0, places, lost)
+            named = lost.topk(min(_MOST_LOWERED * row_count, len(lost))).indices
+            return cls(mass, places[named], token_ids[named], lost[named])
         width = before.shape[-1]
-        lost = (before.detach().exp() - after.detach().exp()).clamp(min=0.0).reshape(-1, width)
+        lost = lost.reshape(-1, width)
         most, index = lost.topk(min(_MOST_LOWERED, width), dim=-1)
         ids = index if token_ids is None else token_ids.reshape(-1, width).gather(-1, index)
         rows = torch.arange(len(lost), device=lost.device)[:, None].expand_as(ids)
         return cls(lost.sum(dim=-1), rows.flatten(), ids.flatten(), most.flatten())
-
-    @classmethod
-    def of_list(cls, rows: int, places: Tensor, token_ids: Tensor, before: Tensor, after: Tensor) -> Moved:
-        """From a list of tokens, of each row as many as there are; on a CPU, where it costs nothing to wait."""
-        lost = (before.detach().exp() - after.detach().exp()).clamp(min=0.0)
-        mass = torch.zeros(rows, dtype=lost.dtype, device=lost.device).index_add_(0, places, lost)
-        named = lost.topk(min(_MOST_LOWERED * rows, len(lost))).indices
-        return cls(mass, places[named], token_ids[named], lost[named])
 
 
 def fuse(
@@ -478,7 +451,8 @@ def _fuse(
     as_list = pick is not None and log_probs.device.type == "cpu"
     token_ids, values, is_candidate, places = choose_candidates(log_probs, config.candidates, always, as_list=as_list)
     known = covers(torch.arange(vocab_size, device=log_probs.device) if token_ids is None else token_ids)
-    layout: Layout = _Table(~(known if is_candidate is None else known & is_candidate).expand_as(values))
+    rows = log_probs.numel() // vocab_size
+    layout = Layout(~(known if is_candidate is None else known & is_candidate).expand_as(values))
     if token_ids is not None and is_candidate is None:  # of one row, or a list: the others can be left out
         if not bool(known.all()):
             places = places[known] if places is not None else None
@@ -486,24 +460,25 @@ def _fuse(
             token_ids, values = token_ids[known].view(shape), values[known].view(shape)
         if not values.numel():
             if observe is not None:
-                observe(_moved(log_probs.numel() // vocab_size, places, token_ids, values, values))
+                observe(Moved.of(log_probs, log_probs))
             return log_probs
-        layout = _Table(None) if places is None else _List(places, log_probs.numel() // vocab_size)
-    if places is not None:
-        assert pick is not None
-        assert token_ids is not None
-        raw = {head: pick(head, places, token_ids) for head in needed_heads(config)}
-    else:
-        raw = {head: _fit(guide_scores(head, token_ids), values.shape[-1]) for head in needed_heads(config)}
+        layout = Layout() if places is None else _List(places, rows)
+
+    def ask(head: str) -> Tensor:
+        if places is not None and token_ids is not None and pick is not None:
+            return pick(head, places, token_ids)
+        return _fit(guide_scores(head, token_ids), values.shape[-1])
+
+    raw = {head: ask(head) for head in needed_heads(config)}
     mass = layout.logsumexp(values)
-    target = (values - mass) if places is not None else layout.normalise(values)
+    target = layout.normalise(values) if places is None else values - mass
     guide = {head: layout.normalise(each) if head in _DISTRIBUTION_HEADS else each for head, each in raw.items()}
     strength: Strength = config.alpha if alpha is None else layout.of_rows(alpha.to(log_probs.device, torch.float32))
     fused = layout.normalise(mode.fuse(target, guide, layout, strength, config)) + mass
-    if isinstance(layout, _Table) and layout.fixed is not None:
+    if layout.fixed is not None:
         fused = torch.where(layout.fixed, values, fused)
     if observe is not None:
-        observe(_moved(log_probs.numel() // vocab_size, places, token_ids, values, fused))
+        observe(Moved.of(values, fused, token_ids, places, rows))
     if token_ids is None:
         return fused
     # In place where autograd does not need the old values: they are a copy of the scores already.
@@ -512,30 +487,6 @@ def _fuse(
     flat = log_probs.reshape(-1)
     flat = (flat.index_copy if log_probs.requires_grad else flat.index_copy_)(0, places * vocab_size + token_ids, fused)
     return flat.view(log_probs.shape)
-
-
-def _moved(rows: int, places: Tensor | None, token_ids: Tensor | None, before: Tensor, after: Tensor) -> Moved:
-    if places is None or token_ids is None:
-        return Moved.of_table(before, after, token_ids)
-    return Moved.of_list(rows, places, token_ids, before, after)
-
-
-def _give_to_others(target: Tensor, shift: Tensor, layout: Layout) -> Tensor:
-    """Log of exp(target) / (nu + exp(-shift) - 1), with the nu in (0, 1] for which the sum is 1.
-
-    Newton's method on 1 / sum - 1, which is concave in nu: begun at a lower bound (no part of the sum may exceed 1) it
-    comes nearer from below with every step. What is left of an error the caller's renormalisation takes away.
-    """
-    penalty = torch.expm1(-shift).clamp(max=_MAX_PENALTY)
-    probability = target.exp()
-    untouched = layout.sum(torch.where(penalty == 0.0, probability, 0.0))
-    nu = layout.max(probability - penalty).maximum(untouched).clamp(min=_LEAST_NU)
-    for _ in range(_NEWTON_STEPS):
-        share = 1.0 / (nu + penalty)
-        total = layout.sum(probability * share)
-        slope = layout.sum(probability * share * share)
-        nu = (nu + total * (total - 1.0) / slope.clamp(min=_TINY)).clamp(_LEAST_NU, 1.0)
-    return target - (nu + penalty).log()
 
 
 def _fit(guide_scores: Tensor, width: int) -> Tensor:

@@ -426,7 +426,7 @@ class CalibFusion(LogitsProcessor):
             raw = scores if alone is None else scores.masked_fill(alone[..., None], 0.0)
             fused = raw.float().log_softmax(-1) if said is None else self._embedding(raw, last_states(said))  # type: ignore[misc]
             if account is not None:
-                observe(Moved.of_table(raw.float().log_softmax(-1), fused))
+                observe(Moved.of(raw.float().log_softmax(-1), fused))
             return fused if alone is None else torch.where(alone[..., None], scores.float(), fused)
         always = guide.always_candidates(scores.shape[-1])
         return fuse(

@@ -17,7 +17,7 @@ def enter(*step):
 def moved(*entries):
     places, ids, before, after = zip(*entries, strict=True)
     probabilities = (torch.tensor(each).log() for each in (before, after))
-    return Moved.of_list(1 + max(places), torch.tensor(places), torch.tensor(ids), *probabilities)
+    return Moved.of(*probabilities, torch.tensor(ids), torch.tensor(places), 1 + max(places))
 
 
 def test_figures_of_a_step_by_hand():

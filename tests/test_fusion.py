@@ -63,7 +63,7 @@ def log_sum_exp(values):
 
 
 def slow_row(scores, heads, covered, config):
-    """One row in plain Python: the definition at the top of fusion.py, token by token."""
+    """One row in plain Python: the definitions of fusion.py, token by token."""
     total = log_sum_exp(scores)
     log_probs = [score - total for score in scores]
     order = sorted(range(len(scores)), key=lambda i: -log_probs[i])
@@ -457,6 +457,14 @@ def test_heads_of_the_model_wider_or_narrower_than_the_guide(guide_width, candid
     expected = run(scores, StubGuide({head: values[:, :40] for head, values in full.items()}, covered[:40]), config)
     assert torch.equal(run(scores, guide, config), expected)
     assert torch.equal(expected[:, guide_width:], scores.log_softmax(-1)[:, guide_width:])
+
+
+def test_a_row_without_a_token_that_the_guide_knows_is_observed_too():
+    scores, guide = random_case(22, rows=1, vocab=400, uncovered=400)
+    seen = []
+    result = fuse(scores, guide.scores, guide.covers, FusionConfig(), observe=seen.append, pick=guide.scores)
+    assert torch.equal(result, scores.log_softmax(-1))
+    assert [moved.mass.tolist() for moved in seen] == [[0.0]]
 
 
 def test_gradients_pass_through_the_scores():
