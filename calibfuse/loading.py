@@ -92,6 +92,62 @@ class PretrainedCalibrator(ABC):
     config: CalibratorMetadata
 
     @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | os.PathLike[str] | None = None,
+        *,
+        reference: str | os.PathLike[str] | None = None,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | str = torch.float32,
+    ) -> PretrainedCalibrator:
+        """Load a calibrator of any format.
+
+        Args:
+            name_or_path: a local folder, a Hub id, or None for the bundled one. A causal LM of transformers will do
+                too, and so will a value guide of `calibfuse train-guide`.
+            reference: of a causal LM, a model of the same vocabulary that becomes the head "reference"; None: the
+                folder `reference` of its checkpoint, where there is one.
+            revision: branch, tag or commit on the Hub.
+            cache_dir: of the Hub's files.
+            local_files_only: never touch the network.
+            token: Hub token.
+            device: default CPU.
+            dtype: of the weights in memory.
+
+        Returns:
+            The calibrator, in evaluation mode: a `Calibrator`, or for a checkpoint of transformers a
+            `CausalLMCalibrator`, or a `ValueLM`; all of them bind in the same way.
+
+        Raises:
+            CheckpointError: nothing there, damaged, or not a calibrator.
+            InputError: a reference for a calibrator that takes none, or a causal LM that cannot be one.
+            CheckpointFormatError: written by a newer calibfuse.
+        """
+        source = Source(
+            name_or_path=name_or_path,
+            revision=revision,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            token=token,
+        )
+        device, dtype = as_device(device), as_dtype(dtype) or torch.float32
+        folder = source.resolve()
+        values = hub.read_json(folder / hub.CONFIG_NAME, "configuration of a calibrator")
+        name = values.get("format", TRANSFORMERS if "model_type" in values else None)
+        if name not in FORMATS:
+            found = f"its format is {name!r}" if name is not None else "it has no entry 'format'"
+            raise CheckpointError(
+                f"Expected the configuration of a calibrator ({', '.join(FORMATS)}) in {str(folder)!r}, but {found}."
+            )
+        module, _, attribute = FORMATS[name].partition(":")
+        kind: type[PretrainedCalibrator] = getattr(importlib.import_module(module), attribute)
+        return kind.read(folder, source, reference=reference, device=device, dtype=dtype)
+
+    @classmethod
     @abstractmethod
     def read(
         cls,
@@ -118,11 +174,34 @@ class PretrainedCalibrator(ABC):
         device: torch.device | str | None = None,
         use_disk_cache: bool = True,
     ) -> Guide:
-        """Make the guide of one target vocabulary."""
+        """Compile the calibrator for one target vocabulary.
+
+        Args:
+            tokenizer: whatever `Vocabulary.from_tokenizer` takes.
+            dtype: of a universal calibrator's token vectors, float32 (default) or bfloat16, which halves their memory
+                at an error of about 0.01 nats; of another calibrator's weights, None: as they are.
+            device: where the guide runs; None: where the calibrator is.
+            use_disk_cache: keep a universal calibrator's vectors in the cache folder (CALIBFUSE_CACHE, else
+                ~/.cache/calibfuse), keyed by the fingerprints of weights and vocabulary.
+
+        Returns:
+            The guide; it shares the weights of this object where dtype and device allow.
+
+        Raises:
+            VocabularyError: `tokenizer` is no usable tokenizer, or not one that this calibrator can be bound to.
+            InputError: a dtype or device that will not do, or a model that cannot be followed token by token.
+        """
 
     @abstractmethod
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
-        """Write the checkpoint."""
+        """Write config.json, the weights and README.md (the model card), and give the folder.
+
+        A complete older checkpoint in it is replaced file by file, config last. Subclasses take `dtype`, that of the
+        weights on disk.
+
+        Raises:
+            CheckpointError: the files cannot be written (disk full, no permission); nothing half-written is left.
+        """
 
     @abstractmethod
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -192,33 +271,3 @@ def as_device(device: torch.device | str | None) -> torch.device | None:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"The device {device!r} cannot be used here: {reason_of(error)}.") from error
     return found
-
-
-def load_calibrator(
-    source: Source,
-    *,
-    reference: str | os.PathLike[str] | None = None,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | str = torch.float32,
-) -> PretrainedCalibrator:
-    """Load a calibrator of whatever format; see `Calibrator.from_pretrained`.
-
-    Raises:
-        CheckpointError: nothing there, damaged, or not a calibrator.
-        InputError: a reference for a calibrator that takes none, or a causal LM that cannot be one.
-        CheckpointFormatError: written by a newer calibfuse.
-    """
-    device, dtype = as_device(device), as_dtype(dtype) or torch.float32
-    folder = source.resolve()
-    values = hub.read_json(folder / hub.CONFIG_NAME, "configuration of a calibrator")
-    name = values.get("format", TRANSFORMERS if "model_type" in values else None)
-    if name not in FORMATS:
-        found = f"its format is {name!r}" if name is not None else "it has no entry 'format'"
-        raise CheckpointError(
-            f"Expected the configuration of a calibrator ({', '.join(FORMATS)}) in {str(folder)!r}, but {found}."
-        )
-    module, _, attribute = FORMATS[name].partition(":")
-    loaded: PretrainedCalibrator = getattr(importlib.import_module(module), attribute).read(
-        folder, source, reference=reference, device=device, dtype=dtype
-    )
-    return loaded

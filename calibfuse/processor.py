@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from calibfuse.account import Account, Ledger, Report
-from calibfuse.calibrator import Calibrator, Guide, NextTokenScores
+from calibfuse.calibrator import Calibrator
 from calibfuse.calibrator.word_bias import LOWERED, PROTECTED
 from calibfuse.embedding.alignment import Alignment, alignable, alignment_folders, find_alignment, last_states
 from calibfuse.embedding.fusion import EmbeddingFusion
@@ -34,6 +34,7 @@ from calibfuse.errors import (
     VocabularyMismatchError,
 )
 from calibfuse.fusion import MODES, FusionConfig, Moved, fuse, needed_heads, recommended_config, unjudgeable
+from calibfuse.guide import Guide, NextTokenScores
 from calibfuse.hub import resolve_checkpoint
 from calibfuse.prefix_cache import RowSession
 from calibfuse.vocabulary import Vocabulary

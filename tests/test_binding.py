@@ -15,10 +15,12 @@ from tiny_calibrators import BOS, PAD, make_bound, make_calibrator, make_vocabul
 
 from calibfuse import guide as guide_module
 from calibfuse.calibrator import Calibrator, binding, body
-from calibfuse.calibrator.binding import SPECIAL_MASS, cache_folder
+from calibfuse.calibrator import calibrator as calibrator_module
 from calibfuse.calibrator.body import KeyValueRing
+from calibfuse.calibrator.bound_files import cache_folder
 from calibfuse.embedding.alignment import alignment_folders
 from calibfuse.errors import InputError, MissingHeadError, VocabularyError, VocabularyMismatchError
+from calibfuse.guide import SPECIAL_MASS
 from calibfuse.prefix_cache import RowSession
 from calibfuse.vocabulary import Vocabulary
 from calibfuse.vocabulary import vocabulary as vocabulary_module
@@ -341,13 +343,13 @@ class TestDiskCache:
     def composed(self, monkeypatch):
         """How often a vocabulary was composed."""
         calls = []
-        original = binding.compose_vocabulary
+        original = calibrator_module.compose_vocabulary
 
         def counted(*arguments):
             calls.append(arguments)
             return original(*arguments)
 
-        monkeypatch.setattr(binding, "compose_vocabulary", counted)
+        monkeypatch.setattr(calibrator_module, "compose_vocabulary", counted)
         return calls
 
     def files(self):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tiny_calibrators import make_calibrator, make_vocabulary
 
 from calibfuse.calibrator import binding
-from calibfuse.calibrator.composer import Composer, TokenFeatures, slow_token_features, token_features
+from calibfuse.calibrator.composer import Composer, TokenFeatures, token_features
 from calibfuse.vocabulary import Vocabulary
 
 ALPHABET = b"aZ09 \t\n.-_\x00\x7f\x80\xc3\xa9\xe4\xb8\xad\xf0\x9f\xff"
@@ -38,6 +38,65 @@ def as_dictionary(features, index):
     return summed
 
 
+WHOLE_A, WHOLE_B, FOLDED, SHAPE, TRIGRAM, TETRAGRAM, SCRIPT = range(1, 8)
+MULTIPLIER = {WHOLE_A: 0x9E3779B97F4A7C15, WHOLE_B: 0xC2B2AE3D27D4EB4F, FOLDED: 0x165667B19E3779F9}
+MASK = (1 << 64) - 1
+
+
+def slow_token_features(token, bucket_count):
+    """The features of one token, written to be read: the oracle of `token_features`."""
+    if not token:
+        return {}
+
+    def mix(value):
+        value &= MASK
+        value ^= value >> 30
+        value = value * 0xBF58476D1CE4E5B9 & MASK
+        value ^= value >> 27
+        value = value * 0x94D049BB133111EB & MASK
+        return value ^ (value >> 31)
+
+    def string_hash(text, kind):
+        total = sum((byte + 1) * pow(MULTIPLIER[kind], position, 1 << 64) for position, byte in enumerate(text))
+        return mix(total * 8 + kind)
+
+    bare = token[1:] if token[:1] == b" " and len(token) > 1 else token
+    blanks = b" \t\n\v\f\r"
+    kinds = [
+        any(97 <= b <= 122 for b in token),
+        any(65 <= b <= 90 for b in token),
+        any(48 <= b <= 57 for b in token),
+        any(b >= 128 for b in token),
+        any(b in blanks for b in token),
+        any(b < 128 and not chr(b).isalnum() and b not in blanks for b in token),
+    ]
+    after_space = token[1:] if token[:1] == b" " else token
+    shape = sum(flag << bit for bit, flag in enumerate(kinds))
+    shape |= (token[:1] == b" ") << 6 | (len(after_space) > 0 and 65 <= after_space[0] <= 90) << 7
+    shape |= min(len(token), 15) << 8
+    hashes = [
+        string_hash(token, WHOLE_A),
+        string_hash(token, WHOLE_B),
+        string_hash(bytes(b + 32 if 65 <= b <= 90 else b for b in bare), FOLDED),
+        mix(shape * 8 + SHAPE),
+    ]
+    marked = [256, *token, 257]
+    grams = []
+    for width, kind in ((3, TRIGRAM), (4, TETRAGRAM)):
+        for start in range(len(marked) - width + 1):
+            gram = kind
+            for value in marked[start : start + width]:
+                gram = gram * 259 + value
+            grams.append(mix(gram))
+    grams += [mix((a * 256 + b) * 8 + SCRIPT) for a, b in zip(token, token[1:], strict=False) if a >= 0xC0]
+    features = {}
+    for value in hashes:
+        features[value % bucket_count] = features.get(value % bucket_count, 0.0) + 1.0
+    for value in grams:
+        features[value % bucket_count] = features.get(value % bucket_count, 0.0) + len(grams) ** -0.5
+    return features
+
+
 @settings(max_examples=300, deadline=None)
 @given(strings=tokens, bucket_count=st.sampled_from([7, 1024, 32_768, 1 << 20]))
 @example(strings=[], bucket_count=1024)
@@ -63,6 +122,11 @@ def test_a_token_has_the_same_features_in_every_vocabulary():
     alone = features_of([b" the"])
     among = features_of([b"x", b" the", b"", b" theory"])
     assert as_dictionary(alone, 0) == as_dictionary(among, 1)
+
+
+def test_the_features_of_a_word():
+    """4 whole-string features, 4 3-grams and 3 4-grams of ^ the$; a special token has none."""
+    assert np.diff(features_of([b"", b" the"]).offsets).tolist() == [0, 11]
 
 
 def test_case_and_leading_space_share_a_feature():

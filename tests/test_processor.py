@@ -12,7 +12,6 @@ import transformers
 from tiny_calibrators import BOS, PAD, make_bound, make_calibrator, make_vocabulary
 
 from calibfuse import processor as processor_module
-from calibfuse.calibrator import Guide, GuideSession, NextTokenScores
 from calibfuse.errors import (
     CheckpointError,
     FusionNotAppliedError,
@@ -22,6 +21,7 @@ from calibfuse.errors import (
     VocabularyMismatchError,
 )
 from calibfuse.fusion import FusionConfig, fuse, recommended_config
+from calibfuse.guide import Guide, GuideSession, NextTokenScores
 from calibfuse.processor import CalibFusion
 
 SIZE = 96

@@ -1,17 +1,7 @@
-"""BoundCalibrator: a universal calibrator compiled for one target vocabulary.
+"""BoundCalibrator: a universal calibrator compiled for one target vocabulary, whose ids it reads and scores.
 
-Binding composes the vector of every token of the vocabulary once. From then on the calibrator reads the target's own
-token ids in lock-step and scores the target's own ids: no text, no re-tokenisation.
-
-Special tokens (begin, end, padding, chat marks) have no bytes. As input each is the document boundary; the leading run
-of them is masked but for the last, so left padding and repeated begin marks change nothing. As output they are not
-covered: fusion never moves them, and `log_probs` gives all of them together the probability `SPECIAL_MASS`.
-
-Ids with equal bytes share the probability of these bytes, alike, or nearly all of it to the ones that the tokenizer
-really uses (`Vocabulary.log_shares`). The differences that `contrast` adds are the same for all of them either way.
-
-Words with a bias move the calibrator head's score of the tokens that complete them, in however many pieces they are
-spelled (word_bias.py).
+Special tokens have no bytes. As input each is the document boundary; a leading run of them is masked but for the last,
+so left padding and repeated begin marks change nothing. As output they are not covered: fusion never moves them.
 """
 
 from __future__ import annotations
@@ -25,66 +15,30 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from calibfuse.calibrator.bound_files import bound_path, cache_folder, load_bound, save_bound, vocabulary_of
 from calibfuse.calibrator.composer import token_features
-from calibfuse.calibrator.model import FORMAT_VERSION, CalibratorNetwork
+from calibfuse.calibrator.model import CalibratorNetwork
 from calibfuse.calibrator.session import CalibratorSession
 from calibfuse.calibrator.word_bias import REACH, Spelled, WordBias
-from calibfuse.errors import InputError
-from calibfuse.guide import CALIBRATOR_HEAD, SPECIAL_MASS, VALUE_HEAD, Guide, NextTokenScores, isolated
-from calibfuse.loading import as_device, as_dtype
-from calibfuse.vocabulary import TokenizerLike, Vocabulary
-
-__all__ = ["SPECIAL_MASS", "BoundCalibrator", "GuideStates", "bind", "cache_folder"]
+from calibfuse.guide import CALIBRATOR_HEAD, VALUE_HEAD, Guide, NextTokenScores, isolated
+from calibfuse.vocabulary import Vocabulary
 
 _COMPOSE_CHUNK = 8192
 _SCORE_CHUNK = 16_384  # vectors of lower precision that are widened at once
-
-
-def bind(
-    calibrator: CalibratorNetwork,
-    tokenizer: TokenizerLike,
-    *,
-    dtype: torch.dtype | str | None = None,
-    device: torch.device | str | None = None,
-    use_disk_cache: bool = True,
-) -> BoundCalibrator:
-    """Compile `calibrator` for one vocabulary; see `Calibrator.bind`."""
-    dtype = as_dtype(dtype) or torch.float32
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise InputError(f"Bound vectors can be float32, bfloat16 or float16, got dtype={dtype}.")
-    vocabulary = vocabulary_of(tokenizer, use_disk_cache=use_disk_cache)
-    config = calibrator.config
-    path, tensors = None, None
-    if use_disk_cache:
-        path = bound_path(calibrator.fingerprint, vocabulary, dtype, FORMAT_VERSION)
-        tensors = load_bound(path, size=len(vocabulary), token_width=config.token_width, head_count=len(config.heads))
-    words = WordBias(config.words, vocabulary)
-    vectors, biases = tensors or compose_vocabulary(calibrator, vocabulary, dtype, words)
-    if path is not None and tensors is None:
-        save_bound(path, vectors, biases)
-    return BoundCalibrator(calibrator, vocabulary, vectors, biases, words).to(
-        as_device(device) or calibrator.boundary.device
-    )
 
 
 @isolated
 def compose_vocabulary(
     calibrator: CalibratorNetwork, vocabulary: Vocabulary, dtype: torch.dtype, words: WordBias | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Vectors [target_vocab_size, token_width] in `dtype`, biases [target_vocab_size, heads] in float32, on the CPU.
-
-    `words` are the calibrator's in this vocabulary, where the caller has them.
-    """
-    size = len(vocabulary)
-    config = calibrator.config
+    """Vectors [target_vocab_size, token_width] in `dtype`, biases [target_vocab_size, heads] in float32, on the CPU."""
+    size, config = len(vocabulary), calibrator.config
     vectors = torch.empty(size, config.token_width, dtype=dtype, device="cpu")
     biases = torch.empty(size, len(config.heads), dtype=torch.float32, device="cpu")
     for start in range(0, size, _COMPOSE_CHUNK):  # in chunks: the features of 200,000 tokens would take 60 MB
         end = min(start + _COMPOSE_CHUNK, size)
         offsets = vocabulary.offsets[start : end + 1]
         features = token_features(vocabulary.data[offsets[0] : offsets[-1]], offsets - offsets[0], config.bucket_count)
-        chunk_vectors, chunk_biases = calibrator.compose(features)
+        chunk_vectors, chunk_biases = calibrator.composer(features)
         vectors[start:end] = chunk_vectors.to("cpu", dtype)
         biases[start:end] = chunk_biases.to("cpu", torch.float32)
     # Ids with the same bytes have the same vector: of what the bytes get, each is given its share.
@@ -104,7 +58,7 @@ class BoundCalibrator(Guide):
         vocabulary: of the target.
         vectors: [target_vocab_size, token_width].
         biases: float32 [target_vocab_size, heads].
-        words: the calibrator's words in this vocabulary; None: made here.
+        words: the calibrator's in this vocabulary; None: made here.
     """
 
     calibrator: CalibratorNetwork
@@ -164,7 +118,7 @@ class BoundCalibrator(Guide):
 
     def covers(self, token_ids: Tensor) -> Tensor:
         """Bool, same shape: True where the token has bytes."""
-        return ~self._is_special[token_ids.clamp(0, self.target_vocab_size)]
+        return ~self._is_boundary(token_ids)
 
     @property
     def reach(self) -> int:
@@ -182,7 +136,7 @@ class BoundCalibrator(Guide):
         return GuideStates(self, self.states(input_ids, masked)[:, 1:], self.spelled(readable.tolist()))
 
     def always_candidates(self, vocab_size: int) -> Tensor | None:
-        """Ids below `vocab_size` of the tokens that are a word with a bias below 0; see `Guide.always_candidates`."""
+        """See `Guide.always_candidates`: the tokens that are a word with a bias below 0."""
         if vocab_size not in self._always_candidates:
             ids = self._words.token_ids
             ids = ids[: np.searchsorted(ids, vocab_size)]
@@ -191,9 +145,7 @@ class BoundCalibrator(Guide):
 
     def say(self, hidden: Tensor, last_ids: Sequence[Sequence[int]]) -> GuideStates:
         """What is said after some texts: body states [rows, width], and the last REACH ids of each text."""
-        if not len(self._words):
-            return GuideStates(self, hidden)
-        found = ((row, 0, self._words.after(ids)) for row, ids in enumerate(last_ids))
+        found = ((row, 0, self._words.after(ids)) for row, ids in enumerate(last_ids)) if len(self._words) else ()
         return GuideStates(self, hidden, Spelled.of(found))
 
     def leading_specials(self, ids: Sequence[int]) -> int:
@@ -216,18 +168,10 @@ class BoundCalibrator(Guide):
 
     @isolated
     def states(self, input_ids: Tensor, masked: Tensor | None = None) -> Tensor:
-        """Body states of whole rows.
-
-        Args:
-            input_ids: int64 [rows, length].
-            masked: bool [rows, length], True for left padding.
-
-        Returns:
-            [rows, length + 1, width]; slot 0 is the boundary before each text.
-        """
+        """Body states of whole rows, [rows, length + 1, width]; slot 0 is the boundary before each text."""
         ids = functional.pad(input_ids if masked is None else input_ids.masked_fill(masked, -1), (1, 0), value=-1)
         starts = self._is_boundary(ids[:, 1:]).long().cumprod(dim=1).sum(dim=1)
-        states: Tensor = self.calibrator(self.inputs(ids), starts)
+        states: Tensor = self.calibrator.body(self.inputs(ids), starts)
         return states
 
     def inputs(self, ids: Tensor) -> Tensor:
@@ -241,13 +185,7 @@ class BoundCalibrator(Guide):
 
 
 class GuideStates(NextTokenScores):
-    """`NextTokenScores` of a bound calibrator.
-
-    Args:
-        bound: the calibrator.
-        hidden: [..., width], body states.
-        spelled: what would complete a word with a bias, with the same rows (and positions); None: nothing.
-    """
+    """`NextTokenScores` of a bound calibrator: body states [..., width], and what would complete a word after them."""
 
     def __init__(self, bound: BoundCalibrator, hidden: Tensor, spelled: Spelled | None = None) -> None:
         self.bound = bound
@@ -264,11 +202,7 @@ class GuideStates(NextTokenScores):
 
     @isolated
     def log_scores(self, head: str, token_ids: Tensor | None = None) -> Tensor:
-        """See `NextTokenScores.log_scores`.
-
-        Raises:
-            MissingHeadError: the calibrator has no such head.
-        """
+        """See `NextTokenScores.log_scores`."""
         bound, query = self.bound, self._query(head)
         biases = bound._biases[:, bound.heads.index(head)]
         if token_ids is None:

@@ -1,12 +1,8 @@
 """The calibrator's transformer body: causal, sliding window, keys and values of running texts outside.
 
-Pre-norm blocks with rotary positions (Su et al. 2021) and a window (Beltagy et al. 2020), so that the cost of one more
-token does not grow with the text. Own code rather than a transformers model: at this size (3 layers x 192) the
-bookkeeping of a general model costs more than its arithmetic; docs/results.md has the comparison.
-
-A row of input is `slots`: slot 0 is always the document boundary, slot j + 1 holds token j. Slots before a row's
-`start` (left padding, repeated begin-of-text marks) attend only to themselves and are seen by nobody, except slot
-`start` itself, the boundary that the text follows. Thus a padded row equals the unpadded one.
+Pre-norm blocks with rotary positions (Su et al. 2021) and a window (Beltagy et al. 2020), so that one more token costs
+the same however long the text is. Own code: at 3 layers x 192 the bookkeeping of transformers' models costs more than
+their arithmetic (docs/results.md). Slot 0 of a row is the document boundary, slot j + 1 holds token j.
 """
 
 from __future__ import annotations
@@ -26,26 +22,22 @@ class KeyValueRing:
     """Keys and values of the latest slots of many texts, each in a row of its own, in place.
 
     A query sees `window - 1` earlier slots, so a row is a ring of `window + slack` entries: slot p lies at entry
-    p % size, and `slack` slots can be taken back (rejected drafts) before something is missing. Memory and the cost of
-    a step depend on the number of rows alone, not on how long the texts are.
-
-    Args:
-        layer_count: of the body.
-        window: of the body.
+    p % size, and `slack` slots can be taken back (rejected drafts) before something is missing.
     """
 
     slack = 32
 
     def __init__(self, layer_count: int, window: int) -> None:
+        self.layer_count = layer_count
         self.window = window
         self.size = window + self.slack
         self.rows = 0
-        self._layers: list[tuple[Tensor, Tensor] | None] = [None] * layer_count
+        self._entries: Tensor | None = None  # [layers, 2, rows, heads, size, head_width]
 
     @property
     def memory_bytes(self) -> int:
         """Bytes of all rows."""
-        return sum(each.nbytes for layer in self._layers if layer is not None for each in layer)
+        return 0 if self._entries is None else self._entries.nbytes
 
     def can_return_to(self, slots: int, highest: int) -> bool:
         """Whether a row that had come to `highest` slots can go on from its first `slots` ones."""
@@ -53,42 +45,29 @@ class KeyValueRing:
 
     def resize(self, rows: int) -> None:
         """Make room for `rows` rows, or give room back; the first ones keep their contents."""
-        if rows != self.rows:
-            for index, layer in enumerate(self._layers):
-                if layer is not None:
-                    kept = min(rows, self.rows)
-                    fresh = [each.new_zeros(rows, *each.shape[1:]) for each in layer]
-                    for new, old in zip(fresh, layer, strict=True):
-                        new[:kept] = old[:kept]
-                    self._layers[index] = (fresh[0], fresh[1]) if rows else None
-            self.rows = rows
+        if self._entries is not None and rows != self.rows:
+            kept = self._entries[:, :, :rows]
+            self._entries = kept.new_zeros(*kept.shape[:2], rows, *kept.shape[3:]) if rows else None
+            if self._entries is not None:
+                self._entries[:, :, : kept.shape[2]] = kept
+        self.rows = rows
 
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Make each row of `targets` what the row of `sources` was; all are read before one is written."""
-        for layer in self._layers:
-            for each in layer or ():
-                each[list(targets)] = each[list(sources)]
+        if self._entries is not None:
+            self._entries[:, :, list(targets)] = self._entries[:, :, list(sources)]
 
     def layer(self, index: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer, [rows, heads, size, head_width] each; `like`: of some new slots."""
-        layer = self._layers[index]
-        if layer is None:
-            shape = (self.rows, like.shape[1], self.size, like.shape[3])
+        if self._entries is None:
             # zeros: what a mask hides is multiplied by 0, and must be a number
-            layer = self._layers[index] = (like.new_zeros(shape), like.new_zeros(shape))
-        return layer
+            self._entries = like.new_zeros(self.layer_count, 2, self.rows, like.shape[1], self.size, like.shape[3])
+        keys, values = self._entries[index]
+        return keys, values
 
 
 class RingStep:
-    """Attention of one forward over a ring: some rows, each with new slots of its own number.
-
-    Args:
-        ring: read and extended.
-        rows: of the ring, in rising order.
-        slots: how many slots of each were fed before.
-        counts: how many each is fed now.
-        device: of the ring.
-    """
+    """Attention of one forward over a ring: some rows, each with new slots of its own number; see `Body.step`."""
 
     def __init__(
         self, ring: KeyValueRing, rows: Sequence[int], slots: Sequence[int], counts: Sequence[int], device: torch.device
@@ -148,12 +127,7 @@ class RingStep:
 
 
 def rotary_tables(slots: int, head_width: int, *, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary positions 0 .. slots - 1.
-
-    Returns:
-        Two float32 tensors [slots, 1, 1, head_width]: cosines, both halves of the last axis alike; sines, negated in
-        the first half.
-    """
+    """Cosines, and sines negated in the first half, of positions 0 .. slots - 1: float32 [slots, 1, 1, head_width]."""
     frequencies = 10_000.0 ** (-torch.arange(0, head_width, 2, device=device, dtype=torch.float32) / head_width)
     angles = torch.arange(slots, device=device, dtype=torch.float32)[:, None] * frequencies
     angles = angles[:, None, None]
@@ -166,22 +140,14 @@ def _rotate(states: Tensor, cosines: Tensor, signed_sines: Tensor) -> Tensor:
 
 
 def window_mask(starts: Tensor, *, first_query: int, first_key: int, slots: int, window: int) -> Tensor:
-    """Which slots each new slot may attend to.
+    """Which of the slots first_key .. slots - 1 each slot first_query .. slots - 1 sees: bool [rows, 1, queries, keys].
 
-    Args:
-        starts: int64 [rows], the slot of each row's boundary.
-        first_query: slot of the first query; queries run to slots - 1.
-        first_key: slot of the first key that is present; keys run to slots - 1.
-        slots: number of slots so far, the new ones included.
-        window: how many slots a query sees, itself included.
-
-    Returns:
-        bool [rows, 1, queries, keys].
+    Slots before a row's boundary (`starts`, int64 [rows]) see only themselves and are seen by nobody, so that a padded
+    row equals the unpadded one.
     """
     keys = torch.arange(first_key, slots, device=starts.device)[None, :]
     queries = torch.arange(first_query, slots, device=starts.device)[:, None]
     near = (keys <= queries) & (keys > queries - window)
-    # A query before its row's start sees only itself.
     lowest = torch.minimum(starts[:, None, None], queries)
     return (near & (keys >= lowest))[:, None]
 
@@ -200,17 +166,7 @@ class Block(nn.Module):
         self.down = nn.Linear(hidden_width, width, bias=False)
 
     def forward(self, states: Tensor, cosines: Tensor, sines: Tensor, attend: Attend) -> Tensor:
-        """One block.
-
-        Args:
-            states: [rows, new, width], of the new slots.
-            cosines: [..., new, 1, 1, head_width], of the new slots; see `rotary_tables`.
-            sines: likewise.
-            attend: mixes values; takes queries, keys and values of the new slots, [rows, heads, new, head_width].
-
-        Returns:
-            New states.
-        """
+        """New states [rows, new, width]; `attend` takes queries, keys and values [rows, heads, new, head_width]."""
         rows, new, width = states.shape
         qkv = self.qkv(self.attention_norm(states)).view(rows, new, 3, self.head_count, -1)
         turned = _rotate(qkv[:, :, :2], cosines, sines)  # queries and keys at once: fewer, larger operations
@@ -222,15 +178,7 @@ class Block(nn.Module):
 
 
 class Body(nn.Module):
-    """The stack of blocks.
-
-    Args:
-        width: of the stream.
-        layer_count: number of blocks.
-        head_count: attention heads; `width` is a multiple of twice this.
-        hidden_width: of the MLPs.
-        window: slots a query sees, itself included.
-    """
+    """The stack of blocks; see CalibratorConfig for the sizes."""
 
     def __init__(self, *, width: int, layer_count: int, head_count: int, hidden_width: int, window: int) -> None:
         super().__init__()
@@ -259,15 +207,7 @@ class Body(nn.Module):
         return tables
 
     def forward(self, states: Tensor, starts: Tensor) -> Tensor:
-        """Run whole rows through all blocks.
-
-        Args:
-            states: float [rows, slots, width], input vectors.
-            starts: int64 [rows], the boundary slot of each row.
-
-        Returns:
-            States [rows, slots, width].
-        """
+        """Run whole rows [rows, slots, width] through all blocks; `starts`: int64 [rows], the slots of boundaries."""
         slots = states.shape[1]
         cosines, sines = (table[:slots].to(states.dtype) for table in self._rotary(slots, states))
         attend = partial(_attend_in_windows, starts=starts, window=self.window)

@@ -1,8 +1,7 @@
 """The disk cache of binding: bound vectors by calibrator and vocabulary, and vocabularies by tokenizer file.
 
-Whatever is wrong with a cache file costs time and a warning, never a result: it is made again. The files carry a plain
-sum in place of a cryptographic hash, which finds truncation, zeroed pages and flipped bits at the speed of memory; they
-are mapped into memory, not read, so that loading takes milliseconds.
+Whatever is wrong with a cache file costs time and a warning, never a result: it is made again. The files are mapped
+into memory, and carry a plain sum, which finds damage at the speed of memory, in place of a cryptographic hash.
 """
 
 from __future__ import annotations
@@ -59,33 +58,23 @@ def bound_path(calibrator_fingerprint: str, vocabulary: Vocabulary, dtype: torch
     return folder / "bound" / f"{key}.safetensors"
 
 
-def load_bound(path: Path | None, *, size: int, token_width: int, head_count: int) -> tuple[Tensor, Tensor] | None:
-    """Vectors [size, token_width] and biases [size, head_count], memory-mapped; None where there are no good ones."""
-    shapes = {_VECTORS: (size, token_width), _BIASES: (size, head_count), _CHECKSUM: (8,)}
+def load_bound(path: Path | None, vectors: tuple[int, int], biases: tuple[int, int]) -> tuple[Tensor, Tensor] | None:
+    """Vectors and biases of the given shapes, memory-mapped; None where there are no good ones."""
+    shapes = {_VECTORS: vectors, _BIASES: biases, _CHECKSUM: (8,)}
     tensors = _load(path, shapes, "composing the vocabulary again")
     return None if tensors is None else (tensors[_VECTORS], tensors[_BIASES])
 
 
-def save_bound(path: Path, vectors: Tensor, biases: Tensor) -> None:
+def save_bound(path: Path | None, vectors: Tensor, biases: Tensor) -> None:
     """Write what `load_bound` reads; where that is impossible, warn."""
     _save(path, {_VECTORS: vectors, _BIASES: biases}, "The bound vocabulary")
 
 
 def vocabulary_of(tokenizer: TokenizerLike, *, use_disk_cache: bool = True) -> Vocabulary:
-    """`Vocabulary.from_tokenizer`, remembered on disk.
+    """`Vocabulary.from_tokenizer`, remembered on disk unless `use_disk_cache` is False.
 
     A path is known by the contents of its files. An object in memory may have changed since it was loaded, so its
     tokens are read in any case; what is remembered is how they become bytes.
-
-    Args:
-        tokenizer: see `Vocabulary.from_tokenizer`.
-        use_disk_cache: False: read the tokenizer in any case, and remember nothing.
-
-    Returns:
-        The vocabulary.
-
-    Raises:
-        VocabularyError: it is no usable tokenizer.
     """
     if isinstance(tokenizer, Vocabulary) or not use_disk_cache:
         return Vocabulary.from_tokenizer(tokenizer)
@@ -126,15 +115,14 @@ def _load(path: Path | None, shapes: Mapping[str, tuple[int, ...]] | None, inste
             return None
         tensors = hub.read_tensors(path, expected=shapes)
         said = tensors.pop(_CHECKSUM, None)
-        if said is None or not torch.equal(said, checksum(tensors)):
-            raise CheckpointError("its contents do not add up to the sum saved with them")
+        if said is not None and torch.equal(said, checksum(tensors)):
+            return tensors
+        raise CheckpointError("its contents do not add up to the sum saved with them")
     except CheckpointError as error:
         logger.warning("Ignoring the damaged cache file %s and %s: %s", path, instead, error)
-        return None
     except OSError as error:  # the folder may not be entered
         logger.warning("Not reading the cache file %s, %s: %s", path, instead, error)
-        return None
-    return tensors
+    return None
 
 
 def _save(path: Path | None, tensors: Mapping[str, Tensor], what: str) -> None:

@@ -1,21 +1,7 @@
 """Token vectors composed from bytes: what lets one calibrator serve every vocabulary.
 
-There is no embedding table with one row per token. A token's vector is a weighted sum of rows of one hashed table,
-picked by features of the token's bytes, followed by a small residual MLP. Tokens of a tokenizer that did not exist at
-training time get vectors the same way. The same rows carry one scalar per head, which sum to the output bias.
-
-Features of a token with bytes b (marks ^ and $ stand for its begin and end):
-  * the whole string, under two independent hashes (so that two tokens hardly ever share both), weight 1 each;
-  * the string without leading space, in lower case: " The", "the" and "THE" share it, weight 1;
-  * its shape: leading space, kinds of characters, capitalisation, length, weight 1;
-  * every 3-gram and 4-gram of ^b$ and every lead-byte pair of UTF-8 (the script), weight 1/sqrt(their number).
-
-No vector is longer than a limit. That of a byte string unlike all of training (a tab and a word, 112 dashes, another
-script) can come out four times as long as those of words, and such a token then takes several percent of the
-probability in every context (docs/results.md).
-
-Related: fastText subwords (Bojanowski et al. 2017), hash embeddings (Svenstrup et al. 2017). Everything before the
-table is numpy over the concatenated bytes of all tokens at once; `slow_token_features` is the readable oracle.
+A token's vector is a weighted sum of rows of one hashed table, picked by features of its bytes, and a small residual
+MLP; docs/how-it-works.md lists the features. Related: fastText subwords, hash embeddings.
 """
 
 from __future__ import annotations
@@ -32,7 +18,7 @@ BEGIN_MARK, END_MARK = 256, 257
 _WHOLE_A, _WHOLE_B, _FOLDED, _SHAPE, _TRIGRAM, _TETRAGRAM, _SCRIPT = range(1, 8)
 # Odd multipliers of the polynomial string hashes; any fixed odd 64-bit numbers do, but they are part of the format.
 _MULTIPLIER = {_WHOLE_A: 0x9E3779B97F4A7C15, _WHOLE_B: 0xC2B2AE3D27D4EB4F, _FOLDED: 0x165667B19E3779F9}
-_MASK = (1 << 64) - 1
+_INVERSE = {kind: pow(multiplier, -1, 1 << 64) for kind, multiplier in _MULTIPLIER.items()}
 _MAX_SHAPE_LENGTH = 15
 
 
@@ -58,14 +44,13 @@ class TokenFeatures:
         """The features of the given tokens, in the given order."""
         starts = self.offsets[token_ids]
         counts = self.offsets[token_ids + 1] - starts
-        offsets = np.zeros(len(token_ids) + 1, dtype=np.int64)
-        np.cumsum(counts, out=offsets[1:])
+        offsets = np.append(0, np.cumsum(counts))
         index = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], counts)
         return TokenFeatures(self.buckets[index], self.weights[index], offsets)
 
 
 def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of splitmix64: spreads every input bit over all output bits (wraps modulo 2**64)."""
+    """The finaliser of splitmix64."""
     values = values ^ (values >> np.uint64(30))
     values = values * np.uint64(0xBF58476D1CE4E5B9)
     values = values ^ (values >> np.uint64(27))
@@ -78,21 +63,14 @@ def _string_hashes(
     data: NDArray[np.uint8], offsets: NDArray[np.int64], starts: NDArray[np.int64], kind: int
 ) -> NDArray[np.uint64]:
     """Hash of data[starts[i]:offsets[i + 1]] for every token: the sum of (byte + 1) * multiplier ** position."""
-    ends = offsets[1:]
-    lengths = ends - starts
-    longest = int(lengths.max(initial=0))
-    powers = np.empty(longest + 1, dtype=np.uint64)
-    power = 1
-    for position in range(longest + 1):
-        powers[position] = power
-        power = (power * _MULTIPLIER[kind]) & _MASK
+    longest = int((offsets[1:] - starts).max(initial=0))
+    powers = np.cumprod(np.full(longest + 1, _MULTIPLIER[kind], dtype=np.uint64)) * np.uint64(_INVERSE[kind])
     # Positions are counted from `starts`; bytes before it (a leading space) get factor zero.
     position_of_byte = np.arange(len(data)) - np.repeat(starts, np.diff(offsets))
     factors = powers[np.maximum(position_of_byte, 0)]
     factors[position_of_byte < 0] = 0
-    running = np.zeros(len(data) + 1, dtype=np.uint64)
-    np.cumsum((data.astype(np.uint64) + np.uint64(1)) * factors, out=running[1:])
-    sums = running[ends] - running[offsets[:-1]]
+    running = np.append(np.uint64(0), np.cumsum((data.astype(np.uint64) + np.uint64(1)) * factors))
+    sums = running[offsets[1:]] - running[offsets[:-1]]
     return _mix(sums * np.uint64(8) + np.uint64(kind))
 
 
@@ -107,8 +85,7 @@ def _shape_codes(data: NDArray[np.uint8], offsets: NDArray[np.int64]) -> NDArray
     other = ~(lower | upper | digit | high | blank)
     code = np.zeros(len(lengths), dtype=np.uint64)
     for bit, flag in enumerate((lower, upper, digit, high, blank, other)):
-        running = np.zeros(len(data) + 1, dtype=np.int64)
-        np.cumsum(flag, out=running[1:])
+        running = np.append(0, np.cumsum(flag))
         present = running[offsets[1:]] > running[offsets[:-1]]
         code |= present.astype(np.uint64) << np.uint64(bit)
     first = _first_bytes(data, offsets)
@@ -129,6 +106,7 @@ def _first_bytes(data: NDArray[np.uint8], offsets: NDArray[np.int64]) -> NDArray
     return np.where(np.diff(offsets) > 0, first, 0).astype(np.uint8)
 
 
+@np.errstate(over="ignore")
 def token_features(data: NDArray[np.uint8], offsets: NDArray[np.int64], bucket_count: int) -> TokenFeatures:
     """Hash the features of all tokens of a vocabulary at once.
 
@@ -140,11 +118,6 @@ def token_features(data: NDArray[np.uint8], offsets: NDArray[np.int64], bucket_c
     Returns:
         The features; tokens without bytes have none.
     """
-    with np.errstate(over="ignore"):
-        return _token_features(data, offsets, bucket_count)
-
-
-def _token_features(data: NDArray[np.uint8], offsets: NDArray[np.int64], bucket_count: int) -> TokenFeatures:
     lengths = np.diff(offsets)
     count = len(lengths)
     token_of_byte = np.repeat(np.arange(count), lengths)
@@ -191,85 +164,15 @@ def _token_features(data: NDArray[np.uint8], offsets: NDArray[np.int64], bucket_
     owner = np.concatenate([filled] * len(whole) + [gram_owner])
     weights = np.concatenate([np.ones(len(filled) * len(whole)), gram_weight[gram_owner]])
     order = np.argsort(owner, kind="stable")
-    result_offsets = np.zeros(count + 1, dtype=np.int64)
-    np.cumsum(np.bincount(owner, minlength=count), out=result_offsets[1:])
     buckets = (hashes % np.uint64(bucket_count)).astype(np.int32)
+    result_offsets = np.append(0, np.cumsum(np.bincount(owner, minlength=count)))
     return TokenFeatures(buckets[order], weights[order].astype(np.float32), result_offsets)
 
 
-def slow_token_features(token: bytes, bucket_count: int) -> dict[int, float]:
-    """The features of one token, written to be read: the oracle of `token_features`.
-
-    Returns:
-        Bucket -> summed weight.
-
-    Example:
-        >>> slow_token_features(b"", 1024)
-        {}
-        >>> len(slow_token_features(b" the", 1 << 20))  # 4 whole-string features, 4 3-grams and 3 4-grams of ^ the$
-        11
-    """
-    if not token:
-        return {}
-
-    def mix(value: int) -> int:
-        value &= _MASK
-        value ^= value >> 30
-        value = value * 0xBF58476D1CE4E5B9 & _MASK
-        value ^= value >> 27
-        value = value * 0x94D049BB133111EB & _MASK
-        return value ^ (value >> 31)
-
-    def string_hash(text: bytes, kind: int) -> int:
-        total = sum((byte + 1) * pow(_MULTIPLIER[kind], position, 1 << 64) for position, byte in enumerate(text))
-        return mix(total * 8 + kind)
-
-    bare = token[1:] if token[:1] == b" " and len(token) > 1 else token
-    blanks = b" \t\n\v\f\r"
-    kinds = [
-        any(97 <= b <= 122 for b in token),
-        any(65 <= b <= 90 for b in token),
-        any(48 <= b <= 57 for b in token),
-        any(b >= 128 for b in token),
-        any(b in blanks for b in token),
-        any(b < 128 and not chr(b).isalnum() and b not in blanks for b in token),
-    ]
-    after_space = token[1:] if token[:1] == b" " else token
-    shape = sum(flag << bit for bit, flag in enumerate(kinds))
-    shape |= (token[:1] == b" ") << 6 | (len(after_space) > 0 and 65 <= after_space[0] <= 90) << 7
-    shape |= min(len(token), _MAX_SHAPE_LENGTH) << 8
-    hashes = [
-        string_hash(token, _WHOLE_A),
-        string_hash(token, _WHOLE_B),
-        string_hash(bytes(b + 32 if 65 <= b <= 90 else b for b in bare), _FOLDED),
-        mix(shape * 8 + _SHAPE),
-    ]
-    marked = [BEGIN_MARK, *token, END_MARK]
-    grams = []
-    for width, kind in ((3, _TRIGRAM), (4, _TETRAGRAM)):
-        for start in range(len(marked) - width + 1):
-            gram = kind
-            for value in marked[start : start + width]:
-                gram = gram * 259 + value
-            grams.append(mix(gram))
-    grams += [mix((a * 256 + b) * 8 + _SCRIPT) for a, b in zip(token, token[1:], strict=False) if a >= 0xC0]
-    features: dict[int, float] = {}
-    for value in hashes:
-        features[value % bucket_count] = features.get(value % bucket_count, 0.0) + 1.0
-    for value in grams:
-        features[value % bucket_count] = features.get(value % bucket_count, 0.0) + len(grams) ** -0.5
-    return features
-
-
 class Composer(nn.Module):
-    """Token features -> one vector per token and one output bias per head.
+    """Token features -> one vector per token and one output bias per head; see CalibratorConfig for the sizes.
 
-    Args:
-        bucket_count: rows of the hashed table.
-        token_width: width of a token's vector.
-        hidden_width: width of the residual MLP's hidden layer.
-        head_count: number of heads; each has its own bias column.
-        max_norm: Euclidean length above which a vector is shortened to it.
+    Vectors longer than `max_norm` are shortened to it.
     """
 
     def __init__(
@@ -289,15 +192,7 @@ class Composer(nn.Module):
         nn.init.zeros_(self.down.bias)
 
     def forward(self, features: TokenFeatures) -> tuple[Tensor, Tensor]:
-        """Compose tokens.
-
-        Args:
-            features: of the wanted tokens.
-
-        Returns:
-            Vectors [tokens, token_width] and biases [tokens, heads], on the table's device. Tokens without
-            features get whatever the MLP makes of zero; the caller knows that they have no bytes.
-        """
+        """Vectors [tokens, token_width] and biases [tokens, heads]; those of tokens without bytes mean nothing."""
         device = self.table.device
         sums = nn.functional.embedding_bag(
             torch.from_numpy(features.buckets).to(device),
@@ -308,6 +203,8 @@ class Composer(nn.Module):
         )
         vectors, biases = sums[:, : self.token_width], sums[:, self.token_width :]
         vectors = vectors + self.down(nn.functional.gelu(self.up(self.norm(vectors))))
+        # A byte string unlike all of training can come out four times as long as words do, and would then take several
+        # percent of the probability in every context.
         if self.max_norm < math.inf:
             norms = torch.linalg.vector_norm(vectors, dim=-1, keepdim=True)
             vectors = vectors * (self.max_norm / norms.clamp(min=self.max_norm))

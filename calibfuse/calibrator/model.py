@@ -1,13 +1,7 @@
 """The network of a calibrator: a small language model without a vocabulary of its own.
 
-Composer (bytes -> token vectors), body (transformer), heads. Every head scores the same token vectors:
-
-    score(token | prefix) = <W_head norm(x + adapter_head(x)), h(token)> + bias_head(token)
-
-with x the body's last state. The heads "calibrator" (non-toxic text) and "reference" (unfiltered text) share the body,
-so one forward gives both (design: contrast of a model with its own reference). A third head, "value", may be added by
-`with_value_head`: there log R = log sigmoid(score), a sequence-level guide (Meng et al. 2022, NADO). binding.py
-compiles it for one vocabulary.
+Composer (bytes -> token vectors), body (transformer) and heads, which share them; x is the body's last state:
+score(token | prefix) = <W_head norm(x + adapter_head(x)), h(token)> + bias_head(token), of "value" its log sigmoid.
 """
 
 from __future__ import annotations
@@ -25,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from calibfuse.calibrator.body import Body
-from calibfuse.calibrator.composer import Composer, TokenFeatures
+from calibfuse.calibrator.composer import Composer
 from calibfuse.errors import InputError
 from calibfuse.guide import CALIBRATOR_HEAD, REFERENCE_HEAD, VALUE_HEAD
 
@@ -44,7 +38,7 @@ class CalibratorConfig:
         bucket_count: rows of the hashed feature table.
         token_width: width of a token's composed vector.
         composer_hidden_width: hidden width of the composer's MLP.
-        max_token_norm: longest that a token's composed vector can be; see calibfuse/calibrator/composer.py.
+        max_token_norm: longest that a token's composed vector can be.
         width: width of the body.
         layer_count: blocks of the body.
         head_count: attention heads.
@@ -52,9 +46,8 @@ class CalibratorConfig:
         window: tokens that attention looks back, the current one included.
         adapter_width: hidden width of each head's adapter.
         heads: names of the heads, in the order of the bias columns.
-        words: word -> bias in nats: below 0 for rude words, above 0 for protected names, which are given back what the
-            heads take from them; see word_bias.py.
-        fusion: recommended fusion options (keys of FusionConfig) for this calibrator.
+        words: word -> bias in nats, below 0 for rude words, above 0 for protected names; see word_bias.py.
+        fusion: recommended fusion options (keys of FusionConfig).
         training: what is known of the training, for the model card; any JSON values.
     """
 
@@ -111,8 +104,7 @@ class CalibratorConfig:
             InputError: unknown keys, or values out of range.
         """
         known = {item.name for item in fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
+        if unknown := sorted(set(values) - known):
             raise InputError(
                 f"Unknown keys in the calibrator's config: {', '.join(unknown)}; known are {sorted(known)}."
             )
@@ -136,10 +128,8 @@ class Head(nn.Module):
 
     def state(self, states: Tensor) -> Tensor:
         """The head's own last hidden state, [..., width]: adapted and normalised, before the query."""
-        adapted = states + self.adapter_down(
-            functional.gelu(self.adapter_up(self.adapter_norm(states)), approximate="tanh")
-        )
-        normed: Tensor = self.norm(adapted)
+        hidden = functional.gelu(self.adapter_up(self.adapter_norm(states)), approximate="tanh")
+        normed: Tensor = self.norm(states + self.adapter_down(hidden))
         return normed
 
     def forward(self, states: Tensor) -> Tensor:
@@ -149,11 +139,7 @@ class Head(nn.Module):
 
 
 class CalibratorNetwork(nn.Module):
-    """The universal calibrator as a network; `Calibrator` adds binding and files.
-
-    Args:
-        config: its shape; weights are freshly initialised from torch's global random state.
-    """
+    """The universal calibrator as a network, freshly initialised; `Calibrator` adds binding and files."""
 
     def __init__(self, config: CalibratorConfig) -> None:
         super().__init__()
@@ -180,14 +166,7 @@ class CalibratorNetwork(nn.Module):
         )
 
     def with_value_head(self: _Network, seed: int) -> _Network:
-        """A copy with a fresh head "value"; a former one is replaced.
-
-        Args:
-            seed: of the head's weights. Its query starts at zero, so that R is one half everywhere.
-
-        Returns:
-            The copy; body, composer and the other heads have the same weights.
-        """
+        """A copy with a fresh head "value" in place of any former one; its query starts at zero, so R is one half."""
         heads = (*(name for name in self.config.heads if name != VALUE_HEAD), VALUE_HEAD)
         device, dtype = self.boundary.device, self.boundary.dtype
         with torch.random.fork_rng(devices=[]):
@@ -205,13 +184,10 @@ class CalibratorNetwork(nn.Module):
         return copied
 
     def with_words(self: _Network, words: Mapping[str, float]) -> _Network:
-        """The same weights with further words.
+        """A calibrator that shares the weights of this one and has further words.
 
         Args:
             words: word of letters a to z -> bias in nats, in place of what the word had; 0 takes it out.
-
-        Returns:
-            A calibrator that shares the weights of this one.
 
         Raises:
             InputError: a word of other characters.
@@ -221,34 +197,15 @@ class CalibratorNetwork(nn.Module):
         changed.config = replace(self.config, words=merged)
         return changed
 
-    def compose(self, features: TokenFeatures) -> tuple[Tensor, Tensor]:
-        """Vectors [tokens, token_width] and biases [tokens, heads] of tokens given by their features."""
-        vectors, biases = self.composer(features)
-        return vectors, biases
-
     def embed(self, token_vectors: Tensor, is_boundary: Tensor) -> Tensor:
-        """Input of the body.
-
-        Args:
-            token_vectors: [rows, slots, token_width].
-            is_boundary: bool [rows, slots], True for special tokens, which have no bytes.
-
-        Returns:
-            [rows, slots, width].
-        """
+        """Input of the body, [rows, slots, width]; `is_boundary` is True for special tokens, which have no bytes."""
         inputs = self.token_in(token_vectors)
         return torch.where(is_boundary[..., None], self.boundary.to(inputs.dtype), inputs)
-
-    def forward(self, states: Tensor, starts: Tensor) -> Tensor:
-        """The body; see `Body.forward`."""
-        result: Tensor = self.body(states, starts)
-        return result
 
     def lay_out_for_decoding(self) -> None:
         """Store the matrices of body and heads by input channel: the same numbers, shapes and names.
 
-        A decoding step multiplies a few rows with matrices that come from main memory; in this order a CPU streams them
-        a fifth faster (docs/results.md).
+        In this order a CPU streams them from memory a fifth faster (docs/results.md).
         """
         for part in (self.token_in, self.body, self.heads):
             for module in part.modules():
@@ -258,14 +215,10 @@ class CalibratorNetwork(nn.Module):
     @property
     def fingerprint(self) -> str:
         """Hex digest of config shape and weights; the key of everything derived from them."""
-        digest = hashlib.sha256(repr(sorted(_shape_of(self.config).items())).encode())
+        # Of the config, what determines the numbers; recommendations and metadata do not.
+        shape = {key: value for key, value in self.config.to_dict().items() if key not in ("fusion", "training")}
+        digest = hashlib.sha256(repr(sorted(shape.items())).encode())
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
         return digest.hexdigest()
-
-
-def _shape_of(config: CalibratorConfig) -> dict[str, Any]:
-    """The part of a config that determines the numbers; recommendations and metadata do not."""
-    values = config.to_dict()
-    return {key: value for key, value in values.items() if key not in ("fusion", "training")}

@@ -1,16 +1,15 @@
 """Following texts with a bound calibrator: what each has read lies in a ring of keys and values of its own.
 
 A text's leading run of special tokens is one boundary. Of a long text only the last `reach` tokens are read, since the
-body cannot see further. What a step reads is gathered into few forwards: one for all texts with one new token, and one
-for each group of texts whose numbers of new tokens are alike.
+body cannot see further. What a step reads is gathered into few forwards, of texts with like numbers of new tokens.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,21 +28,21 @@ _BOUNDARY = -1  # stands for the slot before a text
 
 @dataclass(frozen=True)
 class _Reading:
-    """One text, as far as it has been read.
+    """One text, as far as it has been read."""
 
-    Attributes:
-        row: of the ring.
-        text: its last ids.
-        origin: number of the token in slot 1; slot 0 is a boundary.
-        highest: how many slots of the row were ever filled.
-        is_cut: whether text before `origin` was left out; then the states of the first slots are not exact.
-    """
+    row: int  # of the ring
+    text: Text  # its last ids
+    origin: int  # number of the token in slot 1; slot 0 is a boundary
+    highest: int  # how many slots of the row were ever filled
+    is_cut: bool  # whether text before `origin` was left out; then the states of the first slots are not exact
+
+
+class _New(NamedTuple):
+    """Ids to be read into a row that has `slots` slots so far."""
 
     row: int
-    text: Text
-    origin: int
-    highest: int
-    is_cut: bool
+    slots: int
+    ids: list[int]
 
 
 @dataclass(frozen=True)
@@ -55,27 +54,8 @@ class _State:
     hidden: Tensor  # (rows of the ring, width): the last state of each
 
 
-@dataclass
-class _Plan:
-    """Texts to be read on: parallel lists."""
-
-    rows: list[int] = field(default_factory=list)
-    slots: list[int] = field(default_factory=list)
-    ids: list[list[int]] = field(default_factory=list)
-
-    def add(self, row: int, slots: int, ids: list[int]) -> None:
-        """Read `ids` into a row that has `slots` slots so far."""
-        self.rows.append(row)
-        self.slots.append(slots)
-        self.ids.append(ids)
-
-
 class CalibratorSession(GuideSession):
-    """`GuideSession` of a bound calibrator.
-
-    Args:
-        bound: the calibrator.
-    """
+    """`GuideSession` of a bound calibrator."""
 
     def __init__(self, bound: BoundCalibrator) -> None:
         self._bound = bound
@@ -132,19 +112,21 @@ class CalibratorSession(GuideSession):
         requests = [Request(*request) for request in requests]
         known = state.readings if state is not None else {}
         state = self._with_rows(state, sum(request.key not in known for request in requests))
-        free, readings, plan = _free_rows(state), dict(state.readings), _Plan()
+        free, readings, news = _free_rows(state), dict(state.readings), list[_New]()
         for request in requests:
             before = readings.get(request.key)
             row = before.row if before is not None else next(free)
-            readings[request.key] = self._plan(plan, state.ring, request, before, row)
-        for group in _groups(plan.ids):
-            self._read(state, plan, group)
+            readings[request.key] = self._plan(news, state.ring, request, before, row)
+        for group in _groups(news):
+            self._read(state, group)
         self._state = replace(state, readings=readings)
         rows = torch.tensor([readings[request.key].row for request in requests], dtype=torch.int64, device="cpu")
         hidden = state.hidden.index_select(0, rows.to(self._bound.device, non_blocking=True))
         return self._bound.say(hidden, [request.ids[-REACH:] for request in requests])
 
-    def _plan(self, plan: _Plan, ring: KeyValueRing, request: Request, before: _Reading | None, row: int) -> _Reading:
+    def _plan(
+        self, news: list[_New], ring: KeyValueRing, request: Request, before: _Reading | None, row: int
+    ) -> _Reading:
         """What there is to read of one text; how far it is read then."""
         ids, reach = request.ids, self._bound.reach
         length = len(ids) if request.length is None else request.length
@@ -167,24 +149,22 @@ class CalibratorSession(GuideSession):
                 and seen_from <= max(origin, kept + 1 - reach)
                 and ring.can_return_to(slots, before.highest)
             ):
-                plan.add(row, slots, text.ids[-new:])
+                news.append(_New(row, slots, text.ids[-new:]))
                 return _Reading(row, text, origin, max(before.highest, slots + new), before.is_cut)
         origin = max(lead, first, length - reach)
         new = length - origin
-        plan.add(row, 0, [_BOUNDARY, *text.ids[len(text.ids) - new :]])
+        news.append(_New(row, 0, [_BOUNDARY, *text.ids[len(text.ids) - new :]]))
         return _Reading(row, text, origin, new + 1, origin > lead)
 
-    def _read(self, state: _State, plan: _Plan, group: Sequence[int]) -> None:
+    def _read(self, state: _State, group: Sequence[_New]) -> None:
         """One forward."""
         device = self._bound.device
-        group = sorted(group, key=lambda index: plan.rows[index])
-        rows = [plan.rows[index] for index in group]
-        ids = [plan.ids[index] for index in group]
+        rows, slots, ids = (list(column) for column in zip(*sorted(group), strict=True))
         counts = [len(each) for each in ids]
         width = max(counts)
         padded = torch.tensor([each + [_BOUNDARY] * (width - len(each)) for each in ids], device="cpu")
         inputs = self._bound.inputs(padded.to(device, non_blocking=True))
-        states = self._bound.calibrator.body.step(inputs, state.ring, rows, [plan.slots[i] for i in group], counts)
+        states = self._bound.calibrator.body.step(inputs, state.ring, rows, slots, counts)
         if width > 1:
             places = torch.tensor([range(len(rows)), [count - 1 for count in counts]], device="cpu")
             places = places.to(device, non_blocking=True)
@@ -233,16 +213,16 @@ def _compacted(state: _State, readings: dict[Hashable, _Reading]) -> _State:
     return state if 2 * count > state.ring.rows else _resized(state, count)
 
 
-def _groups(ids: Sequence[Sequence[int]]) -> list[list[int]]:
+def _groups(news: Iterable[_New]) -> list[list[_New]]:
     """Texts that are read together: those with one new token, and others by like numbers."""
-    groups: list[list[int]] = []
+    groups: list[list[_New]] = []
     widest = 0
-    for index in sorted(range(len(ids)), key=lambda index: -len(ids[index])):
-        count = len(ids[index])
+    for new in sorted(news, key=lambda new: -len(new.ids)):
+        count = len(new.ids)
         if groups and 2 * count >= widest and (count > 1) == (widest > 1):
             if widest == 1 or (len(groups[-1]) + 1) * widest <= _TOKENS_AT_ONCE:
-                groups[-1].append(index)
+                groups[-1].append(new)
                 continue
-        groups.append([index])
+        groups.append([new])
         widest = count
     return groups

@@ -1,21 +1,8 @@
 """Words that the training text tells apart by themselves, recognised in whatever pieces a vocabulary spells them.
 
-A vocabulary of many languages spells most rude words in pieces ("sh" + "it"), and then the guide must see the word
-coming: after "sh" it hardly does (docs/results.md: with Llama 2's tokenizer rude words moved by a fifth of what they
-move with GPT-2's). But how much rarer a word is in the non-toxic text is known before any model is trained:
-
-    shift(word) = log p(word | calibrator's text) - log p(word | reference's text), at most 0
-
-training/words/counts.py counts it. Names of people and of groups of people get a shift above 0: what the heads
-would take from them (training/words/protected.py). Here the shift is added to the calibrator head's score of each
-token that completes such a word: for a token that is the word, once and for all when binding (`whole`); for one that
-completes it, from the letters that stand before (`after`). Nothing is re-tokenised: the letters of the last few tokens
-are read off their bytes, and a dictionary holds the beginnings of all words.
-
-A name in pieces ("imm" + "igr" + "ant") may lose at each of them. So tokens that lead on to a beginning of a spared
-name, of three letters or more, are given its shift as well, but PROTECTED_PIECE at most: they lead to other words, too.
-
-Left out: words of other letters than a to z, and words over more than `REACH` tokens.
+The bias of a word, log p(word | calibrator's text) - log p(word | reference's text) (training/words/), is added to the
+calibrator head's score of each token that completes it, of a token that is the word when binding (`whole`), else from
+the letters before (`after`). Left out: words of other letters than a to z, and words over more than `REACH` tokens.
 """
 
 from __future__ import annotations
@@ -39,7 +26,7 @@ REACH = 8
 """How many tokens before the next one are looked at."""
 
 PROTECTED_PIECE = 0.3
-"""What a piece of a spared name is given at most, nats; what pieces lost in vocabularies that were measured."""
+"""What a token that leads on to a protected name ("imm" + "igr") gets at most, nats: it leads to other words, too."""
 LOWERED, PROTECTED = -6.0, 1.0
 """Bias of a word, and of a name, where none is given, nats."""
 
@@ -51,14 +38,10 @@ _LEAST = 0.1  # a completion that adds less is none: "fuck" + "ing" after what "
 
 
 def read_words(path: str | os.PathLike[str]) -> dict[str, float]:
-    """Words with their biases from a text file.
+    """Words in lower case with their biases in nats, from a text file.
 
     Args:
-        path: one word a line, which is lowered; with a number behind it, that is its bias (above 0: a protected name).
-            What follows a # is left out.
-
-    Returns:
-        Word in lower case -> bias in nats.
+        path: a word a line, and perhaps its bias (above 0: a protected name). What follows a # is left out.
 
     Raises:
         InputError: the file cannot be read, or a line is something else.
@@ -82,26 +65,14 @@ def read_words(path: str | os.PathLike[str]) -> dict[str, float]:
 
 
 class Completions(NamedTuple):
-    """Tokens that would complete a word.
-
-    Attributes:
-        token_ids: int64 [n].
-        shifts: float32 [n], nats.
-    """
+    """Tokens that would complete a word: ids [n] and what they are given, nats [n]."""
 
     token_ids: NDArray[np.int64]
     shifts: NDArray[np.float32]
 
 
 class Spelled(NamedTuple):
-    """Tokens that would complete a word with a bias: a sparse [rows, positions, vocabulary], on the host.
-
-    Attributes:
-        rows: int64 [n].
-        positions: int64 [n].
-        token_ids: int64 [n].
-        shifts: float32 [n], nats.
-    """
+    """Tokens that would complete a word with a bias: a sparse [rows, positions, vocabulary] in nats, on the host."""
 
     rows: NDArray[np.int64]
     positions: NDArray[np.int64]
@@ -146,13 +117,9 @@ class Spelled(NamedTuple):
         lines.index_add_(0, touched, dense)
 
     def add_at(self, scores: Tensor, places: Tensor, token_ids: Tensor, width: int) -> None:
-        """Add the shifts to scores [n] of tokens that are listed row by row with rising ids, in place.
+        """Add the shifts to scores [n] of tokens that are listed place by place with rising ids, in place.
 
-        Args:
-            scores: changed.
-            places: int64 [n], the row of each; of whole sequences, row * width + position.
-            token_ids: int64 [n].
-            width: positions of a row.
+        A place is row * width + position, where rows have `width` positions.
         """
         if not len(token_ids):
             return
@@ -166,12 +133,7 @@ class Spelled(NamedTuple):
 
 
 class WordBias:
-    """The words of one calibrator, in one vocabulary.
-
-    Args:
-        words: lower-case word of a to z -> shift in nats, other than 0.
-        vocabulary: of the target.
-    """
+    """The words of one calibrator (`CalibratorConfig.words`) in one vocabulary."""
 
     def __init__(self, words: Mapping[str, float], vocabulary: Vocabulary) -> None:
         self._shifts = {word.encode(): float(shift) for word, shift in words.items()}
@@ -196,14 +158,9 @@ class WordBias:
         return np.unique(np.array([token for ids in found for token in ids], dtype=np.int64))
 
     def after(self, token_ids: Sequence[int]) -> Completions | None:
-        """The tokens that would complete a word after some text.
+        """The tokens that would complete a word after a text's last tokens, REACH or fewer; None: there are none.
 
-        Args:
-            token_ids: the last tokens of the text, REACH or fewer, the latest last; special ones and ids outside the
-                vocabulary end a word.
-
-        Returns:
-            The completions; None where there are none.
+        Special tokens and ids outside the vocabulary end a word.
         """
         letters = b""
         for token in reversed(token_ids):
@@ -248,7 +205,7 @@ class WordBias:
 
     @cached_property
     def _protected_beginnings(self) -> dict[bytes, float]:
-        """Beginnings of spared names that are no words of the list themselves -> what a token that leads there gets."""
+        """Beginnings of protected names that are no words themselves -> what a token that leads there gets."""
         found: dict[bytes, float] = {}
         for word, shift in self._shifts.items():
             for length in range(_LEAST_LETTERS, len(word)):
@@ -259,10 +216,7 @@ class WordBias:
 
     @cached_property
     def _tokens(self) -> tuple[dict[bytes, list[int]], dict[bytes, list[int]]]:
-        """Ends of the words (and whole words) -> tokens whose first letters they are, behind a space and without one.
-
-        The letters of all tokens are hashed at once; only those whose hash is that of an end are looked at.
-        """
+        """Ends of words (and whole words) -> tokens whose first letters they are, behind a space and without one."""
         spaced: dict[bytes, list[int]] = defaultdict(list)
         bare: dict[bytes, list[int]] = defaultdict(list)
         ends = {word[cut:] for word in (*self._shifts, *self._protected_beginnings) for cut in range(len(word))}

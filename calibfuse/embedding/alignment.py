@@ -31,7 +31,8 @@ import torch
 from torch import Tensor
 
 from calibfuse import hub
-from calibfuse.calibrator.binding import BoundCalibrator, GuideStates, cache_folder
+from calibfuse.calibrator.binding import BoundCalibrator, GuideStates
+from calibfuse.calibrator.bound_files import cache_folder
 from calibfuse.errors import (
     CheckpointError,
     CheckpointFormatError,

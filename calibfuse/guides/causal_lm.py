@@ -170,49 +170,6 @@ class CausalLMCalibrator(PretrainedCalibrator):
         return save_lm(folder, model, self.tokenizer, reference=self.models.get(HEADS[1]), card=card, dtype=dtype)
 
     @classmethod
-    def from_pretrained(
-        cls,
-        name_or_path: str | os.PathLike[str],
-        *,
-        reference: str | os.PathLike[str] | None = None,
-        revision: str | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> CausalLMCalibrator:
-        """Load a transformers checkpoint as calibrator.
-
-        Args:
-            name_or_path: local folder or Hub id.
-            reference: the same of its reference model (for instance the model before it was tuned on clean text); None:
-                the folder `reference` of the checkpoint, where there is one.
-            revision: of the calibrator on the Hub.
-            cache_dir: of the Hub's files.
-            local_files_only: never touch the network.
-            token: Hub token.
-            device: default CPU.
-            dtype: of the weights in memory.
-
-        Returns:
-            The calibrator.
-
-        Raises:
-            CheckpointError: no such checkpoint, no safetensors weights, damaged or incomplete ones, or weights of an
-                architecture that is no causal LM.
-            InputError: an encoder-decoder model, or a reference of another vocabulary.
-        """
-        source = Source(
-            name_or_path=name_or_path,
-            revision=revision,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            token=token,
-        )
-        return cls.read(source.resolve(), source, reference=reference, device=device, dtype=dtype)
-
-    @classmethod
     def read(
         cls,
         folder: Path,

@@ -68,13 +68,13 @@ class TrainingObjective(nn.Module):
     def forward(self, batch: TrainingBatch) -> Losses:
         """Losses of one batch."""
         model = self.calibrator
-        vectors, biases = model.compose(batch.features)
+        vectors, biases = model.composer(batch.features)
         if self.heads_only:
             vectors = vectors.detach()
         is_boundary = batch.inputs == BOUNDARY
         inputs = model.embed(vectors[batch.inputs.clamp(min=0)], is_boundary)
         starts = torch.zeros(len(batch.inputs), dtype=torch.int64, device=inputs.device)
-        states = model(inputs, starts)
+        states = model.body(inputs, starts)
 
         scored = batch.targets != IGNORE
         states, targets = states[scored], batch.targets[scored]

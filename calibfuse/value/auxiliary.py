@@ -32,6 +32,7 @@ from calibfuse.calibrator.composer import token_features
 from calibfuse.calibrator.model import Head
 from calibfuse.errors import CheckpointError, InputError, MissingHeadError, VocabularyError, VocabularyMismatchError
 from calibfuse.guide import VALUE_HEAD
+from calibfuse.loading import Source
 from calibfuse.value.value_lm import PARAMETERISATIONS, ValueLM, ValueNetwork, is_value_lm_checkpoint
 from calibfuse.vocabulary import Vocabulary
 
@@ -129,7 +130,7 @@ class AuxiliaryModel(nn.Module, ABC):
         """Load what `save_pretrained` wrote."""
         place = Path(folder)
         if is_value_lm_checkpoint(place):
-            return LanguageModelAuxiliary(ValueLM.from_pretrained(place))
+            return LanguageModelAuxiliary(ValueLM.read(place, Source(name_or_path=place)))
         tensors = hub.read_tensors(place / VOCABULARY_FILE)
         try:
             data, offsets = tensors["data"].numpy(), tensors["offsets"].numpy()

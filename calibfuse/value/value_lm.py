@@ -314,42 +314,15 @@ class ValueLM(PretrainedCalibrator):
         folder: Path,
         source: Source,
         *,
-        reference: str | os.PathLike[str] | None,
-        device: torch.device | str | None,
-        dtype: torch.dtype,
+        reference: str | os.PathLike[str] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> ValueLM:
         """See `PretrainedCalibrator.read`."""
         if reference is not None:
             raise InputError("reference= is for causal language models of transformers; a value guide has none.")
-        return cls.from_pretrained(folder, name=str(source.name_or_path), device=device, dtype=dtype)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        folder: str | os.PathLike[str],
-        *,
-        name: str | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float32,
-    ) -> ValueLM:
-        """Load what `save_pretrained` wrote.
-
-        Args:
-            folder: local; `Calibrator.from_pretrained` finds those of the Hub.
-            name: for messages; None: the folder.
-            device: default CPU.
-            dtype: of the weights in memory.
-
-        Returns:
-            The value LM, in evaluation mode.
-
-        Raises:
-            CheckpointError: missing, damaged, or something else.
-            CheckpointFormatError: written by a newer calibfuse.
-        """
-        place = Path(folder)
-        values = hub.read_config(place, format_name=FORMAT_NAME, supported_version=FORMAT_VERSION)
-        tensors = hub.read_tensors(place / hub.WEIGHTS_NAME)
+        values = hub.read_config(folder, format_name=FORMAT_NAME, supported_version=FORMAT_VERSION)
+        tensors = hub.read_tensors(folder / hub.WEIGHTS_NAME)
         try:
             data, offsets = (tensors.pop(key).numpy() for key in _VOCABULARY)
             vocabulary = Vocabulary(
@@ -366,10 +339,10 @@ class ValueLM(PretrainedCalibrator):
                 end_ids=tuple(values["end_ids"]),
                 fusion=values["fusion"],
                 training=values["training"],
-                name=name or str(folder),
+                name=str(source.name_or_path),
             )
         except (KeyError, TypeError, ValueError, RuntimeError, VocabularyError) as error:
-            raise CheckpointError(f"The value guide in {str(place)!r} is not whole: {reason_of(error)}.") from error
+            raise CheckpointError(f"The value guide in {str(folder)!r} is not whole: {reason_of(error)}.") from error
         network.to(device or "cpu")
         return loaded
 
