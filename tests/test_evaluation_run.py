@@ -25,11 +25,11 @@ from calibfuse.evaluation.journal import Journal, PromptRecord, run_stage
 from calibfuse.evaluation.measuring import Measured, measure
 from calibfuse.evaluation.metrics import Estimate, Sums
 from calibfuse.evaluation.report import write_report
+from calibfuse.evaluation.report.charts import PALETTE, Curve, Point, bars, curves
 from calibfuse.evaluation.report.page import to_html
 from calibfuse.fusion import FusionConfig
 from calibfuse.generation.continuations import Continuation
-from calibfuse.html.charts import Curve, Point, bars, curves, training_curves
-from calibfuse.html.pages import render
+from calibfuse.html import render
 from calibfuse.scorers import load_scorer
 
 PROMPTS = [
@@ -402,7 +402,7 @@ def test_charts_place_points_and_take_missing_numbers():
     assert "nan" not in chart.markup()
     assert curves({"a": Curve([bad])}, x_title="x", y_title="y", origin=bad) is None
     chart = bars({"row": {"one": figures_of(0.5), "two": figures_of(math.nan)}}, title="t", reference=1.0)
-    assert re.findall("<title>(.*?)</title>", chart.svg()) == ["row, one: 0.5"]
+    assert re.findall("<title>(.*?)</title>", chart.markup()) == ["row, one: 0.5"]
     assert "nan" not in chart.markup()
     assert bars({}, title="t") is None
 
@@ -410,34 +410,31 @@ def test_charts_place_points_and_take_missing_numbers():
 def test_bars_go_both_ways():
     """Mean shifts of sentences are mostly below 0."""
     chart = bars({"a": {"m": figures_of(-2.0, -3.0, -1.0)}, "b": {"m": figures_of(0.5)}}, title="nats")
-    low, high = chart.draw(7).axes[0].get_xlim()
+    low, high = chart.draw().axes[0].get_xlim()
     assert low < -3.0
     assert high > 0.5
 
 
-@pytest.mark.parametrize("is_share", [True, False])
-def test_an_axis_of_nothing_but_zeros_has_a_height(is_share):
+def test_an_axis_of_nothing_but_zeros_has_a_height():
     zero = figures_of(0.0, 0.0, 0.0)
     origin = Point("plain", figures_of(20.0, 19.0, 21.0), zero)
-    chart = curves(
-        {"a": Curve([Point("1", figures_of(22.0), zero)])}, x_title="x", y_title="y", origin=origin, y_is_share=is_share
-    )
-    for drawn in (chart, bars({"a": {"m": zero}}, title="t", is_share=is_share)):
+    chart = curves({"a": Curve([Point("1", figures_of(22.0), zero)])}, x_title="x", y_title="y", origin=origin)
+    for drawn in (chart, bars({"a": {"m": zero}}, title="t", is_share=True), bars({"a": {"m": zero}}, title="t")):
         assert "e-" not in "".join(re.findall(r">([^<>]*)</text>", drawn.markup()))
-    assert chart.draw(7).axes[0].get_ylim()[1] >= (0.01 if is_share else 1e-3)
+    assert chart.draw().axes[0].get_ylim()[1] >= 0.01
 
 
 def test_intervals_stay_within_the_axes():
     wide = Point("1", figures_of(20.0, 2.0, 300.0), figures_of(0.1, 0.0, 0.9))
-    axes = curves({"a": Curve([wide])}, x_title="x", y_title="y").draw(7).axes[0]
+    axes = curves({"a": Curve([wide])}, x_title="x", y_title="y").draw().axes[0]
     assert axes.get_xlim()[0] <= 2.0
     assert axes.get_xlim()[1] >= 300.0
     assert axes.get_ylim()[1] >= 0.9
 
 
-def marks(chart, width=7):
+def marks(chart):
     """Where the marks of points lie: those that have a tooltip."""
-    lines = chart.draw(width).axes[0].lines
+    lines = chart.draw().axes[0].lines
     return [line.get_xydata()[0] for line in lines if (line.get_gid() or "").startswith("tip: ")]
 
 
@@ -459,23 +456,22 @@ def crowd(families):
 
 
 @pytest.mark.parametrize("families", [1, 3, 12])
-@pytest.mark.parametrize("width", [3.9, 7.6])
-def test_labels_of_a_crowded_chart_overlap_neither_each_other_nor_marks(families, width):
+def test_labels_of_a_crowded_chart_overlap_neither_each_other_nor_marks(families):
     origin = Point("plain", figures_of(200.0, 190.0, 210.0), figures_of(0.1, 0.08, 0.12))
     chart = curves(crowd(families), x_title="x", y_title="y", origin=origin)
-    axes = chart.draw(width).axes[0]
+    axes = chart.draw().axes[0]
     labels = [text.get_window_extent() for text in axes.texts]
     assert axes.texts[0].get_text() == "plain"
     assert len(labels) > families
-    assert len(marks(chart, width)) == 1 + 4 * families  # plain and the points
-    centres = [axes.transData.transform(place) for place in marks(chart, width)]
+    assert len(marks(chart)) == 1 + 4 * families  # plain and the points
+    centres = [axes.transData.transform(place) for place in marks(chart)]
     taken = [Bbox.from_extents(x - 3, y - 3, x + 3, y + 3) for x, y in centres]
     for number, box in enumerate(labels):
         assert not any(box.overlaps(other) for other in [*labels[number + 1 :], *taken])
 
 
 def test_every_family_has_a_colour_or_a_line_of_its_own():
-    figure = curves(crowd(12), x_title="x", y_title="y").draw(7)
+    figure = curves(crowd(12), x_title="x", y_title="y").draw()
     handles, labels = figure.axes[0].get_legend_handles_labels()
     assert len(labels) == 12
     assert len({(each.get_color(), each.get_linestyle()) for each in handles}) == 12
@@ -484,7 +480,7 @@ def test_every_family_has_a_colour_or_a_line_of_its_own():
 
 def test_the_default_strength_has_a_ring():
     points = [Point("1", figures_of(20.0), figures_of(0.1)), Point("2", figures_of(21.0), figures_of(0.05), True)]
-    axes = curves({"a": Curve(points)}, x_title="x", y_title="y").draw(7).axes[0]
+    axes = curves({"a": Curve(points)}, x_title="x", y_title="y").draw().axes[0]
     rings = [line.get_xydata()[0].tolist() for line in axes.lines if line.get_gid() == "ring"]
     assert rings == [[21.0, 0.05]]
 
@@ -492,33 +488,19 @@ def test_the_default_strength_has_a_ring():
 def test_perplexities_that_differ_much_are_on_a_logarithmic_axis():
     def axes(largest):
         points = [Point("", figures_of(x, x, x), figures_of(0.1)) for x in (10.0, largest / 2, largest)]
-        return curves({"a": Curve(points)}, x_title="perplexity", y_title="y").draw(7).axes[0]
+        return curves({"a": Curve(points)}, x_title="perplexity", y_title="y").draw().axes[0]
 
     assert (axes(20.0).get_xscale(), axes(20.0).get_xlabel()) == ("linear", "perplexity")
     assert (axes(1000.0).get_xscale(), axes(1000.0).get_xlabel()) == ("log", "perplexity, logarithmic")
 
 
-def test_colours_in_a_page_follow_its_style_and_a_file_brings_its_own():
+def test_colours_in_a_page_follow_its_style_and_a_file_brings_its_own(repository):
     chart = curves(crowd(2), x_title="x", y_title="y")
     assert not re.search("#[0-9a-f]{6}", chart.markup())
     assert "stroke: var(--c1)" in chart.markup()
-    root = ElementTree.fromstring(chart.svg())
-    style = root.find("{*}style").text
-    assert "prefers-color-scheme: dark" in style
-    assert "--c1: #d1480f" in style
-
-
-def test_training_curves_are_files(tmp_path):
-    records = [{"step": step, "loss": 5.0 / step, "bits_per_byte": math.nan} for step in range(1, 100)]
-    chart = training_curves(records)
-    assert [axes.get_ylabel() for axes in chart.draw(7).axes] == ["loss, nats per token"]
-    chart.save(tmp_path / "a.svg")
-    ElementTree.parse(tmp_path / "a.svg")
-    chart.save(tmp_path / "a.png")
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(InputError, match=r"\.svg or \.png, got 'a\.pdf'"):
-        chart.save(tmp_path / "a.pdf")
-    assert training_curves([{"step": 1}]) is None
+    assert "stroke: #d1480f" in chart.svg()
+    style = (repository / "calibfuse" / "html" / "base.html.jinja").read_text(encoding="utf-8")
+    assert all(f"--c{number}: {colour};" in style for number, colour in enumerate(PALETTE))
 
 
 @pytest.mark.parametrize(("package", "call"), [("matplotlib", "markup"), ("jinja2", "page")])

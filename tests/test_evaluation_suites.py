@@ -191,7 +191,7 @@ def test_every_functionality_has_its_bar_and_a_forbidden_sentence_none():
     ]
     shifts = np.array([-0.5, -np.inf, -2.0])
     charts = suite_charts([("method", summarise(texts, shifts, shifts, resamples=10))])
-    tips = [re.findall("<title>(.*?)</title>", chart.svg()) for chart in charts]
+    tips = [re.findall("<title>(.*?)</title>", chart.markup()) for chart in charts]
     assert tips[0] == ["derog_impl_h, method: -0.5"]
     assert tips[1] == ["all, method: -2", "counter_ref_nh, method: -2"]
     assert tips[2] == ["women, method: 1"]

@@ -1,15 +1,13 @@
-"""What of a target's vocabulary a calibrator covers, and how well it predicts text that is cut into its tokens.
+"""What a calibrator is, what of a vocabulary it covers, and how well it predicts text cut into that vocabulary.
 
-Counts of ids say little: what matters is how much of real text the covered tokens carry, and how many bits per byte the
-calibrator needs for it. Bits per byte are comparable across vocabularies, see calibfuse/bits_per_byte.py.
-
-"Covered" is what the calibrator has something to say about: for the universal calibrator every id with text, for a
-causal language model that is projected onto another vocabulary every id whose bytes its own tokens can spell.
+"Covered" is what it has something to say about: for the universal calibrator every id with text, for a causal language
+model that is projected onto another vocabulary every id whose bytes its own tokens can spell.
 """
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,34 +18,63 @@ from torch import Tensor
 
 from calibfuse.errors import DataError
 from calibfuse.guide import VALUE_HEAD, Guide
+from calibfuse.loading import PretrainedCalibrator
 from calibfuse.vocabulary import Vocabulary
 
 _BLOCK_ELEMENTS = 4_000_000  # of a [positions, vocabulary] block: bounds memory
 
 
 @dataclass(frozen=True)
+class CalibratorMetadata:
+    """What one calibrator is."""
+
+    fingerprint: str  # hex SHA-256 of shape and weights; the key of everything derived from them
+    heads: tuple[str, ...]
+    parameters: Mapping[str, int]  # number of parameters of each part, by name
+    bytes_in_memory: int  # of the weights as loaded
+    shape: Mapping[str, int]  # sizes of its config
+    fusion: Mapping[str, Any]  # recommended options of fusion; what is missing is FusionConfig's default
+    training: Mapping[str, Any]  # what its trainer noted
+
+    @property
+    def parameter_count(self) -> int:
+        """Parameters of all parts."""
+        return sum(self.parameters.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready dictionary."""
+        return {**asdict(self), "heads": list(self.heads), "parameter_count": self.parameter_count}
+
+
+def describe_calibrator(calibrator: PretrainedCalibrator) -> CalibratorMetadata:
+    """Collect what `Calibrator.from_pretrained` loaded."""
+    config = calibrator.config.to_dict()
+    parameters: Counter[str] = Counter()
+    for name, parameter in calibrator.named_parameters():
+        parameters[name.split(".")[0]] += parameter.numel()
+    return CalibratorMetadata(
+        fingerprint=calibrator.fingerprint,
+        heads=tuple(config["heads"]),
+        parameters=dict(parameters),
+        bytes_in_memory=sum(parameter.nbytes for _, parameter in calibrator.named_parameters()),
+        shape={name: value for name, value in config.items() if isinstance(value, int)},
+        fusion=dict(config["fusion"]),
+        training=dict(config["training"]),
+    )
+
+
+@dataclass(frozen=True)
 class VocabularyReport:
-    """What a vocabulary is made of.
+    """What a vocabulary is made of."""
 
-    Attributes:
-        name: where it came from.
-        fingerprint: of its bytes.
-        size: ids, holes included.
-        special: ids without text (begin, end, padding, chat marks, holes): never moved by fusion.
-        duplicates: ids whose bytes an earlier id has too.
-        partial: ids that are no whole UTF-8 text (parts of characters).
-        longest: bytes of the longest token.
-        unspelled: ids with text that the calibrator cannot spell: not covered either.
-    """
-
-    name: str
-    fingerprint: str
-    size: int
-    special: int
-    duplicates: int
-    partial: int
-    longest: int
-    unspelled: int = 0
+    name: str  # where it came from
+    fingerprint: str  # of its bytes
+    size: int  # ids, holes included
+    special: int  # ids without text (begin, end, padding, chat marks, holes): never moved by fusion
+    duplicates: int  # ids whose bytes an earlier id has too
+    partial: int  # ids that are no whole UTF-8 text (parts of characters)
+    longest: int  # bytes of the longest token
+    unspelled: int = 0  # ids with text that the calibrator cannot spell: not covered either
 
     @property
     def covered(self) -> int:
@@ -63,47 +90,21 @@ class VocabularyReport:
         """JSON-ready dictionary."""
         return {**asdict(self), "covered": self.covered, "coverage": self.coverage}
 
-
-@dataclass(frozen=True)
-class TextReport:
-    """How a bound calibrator fits a text.
-
-    Attributes:
-        passages: token sequences, each scored from an empty context.
-        tokens: scored tokens.
-        bytes: of the scored tokens.
-        skipped: tokens of the text that are not covered (unknown marks), left out of all sums.
-        distinct: different tokens that were scored.
-        bits_per_byte: by head.
-    """
-
-    passages: int
-    tokens: int
-    bytes: int
-    skipped: int
-    distinct: int
-    bits_per_byte: Mapping[str, float]
-
-    @property
-    def covered_mass(self) -> float:
-        """Share of the text's tokens that are covered, in [0, 1]."""
-        return self.tokens / (self.tokens + self.skipped)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready dictionary."""
-        return {**asdict(self), "covered_mass": self.covered_mass}
+    def rows(self) -> list[tuple[str, str, str]]:
+        """What, how many, share of all ids."""
+        counts = [
+            ("in the vocabulary", self.size),
+            ("covered (have text)", self.covered),
+            *([("text that the calibrator cannot spell", self.unspelled)] if self.unspelled else []),
+            ("special or holes (never moved)", self.special),
+            ("same bytes as another id", self.duplicates),
+            ("parts of characters", self.partial),
+        ]
+        return [(name, f"{count:,}", f"{100 * count / self.size:.2f} %") for name, count in counts]
 
 
 def report_vocabulary(vocabulary: Vocabulary, bound: Guide | None = None) -> VocabularyReport:
-    """Count what a vocabulary is made of.
-
-    Args:
-        vocabulary: of the target.
-        bound: the calibrator that covers it; None: one that covers every id with text.
-
-    Returns:
-        The counts.
-    """
+    """Count what a target's vocabulary is made of; without a bound calibrator every id with text is covered."""
     texts = [each for each in map(vocabulary.token_bytes, range(len(vocabulary))) if each]
     unspelled = 0
     if bound is not None:
@@ -121,15 +122,43 @@ def report_vocabulary(vocabulary: Vocabulary, bound: Guide | None = None) -> Voc
     )
 
 
+@dataclass(frozen=True)
+class TextReport:
+    """How a bound calibrator fits a text."""
+
+    passages: int  # token sequences, each scored from an empty context
+    tokens: int  # scored tokens
+    bytes: int  # of the scored tokens
+    skipped: int  # tokens that are not covered (unknown marks), left out of all sums
+    distinct: int  # different tokens that were scored
+    bits_per_byte: Mapping[str, float]  # by head; comparable across vocabularies
+
+    @property
+    def covered_mass(self) -> float:
+        """Share of the text's tokens that are covered, in [0, 1]."""
+        return self.tokens / (self.tokens + self.skipped)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready dictionary."""
+        return {**asdict(self), "covered_mass": self.covered_mass}
+
+    def rows(self) -> list[tuple[str, str]]:
+        """What, and its value."""
+        return [
+            ("passages", f"{self.passages:,}"),
+            ("bytes", f"{self.bytes:,}"),
+            ("tokens", f"{self.tokens + self.skipped:,} ({self.distinct:,} different)"),
+            ("covered tokens of the text", f"{100 * self.covered_mass:.3f} %"),
+            *((f"bits per byte, head {head!r}", f"{value:.3f}") for head, value in self.bits_per_byte.items()),
+        ]
+
+
 def report_text(bound: Guide, sequences: Sequence[Sequence[int]]) -> TextReport:
     """Score a text that is cut into the target's tokens.
 
     Args:
         bound: the calibrator over the vocabulary of the ids.
         sequences: token ids of passages, without special tokens.
-
-    Returns:
-        The report.
 
     Raises:
         DataError: no sequence has a token with bytes.

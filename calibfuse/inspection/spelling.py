@@ -9,7 +9,7 @@ import codecs
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from calibfuse.html.pages import Mask
+from calibfuse.html import Mask
 from calibfuse.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -17,14 +17,7 @@ if TYPE_CHECKING:
 
 
 class TokenSpeller:
-    """Writes tokens of one tokenizer.
-
-    Args:
-        tokenizer: a transformers tokenizer; its vocabulary gives the bytes, itself the names of special tokens.
-
-    Raises:
-        VocabularyError: the tokenizer cannot be turned into byte strings.
-    """
+    """Writes tokens of one tokenizer; VocabularyError where it cannot be turned into byte strings."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
@@ -51,15 +44,7 @@ class TokenSpeller:
 
 
 def mask_in_context(before: str, piece: str, mask: Mask) -> str:
-    """A piece of text as it looks when the whole text is masked.
-
-    Args:
-        before: the text up to the piece.
-        piece: a token's text; may be the end of a word that began earlier.
-        mask: replaces the letters of offensive words, one character by one.
-
-    Returns:
-        The piece, masked where the word that it ends or holds is offensive.
+    """A piece of text, which may end a word that began in `before`, as it looks when the whole text is masked.
 
     Example:
         >>> mask_in_context("what the he", "ck", lambda text: text.replace("heck", "h***"))
@@ -71,15 +56,7 @@ def mask_in_context(before: str, piece: str, mask: Mask) -> str:
 
 
 def mask_pieces(pieces: Sequence[str], mask: Mask) -> list[str]:
-    """Mask a text that is cut into pieces; a word is masked in all pieces that it spans.
-
-    Args:
-        pieces: the text, cut anywhere.
-        mask: as for `mask_in_context`.
-
-    Returns:
-        Pieces of the same lengths.
-    """
+    """Mask a text that is cut into pieces of any kind; a word is masked in all pieces that it spans."""
     text = "".join(pieces)
     masked = mask(text)
     if len(masked) != len(text):

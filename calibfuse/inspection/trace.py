@@ -31,27 +31,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CandidateTrace:
-    """One candidate for the next token.
-
-    Attributes:
-        token_id: its id.
-        text: as people read it.
-        is_movable: among the target's candidates and covered by the calibrator; other tokens keep their probability.
-        plain: log-probability under the target, nats.
-        fused: after fusion, nats.
-        plain_rank: 1 is the target's best token.
-        fused_rank: 1 is the best token after fusion.
-        heads: what each head of the calibrator said, by name: log-probability among the movable candidates, nats (the
-            head "value": log R). Empty for tokens that are not movable.
-    """
+    """One candidate for the next token."""
 
     token_id: int
-    text: str
-    is_movable: bool
-    plain: float
-    fused: float
-    plain_rank: int
-    fused_rank: int
+    text: str  # as people read it
+    is_movable: bool  # among the target's candidates and covered by the calibrator; others keep their probability
+    plain: float  # log-probability under the target, nats
+    fused: float  # after fusion, nats
+    plain_rank: int  # 1 is the target's best token
+    fused_rank: int  # 1 is the best token after fusion
+    # What each head of the calibrator said, by name: log-probability among the movable candidates, nats (the head
+    # "value": log R). Empty for tokens that are not movable.
     heads: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -69,25 +59,15 @@ class CandidateTrace:
 
 @dataclass(frozen=True)
 class StepTrace:
-    """One step.
+    """One step."""
 
-    Attributes:
-        position: index of the chosen token in the whole sequence, prompt included.
-        token_id: the chosen token.
-        text: what it adds to the text; empty for special tokens and unfinished characters.
-        chosen: it as a candidate.
-        candidates: the best tokens before and after fusion and the chosen one, by plain probability.
-        divergence: KL(fused || plain), nats: how much this step was changed.
-        moved_mass: probability that fusion moved from some tokens to others, in [0, 1].
-    """
-
-    position: int
-    token_id: int
-    text: str
-    chosen: CandidateTrace
-    candidates: tuple[CandidateTrace, ...]
-    divergence: float
-    moved_mass: float
+    position: int  # index of the chosen token in the whole sequence, prompt included
+    token_id: int  # the chosen token
+    text: str  # what it adds to the text; empty for special tokens and unfinished characters
+    chosen: CandidateTrace  # it as a candidate
+    candidates: tuple[CandidateTrace, ...]  # the best before and after fusion and the chosen one, by plain probability
+    divergence: float  # KL(fused || plain), nats: how much this step was changed
+    moved_mass: float  # probability that fusion moved from some tokens to others, in [0, 1]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready dictionary; the log-probability of an excluded token is null."""
@@ -113,7 +93,7 @@ def trace_generation(
     on_step: Callable[[StepTrace], None] | None = None,
     **generate_options: object,
 ) -> list[StepTrace]:
-    """Follow the fusion through a generation, or through a given continuation.
+    """Follow the fusion through a generation, or through a given continuation: one trace per chosen token.
 
     Args:
         model: the target.
@@ -126,9 +106,6 @@ def trace_generation(
         seed: of torch's generators, set before sampling; None leaves them alone.
         on_step: gets each step as soon as its token is known, which is when the next one begins; for those who stream.
         **generate_options: for `model.generate`: max_new_tokens, do_sample, temperature, ...
-
-    Returns:
-        One trace per token that was chosen.
 
     Raises:
         InputError: a prompt without tokens, a continuation of a prompt given as ids or one that adds no token, `top`

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibfuse.cli.loading import check_calibrator, page_of
+from calibfuse.cli.loading import check_calibrator
 from calibfuse.cli.options import SWITCH, add
 from calibfuse.cli.terminal import Terminal
 from calibfuse.errors import InputError
@@ -21,7 +21,7 @@ EXAMPLES = """\
 examples:
   calibfuse align --tokenizer org/any-llm                  # the bundled calibrator, bound and cached
   calibfuse align --calibrator ./my-calibrator --tokenizer ./my-model --report
-  calibfuse align --tokenizer ./tokenizer.json --text held-out.jsonl.xz --html coverage.html
+  calibfuse align --tokenizer ./tokenizer.json --text held-out.jsonl.xz
   calibfuse align --calibrator org/small-lm --tokenizer org/any-llm --report     # a projected language model
 
 The bound vectors go to the cache folder (CALIBFUSE_CACHE, else ~/.cache/calibfuse), so that loading takes a moment
@@ -45,7 +45,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         parser.add_argument_group("report"),
         "text_field",
-        "html",
         "json",
         report=SWITCH | {"help": "print what is covered (implied by the options below)"},
         text={"metavar": "FILE", "help": "measure on this text: .txt, .jsonl or .csv, also .gz and .xz"},
@@ -59,11 +58,10 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("calibfuse align needs the target's vocabulary: give --tokenizer, a folder, file or Hub id.")
     if args.max_bytes < 1:
         raise InputError(f"--max-bytes must be at least 1, got {args.max_bytes}.")
-    page = page_of(args)
     check_calibrator(args.calibrator)
     # The text is read first: it is the quickest to be found wanting.
     passages = _read_passages(args.text, args.text_field, args.max_bytes) if args.text else []
-    is_report = bool(args.report or args.text or page or args.json)
+    is_report = bool(args.report or args.text or args.json)
     bound, seconds = _bind(args, for_report=is_report)
     terminal = Terminal()
     if not is_report:
@@ -73,8 +71,6 @@ def run(args: argparse.Namespace) -> int:
 
     vocabulary = report_vocabulary(bound.vocabulary, bound)
     text = report_text(bound, _encode(args, passages)) if args.text else None
-    if page is not None:
-        _write_page(page, args, bound, vocabulary, text)
     if args.json:
         record: dict[str, Any] = {"vocabulary": vocabulary.to_dict(), "bind_seconds": seconds}
         record["text"] = text.to_dict() if text is not None else None
@@ -82,8 +78,6 @@ def run(args: argparse.Namespace) -> int:
         return 0
     terminal.write(_summary(args, bound, seconds))
     _show_report(terminal, vocabulary, text)
-    if page is not None:
-        terminal.write(f"written to {page}")
     return 0
 
 
@@ -145,33 +139,11 @@ def _encode(args: argparse.Namespace, passages: list[str]) -> list[list[int]]:
     return text_encoder(load_tokenizer(args.tokenizer, local_files_only=args.local_files_only))(passages)
 
 
-def _write_page(
-    page: Path,
-    args: argparse.Namespace,
-    bound: Guide,
-    vocabulary: VocabularyReport,
-    text: TextReport | None,
-) -> None:
-    from calibfuse.hub import write_files
-    from calibfuse.inspection import coverage_page
-
-    metadata = {
-        "calibrator": f"{args.calibrator or 'bundled'} ({bound.calibrator.fingerprint[:12]})",
-        "tokenizer": f"{args.tokenizer} ({vocabulary.fingerprint[:12]})",
-    }
-    if args.text:
-        metadata["text"] = f"{args.text}, first {args.max_bytes:,} bytes"
-    content = coverage_page(vocabulary, text, metadata=metadata)
-    write_files(page.parent, {page.name: content.encode("utf-8")})
-
-
 def _show_report(terminal: Terminal, vocabulary: VocabularyReport, text: TextReport | None) -> None:
-    from calibfuse.inspection import text_rows, vocabulary_rows
-
     terminal.write()
-    terminal.table(("ids", "count", "share"), vocabulary_rows(vocabulary))
+    terminal.table(("ids", "count", "share"), vocabulary.rows())
     if text is None:
         terminal.note("Give --text FILE to see how well the calibrator predicts text that is cut into these tokens.")
         return
     terminal.write()
-    terminal.table(("text", "value"), text_rows(text))
+    terminal.table(("text", "value"), text.rows())

@@ -11,9 +11,9 @@ from calibfuse.evaluation.given_text.suites import HARMFUL, HARMLESS, SuiteResul
 from calibfuse.evaluation.measuring import Example
 from calibfuse.evaluation.methods import PLAIN
 from calibfuse.evaluation.metrics import METRICS, Estimate
+from calibfuse.evaluation.report.charts import Chart, Curve, Point, bars, curves
 from calibfuse.evaluation.report.tables import family_of, representatives, sections_of, shown_value, versions
-from calibfuse.html.charts import Chart, Curve, Point, bars, curves
-from calibfuse.html.pages import Mask, render, unchanged
+from calibfuse.html import Mask, render, unchanged
 
 Rows = dict[str, dict[str, Estimate]]  # row of bars -> title of a method -> figure
 _EXAMPLES = 12
@@ -87,7 +87,6 @@ def _curve(results: Sequence[MethodResult], name: str) -> Chart | None:
         origin=point(results[0], "plain"),
         x_title=METRICS[name].title,
         y_title="toxic continuations",
-        y_is_share=True,
     )
 
 

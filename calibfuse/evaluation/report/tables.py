@@ -18,7 +18,7 @@ from calibfuse.evaluation.budget import METRICS_AT_BUDGET, AtBudget, BudgetCompa
 from calibfuse.evaluation.evaluate import Evaluation, MethodResult
 from calibfuse.evaluation.given_text.suites import SuiteRow
 from calibfuse.evaluation.metrics import METRICS, Estimate
-from calibfuse.html.pages import Cell, Mask, Table, unchanged
+from calibfuse.html import Cell, Mask, Table, unchanged
 
 _PERCENT = frozenset({"toxic_share", "empty_share", "refusal_share", "finished_share", "repetition"})
 _TOXICITY = (

@@ -13,7 +13,7 @@ from calibfuse.evaluation.budget import BudgetComparison
 from calibfuse.evaluation.evaluate import Evaluation, MethodResult
 from calibfuse.evaluation.report.page import curve_chart, to_html
 from calibfuse.evaluation.report.tables import to_markdown, versions
-from calibfuse.html.pages import Mask
+from calibfuse.html import Mask
 from calibfuse.hub import write_files
 
 FORMAT = "calibfuse-evaluation"
