@@ -217,6 +217,21 @@ class Guide(ABC):
         """Ids below `vocab_size` that are candidates in any case, int64 [n]; None: there are none."""
         return None
 
+    def misfit(self, width: int) -> str:
+        """Why a head of `width` scores cannot be that of the tokenizer; empty where it can.
+
+        Heads are padded, by up to 2 % in models that are known, and some leave out a few tokens at the end (image
+        marks).
+        """
+        size = self.target_vocab_size
+        beyond = int((~self.vocabulary.is_special[width:]).sum()) if size > width else 0
+        if beyond <= max(256, size // 100) and width <= size + max(4096, size // 10):
+            return ""
+        return (
+            f"The scores have {width} entries, which cannot be those of the tokenizer {self.vocabulary.name!r} "
+            f"with {size} ids."
+        )
+
     def sequence(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> NextTokenScores:
         """All positions of whole sequences at once; position i speaks of token i + 1.
 

@@ -1,9 +1,7 @@
 """CalibFusion: the fusion as a transformers LogitsProcessor. The only file that knows `generate()`'s protocol.
 
-Facts it rests on (transformers 4.57 and 5.x): the call gets the whole `input_ids`, with left padding and finished rows,
-and float scores that are raw logits in sampling and log-probabilities in beam search; they may hold -inf from earlier
-processors and must not be written to; temperature, top-k and top-p come after. Nothing marks the start of a generation
-and beams are reordered silently, so all state derives from `input_ids` (see prefix_cache.py).
+The call gets the whole `input_ids`, with left padding and finished rows, and scores that may hold -inf and must not be
+written to. Nothing marks the start of a generation and beams are reordered silently: all state derives from the ids.
 """
 
 from __future__ import annotations
@@ -27,10 +25,10 @@ from calibfuse.embedding.alignment import Alignment, alignable, alignment_folder
 from calibfuse.embedding.fusion import EmbeddingFusion
 from calibfuse.embedding.output_head import find_output_head
 from calibfuse.errors import (
-    CalibfuseError,
     FusionNotAppliedError,
     InputError,
     MissingHeadError,
+    VocabularyError,
     VocabularyMismatchError,
 )
 from calibfuse.fusion import MODES, FusionConfig, Moved, fuse, needed_heads, recommended_config, unjudgeable
@@ -45,6 +43,7 @@ if TYPE_CHECKING:
     from calibfuse.vocabulary import TokenizerLike
 
 _SEQUENCE_CHUNK = 8_000_000  # scores fused at once in fuse_logits: 32 MB for each intermediate result
+_OTHER_VOCABULARY = 0.01  # share of the ids with other bytes from which two tokenizers count as different
 
 
 class CalibFusion(LogitsProcessor):
@@ -85,9 +84,7 @@ class CalibFusion(LogitsProcessor):
     ) -> None:
         self.guide = guide
         self.on_step = on_step
-        self._account, self._ledger = Account(), Ledger()
         self.config = recommended_config(guide.recommended, {}) if config is None else config
-        self._check_heads()
         if self.config.mode == "blend":
             warnings.warn(
                 "Mode 'blend' is deprecated and goes in the next version, since it flattens the text; use 'contrast', "
@@ -97,12 +94,13 @@ class CalibFusion(LogitsProcessor):
             )
         # Held only where its output head is used: a copy of this object would copy the model.
         self._alignment, self._target = alignment, target if MODES[self.config.mode].fuse is None else None
-        self._embedding = self._embedding_fusion()
+        self._embedding = self._prepare(self.config)
         self._calls = self._fused = 0
         self._warned: set[str] = set()
         self._target_width = _head_width(target)
-        if self._target_width is not None and (problem := _misfit(guide, self._target_width)):
+        if self._target_width is not None and (problem := guide.misfit(self._target_width)):
             raise VocabularyMismatchError(f"{problem} Pass the target's own tokenizer.")
+        self._account, self._ledger = Account(), Ledger()
         self.reset()
 
     @classmethod
@@ -111,7 +109,7 @@ class CalibFusion(LogitsProcessor):
         name_or_path: str | os.PathLike[str] | None = None,
         *,
         tokenizer: TokenizerLike | None = None,
-        target: PreTrainedModel | None = None,
+        target: PreTrainedModel | str | os.PathLike[str] | None = None,
         alpha: float | None = None,
         mode: str | None = None,
         reference: str | os.PathLike[str] | None = None,
@@ -128,7 +126,7 @@ class CalibFusion(LogitsProcessor):
             name_or_path: Hub id or local folder of a calibrator; None: the bundled one.
             tokenizer: the target's tokenizer: a transformers tokenizer, a `tokenizers.Tokenizer`, a name or a path.
             target: the target model; gives the tokenizer's name when `tokenizer` is missing, and its output head in
-                mode "embedding".
+                mode "embedding". Its name or path will do where the head is not needed.
             alpha: strength; None: what the calibrator recommends.
             mode: of fusion; None: what the calibrator recommends.
             reference: where the calibrator is a causal LM of transformers, its reference model for mode "contrast".
@@ -146,23 +144,25 @@ class CalibFusion(LogitsProcessor):
             InputError: neither `tokenizer` nor a `target` that knows its tokenizer, or an option is out of range.
             CheckpointError: no such calibrator, or a damaged one.
             VocabularyError: the tokenizer is not usable.
-            MissingHeadError: the mode needs a head that the calibrator has not, or (embedding) an alignment with this
-                target that `calibfuse align-embedding` has not made yet.
+            MissingHeadError: the mode needs a head that the calibrator does not have, or (embedding) an alignment with
+                this target that `calibfuse align-embedding` has not made yet.
         """
+        if isinstance(target, str | os.PathLike):
+            tokenizer, target = (target if tokenizer is None else tokenizer), None
         if target is not None and not isinstance(target, torch.nn.Module):
             raise InputError(
-                f"target= must be the model itself, got a {type(target).__name__}; a tokenizer, a name or a path goes "
-                "to tokenizer=."
+                f"target= must be the model itself, its name or its path, got a {type(target).__name__}; a tokenizer "
+                "goes to tokenizer=."
             )
         if name_or_path is not None and not isinstance(name_or_path, str | os.PathLike):
             raise InputError(
                 f"The first argument names the calibrator, got a {type(name_or_path).__name__}; a tokenizer goes to "
                 "tokenizer=, a model to target=."
             )
-        source = tokenizer if tokenizer is not None else _tokenizer_name(target)
-        options: dict[str, Any] = {key: value for key, value in (("alpha", alpha), ("mode", mode)) if value is not None}
-        options.update(fusion_options)
+        given = {"alpha": alpha, "mode": mode}
+        options: dict[str, Any] = {key: value for key, value in given.items() if value is not None} | fusion_options
         FusionConfig.from_dict(options)  # bad options fail before anything is loaded
+        source = tokenizer if tokenizer is not None else _tokenizer_name(target)
         calibrator = Calibrator.from_pretrained(
             name_or_path, reference=reference, revision=revision, local_files_only=local_files_only
         )
@@ -178,14 +178,31 @@ class CalibFusion(LogitsProcessor):
             folder = resolve_checkpoint(name_or_path, revision=revision, local_files_only=True)
             folders = alignment_folders(folder, calibrator.fingerprint)
             alignment = find_alignment(folders, guide, target, calibrator=str(name_or_path or "CALIBRATOR"))
-        if reference is None and name_or_path is not None and str(name_or_path) in _names_of(tokenizer, target):
+        names = [name for name in (_name_of(tokenizer), _name_of(target)) if name]
+        if reference is None and name_or_path is not None and str(name_or_path) in names:
             warnings.warn(
                 f"The calibrator {str(name_or_path)!r} is the target itself: a model cannot correct itself. Leave the "
                 "name out for the bundled calibrator.",
                 UserWarning,
                 stacklevel=2,
             )
+        if tokenizer is not None and target is not None and _has_other_tokenizer(guide, tokenizer, target):
+            warnings.warn(
+                f"The tokenizer {guide.vocabulary.name!r} is not that of the target {_name_of(target)!r}: they spell "
+                "the same ids differently, so the calibrator would judge other words. Pass the target's own tokenizer.",
+                UserWarning,
+                stacklevel=2,
+            )
         return cls(guide, config, alignment=alignment, target=target, on_step=on_step)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Refuse what would change nothing: a mistyped option, or one of FusionConfig's."""
+        if not (name.startswith("_") or name in ("guide", "config", "on_step") or hasattr(type(self), name)):
+            raise AttributeError(
+                f"{type(self).__name__} has no attribute {name!r} to set; options of the fusion are set by "
+                f"fusion.alpha = ..., or fusion.set(margin=..., max_shift=..., ...)."
+            )
+        super().__setattr__(name, value)
 
     @property
     def calls(self) -> int:
@@ -214,17 +231,10 @@ class CalibFusion(LogitsProcessor):
             InputError: an unknown option, or a value out of range.
             MissingHeadError: the mode needs a head or an alignment that is not there.
         """
-        if options.get("mode", self.config.mode) == self.config.mode:
-            config = recommended_config(self.config.to_dict(), options)
-        else:
-            config = recommended_config(self.guide.recommended, options)
-        former, self.config = self.config, config
-        try:
-            self._check_heads()
-            self._embedding = self._embedding_fusion()
-        except CalibfuseError:
-            self.config = former
-            raise
+        keeps_mode = options.get("mode", self.config.mode) == self.config.mode
+        config = recommended_config(self.config.to_dict() if keeps_mode else self.guide.recommended, options)
+        self._embedding = self._prepare(config)
+        self.config = config
         return self
 
     def __repr__(self) -> str:
@@ -235,12 +245,12 @@ class CalibFusion(LogitsProcessor):
             f"guide={type(self.guide).__name__}, vocabulary={self.guide.vocabulary.name!r})"
         )
 
-    def add_words(self, words: Iterable[str], bias: float = LOWERED) -> CalibFusion:
+    def add_words(self, words: Iterable[str] | Mapping[str, float], bias: float = LOWERED) -> CalibFusion:
         """Lower further words, in whatever pieces the target spells them.
 
         Args:
-            words: of letters a to z; one, or several.
-            bias: in nats, below 0; before the strength is applied.
+            words: of letters a to z; one, several, or with a bias for each (above 0: a protected name).
+            bias: of words without one, in nats; before the strength is applied.
 
         Returns:
             This object.
@@ -250,18 +260,19 @@ class CalibFusion(LogitsProcessor):
         """
         return self._with_words(words, -abs(bias))
 
-    def protect_names(self, names: Iterable[str], bias: float = PROTECTED) -> CalibFusion:
+    def protect_names(self, names: Iterable[str] | Mapping[str, float], bias: float = PROTECTED) -> CalibFusion:
         """Give names of people or groups back what the calibrator may take from them; see `add_words`."""
         return self._with_words(names, abs(bias))
 
-    def _with_words(self, words: Iterable[str], bias: float) -> CalibFusion:
-        listed = [words] if isinstance(words, str) else list(words)
-        if not all(isinstance(word, str) for word in listed):
-            raise InputError(f"Expected words as strings, got {listed!r}.")
+    def _with_words(self, words: Iterable[str] | Mapping[str, float], bias: float) -> CalibFusion:
+        given = dict.fromkeys([words] if isinstance(words, str) else words, bias)
+        if not all(isinstance(word, str) for word in given):
+            raise InputError(f"Expected words as strings, got {list(given)!r}.")
         calibrator = self.guide.calibrator
         if not isinstance(calibrator, Calibrator):
             raise InputError(f"Words are a part of universal calibrators, and this is a {type(calibrator).__name__}.")
-        with_words = calibrator.with_words(dict.fromkeys(map(str.lower, listed), bias))
+        given |= words if isinstance(words, Mapping) else {}
+        with_words = calibrator.with_words({word.lower(): each for word, each in given.items()})
         self.guide = with_words.bind(self.guide.vocabulary, device=self.guide.device)
         return self
 
@@ -278,9 +289,8 @@ class CalibFusion(LogitsProcessor):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy follows generations of its own."""
-        return {
-            name: value for name, value in self.__dict__.items() if name not in ("_of_thread", "_account", "_ledger")
-        }
+        own = ("_of_thread", "_account", "_ledger")
+        return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         """See `__getstate__`."""
@@ -338,14 +348,13 @@ class CalibFusion(LogitsProcessor):
         return self._step(input_ids, scores)
 
     def _step(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """See `__call__`."""
         if input_ids.ndim != 2 or scores.ndim != 2 or input_ids.shape[0] != scores.shape[0]:
             raise VocabularyMismatchError(
                 "Expected input_ids [rows, length] and scores [rows, vocabulary] with equal rows, got "
                 f"{tuple(input_ids.shape)} and {tuple(scores.shape)}."
             )
         self._calls += 1
-        if scores.shape[0] == 0 or self._is_foreign(scores.shape[-1]):
+        if scores.shape[0] == 0 or self._is_foreign(input_ids, scores.shape[-1]):
             return scores.float()
         self._fused += 1
         if input_ids.shape[1] == 0:
@@ -355,19 +364,18 @@ class CalibFusion(LogitsProcessor):
             )
         guide = self._follow(scores.device)
         input_ids = input_ids.to(scores.device)
-        readings = self._readings(input_ids, scores)
+        said, readings = None, _readings(input_ids, scores)
         if self.config.alpha == 0.0:
-            said, values = None, readings.tolist()
+            values = readings.tolist()
         else:
             said, values = self._rows(guide).step(input_ids, readings)
-        has_dead_rows = self._check(values, scores)
-        if self.on_step is None:
-            return self._fuse(guide, scores, said, has_dead_rows, self._account)
-        step = Account()
-        fused = self._fuse(guide, scores, said, has_dead_rows, step)
-        self._ledger.settle()
-        self._account.add(step)
-        self.on_step(step.report(guide.vocabulary))
+        has_dead_rows = self._check(values, scores.shape[-1])
+        step = self._account if self.on_step is None else Account()
+        fused = self._fuse(scores, said, has_dead_rows, step)
+        if self.on_step is not None:
+            self._ledger.settle()
+            self._account.add(step)
+            self.on_step(step.report(guide.vocabulary))
         return fused
 
     def fuse_logits(self, input_ids: Tensor, logits: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -396,25 +404,20 @@ class CalibFusion(LogitsProcessor):
         if not logits.numel():
             return logits.float()
         input_ids = input_ids.to(logits.device)
-        has_dead_rows = self._check(self._readings(input_ids, logits).tolist(), logits)
-        if self.config.alpha == 0.0:
-            return self._fuse(guide, logits, None, has_dead_rows)
-        said = guide.sequence(input_ids, attention_mask)
         batch, length, vocab_size = logits.shape
+        has_dead_rows = self._check(_readings(input_ids, logits).tolist(), vocab_size)
+        if self.config.alpha == 0.0:
+            return self._fuse(logits, None, has_dead_rows)
+        said = guide.sequence(input_ids, attention_mask)
         step = max(1, _SEQUENCE_CHUNK // (batch * vocab_size))
         parts = [
-            self._fuse(guide, logits[:, start : start + step], said.positions(start, start + step), has_dead_rows)
+            self._fuse(logits[:, start : start + step], said.positions(start, start + step), has_dead_rows)
             for start in range(0, length, step)
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def _fuse(
-        self,
-        guide: Guide,
-        scores: Tensor,
-        said: NextTokenScores | None,
-        has_dead_rows: bool,
-        account: Account | None = None,
+        self, scores: Tensor, said: NextTokenScores | None, has_dead_rows: bool, account: Account | None = None
     ) -> Tensor:
         """Fuse; rows that exclude every token are left as they are (dead beams of a constraint)."""
         alone = unjudgeable(scores) if has_dead_rows else None
@@ -423,58 +426,56 @@ class CalibFusion(LogitsProcessor):
             if account is not None:
                 self._ledger.enter([account] * scores.shape[0], moved, alone)
 
-        if said is None or self._embedding is not None:
-            raw = scores if alone is None else scores.masked_fill(alone[..., None], 0.0)
-            fused = raw.float().log_softmax(-1) if said is None else self._embedding(raw, last_states(said))  # type: ignore[misc]
-            if account is not None:
-                observe(Moved.of(raw.float().log_softmax(-1), fused))
-            return fused if alone is None else torch.where(alone[..., None], scores.float(), fused)
-        always = guide.always_candidates(scores.shape[-1])
-        return fuse(
-            scores, said.log_scores, guide.covers, self.config, always, pick=said.log_scores_at, alone=alone,
-            observe=observe if account is not None else None,
-        )  # fmt: skip
+        if said is not None and self._embedding is None:
+            guide = self.guide
+            return fuse(
+                scores, said.log_scores, guide.covers, self.config, guide.always_candidates(scores.shape[-1]),
+                pick=said.log_scores_at, alone=alone, observe=None if account is None else observe,
+            )  # fmt: skip
+        raw = scores if alone is None else scores.masked_fill(alone[..., None], 0.0)
+        plain = raw.float().log_softmax(-1)
+        fused = plain if said is None or self._embedding is None else self._embedding(raw, last_states(said))
+        observe(Moved.of(plain, fused))
+        return fused if alone is None else torch.where(alone[..., None], scores.float(), fused)
 
-    def _check_heads(self) -> None:
-        missing = [head for head in needed_heads(self.config) if head not in self.guide.heads]
-        if missing:
-            raise MissingHeadError(
-                f"Mode {self.config.mode!r} needs the head {missing[0]!r}, but the calibrator has only "
-                f"{', '.join(map(repr, self.guide.heads))}. Choose another mode or a calibrator trained with that head."
-            )
-
-    def _embedding_fusion(self) -> EmbeddingFusion | None:
-        """What mode "embedding" needs beside the guide; None in other modes."""
-        config, target = self.config, self._target
+    def _prepare(self, config: FusionConfig) -> EmbeddingFusion | None:
+        """Check that the mode has what it needs; what mode "embedding" has beside the guide."""
+        for head in needed_heads(config):
+            if head not in self.guide.heads:
+                raise MissingHeadError(
+                    f"Mode {config.mode!r} needs the head {head!r}, but the calibrator has only "
+                    f"{', '.join(map(repr, self.guide.heads))}. Choose another mode, or a calibrator with that head."
+                )
         if MODES[config.mode].fuse is not None:
             return None
-        if target is None:
+        if self._target is None:
             raise InputError(
                 f"Mode {config.mode!r} decodes through the target's own output head: pass target= (the model)."
             )
         if self._alignment is None:
             raise MissingHeadError(
                 f"Mode {config.mode!r} needs an alignment of the calibrator with the target: pass alignment=, or use "
-                "CalibFusion.from_pretrained, which finds the one that `calibfuse align --target` made."
+                "CalibFusion.from_pretrained, which finds the one that `calibfuse align-embedding` made."
             )
         self._alignment.check(alignable(self.guide))
-        return EmbeddingFusion(
-            self._alignment.matrix, find_output_head(target), config.alpha, config.hidden_temperature
-        )
+        output_head = find_output_head(self._target)
+        return EmbeddingFusion(self._alignment.matrix, output_head, config.alpha, config.hidden_temperature)
 
-    def _is_foreign(self, width: int) -> bool:
+    def _is_foreign(self, input_ids: Tensor, width: int) -> bool:
         """Whether scores are those of another model than the target: an assistant with a tokenizer of its own."""
         if self._embedding is not None:
             return False
         if self._target_width is not None:
             return width != self._target_width
-        problem = _misfit(self.guide, width)
-        if problem:
-            self._warn(
-                f"{problem} Such scores are left as they are: pass target= (the model) if they are an assistant's, and "
-                "the right tokenizer= if they are the target's."
-            )
-        return bool(problem)
+        if not (problem := self.guide.misfit(width)):
+            return False
+        if input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < width:
+            raise VocabularyMismatchError(f"{problem} The ids lie beyond them, too: pass ids and scores of one model.")
+        self._warn(
+            f"{problem} Such scores are left as they are: pass target= (the model) if they are an assistant's, and "
+            "the right tokenizer= if they are the target's."
+        )
+        return True
 
     def _warn(self, message: str) -> None:
         """Warn once of each thing."""
@@ -482,21 +483,13 @@ class CalibFusion(LogitsProcessor):
             self._warned.add(message)
             warnings.warn(message, UserWarning, stacklevel=5)
 
-    def _readings(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """What `_check` judges, float32 [4] on the device: lowest and highest best score, lowest and highest id."""
-        # The maximum of a row is nan where any score is, and -inf where all are: one reduction for both checks.
-        best = scores.amax(dim=-1).float()
-        ids = input_ids if input_ids.numel() else best.new_zeros(1)
-        return torch.stack([best.amin(), best.amax(), ids.amin(), ids.amax()])
-
     def _follow(self, device: torch.device) -> Guide:
         """The guide, moved to the scores' device the first time they differ."""
-        guide = self.guide
-        if guide.device != device:
-            guide = self.guide = guide.to(device)
-        return guide
+        if self.guide.device != device:
+            self.guide = self.guide.to(device)
+        return self.guide
 
-    def _check(self, readings: list[float], scores: Tensor) -> bool:
+    def _check(self, readings: list[float], width: int) -> bool:
         """Refuse what cannot be fused; whether a row excludes every token."""
         lowest, highest, first_id, last_id = readings
         if not highest < math.inf:
@@ -504,37 +497,26 @@ class CalibFusion(LogitsProcessor):
                 "The target model's scores hold nan or +inf; its forward pass failed (overflow in half precision?)."
             )
         # A prompt may hold ids beyond the head (image marks) as long as the tokenizer has them.
-        limit = max(scores.shape[-1], self.guide.target_vocab_size)
-        if first_id < 0 or last_id >= limit:
+        if first_id < 0 or last_id >= max(width, self.guide.target_vocab_size):
             raise VocabularyMismatchError(
-                f"input_ids hold {int(first_id if first_id < 0 else last_id)}, outside the {scores.shape[-1]} ids "
-                f"of the scores and the {self.guide.target_vocab_size} of the tokenizer. Do ids, scores and tokenizer "
-                "belong to the same model?"
+                f"input_ids hold {int(first_id if first_id < 0 else last_id)}, outside the {width} ids of the scores "
+                f"and the {self.guide.target_vocab_size} of the tokenizer. Do ids, scores and tokenizer belong to the "
+                "same model?"
             )
         return lowest == -math.inf
 
 
-def _misfit(guide: Guide, width: int) -> str:
-    """Why a head of `width` scores cannot be that of the guide's tokenizer; empty where it can.
-
-    Heads are padded, by up to 2 % in models that are known, and some leave out a few tokens at the end (image marks).
-    """
-    size = guide.target_vocab_size
-    beyond = size - width
-    if beyond > 0:
-        beyond = int((~guide.vocabulary.is_special[width:]).sum())
-    if beyond <= max(256, size // 100) and width <= size + max(4096, size // 10):
-        return ""
-    return (
-        f"The scores have {width} entries, which cannot be those of the tokenizer {guide.vocabulary.name!r} "
-        f"with {size} ids."
-    )
+def _readings(input_ids: Tensor, scores: Tensor) -> Tensor:
+    """What `_check` judges, float32 [4] on the device: lowest and highest best score, lowest and highest id."""
+    # The maximum of a row is nan where any score is, and -inf where all are: one reduction for both checks.
+    best = scores.amax(dim=-1).float()
+    ids = input_ids if input_ids.numel() else best.new_zeros(1)
+    return torch.stack([best.amin(), best.amax(), ids.amin(), ids.amax()])
 
 
-def _names_of(*things: object) -> set[str]:
-    """Where a tokenizer or a model says that it was loaded from."""
-    names = {each if isinstance(each, str) else getattr(each, "name_or_path", None) for each in things}
-    return {str(name) for name in names if name}
+def _name_of(thing: object) -> str:
+    """Where a tokenizer or a model was loaded from; empty where it does not say."""
+    return str(thing if isinstance(thing, str | os.PathLike) else getattr(thing, "name_or_path", None) or "")
 
 
 def _head_width(target: PreTrainedModel | None) -> int | None:
@@ -550,10 +532,22 @@ def _tokenizer_name(target: PreTrainedModel | None) -> str:
             "CalibFusion needs the target's vocabulary: pass tokenizer= (a tokenizer, a name or a path) or target= "
             "(the model)."
         )
-    name = getattr(target, "name_or_path", "") or getattr(target.config, "_name_or_path", "")
-    if not name:
+    if not (name := _name_of(target)):
         raise InputError(
             f"The target model ({type(target).__name__}) does not know where it was loaded from, so its tokenizer "
             "cannot be found: pass tokenizer= as well."
         )
-    return str(name)
+    return name
+
+
+def _has_other_tokenizer(guide: Guide, tokenizer: TokenizerLike, target: PreTrainedModel) -> bool:
+    """Whether the tokenizer beside the target's weights, where it is at hand, spells the ids differently."""
+    if not _name_of(target) or _name_of(target) == _name_of(tokenizer):
+        return False
+    try:
+        own = Vocabulary.from_tokenizer(_name_of(target), local_files_only=True)
+    except VocabularyError:
+        return False
+    count = min(len(own), guide.target_vocab_size)
+    different = sum(own.token_bytes(each) != guide.vocabulary.token_bytes(each) for each in range(count))
+    return different > _OTHER_VOCABULARY * count

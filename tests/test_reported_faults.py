@@ -2,11 +2,14 @@
 
 import asyncio
 import copy
+import json
 import threading
 import types
 
 import pytest
+import tokenizers
 import torch
+import transformers
 from tiny_calibrators import make_bound, make_calibrator, make_vocabulary
 
 from calibfuse.calibrator.word_bias import read_words
@@ -147,6 +150,27 @@ def test_a_head_that_cannot_be_the_tokenizers(bound, width):
         CalibFusion(bound, CONFIG, target=target_of(width))
 
 
+def test_ids_beyond_scores_that_cannot_be_the_tokenizers(byte_level_tokenizer):
+    guide = make_calibrator().bind(byte_level_tokenizer, use_disk_cache=False)
+    with pytest.raises(VocabularyMismatchError, match="have 7 entries.*The ids lie beyond them"):
+        CalibFusion(guide, CONFIG)(torch.tensor([[50, 60]]), torch.zeros(1, 7))
+
+
+def test_a_tokenizer_that_is_not_the_targets_is_told(tmp_path, byte_level_tokenizer, wrap_tokenizer, tiny_gpt2):
+    """Of the same size, so that no width tells: the ids mean other bytes."""
+    size = byte_level_tokenizer.get_vocab_size()
+    wrap_tokenizer(byte_level_tokenizer).save_pretrained(tmp_path / "target")
+    tiny_gpt2(size).save_pretrained(tmp_path / "target")
+    target = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "target")
+    CalibFusion.from_pretrained(tokenizer=byte_level_tokenizer, target=target)
+    content = json.loads(byte_level_tokenizer.to_str())
+    pieces = content["model"]["vocab"]
+    content["model"]["vocab"] = dict(zip(reversed(pieces), pieces.values(), strict=True))
+    other = tokenizers.Tokenizer.from_str(json.dumps(content))
+    with pytest.warns(UserWarning, match="is not that of the target .*target'.*spell the same ids differently"):
+        CalibFusion.from_pretrained(tokenizer=other, target=target)
+
+
 def target_of(width):
     head = types.SimpleNamespace(weight=torch.zeros(width, 2))
     return types.SimpleNamespace(get_output_embeddings=lambda: head)
@@ -208,10 +232,21 @@ class TestSettings:
         with pytest.raises(InputError, match="device must be one of torch's.*'foo'"):
             calibrator.bind(vocabulary, device="foo", use_disk_cache=False)
 
-    @pytest.mark.parametrize("target", ["some/model", object()])
-    def test_a_target_is_a_model(self, target):
-        with pytest.raises(InputError, match="target= must be the model itself"):
-            CalibFusion.from_pretrained(tokenizer="gpt2", target=target)
+    def test_a_target_is_a_model_or_its_name(self, tmp_path, byte_level_tokenizer):
+        byte_level_tokenizer.save(str(tmp_path / "tokenizer.json"))
+        for target in (tmp_path, str(tmp_path)):
+            fusion = CalibFusion.from_pretrained(target=target)
+            assert fusion.guide.target_vocab_size == byte_level_tokenizer.get_vocab_size()
+        with pytest.raises(InputError, match="target= must be the model itself, its name or its path"):
+            CalibFusion.from_pretrained(tokenizer="gpt2", target=object())
+
+    def test_a_mistyped_option_is_refused(self, bound):
+        fusion = CalibFusion(bound, CONFIG)
+        for name in ("alhpa", "margin"):
+            with pytest.raises(AttributeError, match=f"no attribute '{name}' to set; options of the fusion are set by"):
+                setattr(fusion, name, 3)
+        fusion.on_step = print
+        assert fusion.config == CONFIG
 
     def test_the_first_argument_is_the_calibrator(self):
         with pytest.raises(InputError, match="a tokenizer goes to tokenizer="):
@@ -243,6 +278,7 @@ class TestWords:
             fusion.add_words(["two words"])
         with pytest.raises(InputError, match="words as strings"):
             fusion.add_words([3])
+        assert fusion.add_words({"darn": -2.0}).guide.calibrator.config.words == {"c": -6.0, "d": 1.0, "darn": -2.0}
 
     def test_one_word_alone_is_that_word_and_not_its_letters(self):
         fusion = CalibFusion(make_bound(words={}), FusionConfig()).add_words("darn")
