@@ -1,23 +1,7 @@
 """The fusion inside vLLM: a batch-level logits processor for both of its model runners.
 
-    vllm serve org/any-llm --logits-processors calibfuse.vllm:CalibFusionProcessor
-    calibfuse serve org/any-llm                                    # the same, with the calibrator's options
-
-Every request of the batch is followed by its own key in one session of the guide, so that requests may join, leave,
-be preempted and resumed, and drafts may be rejected, at any step. The engine's own settings are left alone: scores keep
-the scale of the logits, tokens that a grammar excludes stay excluded, and truncation and temperature come afterwards.
-
-Options of the server: `--additional-config '{"calibfuse": {"calibrator": ..., "alpha": ..., "mode": ...}}'`, or that
-inner object as JSON in the environment variable CALIBFUSE_VLLM. Options of a request: `SamplingParams(extra_args=...)`,
-over HTTP `"vllm_xargs": {"calibfuse_alpha": 1.5, "calibfuse_report": 1}`.
-
-What stays unfused: prompt log-probabilities, `LLM.beam_search`, and the log-probabilities that are returned unless the
-server runs with `--logprobs-mode processed_logprobs`.
-
-Left out: mode "embedding", which needs the target's last hidden state.
-
-Source: vllm 0.32's vllm/v1/sample/logits_processor (V1) and vllm/v1/worker/gpu/sample/logits_processor (V2); both are
-documented as unstable, and 0.32 is what the tests run.
+Every request is followed by its own key in one session of the guide: requests may join, leave, be preempted and
+resumed, and drafts rejected, at any step. vLLM documents this interface as unstable; version 0.32 is what tests run.
 """
 
 from __future__ import annotations
