@@ -72,14 +72,8 @@ class Account:
         self.lowered.update(other.lowered)
 
     def report(self, vocabulary: Vocabulary, *, mask: Callable[[str], str] | None = None, most: int = 5) -> Report:
-        """The figures so far.
-
-        Args:
-            vocabulary: of the target, which spells the tokens.
-            mask: how a token is written; None: all letters but the first as stars, since what is lowered is rude.
-            most: tokens named.
-        """
-        write = mask or _starred
+        """The figures so far; without a mask all letters of a token but the first are stars, since it may be rude."""
+        write = mask or (lambda text: text[:1] + "*" * (len(text) - 1))
         lowered = tuple(
             (write(vocabulary.token_bytes(token).decode("utf-8", "backslashreplace").strip()), lost)
             for token, lost in self.lowered.most_common(most)
@@ -95,13 +89,7 @@ class Ledger:
         self._waiting: list[tuple[Sequence[Account], Moved, Tensor | None]] = []
 
     def enter(self, accounts: Sequence[Account], moved: Moved, alone: Tensor | None = None) -> None:
-        """Take a step down.
-
-        Args:
-            accounts: of each row, in order; one may stand for several rows.
-            moved: what was done to the rows.
-            alone: bool [rows], rows that could not be judged; None: all could.
-        """
+        """Take a step down: the account of each row, and bool [rows] where a row could not be judged."""
         self._waiting.append((accounts, moved, alone))
         if len(self._waiting) >= _STEPS_AT_ONCE:
             self.settle()
@@ -121,7 +109,3 @@ class Ledger:
             for row, token, lost in zip(*columns, strict=True):
                 if lost >= _LEAST and not left[row]:
                     accounts[row].lowered[token] += lost
-
-
-def _starred(text: str) -> str:
-    return text[:1] + "*" * (len(text) - 1)

@@ -1,11 +1,7 @@
 """Bits per byte of text under a bound calibrator: the measure that is comparable across vocabularies.
 
-Cross-entropy per token depends on how long tokens are; per byte of text it does not. Tokens without bytes (unknown
-marks) are left out of both sums and counted, so that a lossy tokenizer cannot look good by not spelling the text.
-
-Fusion asks the calibrator about a target's likeliest tokens only, so what it thinks of all others costs nothing there.
-The figure "restricted to candidates" measures that: the likelihood of each token among a set of candidates,
-renormalised over the set.
+Tokens without bytes (unknown marks) are left out of both sums and counted, so that a lossy tokenizer cannot look good
+by not spelling the text.
 """
 
 from __future__ import annotations
@@ -16,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from calibfuse.calibrator.binding import BoundCalibrator, GuideStates
@@ -38,7 +33,8 @@ class Fidelity:
         bytes: of the scored tokens.
         tokens: scored.
         skipped: tokens without bytes.
-        restricted_nats: the same sum with every distribution renormalised over the candidates; None: not asked for.
+        restricted_nats: the same sum with every distribution renormalised over candidates, which are all that fusion
+            asks for; None: not asked for.
     """
 
     nats: float
@@ -56,47 +52,6 @@ class Fidelity:
     def restricted_bits_per_byte(self) -> float | None:
         """Bits per byte among the candidates."""
         return None if self.restricted_nats is None else self.restricted_nats / self.bytes / math.log(2)
-
-
-class FrequentCandidates:
-    """What a target would hold likely, by counts: the stand-in for its top-k where there is no target model.
-
-    The candidates after a token are the tokens that followed it most often in some text of the tokenizer, and the
-    tokens that are the most frequent of all.
-
-    Args:
-        sequences: token ids of the text that is counted.
-        target_vocab_size: ids of the tokenizer.
-        count: most followers of a token, and most frequent tokens.
-    """
-
-    def __init__(self, sequences: Sequence[Sequence[int]], target_vocab_size: int, *, count: int) -> None:
-        self.target_vocab_size = target_vocab_size
-        previous = [-1, *(token for sequence in sequences for token in (*sequence, -1))][:-1]
-        ids = np.array([token for sequence in sequences for token in (*sequence, -1)], dtype=np.int64)
-        before = np.array(previous, dtype=np.int64)[ids >= 0]
-        ids = ids[ids >= 0]
-        frequencies = np.bincount(ids, minlength=target_vocab_size)
-        self._frequent = torch.from_numpy(np.argsort(-frequencies, kind="stable")[:count].copy())
-        pairs, pair_counts = np.unique((before + 1) * target_vocab_size + ids, return_counts=True)
-        order = np.lexsort((-pair_counts, pairs // target_vocab_size))
-        owners, followers = pairs[order] // target_vocab_size, pairs[order] % target_vocab_size
-        starts = np.searchsorted(owners, np.arange(target_vocab_size + 2))
-        kept = np.arange(len(owners)) - starts[owners] < count
-        self._followers: NDArray[np.int64] = followers[kept]
-        self._starts = np.searchsorted(owners[kept], np.arange(target_vocab_size + 2))
-
-    def __call__(self, previous_ids: Tensor) -> Tensor:
-        """See `Candidates`."""
-        before = previous_ids.cpu().numpy() + 1
-        counts = self._starts[before + 1] - self._starts[before]
-        rows = np.repeat(np.arange(len(before)), counts)
-        within = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
-        columns = self._followers[np.repeat(self._starts[before], counts) + within]
-        mask = torch.zeros(len(before), self.target_vocab_size, dtype=torch.bool)
-        mask[:, self._frequent] = True
-        mask[torch.from_numpy(rows), torch.from_numpy(columns)] = True
-        return mask.to(previous_ids.device)
 
 
 @torch.no_grad()
@@ -157,13 +112,7 @@ def _token_nats(
 ) -> Tensor:
     """Negative log-probability of each scored token, among all tokens and among the candidates: float32 [2, tokens].
 
-    Args:
-        states: what is said before each token, [rows, positions].
-        scored: bool [rows, positions].
-        ids: int64 [rows, positions].
-        before: likewise, the token before, -1 where a text begins.
-        head: which distribution.
-        candidates: see `measure_fidelity`.
+    What is given is [rows, positions]: the states before each token, which tokens count, they and those before them.
     """
     bound = states.bound
     step = max(1, _BLOCK_ELEMENTS // (len(ids) * bound.target_vocab_size))

@@ -1,9 +1,7 @@
 """The target's candidates: which of its tokens fusion may re-rank, and how to find them cheaply.
 
-Truncating by the target first bounds the loss of fluency and the cost of the guide's head (design lesson 2). A fixed
-number does not fit both a sure and an unsure target: 200 tokens hold nearly everything that a sure one would say, and
-miss a sixth of what an unsure one says (docs/results.md). So the default goes by probability, and a fixed number is an
-option.
+By default they go by probability: 200 tokens hold nearly everything that a sure target would say, and miss a sixth of
+what an unsure one says.
 """
 
 from __future__ import annotations

@@ -72,16 +72,7 @@ class NextTokenScores(ABC):
         """What it says at some of the positions of whole sequences (leading axes rows and positions)."""
 
     def log_scores_at(self, head: str, places: Tensor, token_ids: Tensor) -> Tensor:
-        """The same for a list of tokens, of each position as many as are wanted.
-
-        Args:
-            head: see `log_scores`.
-            places: int64 [n], which position, counted over all leading axes.
-            token_ids: int64 [n].
-
-        Returns:
-            float32 [n], nats.
-        """
+        """The same for a list of tokens, int64 [n], at positions `places`, int64 [n], counted over all leading axes."""
         whole = self.log_scores(head).flatten(0, -2)
         return whole[places, token_ids.clamp(0, whole.shape[-1] - 1)]
 
@@ -105,36 +96,26 @@ class GuideSession(ABC):
 
     A step names every text that wants scores, by a key of the caller's choice, with the ids that it has now. What is
     new is found by comparing ids: a text that went on is read on, one that was rolled back (a rejected draft) goes
-    back, one that changed is read anew. Rows may stand in another order at each step, and texts that are not asked for
-    may come back later. A text that has been dropped or forgotten is simply read again.
+    back, one that changed, was dropped or was never seen is read anew. Only the last `guide.reach` tokens of a text
+    need to be passed. An exception at any moment leaves the session as it was or empty. A session belongs to one
+    thread; a guide may have any number of them.
 
         guide = Calibrator.from_pretrained().bind(tokenizer)
         session, config = guide.session(), recommended_config(guide.recommended, {})
-        texts = {"first": prompt_ids, "second": other_ids}           # request -> its token ids so far
-        while texts:
+        while texts:                                                 # a dictionary, request -> its token ids so far
             requests = [Request(key, ids) for key, ids in texts.items()]
             said = session.step(requests)                            # one forward, whatever the lengths
             logits = engine.forward(texts)                           # [rows, vocabulary], row i for requests[i]
-            strengths = torch.tensor([alpha_of(key) for key in texts])
             fused = fuse(logits, said.log_scores, guide.covers, config, guide.always_candidates(logits.shape[-1]),
                          pick=said.log_scores_at, alpha=strengths, keep_scale=True)
             for request, token in zip(requests, sample(fused)):
                 texts[request.key] = [*request.ids, token]
-            for key in [key for key, ids in texts.items() if ids[-1] == end_id]:
-                del texts[key]
-                session.drop([key])                                  # its memory is free for the next text
-
-    Only the last `guide.reach` tokens of a text need to be passed (None: all of them). An exception at any moment
-    leaves the session as it was or empty. A session belongs to one thread; a guide may have any number of them.
+            session.drop(finished)                                   # keys; their memory is free for the next texts
     """
 
     @abstractmethod
     def step(self, requests: Sequence[Request]) -> NextTokenScores:
-        """Read what is new of some texts, each of them named once.
-
-        Returns:
-            What the guide says of the next token of each; row i is that of requests[i].
-        """
+        """Read what is new of some texts, each named once; row i of the answer is that of requests[i]."""
 
     @abstractmethod
     def copy(self, pairs: Mapping[Hashable, Hashable]) -> None:
@@ -233,18 +214,7 @@ class Guide(ABC):
         )
 
     def sequence(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> NextTokenScores:
-        """All positions of whole sequences at once; position i speaks of token i + 1.
-
-        Args:
-            input_ids: int64 [batch, length].
-            attention_mask: [batch, length], 0 for left padding; only needed where padding is not a special token.
-
-        Returns:
-            What is said after each token: leading axes [batch, length].
-
-        Raises:
-            VocabularyMismatchError: ids or a mask of another shape.
-        """
+        """What is said after each token of whole sequences, [batch, length]; arguments as in `log_probs`."""
         if input_ids.ndim != 2:
             raise VocabularyMismatchError(f"input_ids must be [batch, length], got shape {tuple(input_ids.shape)}.")
         masked = None
@@ -274,12 +244,7 @@ class Guide(ABC):
         return self._all_log_probs(CALIBRATOR_HEAD, input_ids, attention_mask)
 
     def reference_log_probs(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """The same under the reference head (unfiltered text).
-
-        Raises:
-            MissingHeadError: the guide has no such head.
-            VocabularyMismatchError: ids outside the vocabulary, or shapes that do not fit.
-        """
+        """The same under the reference head (unfiltered text)."""
         return self._all_log_probs(REFERENCE_HEAD, input_ids, attention_mask)
 
     @isolated
@@ -297,11 +262,7 @@ class Guide(ABC):
         return (scores + math.log1p(-SPECIAL_MASS)).masked_fill(self._uncovered, math.log(SPECIAL_MASS / count))
 
     def check_head(self, head: str, *, predicts: bool = False) -> None:
-        """Make sure that there is a head, where `predicts` is set one whose scores are those of a distribution.
-
-        Raises:
-            MissingHeadError: there is none.
-        """
+        """Make sure that there is a head, where `predicts` is set one whose scores are those of a distribution."""
         if head in self.heads and not (predicts and head == VALUE_HEAD):
             return
         if predicts and self.heads == (VALUE_HEAD,):

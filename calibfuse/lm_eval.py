@@ -2,14 +2,7 @@
 
     python -m calibfuse.lm_eval run --model calibfuse --model_args pretrained=org/any-llm,alpha=1 --tasks lambada_openai
 
-The harness's own `hf` model has no place for logits processors, and its log-likelihood tasks never call `generate()`:
-with a processor alone, multiple choice and perplexity would measure the plain model. So both of its calls of the model
-are overridden: log-likelihoods go through `CalibFusion.fuse_logits`, generation through `logits_processor`.
-
-Left out: encoder-decoder targets, and the harness's `vllm` model, whose likelihoods come from prompt log-probabilities
-that no logits processor sees.
-
-Checked with lm-eval 0.4.13 (extra `lm-eval`).
+The harness's own `hf` model has no place for logits processors, and its log-likelihood tasks never call `generate()`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Loading of calibrators: one table of formats, and what every loaded calibrator offers.
 
 A format is told by the entry "format" of config.json; a checkpoint of transformers has a "model_type" instead. The
-table holds names, not classes: loading lies below the packages that make calibrators, so that each of them can be
-loaded without the others.
+table holds names, so that each kind of calibrator is loaded without the others.
 """
 
 from __future__ import annotations
@@ -44,19 +43,9 @@ class Source:
     token: str | bool | None = None
 
     def resolve(self, **options: Any) -> Path:  # noqa: ANN401
-        """Its folder on this machine, downloaded where it is not there yet.
-
-        Raises:
-            CheckpointError: no such checkpoint.
-        """
-        return hub.resolve_checkpoint(
-            self.name_or_path,
-            revision=self.revision,
-            cache_dir=self.cache_dir,
-            local_files_only=self.local_files_only,
-            token=self.token,
-            **options,
-        )
+        """Its folder on this machine, downloaded where it is not there yet."""
+        given = {name: value for name, value in vars(self).items() if name != "name_or_path"}
+        return hub.resolve_checkpoint(self.name_or_path, **given, **options)
 
 
 class CalibratorMetadata(Protocol):
@@ -245,11 +234,7 @@ class PretrainedCalibrator(ABC):
 
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """A dtype by itself or by its name, as transformers takes it.
-
-    Raises:
-        InputError: no such dtype.
-    """
+    """A dtype by itself or by its name, as transformers takes it; InputError where there is none."""
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if found is not None and not isinstance(found, torch.dtype) or (found is None and dtype is not None):
         raise InputError(f"dtype must be one of torch's, such as torch.bfloat16 or 'bfloat16', got {dtype!r}.")
@@ -257,11 +242,7 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def as_device(device: torch.device | str | None) -> torch.device | None:
-    """A device by itself or by its name.
-
-    Raises:
-        InputError: no such device, or it is not there.
-    """
+    """A device by itself or by its name; InputError where there is none, or it cannot be used."""
     try:
         found = None if device is None else torch.device(device)
     except (RuntimeError, TypeError) as error:

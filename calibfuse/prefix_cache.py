@@ -52,27 +52,16 @@ class Text(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """What the last step saw.
+    """What the last step saw."""
 
-    Attributes:
-        tails: int64 [rows, n], the last ids of each row, as far as they matter.
-        length: of the rows.
-        keys: of the rows' texts in the session.
-        texts: the rows, without padding.
-    """
-
-    tails: Tensor
+    tails: Tensor  # int64 [rows, n], the last ids of each row, as far as they matter
     length: int
-    keys: list[Hashable]
-    texts: list[Text]
+    keys: list[Hashable]  # in the session
+    texts: list[Text]  # without padding
 
 
 class RowSession:
-    """A guide's session for rows without names.
-
-    Args:
-        guide: followed.
-    """
+    """A guide's session for rows without names."""
 
     def __init__(self, guide: Guide) -> None:
         self.guide = guide
@@ -85,14 +74,9 @@ class RowSession:
         self._names = itertools.count()
 
     def step(self, input_ids: Tensor, readings: Tensor) -> tuple[NextTokenScores, list[float]]:
-        """Advance to the given rows.
+        """Advance to the given rows, int64 [rows, length]: what the guide says of the next token of each.
 
-        Args:
-            input_ids: int64 [rows, length], the whole sequences so far; length may be 0.
-            readings: float [n] on the same device, read out together with the ids, so that a GPU is waited for once.
-
-        Returns:
-            What the guide says of the next token of each row, and the values of `readings`.
+        The values of `readings`, float [n], are read out together with the ids, so that a GPU is waited for once.
         """
         former, self._rows = self._rows, None  # whatever breaks off, nothing half-done is gone on from
         tails = self._tails(input_ids)

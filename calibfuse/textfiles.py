@@ -1,10 +1,7 @@
 """Text files, streamed in bounded memory: .txt, .jsonl and .csv, plain or compressed (.gz, .xz).
 
-Three ways in: `read_rows` for the objects or table rows of one file, `iter_documents` for the texts of files, folders
-and data sets of the Hub (`hf:NAME`), `read_lines` for a stream that is open already. Each refuses what is missing,
-empty, binary, damaged or not UTF-8 with one sentence that names the file and, where there is one, the line.
-
-Left out: no language detection, no deduplication, no cleaning; what is in the file is what is read.
+Each way in refuses what is missing, empty, binary, damaged or not UTF-8 with one sentence that names the file and,
+where there is one, the line.
 """
 
 import csv
@@ -19,8 +16,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from calibfuse.errors import DataError, MissingDependencyError, reason_of
-
-__all__ = ["HUB_PREFIX", "expand_source", "iter_documents", "open_text", "read_lines", "read_rows", "split_passages"]
 
 TEXT_FIELDS = ("text", "content", "comment", "sentence", "document")
 """Names under which the text of a .jsonl or .csv row is looked for, in this order, when none is given."""
@@ -42,11 +37,7 @@ _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 @contextmanager
 def open_text(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """Open a file through the compression that its extension names; its bytes, from the start.
-
-    Raises:
-        DataError: it cannot be read, is empty, binary or UTF-16, or turns out damaged while it is read.
-    """
+    """Open a file through the compression that its extension names; its bytes, from the start."""
     place = Path(path).expanduser()
     compression = place.suffix.lower()
     try:
@@ -80,9 +71,6 @@ def read_rows(path: str | os.PathLike[str], *, lines_are_rows: bool = False) -> 
 
     Yields:
         Number of the line, from 1, and the row. For messages: f"{path}, line {number}".
-
-    Raises:
-        DataError: see `open_text`; a line that is no object or no valid row, or an extension that is not among these.
     """
     name, kind = os.fspath(path), _kind_of(Path(path))
     if kind not in (*_JSON_ROWS, ".csv") and not lines_are_rows:
@@ -96,15 +84,7 @@ def read_rows(path: str | os.PathLike[str], *, lines_are_rows: bool = False) -> 
 
 
 def read_lines(stream: IO[bytes], name: str) -> Iterator[tuple[int, str]]:
-    """The lines of a stream that are not blank, without their ends, numbered from 1.
-
-    Args:
-        stream: of bytes, at its start; need not be seekable.
-        name: of the file, for messages.
-
-    Raises:
-        DataError: a line is not UTF-8, holds a zero byte or is longer than `MAX_ROW_BYTES`.
-    """
+    """The lines of a stream that are not blank, without their ends, numbered from 1; `name` is for messages."""
     for number, line, complete in _pieces(stream, name, MAX_ROW_BYTES):
         if not complete:
             raise DataError(
@@ -161,17 +141,7 @@ def iter_documents(
 
 
 def expand_source(path: str | os.PathLike[str]) -> list[str]:
-    """The files behind one entry of a list of sources: itself, or the supported files of a folder, sorted.
-
-    Args:
-        path: a file, a folder or `hf:NAME`.
-
-    Returns:
-        File paths (or the `hf:` entry unchanged), at least one.
-
-    Raises:
-        DataError: nothing is there, the folder holds no supported file, or the extension is unknown.
-    """
+    """The files behind one source: itself (a file, or `hf:NAME`), or the supported files of a folder, sorted."""
     name = os.fspath(path)
     if name.startswith(HUB_PREFIX):
         return [name]
@@ -193,18 +163,7 @@ def expand_source(path: str | os.PathLike[str]) -> list[str]:
 def split_passages(document: str, max_bytes: int = 600) -> Iterator[str]:
     """Cut a document into passages at the ends of paragraphs, lines, sentences or words, in this order of preference.
 
-    Nothing is lost: the passages joined give the document back. A cut falls inside a character sequence without any
-    space only if there is no other place, and never inside a character.
-
-    Args:
-        document: the text.
-        max_bytes: the longest passage in UTF-8 bytes; at least 4, the longest character.
-
-    Yields:
-        Passages, none empty.
-
-    Raises:
-        DataError: `max_bytes` is below 4.
+    Nothing is lost: the passages joined give the document back. `max_bytes` is in UTF-8, at least 4.
 
     Example:
         >>> list(split_passages("One sentence. Another one.", max_bytes=16))

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_calibrators import make_bound, make_calibrator, make_vocabulary
 
-from calibfuse.bits_per_byte import FrequentCandidates, measure_fidelity
+from calibfuse.bits_per_byte import measure_fidelity
 from calibfuse.vocabulary import Vocabulary
 
 SIZE = 96
@@ -45,10 +45,10 @@ def script(load_tool):
 
 @pytest.mark.parametrize("head", ["calibrator", "reference"])
 @pytest.mark.parametrize("name", ["bound", "minding"])
-def test_both_figures_equal_a_slow_loop(name, head, request):
+def test_both_figures_equal_a_slow_loop(name, head, request, script):
     bound = request.getfixturevalue(name)
     sequences = random_sequences()
-    candidates = FrequentCandidates(sequences, SIZE, count=3)
+    candidates = script.FrequentCandidates(sequences, SIZE, count=3)
     result = measure_fidelity(bound, sequences, head=head, candidates=candidates, batch_size=2)
     nats = restricted = byte_count = 0
     for sequence in sequences:
@@ -71,9 +71,9 @@ def test_both_figures_equal_a_slow_loop(name, head, request):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.lists(st.integers(0, 7), max_size=6), max_size=6), st.integers(1, 4))
-def test_candidates_are_the_frequent_tokens_and_followers(sequences, count):
-    candidates = FrequentCandidates(sequences, 8, count=count)
+@given(sequences=st.lists(st.lists(st.integers(0, 7), max_size=6), max_size=6), count=st.integers(1, 4))
+def test_candidates_are_the_frequent_tokens_and_followers(script, sequences, count):
+    candidates = script.FrequentCandidates(sequences, 8, count=count)
     totals = np.bincount([token for sequence in sequences for token in sequence], minlength=8)
     for before in range(-1, 8):
         followers = np.zeros(8, dtype=int)

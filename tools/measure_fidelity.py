@@ -27,9 +27,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from calibfuse import Calibrator, Vocabulary
-from calibfuse.bits_per_byte import FrequentCandidates, measure_fidelity
+from calibfuse.bits_per_byte import measure_fidelity
 from calibfuse.calibrator.binding import BoundCalibrator, GuideStates
 from calibfuse.errors import CalibfuseError
 from calibfuse.training.data import PassageStore, iter_documents, split_passages
@@ -38,6 +40,47 @@ from calibfuse.vocabulary.text_encoder import TextEncoder, text_encoder
 
 _SMALLEST_COMPARED = 8_000
 _BLOCK = 128  # positions of which the source's whole distribution is held at once
+
+
+class FrequentCandidates:
+    """What a target would hold likely, by counts: the stand-in for its top-k where there is no target model.
+
+    The candidates after a token are the tokens that followed it most often in some text of the tokenizer, and the
+    tokens that are the most frequent of all.
+
+    Args:
+        sequences: token ids of the text that is counted.
+        target_vocab_size: ids of the tokenizer.
+        count: most followers of a token, and most frequent tokens.
+    """
+
+    def __init__(self, sequences: Sequence[Sequence[int]], target_vocab_size: int, *, count: int) -> None:
+        self.target_vocab_size = target_vocab_size
+        previous = [-1, *(token for sequence in sequences for token in (*sequence, -1))][:-1]
+        ids = np.array([token for sequence in sequences for token in (*sequence, -1)], dtype=np.int64)
+        before = np.array(previous, dtype=np.int64)[ids >= 0]
+        ids = ids[ids >= 0]
+        frequencies = np.bincount(ids, minlength=target_vocab_size)
+        self._frequent = torch.from_numpy(np.argsort(-frequencies, kind="stable")[:count].copy())
+        pairs, pair_counts = np.unique((before + 1) * target_vocab_size + ids, return_counts=True)
+        order = np.lexsort((-pair_counts, pairs // target_vocab_size))
+        owners, followers = pairs[order] // target_vocab_size, pairs[order] % target_vocab_size
+        starts = np.searchsorted(owners, np.arange(target_vocab_size + 2))
+        kept = np.arange(len(owners)) - starts[owners] < count
+        self._followers: NDArray[np.int64] = followers[kept]
+        self._starts = np.searchsorted(owners[kept], np.arange(target_vocab_size + 2))
+
+    def __call__(self, previous_ids: Tensor) -> Tensor:
+        """See `Candidates`."""
+        before = previous_ids.cpu().numpy() + 1
+        counts = self._starts[before + 1] - self._starts[before]
+        rows = np.repeat(np.arange(len(before)), counts)
+        within = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
+        columns = self._followers[np.repeat(self._starts[before], counts) + within]
+        mask = torch.zeros(len(before), self.target_vocab_size, dtype=torch.bool)
+        mask[:, self._frequent] = True
+        mask[torch.from_numpy(rows), torch.from_numpy(columns)] = True
+        return mask.to(previous_ids.device)
 
 
 @dataclass
