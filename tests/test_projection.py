@@ -116,9 +116,7 @@ def exact_marginal(model, strings, text, ids=(0,), done=b""):
 def guide_of(model, own=None, target=None, tokenizer=None, further=32):
     own, target = own or OWN, target or TARGET
     text = SourceText(tokenizer or LongestMatch(own), Vocabulary.from_byte_strings(own), 0)
-    return ProjectedLM(
-        {"calibrator": model}, text, Vocabulary.from_byte_strings(target), further=further, max_length=None
-    )
+    return ProjectedLM(None, {"calibrator": model}, text, Vocabulary.from_byte_strings(target), further=further)
 
 
 def say(guide, ids):

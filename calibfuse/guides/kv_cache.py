@@ -1,17 +1,14 @@
 """A transformers causal LM behind the few operations that following generations needs: feed, cut, reorder.
 
-Slots of the cache and positions of a text are two things here: a slot may be masked (padding, or a token that was taken
-back), so every call says which slots count and at which position each token stands. Differences between transformers
-4.57 and 5.x stay in this file: `DynamicCache.crop` means the same in both only for negative numbers.
-
-Left out: models without a key/value cache that can be cut (state-space models), and encoder-decoder models.
+A slot of the cache may be masked (padding, or a token that was taken back), so every call says which slots count and
+at which position of its text each token stands. Left out: models whose cache cannot be cut (state-space models).
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,22 +21,15 @@ from calibfuse.prefix_cache import shared_length
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-
 _SLACK = 64  # masked slots that are put up with besides one per slot that counts
 
 
 class CachedLM:
-    """One causal LM with its own key/value cache.
-
-    Args:
-        model: in evaluation mode; not changed.
-    """
+    """One causal LM, in evaluation mode, with its own key/value cache."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
-        known = inspect.signature(model.forward).parameters
-        self._takes_positions = "position_ids" in known
-        self._keeps_logits = "logits_to_keep" in known
+        self._known = inspect.signature(model.forward).parameters
         self.reset()
 
     def reset(self) -> None:
@@ -66,9 +56,8 @@ class CachedLM:
             dtype = self.model.dtype
             mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
             mask = mask.masked_fill(~visible, torch.finfo(dtype).min)[:, None]
-        options: dict[str, Any] = {"position_ids": positions} if self._takes_positions else {}
-        if self._keeps_logits:
-            options["logits_to_keep"] = keep
+        options: dict[str, Any] = {"position_ids": positions, "logits_to_keep": keep}
+        options = {name: value for name, value in options.items() if name in self._known}
         output = self.model(
             input_ids=ids, attention_mask=mask, past_key_values=self._cache, use_cache=True, return_dict=True, **options
         )
@@ -81,7 +70,7 @@ class CachedLM:
         if count >= self.slots:
             self.reset()
         elif count > 0:
-            self._cache.crop(-count)
+            self._cache.crop(-count)  # transformers 4.57 and 5.x agree about negative numbers alone
             self.slots -= count
 
     def select(self, parents: Tensor) -> None:
@@ -91,38 +80,32 @@ class CachedLM:
 
 
 class RaggedReader:
-    """Several LMs of one vocabulary that read rows of tokens, each known by a key.
+    """Several LMs of one vocabulary, by head, that read rows of tokens, each known by a key.
 
     Rows may have read different numbers of tokens: slots of the cache in which a row has none are masked. What a key
     has read is used again as far as its new tokens begin with it; keys that a step leaves out are forgotten.
-
-    Args:
-        models: by head.
     """
 
     def __init__(self, models: Mapping[str, PreTrainedModel]) -> None:
         self._models = models
+        self._device = next(iter(models.values())).device
         self.forget()
 
     def forget(self) -> None:
         """Forget all rows."""
-        self.readers = {name: CachedLM(model) for name, model in self._models.items()}
-        self.width = 0  # slots in use
+        self._readers = {name: CachedLM(model) for name, model in self._models.items()}
+        self.width = 0  # slots that are kept; what is read behind them is taken back before the next reading
         self.tokens: list[list[int]] = []  # read ones, per row
         self.slots: list[list[int]] = []  # and the slot of each
+        self.visible = np.zeros((0, 0), dtype=bool)  # of the last reading, [rows, slots]
         self._row_of: dict[Hashable, int] = {}
 
     def copy(self, pairs: Mapping[Hashable, Hashable]) -> None:
         """Let new keys stand for what others have read."""
-        rows = {new: self._row_of[old] for new, old in pairs.items() if old in self._row_of}
-        self._row_of.update(rows)
+        self._row_of.update({new: self._row_of[old] for new, old in pairs.items() if old in self._row_of})
 
     def arrange(self, keys: Sequence[Hashable], tokens: Sequence[list[int]]) -> list[list[int]]:
-        """Make row i that of keys[i], holding nothing but a beginning of tokens[i].
-
-        Returns:
-            What of tokens[i] is still to be read.
-        """
+        """Make row i that of keys[i], holding nothing but a beginning of tokens[i]; gives what is still to be read."""
         rows = [self._row_of.get(key) for key in keys]
         if all(row is None for row in rows):
             self.forget()
@@ -130,8 +113,8 @@ class RaggedReader:
         else:
             parents = [row or 0 for row in rows]  # a row of another text, of which nothing is used, where there is none
             if parents != list(range(len(self.tokens))):
-                index = torch.tensor(parents, device="cpu").to(next(iter(self._models.values())).device)
-                for reader in self.readers.values():
+                index = torch.tensor(parents, device="cpu").to(self._device)
+                for reader in self._readers.values():
                     reader.select(index)
             shared = [
                 0 if row is None else shared_length(new, self.tokens[row])
@@ -142,7 +125,7 @@ class RaggedReader:
                 for each in (self.tokens, self.slots)
             )
             self.width = max((slots[-1] + 1 for slots in self.slots if slots), default=0)
-            self.cut()
+            self._cut()
         self._row_of = {key: row for row, key in enumerate(keys)}
         return [new[len(read) :] for new, read in zip(tokens, self.tokens, strict=True)]
 
@@ -156,119 +139,110 @@ class RaggedReader:
         """Whether so many slots are masked that reading anew is cheaper."""
         return self.width + new > 2 * longest + _SLACK
 
-    def cut(self) -> None:
-        """Remove the slots that are not in use."""
-        for reader in self.readers.values():
+    def _cut(self) -> None:
+        for reader in self._readers.values():
             reader.cut(reader.slots - self.width)
 
-    def read_on(self, news: Sequence[list[int]]) -> dict[str, Tensor]:
-        """Read what is new of each row, at least one token each.
+    def read(
+        self, news: Sequence[list[int]], openings: Sequence[list[int]] | None = None, *, keep: int
+    ) -> dict[str, Tensor]:
+        """Read what is new of each row, and behind it tokens that are taken back before the next reading.
+
+        Rows end side by side with what is new and begin side by side with their openings: rows that begin together are
+        padded before their text, and nowhere else.
 
         Returns:
-            Logits of the next token, float32 [rows, width of the head] by head.
+            Logits at the last `keep` slots, float32 [rows, keep, width of the head] by head.
         """
-        count = max(map(len, news))
-        device = next(iter(self._models.values())).device
-        # Aligned to the right: rows that begin together are padded before their text, and nowhere else.
-        ids = [[0] * (count - len(new)) + new for new in news]
-        positions = [
-            [0] * (count - len(new)) + list(range(len(read), len(read) + len(new)))
-            for new, read in zip(news, self.tokens, strict=True)
-        ]
-        visible = np.zeros((len(news), self.width + count), dtype=bool)
-        for row, new in enumerate(news):
-            self.slots[row] += range(self.width + count - len(new), self.width + count)
+        openings = openings or [[] for _ in news]
+        ahead, behind = max(map(len, news)), max(map(len, openings))
+        ids = np.zeros((len(news), ahead + behind), dtype=np.int64)
+        positions = np.zeros_like(ids)
+        self.visible = np.zeros((len(news), self.width + ahead + behind), dtype=bool)
+        for row, (new, opening) in enumerate(zip(news, openings, strict=True)):
+            known, start, stop = len(self.tokens[row]), ahead - len(new), ahead + len(opening)
+            ids[row, start:stop] = [*new, *opening]
+            positions[row, start:stop] = range(known, known + stop - start)
+            self.slots[row] += range(self.width + start, self.width + ahead)
             self.tokens[row] += new
-            visible[row, self.slots[row]] = True
-        tables = (
-            torch.tensor(ids, device="cpu").to(device),
-            torch.tensor(positions, device="cpu").to(device),
-            torch.from_numpy(visible).to(device),
-        )
-        self.width += count
-        return {name: reader.feed(*tables, keep=1)[:, -1] for name, reader in self.readers.items()}
+            self.visible[row, self.slots[row]] = True
+            self.visible[row, self.width + ahead : self.width + stop] = True
+        self.width += ahead
+        return self._feed(ids, positions, self.visible, keep)
+
+    def ask(self, ids: np.ndarray, positions: np.ndarray, visible: np.ndarray) -> dict[str, Tensor]:
+        """Read tokens side by side, each seeing what `visible` [rows, new, slots + new] says; they are taken back."""
+        return self._feed(ids, positions, visible, ids.shape[1])
+
+    def _feed(self, ids: np.ndarray, positions: np.ndarray, visible: np.ndarray, keep: int) -> dict[str, Tensor]:
+        tables = [torch.from_numpy(each).to(self._device) for each in (ids, positions, visible)]
+        return {name: reader.feed(*tables, keep=keep) for name, reader in self._readers.items()}
 
 
-def stands_holes(model: PreTrainedModel, name: str) -> bool:
-    """Whether rows of different length can be read in one forward.
+class Reading(NamedTuple):
+    """How a model can be read: with masked slots in the middle (`holes`), and several continuations `side_by_side`."""
 
-    Raises:
-        InputError: the model cannot be followed at all.
-    """
-    try:
-        check_followable(model, name, holes=True)
-    except InputError:
-        check_followable(model, name, holes=False)
-        return False
-    return True
+    holes: bool
+    side_by_side: bool
 
 
 @torch.no_grad()
-def check_followable(model: PreTrainedModel, name: str, *, holes: bool) -> bool:
+def try_reading(model: PreTrainedModel, name: str) -> Reading:
     """Make sure that a model can be followed step by step, by trying it on five tokens.
 
-    Args:
-        model: a causal LM.
-        name: for messages.
-        holes: also ask for masked slots in the middle, which rows with texts of different length need.
-
-    Returns:
-        Whether a token can be told one by one what it sees (several continuations in one forward).
-
     Raises:
-        InputError: reading in pieces, with masked slots, gives something else than reading at once.
+        InputError: reading in pieces gives something else than reading at once.
     """
-    device, size = model.device, cast(int, model.get_input_embeddings().num_embeddings)
-    tokens = torch.arange(5, device=device) * 7 % size
-    places = torch.arange(5, device=device)
-    everything = torch.ones(1, 5, dtype=torch.bool, device=device)
+    device = model.device
     # Half precision rounds differently for every shape of a batch; what this looks for is larger by far.
     bound = 0.02 if model.dtype == torch.float32 else 0.2
+
+    def tensor(values: list[Any], dtype: torch.dtype = torch.int64) -> Tensor:
+        return torch.tensor([values], dtype=dtype, device=device)
+
+    size: Any = model.get_input_embeddings().num_embeddings
+    tokens = [each * 7 % size for each in range(5)]
+
+    def feed(reader: CachedLM, which: list[int], places: list[int], visible: list[Any], keep: int = 1) -> Tensor:
+        return reader.feed(
+            tensor([tokens[each] for each in which]), tensor(places), tensor(visible, torch.bool), keep=keep
+        )
 
     def agree(one: Tensor, other: Tensor) -> bool:
         return float((one.log_softmax(-1).exp() - other.log_softmax(-1).exp()).abs().sum(-1).max()) < bound
 
+    def reads_in_pieces(first: list[int], second: list[int], visible: list[int], places: list[int]) -> bool:
+        """Padding before the text; then what cutting leaves must be as if nothing had been there."""
+        reader, cut = CachedLM(model), len(first)
+        start = feed(reader, first, places[:cut], visible[:cut])
+        end = feed(reader, second, places[cut:], visible)
+        reader.cut(1)
+        again = feed(reader, second[-1:], places[-1:], visible)
+        return agree(start[:, 0], expected[:, 1]) and all(agree(each[:, 0], expected[:, 3]) for each in (end, again))
+
+    def continues_side_by_side() -> bool:
+        reader = CachedLM(model)
+        feed(reader, [0, 1, 2, 3], [0, 1, 2, 3], [1] * 4)
+        pair = feed(reader, [2, 4], [4, 4], [[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 0, 1]], keep=2)
+        return agree(pair[:, 1], expected[:, 4])
+
+    def works(attempt: Any, *arguments: list[int]) -> bool:  # noqa: ANN401
+        try:
+            return bool(attempt(*arguments))
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, NotImplementedError):
+            return False
+
     try:
-        expected = CachedLM(model).feed(tokens[None], places[None], everything, keep=5)
-        pieces = CachedLM(model)
-        slots = torch.tensor([3, 0, 1, 4, 2, 3] if holes else [3, 0, 1, 2, 3], device=device)
-        visible = torch.tensor([[0, 1, 1, 0, 1, 1] if holes else [0, 1, 1, 1, 1]], dtype=torch.bool, device=device)
-        given = (tokens[slots] if holes else torch.cat([tokens[3:4], tokens[:4]]))[None]
-        stands = torch.tensor([[0, 0, 1, 2, 2, 3] if holes else [0, 0, 1, 2, 3]], device=device)
-        parts = [
-            pieces.feed(given[:, start:stop], stands[:, start:stop], visible[:, :stop], keep=1)
-            for start, stop in ((0, 3), (3, given.shape[1]))
-        ]
-        works = agree(parts[0][:, 0], expected[:, 1]) and agree(parts[1][:, 0], expected[:, 3])
-        if works:  # what cutting leaves must be as if nothing had been there
-            pieces.cut(1)
-            again = pieces.feed(given[:, -1:], stands[:, -1:], visible, keep=1)
-            works = agree(again[:, 0], expected[:, 3])
+        expected = feed(CachedLM(model), [0, 1, 2, 3, 4], [0, 1, 2, 3, 4], [1] * 5, keep=5)
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, NotImplementedError) as error:
         raise InputError(
             f"The language model {name} cannot be followed token by token ({type(error).__name__})."
         ) from error
-    if not works:
+    holes = works(reads_in_pieces, [3, 0, 1], [4, 2, 3], [0, 1, 1, 0, 1, 1], [0, 0, 1, 2, 2, 3])
+    if not holes and not works(reads_in_pieces, [3, 0, 1], [2, 3], [0, 1, 1, 1, 1], [0, 0, 1, 2, 3]):
         raise InputError(
             f"The language model {name} cannot be followed token by token: reading a text in pieces, with masked "
             "slots, gives something else than reading it at once. A calibrator must be causal and have a key/value "
             "cache."
         )
-    return _sees_as_told(model, tokens, expected, agree)
-
-
-def _sees_as_told(
-    model: PreTrainedModel, tokens: Tensor, expected: Tensor, agree: Callable[[Tensor, Tensor], bool]
-) -> bool:
-    """Whether two continuations of the same text can be read side by side."""
-    reader, device = CachedLM(model), tokens.device
-    places = torch.arange(5, device=device)
-    try:
-        reader.feed(tokens[None, :4], places[None, :4], torch.ones(1, 4, dtype=torch.bool, device=device), keep=1)
-        visible = torch.ones(1, 2, 6, dtype=torch.bool, device=device)
-        visible[0, 0, 5] = visible[0, 1, 4] = False
-        pair = torch.stack([tokens[2], tokens[4]])[None]
-        side = reader.feed(pair, places[None, [4, 4]], visible, keep=2)
-    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, NotImplementedError):
-        return False
-    return agree(side[:, 1], expected[:, 4])
+    return Reading(holes, holes and works(continues_side_by_side))

@@ -1,10 +1,7 @@
 """Checkpoints of transformers as calibrators: a causal LM, its tokenizer and its reference model, loaded and saved.
 
-The model of the head "reference" lies in the folder `reference` of the checkpoint and shares its tokenizer. Our own
-metadata, the recommended fusion options and what is known of the training, are the keys `fusion` and `training` of
-`config.json`, which transformers carries along.
-
-Only safetensors weights are loaded, and no code of a checkpoint is run.
+The reference lies in the folder `reference` and shares the tokenizer. Our metadata are the keys `fusion` and `training`
+of `config.json`. Only safetensors weights are loaded, and no code of a checkpoint is run.
 """
 
 from __future__ import annotations
@@ -40,7 +37,7 @@ def is_transformers_checkpoint(folder: Path) -> bool:
     return "model_type" in config and "format" not in config
 
 
-def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+def load_model(folder: Path, dtype: torch.dtype, device: torch.device | str | None = None) -> PreTrainedModel:
     """The causal LM of a checkpoint, in evaluation mode.
 
     Raises:
@@ -84,7 +81,7 @@ def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
             f"The weights in {str(folder)!r} are not those of a {config.model_type} language model: {wrong[0]} and "
             f"{len(wrong) - 1} more are missing or of another shape."
         )
-    loaded: PreTrainedModel = model.eval()
+    loaded: PreTrainedModel = model.eval().to(device or "cpu")
     return loaded
 
 
@@ -100,11 +97,7 @@ def _check_weights(folder: Path) -> None:
 
 
 def load_tokenizer(folder: Path) -> Any:  # noqa: ANN401
-    """The tokenizer in a checkpoint; None where there is none.
-
-    Raises:
-        VocabularyError: it cannot be loaded.
-    """
+    """The tokenizer in a checkpoint; None where there is none."""
     from transformers import AutoTokenizer
 
     if not any(any(folder.glob(kind)) for kind in _TOKENIZER_FILES):
@@ -115,73 +108,35 @@ def load_tokenizer(folder: Path) -> Any:  # noqa: ANN401
         raise VocabularyError(f"The tokenizer in {str(folder)!r} cannot be loaded: {reason_of(error)}.") from error
 
 
-def find_reference(folder: Path) -> Path | None:
-    """The reference model that lies in a checkpoint, if one does."""
-    place = folder / REFERENCE_FOLDER
-    return place if is_transformers_checkpoint(place) else None
-
-
 def save_lm(
-    folder: str | os.PathLike[str],
+    folder: Path,
     model: PreTrainedModel,
     tokenizer: Any,  # noqa: ANN401
-    *,
-    reference: PreTrainedModel | None = None,
-    card: str | None = None,
-    dtype: torch.dtype | None = None,
+    reference: PreTrainedModel | None,
+    card: str,
 ) -> Path:
-    """Write a causal LM, its tokenizer and its reference model as checkpoints of transformers.
-
-    Everything is first written beside its place; `config.json` is renamed last.
-
-    Args:
-        folder: made when missing; other files in it stay.
-        model: a causal LM; its config may have our keys `fusion` and `training`.
-        tokenizer: of transformers; None: none is saved.
-        reference: goes to the folder `reference` inside.
-        card: README.md.
-        dtype: of the weights on disk; None: as they are.
-
-    Returns:
-        The folder.
+    """Write models, tokenizer (None: none) and README.md, first beside their place; `config.json` is renamed last.
 
     Raises:
-        CheckpointError: the files cannot be written (disk full, no permission).
+        CheckpointError: the files cannot be written.
     """
-    place = Path(folder)
-    fresh: Path | None = None
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        fresh = Path(tempfile.mkdtemp(prefix=".saving-", dir=place))
-        _save_model(model, fresh, dtype)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(fresh)
-        if card is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as name, quiet_transformers():
+            fresh = Path(name)
+            model.save_pretrained(fresh, safe_serialization=True)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(fresh)
             (fresh / hub.README_NAME).write_text(card, encoding="utf-8")
-        if reference is not None:
-            _save_model(reference, fresh / REFERENCE_FOLDER, dtype)
-        config = place / hub.CONFIG_NAME
-        config.unlink(missing_ok=True)  # new weights never stand beside an old configuration
-        shutil.rmtree(place / REFERENCE_FOLDER, ignore_errors=True)  # that of the former model is none of this one
-        for path in sorted(fresh.iterdir(), key=lambda path: path.name == hub.CONFIG_NAME):
-            os.replace(path, place / path.name)
+            if reference is not None:
+                reference.save_pretrained(fresh / REFERENCE_FOLDER, safe_serialization=True)
+            (folder / hub.CONFIG_NAME).unlink(missing_ok=True)  # new weights never stand beside an old configuration
+            shutil.rmtree(folder / REFERENCE_FOLDER, ignore_errors=True)  # that of the former model
+            for path in sorted(fresh.iterdir(), key=lambda path: path.name == hub.CONFIG_NAME):
+                os.replace(path, folder / path.name)
     except Exception as error:  # OSError, and what safetensors and tokenizers raise of their own
-        raise CheckpointError(f"Cannot write the model to {str(place)!r}: {reason_of(error)}.") from error
-    finally:
-        if fresh is not None:
-            shutil.rmtree(fresh, ignore_errors=True)
-    return place
-
-
-def _save_model(model: PreTrainedModel, folder: Path, dtype: torch.dtype | None) -> None:
-    former = model.dtype
-    try:
-        if dtype not in (None, former):
-            model.to(dtype)  # type: ignore[arg-type]
-        with quiet_transformers():
-            model.save_pretrained(folder, safe_serialization=True)
-    finally:
-        model.to(former)  # type: ignore[arg-type]
+        raise CheckpointError(f"Cannot write the model to {str(folder)!r}: {reason_of(error)}.") from error
+    return folder
 
 
 @contextmanager

@@ -1,30 +1,17 @@
 """A language model's next-token distribution carried over to another vocabulary, by bytes.
 
-The marginal of a target token c is the probability that the text goes on with the bytes of c. An own token u adds to it
-its whole probability where u begins with c, and where u is shorter than c, its probability times that of the rest after
-u. For the few most probable such u the model is asked (one further step); for the others the rest is taken to be
-equally likely among the target's tokens that go on from u, which is the same for every head and so moves nothing.
-
-Marginals overlap: " th" holds all of " the". Where the target has " the" as a token it says that, so the share of
-" th" as a token is its marginal less those of the target's longer tokens: `token_masses`. These sum to one.
-
-The last word of the text is open: the model may spell it otherwise once it goes on. So a distribution after fewer of
-its own tokens counts too, weighted by the probability of these tokens, with the own tokens that spell the remaining
-bytes of the word and run past its end (`crossing`). Left out: unusual spellings of the open word by several tokens that
-end inside it. (Phan et al. 2024 and Vieira et al. 2024 sum over all spellings; the tests do so on small vocabularies.)
-
-Everything here is arithmetic on probabilities; texts and models are elsewhere.
+The marginal of a target token c is the probability that the text goes on with the bytes of c: an own token u adds all
+of its own where u begins with c, and where u is shorter, its probability times that of the rest (`GOES_ON`, or asked).
+See docs/guides/any-causal-lm.md. Phan et al. 2024 and Vieira et al. 2024 sum over all spellings; the tests do so.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -37,16 +24,9 @@ _LEAST_SHARE = 1e-3  # of its marginal that a token keeps beside longer ones: bo
 _LEAST_MASS = 1e-30  # of a string, when all of them sum to one
 _LEAST_TOTAL = 1e-300
 
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
-
 
 class SortedStrings:
-    """Distinct byte strings in order; the ones that begin with a prefix lie side by side.
-
-    Args:
-        strings: any; equal ones count once.
-    """
+    """Distinct byte strings in order; the ones that begin with a prefix lie side by side."""
 
     def __init__(self, strings: Sequence[bytes]) -> None:
         self.strings = sorted(set(strings))
@@ -70,90 +50,7 @@ class SortedStrings:
         return [index[text[:end]] for end in range(1, len(text)) if text[:end] in index]
 
 
-@dataclass(frozen=True)
-class Nesting:
-    """Which strings of two sorted lists begin which; made in one pass over both.
-
-    A range holds the strings that begin with a string, itself included. A parent is the longest other string that
-    begins it; -1: none.
-
-    Attributes:
-        own_ranges: int64 [targets, 2], of each target string, among the own ones.
-        target_stops: int64 [targets], of each target string, the end of its range among the targets.
-        own_parents: int64 [targets], of each target string, among the own ones.
-        target_parents: int64 [targets], of each target string, among the targets.
-        ranges_of_own: int64 [own, 2], of each own string, among the targets.
-        parents_of_own: int64 [own], of each own string, among the own ones.
-    """
-
-    own_ranges: Ints
-    target_stops: Ints
-    own_parents: Ints
-    target_parents: Ints
-    ranges_of_own: Ints
-    parents_of_own: Ints
-
-    @classmethod
-    def of(cls, own: Sequence[bytes], targets: Sequence[bytes]) -> Nesting:
-        """Of two sorted lists of distinct strings."""
-        own_starts, own_stops, target_stops, own_parents, target_parents = ([-1] * len(targets) for _ in range(5))
-        starts_of_own, stops_of_own, parents_of_own = ([-1] * len(own) for _ in range(3))
-        # The strings that begin the present one, shortest first: text, place among own and targets (-1: not there),
-        # and the longest own and target string that begins what comes next, itself included.
-        open_texts: list[tuple[bytes, int, int, int, int]] = []
-        at, place = 0, 0  # next own string, next target
-
-        def close(at: int, place: int) -> None:
-            _, mine, its, _, _ = open_texts.pop()
-            if its >= 0:
-                own_stops[its], target_stops[its] = at, place
-            if mine >= 0:
-                stops_of_own[mine] = place
-
-        while at < len(own) or place < len(targets):
-            is_own = place == len(targets) or (at < len(own) and own[at] <= targets[place])
-            text = own[at] if is_own else targets[place]
-            is_target = place < len(targets) and targets[place] == text
-            while open_texts and not text.startswith(open_texts[-1][0]):
-                close(at, place)
-            near_own, near_target = open_texts[-1][3:] if open_texts else (-1, -1)
-            mine = its = -1
-            if is_own:
-                mine, parents_of_own[at], starts_of_own[at] = at, near_own, place
-            if is_target:
-                its, own_parents[place], target_parents[place] = place, near_own, near_target
-                own_starts[place] = at
-            open_texts.append((text, mine, its, mine if is_own else near_own, its if is_target else near_target))
-            at, place = at + is_own, place + is_target
-        while open_texts:
-            close(at, place)
-
-        def columns(*lists: list[int]) -> Ints:
-            return np.stack([np.array(each, dtype=np.int64) for each in lists], axis=-1)
-
-        return cls(
-            columns(own_starts, own_stops),
-            columns(target_stops)[:, 0],
-            columns(own_parents)[:, 0],
-            columns(target_parents)[:, 0],
-            columns(starts_of_own, stops_of_own),
-            columns(parents_of_own)[:, 0],
-        )
-
-    def shorter(self) -> tuple[Ints, Ints]:
-        """All pairs of a target and an own string that begins it and is shorter."""
-        places, own = np.arange(len(self.own_parents)), self.own_parents
-        found: list[tuple[Ints, Ints]] = []
-        while len(places):
-            places, own = places[own >= 0], own[own >= 0]
-            found.append((places, own))
-            own = self.parents_of_own[own]
-        first, second = (np.concatenate([each[side] for each in found] or [own]) for side in (0, 1))
-        return first, second
-
-
-@dataclass(frozen=True)
-class Pairs:
+class Pairs(NamedTuple):
     """Own strings that add to target strings: target[i] gets weight[i] times the probability of own[i]."""
 
     target: Tensor
@@ -161,21 +58,14 @@ class Pairs:
     weight: Tensor
 
     @classmethod
-    def of(
-        cls, target: Sequence[int] | Ints, own: Sequence[int] | Ints, weight: Sequence[float] | Floats,
-        device: torch.device,
-    ) -> Pairs:  # fmt: skip
-        """From lists or arrays."""
+    def of(cls, pairs: Sequence[tuple[int, int, float]], device: torch.device) -> Pairs:
+        """From (target, own, weight)."""
+        target, own, weight = zip(*pairs, strict=True) if pairs else ((), (), ())
         return cls(
-            torch.from_numpy(np.asarray(target, dtype=np.int64)).to(device),
-            torch.from_numpy(np.asarray(own, dtype=np.int64)).to(device),
-            torch.from_numpy(np.asarray(weight, dtype=np.float64)).to(device),
+            torch.tensor(target, dtype=torch.int64, device=device),
+            torch.tensor(own, dtype=torch.int64, device=device),
+            torch.tensor(weight, dtype=torch.float64, device=device),
         )
-
-    @property
-    def memory_bytes(self) -> int:
-        """Bytes of the lists."""
-        return self.target.nbytes + self.own.nbytes + self.weight.nbytes
 
     def add(self, masses: Tensor, probs: Tensor) -> None:
         """Add to `masses` [..., targets] what `probs` [..., own] give; in place."""
@@ -183,79 +73,57 @@ class Pairs:
 
 
 class Marginals:
-    """Which own strings add to the marginals of a set of target strings.
-
-    Args:
-        own: strings of the own vocabulary.
-        targets: strings to be continued with; `order[i]` is the place of the i-th of them among `marginals`' results.
-        device: of the tensors.
-    """
+    """Which own strings add to the marginals of a set of target strings, several of which may be the same."""
 
     def __init__(self, own: SortedStrings, targets: Sequence[bytes], device: torch.device) -> None:
         in_order = SortedStrings(targets)
-        self.nesting = nesting = Nesting.of(own.strings, in_order.strings)
-        order = np.array([in_order.index[text] for text in targets], dtype=np.int64)
-        begun, shorter = nesting.shorter()
-        # Of the targets that go on from an own string, how many begin with the target: its share of what goes on.
-        ranges = nesting.ranges_of_own[shorter]
-        weights = GOES_ON * (nesting.target_stops[begun] - begun) / (ranges[:, 1] - ranges[:, 0] + 1)
-        # Several targets may be the same string: back from strings to targets.
-        by_string = np.argsort(order, kind="stable")
-        starts, stops = (np.searchsorted(order[by_string], begun, side=side) for side in ("left", "right"))
-        copies = stops - starts
-        first = np.repeat(starts - np.cumsum(copies) + copies, copies)
-        places = by_string[first + np.arange(len(first))]
-        self._ranges = torch.from_numpy(nesting.own_ranges[order]).to(device)
-        self._shorter = Pairs.of(places, np.repeat(shorter, copies), np.repeat(weights, copies), device)
+        ranges = {text: own.begin_with(text) for text in in_order.strings}
+        going_on: dict[int, int] = {}  # how many targets begin with an own string
+        pairs: list[tuple[int, int, float]] = []
+        for place, text in enumerate(targets):
+            shorter = own.within(text)
+            if shorter:
+                at = in_order.index[text]
+                alike = in_order.begin_with(text)[1] - at
+            for each in reversed(shorter):
+                if each not in going_on:
+                    first, stop = in_order.begin_with(own.strings[each])
+                    going_on[each] = stop - first
+                # Of the targets that go on from the own string, how many begin with this one: its share.
+                pairs.append((place, each, GOES_ON * alike / (going_on[each] + 1)))
+        self.ranges = torch.tensor([ranges[text] for text in targets], dtype=torch.int64, device=device).reshape(-1, 2)
+        self.shorter = Pairs.of(pairs, device)
         # Own strings that some target goes on from: a further step can tell something there.
-        self.goes_on = torch.unique(self._shorter.own)
-        self.memory_bytes = self._ranges.nbytes + self.goes_on.nbytes + self._shorter.memory_bytes
+        self.goes_on = torch.unique(self.shorter.own)
 
     def __call__(self, probs: Tensor) -> Tensor:
         """float64 [..., own strings] -> float64 [..., targets]."""
         # Differences of running sums: in double precision they lose nothing that matters.
         sums = torch.nn.functional.pad(probs.cumsum(dim=-1), (1, 0))
-        masses = (sums[..., self._ranges[:, 1]] - sums[..., self._ranges[:, 0]]).clamp_(min=0.0)
-        self._shorter.add(masses, probs)
+        masses = (sums[..., self.ranges[:, 1]] - sums[..., self.ranges[:, 0]]).clamp_(min=0.0)
+        self.shorter.add(masses, probs)
         return masses
 
 
-@dataclass(frozen=True)
-class Crossing:
-    """What follows an open word through own strings that begin with it and run past its end.
+class Crossing(NamedTuple):
+    """What follows an open word through own strings that begin with it and run past its end."""
 
-    Attributes:
-        pairs: what they add to the target strings after the word.
-        goes_on: int64 [n], those own strings behind which some target string goes on.
-    """
-
-    pairs: Pairs
-    goes_on: Tensor
+    pairs: Pairs  # what they add to the target strings after the word
+    goes_on: Tensor  # int64 [n], those behind which some target string goes on
 
 
-@dataclass(frozen=True)
-class Continuations:
-    """The target strings that go on from an own string, and how the own vocabulary spells their rests.
+class Continuations(NamedTuple):
+    """The target strings that go on from an own string, and how the own vocabulary spells their rests."""
 
-    Attributes:
-        targets: int64 [n], which.
-        shares: float64 [n], what they get without a further step.
-        marginals: of the rests.
-    """
-
-    targets: Tensor
-    shares: Tensor
-    marginals: Marginals
+    targets: Tensor  # int64 [n], which
+    shares: Tensor  # float64 [n], what they get without a further step
+    marginals: Marginals  # of the rests
 
 
 class Projection:
-    """The tables of one own and one target vocabulary.
+    """The tables of the language model's own and of the target's vocabulary.
 
-    Args:
-        own: vocabulary of the language model.
-        target: the other one.
-        device: of the tensors.
-        initial_space: the own tokenizer begins every text with a space that the text has not.
+    `initial_space`: the own tokenizer begins every text with a space that the text has not.
     """
 
     def __init__(
@@ -276,17 +144,21 @@ class Projection:
         counts = torch.bincount(self.target_place, minlength=len(self.target) + 1)
         self._log_copies = counts.clamp(min=1).double().log()[self.target_place]
         self.following = Marginals(self.own, self.target.strings, device)
-        nesting = self.following.nesting
-        shorter = torch.from_numpy(nesting.target_parents).to(device)
-        self._shorter_target = torch.where(shorter < 0, len(self.target), shorter)
+        strings, count = self.target.strings, len(self.target)
+        longest = [(self.target.within(text) or [count])[-1] for text in strings]  # that begins each; `count`: none
+        self._shorter_target = torch.tensor(longest, dtype=torch.int64, device=device)
         # How many target strings begin with each of them.
-        self._reach: list[int] = (nesting.target_stops - np.arange(len(self.target))).tolist()
+        self._reach = [self.target.begin_with(text)[1] - place for place, text in enumerate(strings)]
         self.initial_space = initial_space
         self.spelled = self._spelled()
-        tables = [self._own_place, self.target_place, self._log_copies, self._shorter_target, self.spelled]
-        self.memory_bytes: int = sum(each.nbytes for each in tables) + self.following.memory_bytes
         self.crossing = lru_cache(maxsize=1024)(self._crossing)
         self.continuations = lru_cache(maxsize=1024)(self._continuations)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the tables that are made at once."""
+        tables = [*vars(self).values(), *vars(self.following).values(), *self.following.shorter]
+        return sum(each.nbytes for each in tables if isinstance(each, Tensor))
 
     @cached_property
     def initial(self) -> Marginals:
@@ -307,7 +179,7 @@ class Projection:
         return masses.index_add_(-1, self._own_place[: probs.shape[-1]], probs)[..., :-1]
 
     def token_masses(self, marginals: Tensor) -> Tensor:
-        """Marginals [..., target strings] -> what is left for each string beside the longer ones; same shape."""
+        """Marginals [..., target strings] -> what is left for each string beside the longer ones; they sum to one."""
         longer = marginals.new_zeros(*marginals.shape[:-1], len(self.target) + 1)
         longer.index_add_(-1, self._shorter_target, marginals)
         return torch.maximum(marginals - longer[..., :-1], marginals * _LEAST_SHARE)
@@ -315,9 +187,7 @@ class Projection:
     def log_by_id(self, masses: Tensor, *, split_copies: bool) -> Tensor:
         """Masses [..., target strings] -> log, float32 [..., target ids]; finite, without meaning for special ids.
 
-        Args:
-            masses: at least 0.
-            split_copies: ids of the same bytes share the mass; else each gets all of it.
+        With `split_copies`, ids of the same bytes share the mass; else each gets all of it.
         """
         masses = masses / masses.sum(dim=-1, keepdim=True).clamp(min=_LEAST_TOTAL)
         logs = torch.nn.functional.pad(masses, (0, 1)).clamp(min=_LEAST_MASS).log()[..., self.target_place]
@@ -325,27 +195,22 @@ class Projection:
 
     def _crossing(self, word: bytes) -> Crossing:
         """Of the own strings that begin with `word` and are longer."""
-        start, stop = self.own.begin_with(word)
-        targets: list[int] = []
-        owns: list[int] = []
-        weights: list[float] = []
+        found: list[tuple[int, int, float]] = []
         goes_on: list[int] = []
-        for place in range(start, stop):
+        for place in range(*self.own.begin_with(word)):
             rest = self.own.strings[place][len(word) :]
             if not rest:
                 continue
-            inside = self.target.within(rest)
             first, end = self.target.begin_with(rest)
-            exact = first < end and self.target.strings[first] == rest
-            targets += inside + ([first] if exact else [])
-            weights += [1.0] * (len(inside) + exact)
-            targets += range(first + exact, end)
-            weights += [GOES_ON * count / (end - first + 1) for count in self._reach[first + exact : end]]
-            if first + exact < end:
+            begun = self.target.within(rest)
+            count = end - first
+            if rest in self.target.index:
+                begun, first = [*begun, first], first + 1
+            found += [(target, place, 1.0) for target in begun]
+            found += [(target, place, GOES_ON * self._reach[target] / (count + 1)) for target in range(first, end)]
+            if first < end:
                 goes_on.append(place)
-            owns += [place] * (len(targets) - len(owns))
-        pairs = Pairs.of(targets, owns, weights, self.device)
-        return Crossing(pairs, torch.tensor(goes_on, dtype=torch.int64, device=self.device))
+        return Crossing(Pairs.of(found, self.device), torch.tensor(goes_on, dtype=torch.int64, device=self.device))
 
     def _continuations(self, begun: bytes) -> Continuations:
         """The target strings that begin with `begun` and are longer."""

@@ -1,15 +1,8 @@
 """The text of a target's ids as tokens of another vocabulary, kept up incrementally.
 
-The text is the concatenation of the bytes of the ids. It is cut into words at places where nearly every tokenizer cuts
-too: before a space that follows something else. A finished word is spelled once, in the tokenizer's own way, and never
-looked at again; the last word stays open, since its spelling may still change. The cuts hang only on the bytes so far,
-so the words of a text begin with the words of every prefix of it: extending and starting anew give the same.
-
-Special tokens of the target have no bytes. A run of them in the middle of a text is one start token of the own
-vocabulary; a leading run is nothing.
-
-Left out: own tokens that run across a space, and exact spellings by tokenizers that lose text (lower-casing, unknown
-marks): these follow the text as well as they can spell it.
+The bytes of the ids are cut into words before a space that follows something else, where nearly every tokenizer cuts.
+A finished word is spelled once, in the tokenizer's own way; the last word stays open. Special tokens of the target
+have no bytes: a run of them in the middle of a text is one start token, a leading run is nothing.
 """
 
 from __future__ import annotations
@@ -28,30 +21,19 @@ _SPACE = 0x20
 
 @dataclass(frozen=True)
 class Spelling:
-    """A word in own tokens.
-
-    Attributes:
-        ids: own tokens.
-        ends: after which byte of the word each token ends; empty where the tokens do not spell the word exactly.
-        rest: bytes at the end that no token spells yet (a part of a character).
-    """
+    """A word in own tokens."""
 
     ids: tuple[int, ...]
-    ends: tuple[int, ...]
-    rest: bytes
+    ends: tuple[int, ...]  # after which byte each token ends; empty where the tokens do not spell the word exactly
+    rest: bytes  # at the end, that no token spells yet (a part of a character)
 
 
 @dataclass(frozen=True)
 class SourcePrefix:
-    """A prefix of a text in own tokens.
+    """A prefix of a text in own tokens."""
 
-    Attributes:
-        closed: own tokens of the finished words, behind a start token.
-        word: the open word.
-    """
-
-    closed: tuple[int, ...]
-    word: bytes = b""
+    closed: tuple[int, ...]  # of the finished words, behind a start token
+    word: bytes = b""  # the open one
 
     def at_start(self, start_id: int) -> bool:
         """Whether a document begins here: no text since the start token."""
@@ -65,7 +47,7 @@ class SourceText:
         tokenizer: a transformers tokenizer or a `tokenizers.Tokenizer`.
         vocabulary: its bytes by id.
         start_id: own token before every text.
-        readable: ids below this have an embedding; None: all of them.
+        readable: ids below this have an embedding; None: all of them do.
     """
 
     def __init__(

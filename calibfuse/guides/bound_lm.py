@@ -1,0 +1,147 @@
+"""A causal LM over one target vocabulary, and its session: what lock-step and projection share."""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from calibfuse.guide import Guide, GuideSession, NextTokenScores, Request, isolated
+from calibfuse.guides.kv_cache import RaggedReader
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from calibfuse.vocabulary import Vocabulary
+
+
+class BoundCausalLM(Guide):
+    """A guide: a causal LM over one target vocabulary. Made by `CausalLMCalibrator.bind`.
+
+    Args:
+        calibrator: where it came from.
+        models: by head; all of one vocabulary.
+        target: vocabulary of the ids.
+        start_id: own token before every text.
+    """
+
+    missing_head_hint: ClassVar[str] = "; load it with reference= (a model of the same vocabulary)"
+    lock_step: ClassVar[bool]
+    """Whether the LM reads the target's ids themselves; else its distribution is projected."""
+
+    def __init__(
+        self, calibrator: Any, models: Mapping[str, PreTrainedModel], target: Vocabulary, *, start_id: int  # noqa: ANN401
+    ) -> None:  # fmt: skip
+        self.calibrator = calibrator
+        self.models = dict(models)
+        self.vocabulary = target
+        self.start_id = start_id
+        lengths = [getattr(model.config, "max_position_embeddings", None) for model in self.models.values()]
+        self.max_length = min((each for each in lengths if isinstance(each, int) and each > 0), default=None)
+        self.make_tables()
+
+    @abstractmethod
+    def make_tables(self) -> None:
+        """Make what lies on the models' device beside them."""
+
+    @abstractmethod
+    def prefix(self, known: tuple[Sequence[int], Any] | None, ids: list[int]) -> Any:  # noqa: ANN401
+        """A text as the models read it; `known` is a former text of the same key with its prefix."""
+
+    @abstractmethod
+    def read(self, reader: RaggedReader, keys: Sequence[Hashable], prefixes: Sequence[Any]) -> NextTokenScores:
+        """Read what is new of some texts."""
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Names of the heads."""
+        return tuple(self.models)
+
+    @property
+    def recommended(self) -> Mapping[str, Any]:
+        """See `Guide.recommended`."""
+        options: Mapping[str, Any] = self.calibrator.config.fusion
+        return options
+
+    @property
+    def device(self) -> torch.device:
+        """Where the models are."""
+        return next(iter(self.models.values())).device
+
+    def to(self, device: torch.device | str) -> BoundCausalLM:
+        """The same object where it is there already, else a copy on the device, with its own copy of the models."""
+        if torch.device(device) == self.device:
+            return self
+        moved = copy.copy(self)
+        moved.__dict__.pop("_uncovered", None)  # cached on the former device
+        moved.models = {head: moved_model(model, None, device) for head, model in self.models.items()}
+        moved.make_tables()
+        return moved
+
+    def session(self) -> LMSession:
+        """A new session."""
+        return LMSession(self)
+
+
+class LMSession(GuideSession):
+    """`GuideSession` of a causal LM."""
+
+    def __init__(self, guide: BoundCausalLM) -> None:
+        self.guide = guide
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all texts."""
+        self._reader: RaggedReader | None = None
+        self._known: dict[Hashable, tuple[list[int], Any]] = {}
+        self._last: tuple[list[Hashable], NextTokenScores] | None = None
+
+    def drop(self, keys: Iterable[Hashable]) -> None:
+        """See `GuideSession.drop`; what they held goes with the next step, which names the texts that stay."""
+        for key in keys:
+            self._known.pop(key, None)
+        if not self._known:
+            self.reset()
+
+    def copy(self, pairs: Mapping[Hashable, Hashable]) -> None:
+        """See `GuideSession.copy`."""
+        self._known.update({new: self._known[old] for new, old in pairs.items() if old in self._known})
+        if self._reader is not None:
+            self._reader.copy(pairs)
+
+    @isolated
+    def step(self, requests: Sequence[Request]) -> NextTokenScores:
+        """See `GuideSession.step`."""
+        texts = {request[0]: list(request[1]) for request in requests}
+        keys = list(texts)
+        if self._last is not None and self._last[0] == keys:
+            if all(key in self._known and self._known[key][0] == ids for key, ids in texts.items()):
+                return self._last[1]
+        reader, known = self._reader or RaggedReader(self.guide.models), self._known
+        self.reset()  # what breaks off leaves the session empty
+        prefixes = {key: self.guide.prefix(known.get(key), ids) for key, ids in texts.items()}
+        said = self.guide.read(reader, keys, list(prefixes.values()))
+        self._known = {key: (ids, prefixes[key]) for key, ids in texts.items()}
+        self._reader, self._last = reader, (keys, said)
+        return said
+
+
+def moved_model(
+    model: PreTrainedModel, dtype: torch.dtype | None, device: torch.device | str | None
+) -> PreTrainedModel:
+    """The model itself where it is so already, else a copy."""
+    dtype, device = dtype or model.dtype, torch.device(device) if device is not None else model.device
+    if dtype == model.dtype and device == model.device:
+        return model
+    moved: Any = copy.deepcopy(model)
+    result: PreTrainedModel = moved.to(device=device, dtype=dtype)
+    return result
+
+
+def embeddings_of(model: PreTrainedModel) -> int:
+    """How many tokens a model has an embedding of."""
+    table: Any = model.get_input_embeddings()
+    return int(table.num_embeddings)
