@@ -172,7 +172,7 @@ class LanguageModelAuxiliary(AuxiliaryModel):
             raise InputError(
                 f"The auxiliary model reads {limit - 1} tokens, but the longest sample has {length}; draw shorter ones."
             )
-        known = input_ids.clamp(0, len(reader.target))
+        known = input_ids.clamp(0, len(reader.vocabulary))
         special = reader._is_special[known] | (input_ids < 0)
         if attention_mask is not None:
             special = special | (attention_mask == 0)

@@ -32,8 +32,9 @@ from torch.nn import functional
 
 from calibfuse import hub
 from calibfuse.errors import CheckpointError, InputError, VocabularyError, VocabularyMismatchError, reason_of
-from calibfuse.guides.causal_lm import BoundCausalLM, CausalLMConfig, same_ids
-from calibfuse.guides.kv_cache import stands_holes
+from calibfuse.guides.bound_lm import moved_model
+from calibfuse.guides.causal_lm import CausalLMConfig, same_ids
+from calibfuse.guides.kv_cache import try_reading
 from calibfuse.guides.shared_vocabulary import LockStepLM
 from calibfuse.hub.model_card import calibrator_card
 from calibfuse.loading import PretrainedCalibrator, Source, as_device, as_dtype
@@ -220,22 +221,9 @@ class ValueLM(PretrainedCalibrator):
         """Parameters of the network, by name."""
         return self.network.named_parameters()
 
-    @property
-    def max_length(self) -> int | None:
-        """Tokens that the backbone can read, the start token included; None: any number."""
-        limit = getattr(self.network.config.get_text_config(), "max_position_embeddings", None)
-        return limit if isinstance(limit, int) and limit > 0 else None
-
-    def lock_step(self, *, holes: bool = True) -> ValueLockStep:
+    def lock_step(self, *, holes: bool = True) -> BoundValueLM:
         """The network as a reader of the target's ids."""
-        return ValueLockStep(
-            {HEAD: self.network},  # type: ignore[dict-item]  # has what LockStepLM uses of a model
-            self.vocabulary,
-            start_id=self.start_id,
-            max_length=self.max_length,
-            end_ids=self.end_ids,
-            holes=holes,
-        )
+        return BoundValueLM(self, self.network, holes=holes)
 
     def bind(
         self,
@@ -269,11 +257,9 @@ class ValueLM(PretrainedCalibrator):
                 f"{self.vocabulary.name}) than that of {target.name} ({len(target)} ids). Train one for this target, "
                 "or with `calibfuse train-guide --kind calibrator` one that binds to any vocabulary."
             )
-        holes = stands_holes(self.network, self.name)  # type: ignore[arg-type]
-        bound = BoundValueLM(self.lock_step(holes=holes), self, self.vocabulary)
-        if dtype is None and device is None:
-            return bound
-        return bound.to(device or self.network.device, dtype)
+        network: Any = self.network  # has what is used of a model
+        holes = try_reading(network, self.name).holes
+        return BoundValueLM(self, moved_model(network, dtype, device), holes=holes)
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32) -> Path:
         """Write config.json, model.safetensors and README.md.
@@ -347,57 +333,16 @@ class ValueLM(PretrainedCalibrator):
         return loaded
 
 
-class ValueLockStep(LockStepLM):
-    """LockStepLM whose end marks are covered too: their R was learned."""
+class BoundValueLM(LockStepLM):
+    """A guide with the head "value" alone, which covers end marks, too: their R was learned. Made by `ValueLM.bind`."""
 
-    def __init__(
-        self,
-        models: Mapping[str, PreTrainedModel],
-        target: Vocabulary,
-        *,
-        start_id: int,
-        max_length: int | None,
-        end_ids: tuple[int, ...],
-        holes: bool = True,
-    ) -> None:
-        super().__init__(models, target, start_id=start_id, max_length=max_length, holes=holes)
-        self.end_ids = end_ids
-        self._ends = torch.tensor(end_ids, dtype=torch.int64, device=self.device)
+    def __init__(self, calibrator: ValueLM, network: Any, *, holes: bool) -> None:  # noqa: ANN401
+        super().__init__(calibrator, {HEAD: network}, calibrator.vocabulary, start_id=calibrator.start_id, holes=holes)
 
     def covers(self, token_ids: Tensor) -> Tensor:
         """Bool, same shape: True where the token has bytes or ends a text."""
-        return super().covers(token_ids) | torch.isin(token_ids, self._ends)
-
-    def with_models(self, models: Mapping[str, PreTrainedModel]) -> ValueLockStep:
-        """The same over other copies of the models."""
-        return ValueLockStep(
-            models,
-            self.target,
-            start_id=self.start_id,
-            max_length=self.max_length,
-            end_ids=self.end_ids,
-            holes=self.holes,
-        )
-
-
-class BoundValueLM(BoundCausalLM):
-    """A guide with the head "value" alone. Made by `ValueLM.bind`."""
-
-    def __init__(self, guide: ValueLockStep, calibrator: ValueLM, own: Vocabulary) -> None:
-        super().__init__(guide, calibrator, own)  # type: ignore[arg-type]  # has what it uses of a calibrator
-
-    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> BoundValueLM:
-        """The same object where it is there already, else a copy with its own copy of the network."""
-        import copy
-
-        device = torch.device(device)
-        network = self._guide.models[HEAD]
-        if device == self.device and dtype in (None, network.dtype):
-            return self
-        copied: Any = copy.deepcopy(network)
-        moved = copied.to(device=device, dtype=dtype or network.dtype)
-        guide = self._guide.with_models({HEAD: moved})
-        return BoundValueLM(guide, self.calibrator, self.source_vocabulary)  # type: ignore[arg-type]
+        ends = torch.tensor(self.calibrator.end_ids, dtype=torch.int64, device=token_ids.device)
+        return super().covers(token_ids) | torch.isin(token_ids, ends)
 
 
 def is_value_lm_checkpoint(folder: Path) -> bool:
