@@ -11,7 +11,7 @@ from calibfuse.cli import main as cli
 from calibfuse.cli.commands.demo import _most_different
 from calibfuse.cli.prompts import bundled_prompts
 from calibfuse.errors import CheckpointError
-from calibfuse.evaluation.journal import PromptRecord
+from calibfuse.evaluation.sampling import PromptRecord
 from calibfuse.generation.continuations import Continuation
 
 

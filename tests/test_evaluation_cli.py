@@ -67,16 +67,12 @@ def test_several_scorers_stand_side_by_side(run, tmp_path, monkeypatch):
         "--alpha", "1", "--no-neutrality", "--mass-to-others", "--scorer", "bundled", "own_scorer:rate"
     )
     assert code == 0, err
-    assert "| own_scorer:rate, from 0.7 | own_scorer:rate, from 0.9 |\n" in out
-    assert re.search(r"^\| plain \|.*\| 100\.0% \| 0\.00% \|$", out, re.MULTILINE)
+    assert "| mean toxicity (own_scorer:rate) |\n" in out
+    assert re.search(r"^\| plain \|.*\| 0\.800 \[0\.800, 0\.800\] \|$", out, re.MULTILINE)
     data = report(tmp_path / "out")
     assert data["facts"]["other_scorers"] == ["own_scorer:rate"]
     assert data["methods"][1]["settings"]["fusion"]["mass_to_others"] is True
-    rows = {(row["scorer"], row["toxic_from"]): row for row in data["methods"][1]["scorer_thresholds"]}
-    assert rows["own_scorer:rate", 0.9]["estimates"]["toxic_share"]["value"] == 0.0
-    assert (
-        rows[data["facts"]["scorer"], 0.5]["estimates"]["toxic_share"] == data["methods"][1]["metrics"]["toxic_share"]
-    )
+    assert data["methods"][1]["metrics"]["mean_toxicity (own_scorer:rate)"]["value"] == pytest.approx(0.8)
 
 
 def test_resume_goes_on_with_the_same_figures(run, tmp_path):
@@ -390,4 +386,4 @@ def test_words_and_heads_alone_are_methods(run, bundle, tmp_path):
 def test_tasks_are_named(run, given):
     code, _, err = run("--utility", given)
     assert code == 2
-    assert "Expected lambada=FILE, wikitext=FILE, instructions=FILE" in err
+    assert "Expected lambada=FILE, wikitext=FILE after" in err

@@ -6,17 +6,9 @@ import numpy as np
 import pytest
 
 from calibfuse.errors import InputError
-from calibfuse.evaluation import metrics
-from calibfuse.evaluation.metrics import (
-    METRICS,
-    Sums,
-    bootstrap_counts,
-    distinct_counts,
-    is_refusal,
-    repetition,
-    resample,
-    toxicity_sums,
-)
+from calibfuse.evaluation import bootstrap, metrics
+from calibfuse.evaluation.bootstrap import Sums, bootstrap_counts, resample
+from calibfuse.evaluation.metrics import METRICS, distinct_counts, toxicity_sums
 
 
 def value(sums):
@@ -37,29 +29,17 @@ def test_toxicity_worked_by_hand():
     assert value(toxicity_sums(np.array([[0.5, 0.6]]), toxic_from=0.55)["toxic_share"]) == 0.5
 
 
-def test_distinct_and_repetition_worked_by_hand():
-    """ "a b a b" and "a b": 6 words, words {a, b}, pairs {ab, ba}, triples {aba, bab}; pairs ab ba ab repeat once."""
+def test_distinct_worked_by_hand():
+    """ "a b a b" and "a b": 6 words, words {a, b}, pairs {ab, ba}, triples {aba, bab}."""
     assert distinct_counts(["a b a b", "a b"]) == [2 / 6, 2 / 6, 2 / 6]
     assert distinct_counts(["", "  "]) == [0.0, 0.0, 0.0]
-    assert repetition("a b a b") == pytest.approx(1 / 3)
-    assert repetition("a") == repetition("") == 0.0
-
-
-@pytest.mark.parametrize("text", ["I'm sorry, but I can't", " I cannot help with that.", "As an AI language model"])
-def test_refusals_are_known_by_their_first_words(text):
-    assert is_refusal(text)
-
-
-@pytest.mark.parametrize("text", ["I was sorry to hear", " said I cannot", "", "Sorry about the mess in here"])
-def test_other_texts_are_no_refusals(text):
-    assert not is_refusal(text)
 
 
 def test_resampling_equals_a_slow_loop():
     generator = np.random.default_rng(0)
     sums = {
         "toxic_share": Sums(generator.integers(0, 5, 12).astype(float), np.full(12, 5.0)),
-        "perplexity": Sums(generator.random(12) * 60, generator.integers(10, 20, 12).astype(float)),
+        "perplexity": Sums(generator.random(12) * 60, generator.integers(10, 20, 12).astype(float), True),
     }
     found = resample(sums, resamples=40, seed=3)
     counts = np.concatenate(list(bootstrap_counts(12, 40, 3)))
@@ -73,7 +53,7 @@ def test_resampling_equals_a_slow_loop():
 
 
 def test_blocks_of_resamples_are_bounded_and_complete(monkeypatch):
-    monkeypatch.setattr(metrics, "_CHUNK", 50)
+    monkeypatch.setattr(bootstrap, "_CHUNK", 50)
     blocks = list(bootstrap_counts(10, 23, 0))
     assert [len(block) for block in blocks] == [5, 5, 5, 5, 3]
     assert all((block.sum(axis=1) == 10).all() for block in blocks)

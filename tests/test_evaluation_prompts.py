@@ -24,19 +24,19 @@ def graded(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("row", "text", "toxicity", "group"),
+    ("row", "text", "toxicity"),
     [
-        ({"prompt": "A b ", "prompt_toxicity": 0.25, "id": "x"}, "A b", 0.25, None),
-        ({"prompt": {"text": "A b", "toxicity": 0.5, "insult": 1}, "filename": "f"}, "A b", 0.5, None),
-        ({"prompt": "The nurse ", "domain": "profession", "group": "nursing"}, "The nurse", None, "nursing"),
-        ({"text": "A b"}, "A b", None, None),
-        ({"prompt": {"text": "A b", "toxicity": None}}, "A b", None, None),
+        ({"prompt": "A b ", "prompt_toxicity": 0.25, "id": "x"}, "A b", 0.25),
+        ({"prompt": {"text": "A b", "toxicity": 0.5, "insult": 1}, "filename": "f"}, "A b", 0.5),
+        ({"prompt": "The nurse ", "domain": "profession", "group": "nursing"}, "The nurse", None),
+        ({"text": "A b"}, "A b", None),
+        ({"prompt": {"text": "A b", "toxicity": None}}, "A b", None),
     ],
     ids=["flat", "original", "bold", "own", "unknown-toxicity"],
 )
-def test_rows_of_every_format_are_understood(tmp_path, row, text, toxicity, group):
+def test_rows_of_every_format_are_understood(tmp_path, row, text, toxicity):
     (prompt,) = load_prompts(write_rows(tmp_path / "p.jsonl", [row]))
-    assert (prompt.text, prompt.toxicity, prompt.group) == (text, toxicity, group)
+    assert (prompt.text, prompt.toxicity) == (text, toxicity)
 
 
 def test_plain_text_has_a_prompt_a_line_and_blank_lines_are_skipped(tmp_path):
@@ -68,16 +68,11 @@ def test_filters_keep_what_they_say_in_the_order_of_the_file(graded):
     assert len(low) + len(high) == 20
 
 
-def test_groups_can_be_chosen(tmp_path):
-    path = write_rows(tmp_path / "b.jsonl", [{"prompt": f"p{n}", "group": "ab"[n % 2]} for n in range(6)])
-    assert [prompt.text for prompt in load_prompts(path, groups=["b"])] == ["p1", "p3", "p5"]
-
-
 def test_the_real_files_are_read(shared_data):
     prompts = load_prompts(shared_data / "prompts" / "realtoxicityprompts.jsonl.xz", count=50, max_toxicity=0.5)
     assert len(prompts) == len({prompt.id for prompt in prompts}) == 50
     assert all(prompt.toxicity < 0.5 and prompt.text == prompt.text.rstrip() for prompt in prompts)
-    assert all(prompt.group for prompt in load_prompts(shared_data / "prompts" / "bold.jsonl.xz", count=50))
+    assert len(load_prompts(shared_data / "prompts" / "bold.jsonl.xz", count=50)) == 50
 
 
 @pytest.mark.parametrize(

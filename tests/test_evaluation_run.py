@@ -19,23 +19,24 @@ from transformers import LogitsProcessor
 from calibfuse.calibrator import Calibrator
 from calibfuse.errors import InputError, MissingDependencyError, ScorerError
 from calibfuse.evaluation import LanguageModel, Method, Prompt, SamplingConfig, evaluate, to_data, to_markdown
+from calibfuse.evaluation.bootstrap import Estimate, Sums
 from calibfuse.evaluation.budget import compare_within_budget, pick_alpha, write_recommendation
 from calibfuse.evaluation.given_text.suites import LabelledText, Suite
-from calibfuse.evaluation.journal import Journal, PromptRecord, run_stage
-from calibfuse.evaluation.measuring import Measured, measure
-from calibfuse.evaluation.metrics import Estimate, Sums
+from calibfuse.evaluation.metrics import Measured, measure
 from calibfuse.evaluation.report import write_report
 from calibfuse.evaluation.report.charts import PALETTE, Curve, Point, bars, curves
 from calibfuse.evaluation.report.page import to_html
+from calibfuse.evaluation.sampling import Journal, PromptRecord
+from calibfuse.evaluation.stages import run_stage
 from calibfuse.fusion import FusionConfig
 from calibfuse.generation.continuations import Continuation
 from calibfuse.html import render
 from calibfuse.scorers import load_scorer
 
 PROMPTS = [
-    Prompt("line 1", "The river", 0.1, "nature"),
-    Prompt("line 2", "She said <b>that</b> & then", 0.2, "people"),
-    Prompt("line 3", "A long walk through the town", 0.3, "people"),
+    Prompt("line 1", "The river", 0.1),
+    Prompt("line 2", "She said <b>that</b> & then", 0.2),
+    Prompt("line 3", "A long walk through the town", 0.3),
 ]
 SAMPLING = SamplingConfig(samples=4, max_new_tokens=5)
 OPTIONS = {"sampling": SAMPLING, "resamples": 50, "speed_rounds": 1, "benign_texts": ["It rained all day."]}
@@ -84,13 +85,6 @@ def test_plain_comes_first_and_methods_are_compared_with_it(evaluation):
     assert strong.changes["mean_toxicity"].value == pytest.approx(toxicity[2] / toxicity[0] - 1)
     assert 0.0 < weak.neutrality.divergence < strong.neutrality.divergence
     assert all(result.speed.tokens_per_second > 0 for result in evaluation.results)
-
-
-def test_groups_of_prompts_have_figures_of_their_own(evaluation):
-    plain = evaluation.results[0]
-    assert list(plain.groups) == ["nature", "people"]
-    shares = [plain.groups[group]["mean_toxicity"].value for group in ("nature", "people")]
-    assert plain.estimates["mean_toxicity"].value == pytest.approx((shares[0] + 2 * shares[1]) / 3)
 
 
 def test_perplexity_is_under_the_judge_and_under_the_target(evaluation):
@@ -210,43 +204,33 @@ def slow_toxic_share(journal_path, scorer, toxic_from):
     return sum(score >= toxic_from for score in scores) / len(scores)
 
 
-def test_every_scorer_and_threshold_is_counted_as_a_slow_loop_counts(target, scorer, tmp_path):
+def test_every_scorer_is_counted_as_a_slow_loop_counts(target, scorer, tmp_path):
     def by_length(texts):
         return [min(1.0, len(text) / 20) for text in texts]
 
     other = load_scorer(by_length)
     found = evaluate(target, [lowering(1.0)], PROMPTS, scorer, tmp_path, other_scorers=[other], **OPTIONS)
-    assert [(each.scorer, each.toxic_from) for each in found.results[0].thresholds] == [
-        (name, start) for name in (scorer.name, other.name) for start in (0.3, 0.5, 0.7, 0.9)
-    ]
+    second = f"toxic_share ({other.name})"
     for result in found.results:
         place = tmp_path / "continuations" / f"{result.method.key}.jsonl"
-        for figures in result.thresholds:
-            chosen = scorer if figures.scorer == scorer.name else other
-            expected = slow_toxic_share(place, chosen, figures.toxic_from)
-            assert figures.estimates["toxic_share"].value == pytest.approx(expected)
-            assert figures.flagged == round(12 * expected)
-            assert figures.is_too_few  # of 12 continuations
-    plain, lowered = found.results
-    assert all(not figures.changes for figures in plain.thresholds)
-    half = next(each for each in lowered.thresholds if (each.scorer, each.toxic_from) == (scorer.name, 0.5))
-    assert half.changes["toxic_share"] == lowered.changes["toxic_share"]
+        for name, chosen in (("toxic_share", scorer), (second, other)):
+            assert result.estimates[name].value == pytest.approx(slow_toxic_share(place, chosen, 0.5))
+        scores = [said.toxicity for said in result.measured.first]
+        assert scores == pytest.approx(scorer.score([said.continuation for said in result.measured.first]))
+    assert second in found.results[1].changes
     assert any("too few" in note and other.name in note for note in found.facts["notes"])
     text = to_markdown(found)
-    assert "## Toxic continuations by threshold and scorer" in text
     header = next(line for line in text.splitlines() if line.startswith("| method |"))
     assert header.endswith(f"| mean toxicity ({other.name}) |")
-    assert re.search(r"\| \S*by_length, from 0\.7 \|", text)
     assert "by_length" in to_html(found)
-    assert to_data(found)["methods"][1]["scorer_thresholds"][4]["scorer"] == other.name
+    assert second in to_data(found)["methods"][1]["metrics"]
 
 
 def test_a_second_opinion_is_scored_again_where_it_is_new(target, scorer, tmp_path):
     evaluate(target, [], PROMPTS, scorer, tmp_path, **OPTIONS)
     other = load_scorer(lambda texts: [0.6] * len(texts))
     found = evaluate(target, [], PROMPTS, scorer, tmp_path, other_scorers=[other], resume=True, **OPTIONS)
-    shares = [figures.estimates["toxic_share"].value for figures in found.results[0].thresholds[4:]]
-    assert shares == [1.0, 1.0, 0.0, 0.0]
+    assert found.results[0].estimates[f"toxic_share ({other.name})"].value == 1.0
 
 
 def test_two_scorers_of_one_name_are_refused(target, scorer, tmp_path):
@@ -267,9 +251,7 @@ def test_a_stage_survives_its_file_and_other_settings_do_not_match(evaluation, t
     found = run({"a": [1, None]})
     assert found.first == measured.first
     assert found.worst == measured.worst
-    assert len(found.thresholds) == 4
-    for own, read in zip(measured.thresholds, found.thresholds, strict=True):
-        assert np.array_equal(read.sums["toxic_share"].numerator, own.sums["toxic_share"].numerator)
+    assert found.sums["perplexity"].is_exponential
     assert all(np.array_equal(found.sums[name].numerator, each.numerator) for name, each in measured.sums.items())
     other = replace(measured, first=())
     content = (tmp_path / "m.json").read_text()
@@ -281,7 +263,7 @@ def test_a_stage_survives_its_file_and_other_settings_do_not_match(evaluation, t
 
 
 def test_memory_grows_by_numbers_per_prompt_and_never_by_text(tmp_path):
-    """What measuring holds at its peak: 16 metrics take 256 bytes a prompt, twice while they are joined."""
+    """What measuring holds at its peak: 9 metrics take 144 bytes a prompt, twice while they are joined."""
 
     def peak(count):
         prompts = [Prompt(f"line {number}", "It was") for number in range(count)]
@@ -291,7 +273,7 @@ def test_memory_grows_by_numbers_per_prompt_and_never_by_text(tmp_path):
             journal.append([PromptRecord(prompt.id, prompt.text, said)])
         scorer = load_scorer(lambda texts: [0.5] * len(texts))
         tracemalloc.start()
-        measure(journal, prompts, scorer)
+        measure(journal, prompts, [scorer])
         result = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return result
@@ -512,15 +494,13 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch, evaluation, pack
 
 
 def test_a_method_has_one_colour_on_the_whole_page(target, scorer, tmp_path):
-    """Bars of the second family, by groups of prompts and of words, are filled as the marks of its curve."""
+    """Bars of the second family, by groups of words, are filled as the marks of its curve."""
     other = Method("other", "other", lambda: [Lower(2.0)], "other")
     evaluation = evaluate(target, [lowering(1.0), other], PROMPTS, scorer, tmp_path, **OPTIONS)
     content = to_html(evaluation)
     fills = re.findall(r"<title>[^<]*\bother[:,].*?fill: (var\(--\w+\))", content, re.DOTALL)
     assert len(fills) > 4
     assert set(fills) == {"var(--c1)"}
-    plain = re.findall(r"<title>[^<]*, plain:.*?fill: (var\(--\w+\))", content, re.DOTALL)
-    assert set(plain) == {"var(--ink)"}
 
 
 # ---- the choice of a strength

@@ -11,7 +11,7 @@ from transformers.generation.logits_process import TopPLogitsWarper
 
 from calibfuse.errors import DataError, InputError
 from calibfuse.evaluation import Prompt, SamplingConfig, sample_continuations
-from calibfuse.evaluation.journal import Journal, PromptRecord
+from calibfuse.evaluation.sampling import Journal, PromptRecord
 from calibfuse.generation.continuations import Continuation, encode
 from calibfuse.generation.decoding import Decoding
 from calibfuse.generation.seeded_sampling import SeededSampling, gumbel_noise, nucleus, row_key

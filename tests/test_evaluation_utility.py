@@ -7,15 +7,13 @@ import pytest
 import torch
 from transformers import LogitsProcessor
 
-from calibfuse.errors import DataError, InputError
+from calibfuse.errors import DataError
 from calibfuse.evaluation import LanguageModel, Utility, load_utility, measure_utility
 from calibfuse.evaluation.given_text.reading import split_ids
-from calibfuse.evaluation.given_text.utility import check_utility
 
 TASKS = Utility(
     passages=("She went to the old river", "He said nothing at all", "It rained on the town"),
     articles=("The river was wide and slow.\nIt rained all day.", "A long walk through the town"),
-    instructions=("Say something", "Tell me of the river"),
 )
 
 
@@ -29,22 +27,9 @@ class Scale(LogitsProcessor):
         return scores * self.factor
 
 
-class Prefer(LogitsProcessor):
-    """Makes one id the first choice."""
-
-    def __init__(self, token_id):
-        self.token_id = token_id
-
-    def __call__(self, input_ids, scores):
-        scores = scores.clone()
-        scores[:, self.token_id] += 100.0
-        return scores
-
-
 @pytest.fixture(scope="module")
 def target(byte_level_tokenizer, wrap_tokenizer, tiny_llama):
     tokenizer = wrap_tokenizer(byte_level_tokenizer)
-    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
     return LanguageModel("tiny", tiny_llama(len(tokenizer)), tokenizer)
 
 
@@ -89,25 +74,6 @@ def test_long_text_is_read_in_windows(target, monkeypatch):
     assert windows["word_perplexity"].plain.value == pytest.approx(windows["word_perplexity"].guided.value)
 
 
-def test_changed_answers_are_counted_and_shown(target):
-    same = measure_utility(target, lambda: [Scale(3.0)], Utility(instructions=TASKS.instructions), resamples=5)
-    assert same.figures[0].guided.value == 0.0
-    assert same.changed == ()
-    token_id = target.tokenizer("river", add_special_tokens=False)["input_ids"][0]
-    other = measure_utility(target, lambda: [Prefer(token_id)], Utility(instructions=TASKS.instructions), resamples=5)
-    assert other.figures[0].guided.value == 1.0
-    assert [each.instruction for each in other.changed] == list(TASKS.instructions)
-    assert len(set(other.changed[0].guided.split())) < 3
-
-
-def test_instructions_need_a_chat_template(byte_level_tokenizer, wrap_tokenizer, target):
-    bare = LanguageModel("bare", target.model, wrap_tokenizer(byte_level_tokenizer))
-    with pytest.raises(InputError, match="no chat template"):
-        check_utility(bare, TASKS)
-    with pytest.raises(InputError, match="positions"):
-        check_utility(target, Utility(passages=("word " * 5000,)))
-
-
 def test_files_are_read_in_their_own_formats(tmp_path):
     (tmp_path / "lambada.jsonl").write_text(
         "".join(json.dumps({"text": text}) + "\n" for text in ("a b c", "one", "d e"))
@@ -115,13 +81,9 @@ def test_files_are_read_in_their_own_formats(tmp_path):
     (tmp_path / "wiki.txt").write_text(
         " = One = \n \n First text . \n = = Part = = \n More . \n = Two = \n Second . \n"
     )
-    (tmp_path / "asked.txt").write_text("Say something\nTell me more\n")
-    found = load_utility(
-        lambada=tmp_path / "lambada.jsonl", wikitext=tmp_path / "wiki.txt", instructions=tmp_path / "asked.txt"
-    )
+    found = load_utility(lambada=tmp_path / "lambada.jsonl", wikitext=tmp_path / "wiki.txt")
     assert found.passages == ("a b c", "d e")
     assert found.articles == ("= One =\nFirst text .\n= = Part = =\nMore .", "= Two =\nSecond .")
-    assert found.instructions == ("Say something", "Tell me more")
     assert len(load_utility(wikitext=tmp_path / "wiki.txt", count=1).articles) == 1
     (tmp_path / "none.jsonl").write_text('{"text": "one"}\n')
     with pytest.raises(DataError, match="passages of several words"):

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from calibfuse.evaluation.metrics import Sums, toxicity_sums
+from calibfuse.evaluation.bootstrap import Sums
+from calibfuse.evaluation.metrics import toxicity_sums
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def rows(example):
     half[:, 1] = 0.0
     tokens = np.full(10, 100.0)
     return [
-        example.Row(key, SimpleNamespace(sums=toxicity_sums(scores)), Sums(tokens * nats, tokens))
+        example.Row(key, SimpleNamespace(sums=toxicity_sums(scores)), Sums(tokens * nats, tokens, is_exponential=True))
         for key, scores, nats in (
             (example.BASE, toxic, 3.0),
             (example.PLAIN, toxic, 2.0),

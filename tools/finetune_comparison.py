@@ -46,9 +46,9 @@ from transformers import LogitsProcessor
 from calibfuse import CalibFusion, Calibrator, __version__
 from calibfuse.errors import CalibfuseError
 from calibfuse.evaluation import LanguageModel, Method, Prompt, SamplingConfig, evaluate, load_prompts
+from calibfuse.evaluation.bootstrap import Estimate, Resampled, Sums, resample
 from calibfuse.evaluation.given_text.reading import method_log_probs
-from calibfuse.evaluation.measuring import Measured
-from calibfuse.evaluation.metrics import METRICS, Estimate, Resampled, Sums, resample
+from calibfuse.evaluation.metrics import METRICS, Measured
 from calibfuse.finetune.corpus import PackedCorpus
 from calibfuse.finetune.run import run_finetuning
 from calibfuse.finetune.settings import AuxiliaryPlan, FinetuneConfig, ModelSource, OracleSource, SamplingPlan
@@ -246,7 +246,7 @@ def block_sums(target: LanguageModel, blocks: Tensor, processors: Sequence[Logit
             log_probs[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
         ).view(len(ids), -1)
         nats.append(losses.double().sum(dim=1).cpu().numpy())
-    return Sums(np.concatenate(nats), np.full(len(blocks), float(blocks.shape[1] - 1)))
+    return Sums(np.concatenate(nats), np.full(len(blocks), float(blocks.shape[1] - 1)), is_exponential=True)
 
 
 # ---------------------------------------------------------------------------------------------------- the report

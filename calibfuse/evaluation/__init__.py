@@ -4,19 +4,15 @@ It takes a target model and factories of logits processors, and knows nothing of
 fusion and every baseline are measured by the same code, on the same prompts, with the same draws.
 """
 
+from calibfuse.evaluation.bootstrap import Estimate
 from calibfuse.evaluation.budget import BudgetComparison, compare_within_budget, pick_alpha
 from calibfuse.evaluation.evaluate import Evaluation, MethodResult, evaluate
-from calibfuse.evaluation.given_text.holistic_bias import (
-    HolisticBias,
-    HolisticBiasResult,
-    load_holistic_bias,
-    measure_holistic_bias,
-)
-from calibfuse.evaluation.given_text.neutrality import Neutrality, measure_neutrality
-from calibfuse.evaluation.given_text.suites import Suite, SuiteResult, load_suite, measure_suite
-from calibfuse.evaluation.given_text.utility import Utility, UtilityResult, load_utility, measure_utility
+from calibfuse.evaluation.given_text.holistic_bias import HolisticBias, load_holistic_bias, measure_holistic_bias
+from calibfuse.evaluation.given_text.neutrality import measure_neutrality
+from calibfuse.evaluation.given_text.suites import Suite, load_suite, measure_suite
+from calibfuse.evaluation.given_text.utility import Utility, load_utility, measure_utility
 from calibfuse.evaluation.methods import PLAIN, Method
-from calibfuse.evaluation.metrics import METRICS, Estimate
+from calibfuse.evaluation.metrics import METRICS
 from calibfuse.evaluation.prompts import Prompt, load_prompts
 from calibfuse.evaluation.protocols import PROTOCOLS, EvaluationProtocol
 from calibfuse.evaluation.report import to_data, to_markdown
@@ -32,17 +28,13 @@ __all__ = [
     "Evaluation",
     "EvaluationProtocol",
     "HolisticBias",
-    "HolisticBiasResult",
     "LanguageModel",
     "Method",
     "MethodResult",
-    "Neutrality",
     "Prompt",
     "SamplingConfig",
     "Suite",
-    "SuiteResult",
     "Utility",
-    "UtilityResult",
     "compare_within_budget",
     "evaluate",
     "load_holistic_bias",

@@ -1,7 +1,4 @@
-"""A calibrator's two parts alone: the table of words, and the language-model heads. Both are methods of a comparison.
-
-What the fusion does comes from both; how much from each differs between targets, so the kit measures it.
-"""
+"""A calibrator's two parts alone, as methods of a comparison: the table of words, and the language-model heads."""
 
 from __future__ import annotations
 
@@ -35,11 +32,7 @@ def words_alone(calibrator: PretrainedCalibrator) -> Calibrator:
 
 
 def heads_alone(calibrator: PretrainedCalibrator) -> Calibrator:
-    """A copy without the table of words.
-
-    Raises:
-        MissingHeadError: the calibrator is not a universal one, or has no words.
-    """
+    """A copy without the table of words; MissingHeadError where there is none."""
     return _copy(calibrator, words={})
 
 

@@ -1,13 +1,9 @@
 """Every method at its best strength within one fluency budget: the fair comparison, and the choice of a strength.
 
-A method looks good at a strength that ruins the text, and harmless at one that does nothing. So each family of methods
-is measured at several strengths, and compared at the strength with the lowest mean toxicity (the least noisy of the
-toxicity metrics) within the budget. The cost of a strength is the larger of two: how far perplexity rises, and how far
-distinct-1, -2 or -3 falls. Perplexity alone would reward text that is always the same, as a low temperature or a narrow
-truncation gives it. Where the cost crosses the budget between two strengths, the figures at the crossing are
-interpolated, so that a coarse grid is no disadvantage.
-
-Left out: intervals of interpolated figures; those of the nearest strength that was measured say how sure they are.
+Compared is the strength with the lowest mean toxicity (the least noisy metric of toxicity) within the budget. A
+strength costs the larger of two: how far perplexity rises, and how far distinct-1, -2 or -3 falls; perplexity alone
+would reward text that is always the same. Where the cost crosses the budget between two strengths, figures are
+interpolated, without intervals: a coarse grid is no disadvantage.
 """
 
 from __future__ import annotations
@@ -26,8 +22,8 @@ from calibfuse.evaluation.metrics import FEWEST_FLAGGED
 from calibfuse.hub import ALLOWED_FILES, CONFIG_NAME, README_NAME, read_json, write_files
 from calibfuse.hub.model_card import calibrator_card
 
-METRICS_AT_BUDGET = ("toxic_share", "toxicity_probability", "mean_toxicity")
 _CRITERION = "mean_toxicity"
+_INTERPOLATED = ("toxic_share", "toxicity_probability", _CRITERION)
 _VARIETY = ("distinct_1", "distinct_2", "distinct_3")
 
 
@@ -42,7 +38,7 @@ class AtBudget:
     # Where the cost meets the budget, interpolated (of several places the least toxic one); None: it does not between
     # two measured strengths.
     strength: float | None
-    changes: dict[str, float]  # relative changes of METRICS_AT_BUDGET there; empty where there is no crossing
+    changes: dict[str, float]  # relative changes of toxicity there; empty where there is no crossing
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,20 +51,17 @@ class BudgetComparison:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready dictionary."""
-        return {
-            "budget": self.budget,
-            "measured_by": self.measured_by,
-            "families": [
-                {
-                    "family": each.family,
-                    "best": None if each.best is None else each.best.method.key,
-                    "default": None if each.default is None else each.default.method.key,
-                    "strength_at_budget": each.strength,
-                    "changes_at_budget": each.changes,
-                }
-                for each in self.families
-            ],
-        }
+        families = [
+            {
+                "family": each.family,
+                "best": None if each.best is None else each.best.method.key,
+                "default": None if each.default is None else each.default.method.key,
+                "strength_at_budget": each.strength,
+                "changes_at_budget": each.changes,
+            }
+            for each in self.families
+        ]
+        return {"budget": self.budget, "measured_by": self.measured_by, "families": families}
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +70,7 @@ class Choice:
 
     result: MethodResult | None  # of the chosen method; None: none surely lowers mean toxicity within the budget
     budget: float  # largest cost
-    measured_by: str  # metric of the perplexity: the judge's where there is one, else the target's
+    measured_by: str  # as of a BudgetComparison
     reason: str  # one sentence or two
 
     def to_dict(self) -> dict[str, Any]:
@@ -92,36 +85,26 @@ def compare_within_budget(evaluation: Evaluation, budget: float) -> BudgetCompar
     Args:
         evaluation: of several strengths per family.
         budget: largest relative increase of the perplexity, and largest relative loss of distinct-n, against plain
-            decoding; at least 0.
-
-    Raises:
-        InputError: a negative budget.
+            decoding; at least 0, else InputError.
     """
-    _check_budget(budget)
-    name = perplexity_metric(evaluation)
+    name = _perplexity_within(evaluation, budget)
     families: dict[str, list[MethodResult]] = {}
     for result in evaluation.results[1:]:
         families.setdefault(result.method.family or result.method.title, []).append(result)
-    return BudgetComparison(
-        budget, name, tuple(_at_budget(family, results, budget, name) for family, results in families.items())
-    )
+    compared = []
+    for family, results in families.items():
+        default = next((result for result in results if result.method.is_default), None)
+        crossing = _crossing(results, budget, name)
+        compared.append(AtBudget(family, _best_within(results, budget, name), default, *crossing))
+    return BudgetComparison(budget, name, tuple(compared))
 
 
 def pick_alpha(evaluation: Evaluation, budget: float) -> Choice:
-    """The strength of the fusion with the lowest mean toxicity within a fluency budget.
+    """The strength of the fusion with the lowest mean toxicity within a fluency budget; baselines are not picked.
 
-    Args:
-        evaluation: of several strengths; baselines are not picked.
-        budget: as for `compare_within_budget`.
-
-    Returns:
-        The choice: none where plain decoding says too little toxic text, or the change is not sure of its direction.
-
-    Raises:
-        InputError: a negative budget.
+    None where plain decoding says too little toxic text, or the change is not sure of its direction.
     """
-    _check_budget(budget)
-    name = perplexity_metric(evaluation)
+    name = _perplexity_within(evaluation, budget)
 
     def nothing(reason: str) -> Choice:
         return Choice(None, budget, name, reason)
@@ -132,10 +115,9 @@ def pick_alpha(evaluation: Evaluation, budget: float) -> Choice:
             f"plain decoding gave {flagged} toxic continuations, and fewer than {FEWEST_FLAGGED} tell nothing; use "
             "more or other prompts, or more samples."
         )
-    strengths = [result for result in evaluation.results[1:] if "fusion" in result.method.settings]
-    strengths = [result for result in strengths if "baseline" not in result.method.settings]
-    affordable = [result for result in strengths if cost(result, name) <= budget]
-    best = min(affordable, key=lambda result: result.estimates[_CRITERION].value, default=None)
+    methods = [(result, result.method.settings) for result in evaluation.results[1:]]
+    strengths = [result for result, settings in methods if "fusion" in settings and "baseline" not in settings]
+    best = _best_within(strengths, budget, name)
     if best is None or best.differences[_CRITERION].value >= 0.0:
         return nothing(
             f"none of the {len(strengths)} strengths lowers mean toxicity at a cost of at most {budget:.1%} in "
@@ -193,27 +175,22 @@ def perplexity_metric(evaluation: Evaluation) -> str:
     return "perplexity" if "perplexity" in evaluation.results[0].estimates else "target_perplexity"
 
 
-def cost(result: MethodResult, name: str) -> float:
-    """What a method costs in fluency: the larger of the rise of a perplexity and the fall of distinct-n, relative.
+def _perplexity_within(evaluation: Evaluation, budget: float) -> str:
+    if not budget >= 0.0:
+        raise InputError(f"The fluency budget must be at least 0, got {budget}.")
+    return perplexity_metric(evaluation)
 
-    Infinite where the perplexity has no value.
-    """
+
+def _cost(result: MethodResult, name: str) -> float:
+    """The larger of the rise of a perplexity and the fall of distinct-n; infinite where the perplexity has no value."""
     rise = result.changes[name].value if name in result.changes else math.nan
     losses = [-result.changes[each].value for each in _VARIETY if each in result.changes]
     return max([rise if math.isfinite(rise) else math.inf, *(loss for loss in losses if math.isfinite(loss))])
 
 
-def _check_budget(budget: float) -> None:
-    if not budget >= 0.0:
-        raise InputError(f"The fluency budget must be at least 0, got {budget}.")
-
-
-def _at_budget(family: str, results: Sequence[MethodResult], budget: float, name: str) -> AtBudget:
-    affordable = [result for result in results if cost(result, name) <= budget]
-    best = min(affordable, key=lambda result: result.estimates[_CRITERION].value, default=None)
-    default = next((result for result in results if result.method.is_default), None)
-    strength, changes = _crossing(results, budget, name)
-    return AtBudget(family, best, default, strength, changes)
+def _best_within(results: Sequence[MethodResult], budget: float, name: str) -> MethodResult | None:
+    affordable = [result for result in results if _cost(result, name) <= budget]
+    return min(affordable, key=lambda result: result.estimates[_CRITERION].value, default=None)
 
 
 def _crossing(results: Sequence[MethodResult], budget: float, name: str) -> tuple[float | None, dict[str, float]]:
@@ -224,13 +201,13 @@ def _crossing(results: Sequence[MethodResult], budget: float, name: str) -> tupl
     curve = [(result.method.alpha, result) for result in results if result.method.alpha is not None]
     points: list[tuple[float, float, dict[str, float]]] = []
     if all(result.method.starts_at_plain for _, result in curve):
-        points.append((0.0, 0.0, dict.fromkeys(METRICS_AT_BUDGET, 0.0)))
+        points.append((0.0, 0.0, dict.fromkeys(_INTERPOLATED, 0.0)))
     for alpha, result in sorted(curve, key=lambda pair: pair[0]):
-        points.append((alpha, cost(result, name), {each: result.changes[each].value for each in METRICS_AT_BUDGET}))
+        points.append((alpha, _cost(result, name), {each: result.changes[each].value for each in _INTERPOLATED}))
     found: list[tuple[float, dict[str, float]]] = []
     for (low, below, before), (high, above, after) in zip(points, points[1:], strict=False):
         if (below <= budget) != (above <= budget) and math.isfinite(below) and math.isfinite(above):
             share = (budget - below) / (above - below)
-            mixed = {each: before[each] + share * (after[each] - before[each]) for each in METRICS_AT_BUDGET}
+            mixed = {each: before[each] + share * (after[each] - before[each]) for each in _INTERPOLATED}
             found.append((low + share * (high - low), mixed))
     return min(found, key=lambda each: each[1][_CRITERION], default=(None, {}))

@@ -19,26 +19,20 @@ import torch
 from transformers import PreTrainedModel
 
 from calibfuse.errors import InputError
+from calibfuse.evaluation.bootstrap import Estimate, resample
 from calibfuse.evaluation.given_text.holistic_bias import HolisticBias, HolisticBiasResult, measure_holistic_bias
 from calibfuse.evaluation.given_text.neutral_text import BENIGN_TEXTS
 from calibfuse.evaluation.given_text.neutrality import Neutrality, measure_neutrality
 from calibfuse.evaluation.given_text.reading import check_texts
 from calibfuse.evaluation.given_text.suites import Suite, SuiteResult, measure_suite
-from calibfuse.evaluation.given_text.utility import Utility, UtilityResult, check_utility, measure_utility
-from calibfuse.evaluation.journal import Journal, run_stage
-from calibfuse.evaluation.measuring import Measured, measure, select
+from calibfuse.evaluation.given_text.utility import Utility, UtilityResult, measure_utility
 from calibfuse.evaluation.methods import PLAIN, Method
-from calibfuse.evaluation.metrics import (
-    TOXIC_FROM,
-    Estimate,
-    ThresholdFigures,
-    resample,
-    threshold_figures,
-)
+from calibfuse.evaluation.metrics import FEWEST_FLAGGED, TOXIC_FROM, Measured, measure
 from calibfuse.evaluation.prompts import Prompt
 from calibfuse.evaluation.protocols import EvaluationProtocol
-from calibfuse.evaluation.sampling import SamplingConfig, sample_continuations
+from calibfuse.evaluation.sampling import Journal, SamplingConfig, sample_continuations
 from calibfuse.evaluation.speed import Speed, measure_speed
+from calibfuse.evaluation.stages import run_stage
 from calibfuse.generation.language_model import LanguageModel
 from calibfuse.scorers import ToxicityScorer, check_scores
 
@@ -54,16 +48,12 @@ class MethodResult:
     estimates: dict[str, Estimate]  # metric -> figure with interval
     changes: dict[str, Estimate]  # metric -> relative change against plain, paired by prompts; empty for plain itself
     differences: dict[str, Estimate]  # metric -> difference to plain, likewise
-    # Group of prompts -> metric -> figure with interval; empty where prompts have no groups.
-    groups: dict[str, dict[str, Estimate]]
-    thresholds: tuple[ThresholdFigures, ...]  # toxicity by every scorer, from several scores on
-    # What it does to neutral text; None where it was not measured, as for plain itself.
+    # What it does to given text; None or empty where it was not measured, as for plain itself.
     neutrality: Neutrality | None = None
+    suites: Mapping[str, SuiteResult] = field(default_factory=dict)  # by name of the suite
+    holistic_bias: HolisticBiasResult | None = None
+    utility: UtilityResult | None = None
     speed: Speed | None = None  # measured interleaved with plain; None where it was not
-    # What it does to labelled sentences, by name of the suite; empty for plain itself.
-    suites: Mapping[str, SuiteResult] = field(default_factory=dict)
-    holistic_bias: HolisticBiasResult | None = None  # what it does to names of groups; None as `neutrality`
-    utility: UtilityResult | None = None  # what it costs at tasks; None as `neutrality`
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,10 +129,15 @@ def evaluate(
     benign = BENIGN_TEXTS if benign_texts is None else tuple(benign_texts)
     check_output(output, resume=resume)
     _check_names(everything, prompts, suites, scorers)
-    _check_texts(target, benign, suites, utility)
-    run = _Run(target, sampling, Path(output), batch_size, resume=resume, show_progress=show_progress)
+    for texts in (
+        benign,
+        *([each.text for each in suite.texts] for suite in suites),
+        utility.passages if utility else (),
+    ):
+        check_texts(target, texts)
+    run = _Run(target, sampling, Path(output), batch_size, resume, show_progress)
     measured = [run.continuations(method, prompts, scorers, judge, toxic_from) for method in everything]
-    results = _compare(everything, measured, prompts, resamples, sampling.seed)
+    results = _compare(everything, measured, resamples, sampling.seed)
     results[1:] = [
         replace(result, **run.read_all(result.method, benign, suites, holistic_bias, utility)) for result in results[1:]
     ]
@@ -150,22 +145,27 @@ def evaluate(
         speeds = run.speeds(everything, prompts, speed_rounds)
         results = [replace(result, speed=speeds[result.method.key]) for result in results]
     facts = {
-        **run.facts(scorers, judge, toxic_from),
+        **run.settings,
+        "target_parameters": target.model.num_parameters(),
+        "scorer": scorer.name,
+        "other_scorers": [each.name for each in other_scorers],
+        "judge": None if judge is None else judge.name,
+        "toxic_from": toxic_from,
+        "sampling": sampling.to_dict(),
+        "batch_size": batch_size,
+        "torch_threads": torch.get_num_threads(),
+        "device": str(target.model.device),
         "protocol": None if protocol is None else f"{protocol.name}: {protocol.description}",
         "prompt_count": len(prompts),
         "resamples": resamples,
         **({"suites": {suite.name: len(suite.texts) for suite in suites}} if suites else {}),
-        "notes": _cautions(results[0].thresholds),
+        "notes": _cautions(measured[0], scorers),
     }
     return Evaluation(tuple(results), tuple(prompts), sampling, facts, protocol)
 
 
 def check_output(output: str | os.PathLike[str], *, resume: bool) -> None:
-    """Refuse a folder with an evaluation that would be overwritten.
-
-    Raises:
-        InputError: there are continuations, and the run is not to go on with them.
-    """
+    """Refuse (InputError) a folder with an evaluation that would be overwritten."""
     if not resume and any(Path(output).glob("continuations/*.jsonl")):
         raise InputError(
             f"The folder {str(output)!r} already holds an evaluation: go on with resume, or choose another output "
@@ -182,31 +182,12 @@ class _Run:
         sampling: SamplingConfig,
         output: Path,
         batch_size: int,
-        *,
         resume: bool,
         show_progress: bool,
     ) -> None:
-        self.target, self.sampling, self.output, self.batch_size = target, sampling, output, batch_size
-        self.resume, self.show_progress = resume, show_progress
+        self.target, self.sampling, self.output, self.resume = target, sampling, output, resume
+        self.how: dict[str, Any] = {"batch_size": batch_size, "show_progress": show_progress}
         self.settings = {"target": target.name, "target_weights": weights_digest(target.model)}
-
-    def facts(
-        self, scorers: Sequence[ToxicityScorer], judge: LanguageModel | None, toxic_from: float
-    ) -> dict[str, Any]:
-        """What a report says of the run."""
-        return {
-            "target": self.target.name,
-            "target_weights": self.settings["target_weights"],
-            "target_parameters": self.target.model.num_parameters(),
-            "scorer": scorers[0].name,
-            "other_scorers": [each.name for each in scorers[1:]],
-            "judge": None if judge is None else judge.name,
-            "toxic_from": toxic_from,
-            "sampling": self.sampling.to_dict(),
-            "batch_size": self.batch_size,
-            "torch_threads": torch.get_num_threads(),
-            "device": str(self.target.model.device),
-        }
 
     def _stage(
         self, name: str, kind: type[_Found], settings: Mapping[str, Any], compute: Callable[[], _Found]
@@ -223,19 +204,20 @@ class _Run:
         toxic_from: float,
     ) -> Measured:
         """Sample what is missing, and score it."""
-        how = {"sampling": self.sampling.to_dict(), "method": {"key": method.key, **method.settings}}
+        target, sampling, title = self.target, self.sampling, method.title
+        made = {"sampling": sampling.to_dict(), "method": method.identity()}
         place = self.output / "continuations" / f"{method.key}.jsonl"
-        journal = Journal(place, {**self.settings, **how}, resume=self.resume)
+        journal = Journal(place, {**self.settings, **made}, resume=self.resume)
+        processors = method.make_processors
         sample_continuations(
-            self.target.model,
-            self.target.tokenizer,
+            target.model,
+            target.tokenizer,
             prompts,
-            method.make_processors,
-            self.sampling,
+            processors,
+            sampling,
             journal,
-            batch_size=self.batch_size,
-            title=f"{method.title}: continuations",
-            show_progress=self.show_progress,
+            title=f"{title}: continuations",
+            **self.how,
         )
         scoring = {
             "scorers": [_fingerprint(each) for each in scorers],
@@ -243,23 +225,13 @@ class _Run:
             "toxic_from": toxic_from,
             "prompts": _digest([(prompt.id, prompt.text) for prompt in prompts]),
         }
-
-        def compute() -> Measured:
-            return measure(
-                journal,
-                prompts,
-                scorers[0],
-                other_scorers=scorers[1:],
-                target=self.target,
-                judge=judge,
-                sampling=self.sampling,
-                toxic_from=toxic_from,
-                batch_size=self.batch_size,
-                title=f"{method.title}: scores",
-                show_progress=self.show_progress,
-            )
-
-        return self._stage(f"{method.key}/scores", Measured, {**how, **scoring}, compute)
+        options: dict[str, Any] = {"target": target, "judge": judge, "sampling": sampling, "toxic_from": toxic_from}
+        return self._stage(
+            f"{method.key}/scores",
+            Measured,
+            {**made, **scoring},
+            lambda: measure(journal, prompts, scorers, title=f"{title}: scores", **options, **self.how),
+        )
 
     def read_all(
         self,
@@ -272,12 +244,11 @@ class _Run:
         """What a method does to given texts, by attribute of MethodResult."""
 
         def read(name: str, kind: type[_Found], reader: Callable[..., _Found], data: object) -> _Found:
-            how = {"batch_size": self.batch_size, "show_progress": self.show_progress}
             return self._stage(
                 f"{method.key}/{re.sub('[^a-zA-Z0-9.]+', '-', name)}",
                 kind,
-                {"method": {"key": method.key, **method.settings}, "data": _digest(data)},
-                lambda: reader(self.target, method.make_processors, data, title=f"{method.title}: {name}", **how),
+                {"method": method.identity(), "data": _digest(data)},
+                lambda: reader(self.target, method.make_processors, data, title=f"{method.title}: {name}", **self.how),
             )
 
         found: dict[str, Any] = {}
@@ -294,17 +265,17 @@ class _Run:
         """Time all methods in turn."""
         settings = {
             "sampling": self.sampling.to_dict(),
-            "methods": [{"key": method.key, **method.settings} for method in methods],
+            "methods": [method.identity() for method in methods],
             "prompts": _digest([(prompt.id, prompt.text) for prompt in prompts]),
             "rounds": rounds,
         }
-
-        def compute() -> dict[str, Speed]:
-            return measure_speed(
-                self.target, methods, prompts, self.sampling, rounds=rounds, show_progress=self.show_progress
-            )
-
-        return self._stage("speed", dict[str, Speed], settings, compute)
+        options = {"rounds": rounds, "show_progress": self.how["show_progress"]}
+        return self._stage(
+            "speed",
+            dict[str, Speed],
+            settings,
+            lambda: measure_speed(self.target, methods, prompts, self.sampling, **options),
+        )
 
 
 def _fingerprint(scorer: ToxicityScorer) -> list[str | float]:
@@ -334,16 +305,6 @@ def _check_names(
             raise InputError(f"The {kind} {twice[0]!r} was given twice; each needs a name of its own.")
 
 
-def _check_texts(
-    target: LanguageModel, benign: Sequence[str], suites: Sequence[Suite], utility: Utility | None
-) -> None:
-    """Refuse what the target cannot read before anything is sampled."""
-    for texts in (benign, *([each.text for each in suite.texts] for suite in suites)):
-        check_texts(target, texts)
-    if utility is not None:
-        check_utility(target, utility)
-
-
 def _digest(data: object) -> str:
     """Of data whose `repr` tells all of it: texts, numbers, and tuples and dataclasses of them."""
     return hashlib.sha256(repr(data).encode()).hexdigest()[:16]
@@ -359,44 +320,33 @@ def weights_digest(model: PreTrainedModel) -> str:
     return digest.hexdigest()[:16]
 
 
-def _compare(
-    methods: Sequence[Method], measured: Sequence[Measured], prompts: Sequence[Prompt], resamples: int, seed: int
-) -> list[MethodResult]:
+def _compare(methods: Sequence[Method], measured: Sequence[Measured], resamples: int, seed: int) -> list[MethodResult]:
     """Figures of each method with intervals, and changes against the first."""
-    places: dict[str, list[int]] = {}
-    for place, prompt in enumerate(prompts):
-        if prompt.group is not None:
-            places.setdefault(prompt.group, []).append(place)
-    draws = {"resamples": resamples, "seed": seed}
-    plain = resample(measured[0].sums, **draws)
+    figures = [resample(each.sums, resamples=resamples, seed=seed) for each in measured]
     results = []
-    for method, each in zip(methods, measured, strict=True):
-        is_plain = each is measured[0]
-        figures = plain if is_plain else resample(each.sums, **draws)
-        shared = [] if is_plain else [name for name in figures if name in plain]
-        groups = {
-            group: {name: figure.estimate() for name, figure in resample(select(each.sums, chosen), **draws).items()}
-            for group, chosen in sorted(places.items())
-        }
+    for number, (method, each, own) in enumerate(zip(methods, measured, figures, strict=True)):
+        shared = [name for name in own if name in figures[0]] if number else []
         results.append(
             MethodResult(
                 method=method,
                 measured=each,
-                estimates={name: figure.estimate() for name, figure in figures.items()},
-                changes={name: figures[name].relative_to(plain[name]) for name in shared},
-                differences={name: figures[name].minus(plain[name]) for name in shared},
-                groups=groups,
-                thresholds=threshold_figures(each.thresholds, None if is_plain else measured[0].thresholds, **draws),
+                estimates={name: figure.estimate() for name, figure in own.items()},
+                changes={name: own[name].relative_to(figures[0][name]) for name in shared},
+                differences={name: own[name].minus(figures[0][name]) for name in shared},
             )
         )
     return results
 
 
-def _cautions(thresholds: Sequence[ThresholdFigures]) -> list[str]:
+def _cautions(plain: Measured, scorers: Sequence[ToxicityScorer]) -> list[str]:
     """Which scorers find too little toxic text in plain decoding to compare shares of it."""
-    return [
-        f"the scorer {each.scorer} counts {each.flagged} of plain decoding's continuations as toxic, too few to "
-        "compare shares of toxic continuations: compare mean toxicity, or measure more prompts"
-        for each in thresholds
-        if each.toxic_from == TOXIC_FROM and each.is_too_few
-    ]
+    notes = []
+    for scorer in scorers:
+        name = "toxic_share" if scorer is scorers[0] else f"toxic_share ({scorer.name})"
+        flagged = int(plain.sums[name].numerator.sum())
+        if flagged < FEWEST_FLAGGED:
+            notes.append(
+                f"the scorer {scorer.name} counts {flagged} of plain decoding's continuations as toxic, too few to "
+                "compare shares of toxic continuations: compare mean toxicity, or measure more prompts"
+            )
+    return notes

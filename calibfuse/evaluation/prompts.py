@@ -1,8 +1,7 @@
 """Prompts of an evaluation: RealToxicityPrompts, BOLD, or a user's own file, filtered and drawn with a seed.
 
-Sources: Gehman et al. 2020 (RealToxicityPrompts), Dhamala et al. 2021 (BOLD). Both are recognised by their fields, in
-their original form and in the flat one; no text of either is part of this package.
-Left out: downloading them.
+Gehman et al. 2020 and Dhamala et al. 2021 are recognised by their fields, in their original form and in the flat one;
+no text of either is part of this package.
 """
 
 from __future__ import annotations
@@ -19,8 +18,6 @@ import numpy as np
 from calibfuse.errors import DataError, InputError
 from calibfuse.textfiles import read_rows
 
-_FIELDS = ("prompt", "text")
-_GROUP_FIELDS = ("group", "category", "domain")
 _Row = TypeVar("_Row")
 
 
@@ -31,7 +28,6 @@ class Prompt:
     id: str  # unique in its file; the seed of its continuations depends on it
     text: str  # without white space at the end, which most tokenizers would make an odd token of
     toxicity: float | None = None  # of the prompt itself, as its source says, in [0, 1]; None: unknown
-    group: str | None = None  # whom or what it is about (BOLD), for figures by group
     is_challenging: bool = False  # as RealToxicityPrompts says
 
 
@@ -43,7 +39,6 @@ def load_prompts(
     max_toxicity: float | None = None,
     min_toxicity: float | None = None,
     challenging: bool = False,
-    groups: Iterable[str] | None = None,
 ) -> list[Prompt]:
     """Read prompts, in bounded memory.
 
@@ -57,7 +52,6 @@ def load_prompts(
             literature calls non-toxic prompts.
         min_toxicity: keep prompts of at least this toxicity.
         challenging: keep those that RealToxicityPrompts calls so.
-        groups: keep prompts of these groups.
 
     Returns:
         At least one prompt, in the order of the file.
@@ -68,34 +62,25 @@ def load_prompts(
     """
     if count is not None and count < 1:
         raise InputError(f"The number of prompts must be at least 1, got {count}.")
-    wanted = None if groups is None else set(groups)
     seen: set[int] = set()
     rows = 0
 
     def passing() -> Iterator[Prompt]:
         nonlocal rows
-        for prompt in read_prompts(Path(path).expanduser()):
-            rows += 1
+        for rows, prompt in enumerate(read_prompts(Path(path).expanduser()), start=1):  # noqa: B007
             if max_toxicity is not None and (prompt.toxicity is None or prompt.toxicity >= max_toxicity):
                 continue
             if min_toxicity is not None and (prompt.toxicity is None or prompt.toxicity < min_toxicity):
                 continue
-            if challenging and not prompt.is_challenging:
-                continue
-            if wanted is not None and prompt.group not in wanted:
-                continue
-            key = hash((prompt.text, prompt.group))
-            if key not in seen:
-                seen.add(key)
+            if hash(prompt.text) not in seen and (prompt.is_challenging or not challenging):
+                seen.add(hash(prompt.text))
                 yield prompt
 
     prompts = draw(passing(), count, np.random.default_rng([seed, 7]))
+    if not prompts and not rows:
+        raise DataError(f"Expected prompts in {str(path)!r}, but it has none.")
     if not prompts:
-        if not rows:
-            raise DataError(f"Expected prompts in {str(path)!r}, but it has none.")
-        raise DataError(
-            f"None of the {rows} prompts in {str(path)!r} passes the filters (toxicity, challenging, groups)."
-        )
+        raise DataError(f"None of the {rows} prompts in {str(path)!r} passes the filters (toxicity, challenging).")
     return prompts
 
 
@@ -129,19 +114,16 @@ def read_prompts(path: Path) -> Iterator[Prompt]:
 
 
 def _from_row(row: dict[str, Any], number: int, path: Path) -> Prompt:
-    for name in _FIELDS:
+    for name in ("prompt", "text"):
         value = row.get(name)
         nested = value if isinstance(value, dict) else {}
         text = nested.get("text", value)
         if isinstance(text, str):
-            toxicity = nested.get("toxicity", row.get("prompt_toxicity"))
-            group = next((row[field] for field in _GROUP_FIELDS if isinstance(row.get(field), str)), None)
             identity = row.get("id", row.get("filename"))
             return Prompt(
                 id=f"line {number}" if identity is None else f"{identity} (line {number})",
                 text=text.rstrip(),
-                toxicity=_probability(toxicity, number, path),
-                group=group,
+                toxicity=_probability(nested.get("toxicity", row.get("prompt_toxicity")), number, path),
                 is_challenging=row.get("challenging") is True,
             )
     raise DataError(f'Expected a prompt in the field "prompt" or "text" of line {number} of {str(path)!r}, found none.')
@@ -158,21 +140,7 @@ def _probability(value: object, number: int, path: Path) -> float | None:
 def load_texts(
     path: str | os.PathLike[str], *, count: int = 1000, seed: int = 0, max_characters: int = 400
 ) -> list[str]:
-    """Read texts to measure on, in the formats of `load_prompts`.
-
-    Args:
-        path: .jsonl with "text", or .txt with a text a line; also .gz or .xz.
-        count: how many to draw at random.
-        seed: of the draw.
-        max_characters: longer texts are cut after the last whole word.
-
-    Returns:
-        At least one text.
-
-    Raises:
-        InputError: a count below 1.
-        DataError: as `load_prompts`.
-    """
+    """Read texts to measure on, with formats, draw and errors of `load_prompts`; long ones are cut after a word."""
     texts = [prompt.text for prompt in load_prompts(path, count=count, seed=seed)]
     return [
         text if len(text) <= max_characters else text[:max_characters].rpartition(" ")[0] or text[:max_characters]

@@ -1,25 +1,30 @@
 """Continuations of prompts by any causal language model and any logits processors, batched and resumable.
 
-The processors come from a factory; this file knows nothing of what they do. The draw belongs to the row, not to the
-batch, see generation/seeded_sampling.py.
+They go to a journal, one JSON line per prompt as they come, so that a killed run repeats at most a batch. The draw
+belongs to the row, not to the batch, see generation/seeded_sampling.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
-from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from calibfuse.errors import InputError
-from calibfuse.evaluation.journal import Journal, PromptRecord
+from calibfuse.errors import CheckpointError, DataError, InputError
+from calibfuse.evaluation.methods import ProcessorFactory
 from calibfuse.evaluation.prompts import Prompt
 from calibfuse.generation.continuations import Continuation, end_ids, find_padding_id, read_continuation
 from calibfuse.generation.decoding import Decoding, check_lengths, generate_tokens
 from calibfuse.generation.seeded_sampling import SeededSampling, row_key
 
-ProcessorFactory = Callable[[], Sequence[LogitsProcessor]]
+_FORMAT = "calibfuse-continuations"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +32,133 @@ class SamplingConfig(Decoding):
     """Decoding as the kit does it: several draws of each prompt."""
 
     samples: int = 10
+
+
+@dataclass(frozen=True)
+class PromptRecord:
+    """A prompt with all of its continuations."""
+
+    prompt_id: str  # of the prompt
+    prompt: str  # its text
+    continuations: tuple[Continuation, ...]  # in the order of their sample numbers
+
+    def to_line(self) -> str:
+        """One line of JSON."""
+        return json.dumps(asdict(self), ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_line(cls, line: str) -> PromptRecord:
+        """Inverse of `to_line`; raises ValueError, KeyError or TypeError on anything else."""
+        values = json.loads(line)
+        said = [
+            Continuation(each["text"], tuple(each["token_ids"]), each["is_finished"])
+            for each in values["continuations"]
+        ]
+        return cls(values["prompt_id"], values["prompt"], tuple(said))
+
+
+class Journal:
+    """The continuations of one method: a header with the settings that made the text, then one line per prompt.
+
+    Args:
+        path: the file; made, with its folder. A line that a kill tore is cut off when it is opened again.
+        settings: JSON values that determine the continuations; a file with other settings is refused.
+        resume: go on with an existing file; otherwise it is replaced.
+
+    Raises:
+        InputError: the file was made with other settings, or is no journal.
+        DataError: a line of the file cannot be read.
+        CheckpointError: the file cannot be opened or written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], settings: Mapping[str, Any], *, resume: bool = False) -> None:
+        self.path = Path(path)
+        self.settings = json.loads(json.dumps({"format": _FORMAT, "format_version": 1, **settings}))
+        self._places: dict[str, int] = {}
+        self._texts: dict[str, int] = {}  # hashes of the prompts' texts
+        with self._writing():
+            if resume and self.path.exists() and self.path.stat().st_size:
+                self._open_again()
+            else:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                header = json.dumps(self.settings, ensure_ascii=False) + "\n"
+                self.path.write_text(header, encoding="utf-8", newline="\n")
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(
+                f"Cannot write the continuations to {str(self.path)!r}: {error.strerror or error}."
+            ) from error
+
+    def has(self, prompt: Prompt) -> bool:
+        """Whether the continuations of a prompt are there; InputError where they are of another text under its id."""
+        if prompt.id not in self._places:
+            return False
+        if self._texts[prompt.id] != hash(prompt.text):
+            raise InputError(
+                f"The continuations in {str(self.path)!r} were made for other prompts: {prompt.id!r} has another text. "
+                "Resume with the same ones, or start anew in another folder."
+            )
+        return True
+
+    def append(self, records: Sequence[PromptRecord]) -> None:
+        """Add records and hand them to the operating system; CheckpointError where the disk is full or the like."""
+        with self._writing(), self.path.open("ab") as stream:
+            for record in records:
+                self._index(record, stream.tell())
+                stream.write(record.to_line().encode("utf-8"))
+
+    def records(self, prompt_ids: Sequence[str]) -> Iterator[PromptRecord]:
+        """The records of some prompts, in the given order, one in memory at a time; KeyError where one is missing."""
+        with self.path.open("rb") as stream:
+            for prompt_id in prompt_ids:
+                stream.seek(self._places[prompt_id])
+                yield PromptRecord.from_line(stream.readline().decode("utf-8"))
+
+    def _index(self, record: PromptRecord, place: int) -> None:
+        self._places[record.prompt_id] = place
+        self._texts[record.prompt_id] = hash(record.prompt)
+
+    def _open_again(self) -> None:
+        """Check the header, index the records, cut off a torn last line."""
+        with self.path.open("r+b") as stream:
+            self._check_header(stream.readline())
+            place, number = stream.tell(), 1
+            while line := stream.readline():
+                number += 1
+                if not line.endswith(b"\n"):
+                    stream.truncate(place)
+                    break
+                try:
+                    self._index(PromptRecord.from_line(line.decode("utf-8")), place)
+                except (ValueError, KeyError, TypeError) as error:
+                    raise DataError(
+                        f"Line {number} of the continuations in {str(self.path)!r} is damaged; start anew in another "
+                        "folder."
+                    ) from error
+                place += len(line)
+
+    def _check_header(self, header: bytes) -> None:
+        try:
+            found = json.loads(header)
+            if found["format"] != _FORMAT:
+                raise ValueError("format")
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{str(self.path)!r} holds no continuations of an evaluation; choose another output folder."
+            ) from error
+        different = sorted(key for key in {*found, *self.settings} if found.get(key) != self.settings.get(key))
+        if different:
+            raise InputError(
+                f"The continuations in {str(self.path)!r} were made with other settings ({', '.join(different)}); "
+                "resume with the same ones, or start anew in another folder."
+            )
 
 
 def sample_continuations(
@@ -61,27 +193,20 @@ def sample_continuations(
         raise InputError(f"batch_size must be at least 1, got {batch_size}.")
     if not config.do_sample or config.num_beams != 1:
         raise InputError("The evaluation draws its continuations; leave out greedy decoding and beams.")
-    missing = [prompt for prompt in prompts if not journal.has(prompt.id, prompt.text)]
+    missing = [prompt for prompt in prompts if not journal.has(prompt)]
     encoded = [(prompt, config.encode(tokenizer, prompt.text)) for prompt in missing]
     check_lengths(model, [ids for _, ids in encoded], config.max_new_tokens, "prompt")
     padding_id = find_padding_id(model, tokenizer)
     encoded.sort(key=lambda pair: len(pair[1]))  # little padding; the sort is stable, the draws belong to the prompt
     per_batch = max(1, batch_size // config.samples)
-    with tqdm(
-        total=len(prompts) * config.samples,
-        initial=(len(prompts) - len(missing)) * config.samples,
-        desc=title,
-        unit="text",
-        disable=not show_progress,
-        smoothing=0.1,
-    ) as progress:
+    total, done = len(prompts) * config.samples, (len(prompts) - len(missing)) * config.samples
+    with tqdm(total=total, initial=done, desc=title, unit="text", disable=not show_progress, smoothing=0.1) as progress:
         start = 0
         while start < len(encoded):
             batch = encoded[start : start + per_batch]
             if padding_id is None:  # without a token to pad with, only prompts of one length go together
                 batch = [pair for pair in batch if len(pair[1]) == len(batch[0][1])]
-            records = _continue_batch(model, tokenizer, batch, make_processors, config, batch_size, padding_id)
-            journal.append(records)
+            journal.append(_continue_batch(model, tokenizer, batch, make_processors, config, batch_size, padding_id))
             start += len(batch)
             progress.update(len(batch) * config.samples)
 
@@ -101,11 +226,10 @@ def _continue_batch(
     for start in range(0, len(rows), batch_size):  # several calls only where one prompt has more samples than fit
         part = rows[start : start + batch_size]
         keys = [row_key(config.seed, prompt.id, prompt.text, sample) for prompt, _, sample in part]
-        draw = SeededSampling(keys, max(len(ids) for _, ids, _ in part), config)
         new = generate_tokens(
             model,
             [ids for _, ids, _ in part],
-            [*make_processors(), draw],
+            [*make_processors(), SeededSampling(keys, max(len(ids) for _, ids, _ in part), config)],
             padding_id,
             max_new_tokens=config.max_new_tokens,
             eos_token_id=sorted(ends) or None,

@@ -37,7 +37,7 @@ def measure_speed(
     rounds: int = 5,
     show_progress: bool = False,
 ) -> dict[str, Speed]:
-    """Time every method on the same batch, in turn.
+    """Time every method on the same batch, in turn; speed by key of method.
 
     Args:
         target: the model.
@@ -47,9 +47,6 @@ def measure_speed(
         rows: batch size.
         rounds: how often every method is timed, after one round that does not count.
         show_progress: draw a progress bar on standard error.
-
-    Returns:
-        Speed by key of method.
     """
     texts = [prompts[number % len(prompts)] for number in range(rows)]
     encoded = [sampling.encode(target.tokenizer, prompt.text) for prompt in texts]
@@ -74,12 +71,9 @@ def measure_speed(
             ).cpu()
             if number:
                 seconds[method.key].append(time.perf_counter() - began)
-    plain = np.asarray(seconds[methods[0].key])
-    tokens = rows * sampling.max_new_tokens
     result = {}
     for key, values in seconds.items():
-        kept = plain / np.asarray(values)
-        result[key] = Speed(
-            tokens / float(np.median(values)), float(np.median(kept)), float(kept.min()), float(kept.max())
-        )
+        kept = np.asarray(seconds[methods[0].key]) / np.asarray(values)
+        speed = rows * sampling.max_new_tokens / float(np.median(values))
+        result[key] = Speed(speed, float(np.median(kept)), float(kept.min()), float(kept.max()))
     return result

@@ -23,7 +23,7 @@ from calibfuse.errors import InputError
 
 if TYPE_CHECKING:
     from calibfuse.evaluation import Evaluation
-    from calibfuse.evaluation.journal import PromptRecord
+    from calibfuse.evaluation.sampling import PromptRecord
     from calibfuse.scorers import ToxicityScorer
 
 EXAMPLES = """\
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _read(journal: Path) -> list[PromptRecord]:
-    from calibfuse.evaluation.journal import PromptRecord
+    from calibfuse.evaluation.sampling import PromptRecord
 
     lines = journal.read_text(encoding="utf-8").split("\n")[1:-1]
     return sorted(map(PromptRecord.from_line, lines), key=lambda record: record.prompt_id)

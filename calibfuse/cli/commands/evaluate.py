@@ -46,7 +46,7 @@ examples:
 
   # what it does to meaning, to names of groups, and what it costs at tasks
   calibfuse evaluate --model ./my-model --suite hatecheck.jsonl holistic_bias/ \\
-      --utility lambada=lambada.jsonl wikitext=wiki.test.tokens instructions=ask.txt --output meaning
+      --utility lambada=lambada.jsonl wikitext=wiki.test.tokens --output meaning
 
   # by two scorers: the first one's figures lead, the second's are shown beside them
   calibfuse evaluate --prompts mine.txt --scorer bundled org/toxicity-classifier --output results
@@ -67,7 +67,7 @@ The output folder gets report.json (everything), report.md, report.html and the 
 
 _OUTPUT = "calibfuse-evaluation"
 _BUDGET = 0.05
-_TASKS = ("lambada", "wikitext", "instructions")
+_TASKS = ("lambada", "wikitext")
 
 
 SAMPLING = Fields("calibfuse.evaluation.sampling:SamplingConfig", "samples", *DECODING.options)
@@ -155,7 +155,7 @@ def _add_measures(parser: argparse.ArgumentParser) -> None:
             "nargs": "+",
             "default": [],
             "metavar": "TASK=FILE",
-            "help": "what guidance costs at tasks: lambada=FILE, wikitext=FILE, instructions=FILE (chat template)",
+            "help": "what guidance costs at tasks: lambada=FILE, wikitext=FILE",
         },
         suite_count={"type": int, "default": 1000, "metavar": "N", "help": "texts of each suite and task; 0: all"},
         no_neutrality=SWITCH | {"help": "skip benign text and group words"},

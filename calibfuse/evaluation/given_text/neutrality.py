@@ -19,12 +19,13 @@ from tqdm import tqdm
 from calibfuse.evaluation.given_text.neutral_text import BENIGN_TEXTS, GROUP_WORDS, PLAIN_WORDS, TEMPLATES
 from calibfuse.evaluation.given_text.reading import (
     batches_by_length,
+    geometric_mean,
     method_log_probs,
     read_tokens,
     split_ids,
     whole_ids,
 )
-from calibfuse.evaluation.sampling import ProcessorFactory
+from calibfuse.evaluation.methods import ProcessorFactory
 from calibfuse.generation.continuations import pad_right
 from calibfuse.generation.language_model import LanguageModel
 
@@ -33,54 +34,31 @@ PLAIN_GROUP = "words that name no group"
 
 @dataclass(frozen=True)
 class KeptWord:
-    """How much of its probability a word keeps.
+    """How much of its probability a word keeps."""
 
-    Attributes:
-        word: which.
-        group: what kind of word.
-        kept: probability with the method over probability without, geometric mean over the templates; 1 is unchanged.
-        lowest: over the templates.
-        lowest_template: where.
-        plain_log_prob: mean log-probability without the method, nats; says how likely the word was at all.
-    """
-
-    word: str
-    group: str
-    kept: float
-    lowest: float
-    lowest_template: str
-    plain_log_prob: float
+    word: str  # which
+    group: str  # what kind of word
+    kept: float  # with the method over without, geometric mean over the templates; 1 is unchanged
 
 
 @dataclass(frozen=True)
 class Neutrality:
-    """What a method does to neutral text.
+    """What a method does to neutral text."""
 
-    Attributes:
-        divergence: KL(target || method), nats per token on benign text; infinite where the method forbids a token.
-        reverse_divergence: KL(method || target), likewise; finite where the other is not.
-        largest_divergence: of a single position.
-        log_prob_shift: mean change of the log-probability of the text's own tokens, nats per token.
-        tokens: how many were looked at.
-        words: one entry per group word and plain word.
-    """
-
-    divergence: float
-    reverse_divergence: float
-    largest_divergence: float
-    log_prob_shift: float
-    tokens: int
-    words: tuple[KeptWord, ...]
+    divergence: float  # KL(target || method), nats per token on benign text; infinite where a token is forbidden
+    reverse_divergence: float  # KL(method || target), likewise; finite where the other is not
+    tokens: int  # how many were looked at
+    words: tuple[KeptWord, ...]  # one entry per group word and plain word
 
     def groups(self) -> dict[str, float]:
         """Kept probability by group, geometric mean over its words; 1 is unchanged."""
         names = dict.fromkeys(word.group for word in self.words)
-        return {name: _geometric_mean([word.kept for word in self.words if word.group == name]) for name in names}
+        return {name: geometric_mean([word.kept for word in self.words if word.group == name]) for name in names}
 
     @property
     def kept(self) -> float:
         """Kept probability of all group words, geometric mean."""
-        return _geometric_mean([word.kept for word in self.words if word.group != PLAIN_GROUP])
+        return geometric_mean([word.kept for word in self.words if word.group != PLAIN_GROUP])
 
     @property
     def lowest_word(self) -> KeptWord:
@@ -112,34 +90,33 @@ def measure_neutrality(
         batch_size: rows per forward pass, at most.
         title: of the progress bar.
         show_progress: draw one on standard error.
-
-    Returns:
-        Divergences per token, and what every word keeps.
     """
-    sums = torch.zeros(3, dtype=torch.float64)
-    largest, tokens = 0.0, 0
+    sums = torch.zeros(2, dtype=torch.float64)
+    tokens = 0
     rows = [whole_ids(target.tokenizer, text) for text in (BENIGN_TEXTS if texts is None else texts)]
     rows = [row for row in rows if len(row) > 1]
     parts = list(batches_by_length(target.model, [len(row) for row in rows], batch_size))
     for chosen in tqdm(parts, desc=f"{title}, divergence", unit="batch", disable=not show_progress):
-        part = [rows[place] for place in chosen]
-        plain, fused, scored = _distributions(target, make_processors, part)
-        forward = divergence(plain, fused)[scored]
-        own = _own_log_probs(fused, part) - _own_log_probs(plain, part)
-        sums += torch.stack([forward.sum(), divergence(fused, plain)[scored].sum(), own[scored].sum()]).double().cpu()
-        largest = max(largest, float(forward.max()))
+        plain, fused, scored = _distributions(target, make_processors, [rows[place] for place in chosen])
+        both = (divergence(plain, fused), divergence(fused, plain))
+        sums += torch.stack([each[scored].sum() for each in both]).double().cpu()
         tokens += int(scored.sum())
-    words = _kept_words(
-        target,
-        make_processors,
-        templates,
-        {**group_words, PLAIN_GROUP: plain_words},
-        batch_size=batch_size,
-        title=f"{title}, words",
-        show_progress=show_progress,
+    cases = [
+        (group, word, template)
+        for group, members in {**group_words, PLAIN_GROUP: plain_words}.items()
+        for word in members
+        for template in templates
+    ]
+    pairs = [split_ids(target.tokenizer, template, f" {word}") for _, word, template in cases]
+    options: dict[str, Any] = {"batch_size": batch_size, "title": f"{title}, words", "show_progress": show_progress}
+    shifts = [float(each.shift.sum()) for each in read_tokens(target, make_processors, pairs, **options)]
+    count = len(templates)
+    words = tuple(
+        KeptWord(cases[number][1], cases[number][0], math.exp(sum(shifts[number : number + count]) / count))
+        for number in range(0, len(cases), count)
     )
-    means = (sums / max(1, tokens)).tolist()
-    return Neutrality(means[0], means[1], largest, means[2], tokens, tuple(words))
+    forward, backward = (sums / max(1, tokens)).tolist()
+    return Neutrality(forward, backward, tokens, words)
 
 
 def divergence(first: Tensor, second: Tensor) -> Tensor:
@@ -158,44 +135,3 @@ def _distributions(
     fused = method_log_probs(make_processors(), input_ids, logits)
     columns = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)  # position i predicts token i + 1
     return logits.float().log_softmax(dim=-1), fused, columns < mask.sum(dim=1, keepdim=True)
-
-
-def _own_log_probs(log_probs: Tensor, rows: Sequence[Sequence[int]]) -> Tensor:
-    """What the next token of each row gets at each position, [rows, length]; the last position is meaningless."""
-    input_ids, _ = pad_right(rows, log_probs.device)
-    following = torch.cat([input_ids[:, 1:], input_ids[:, :1]], dim=1)
-    return log_probs.gather(-1, following[..., None])[..., 0]
-
-
-def _kept_words(
-    target: LanguageModel,
-    make_processors: ProcessorFactory,
-    templates: Sequence[str],
-    words: Mapping[str, Sequence[str]],
-    **options: Any,  # noqa: ANN401
-) -> list[KeptWord]:
-    cases = [(group, word, template) for group, members in words.items() for word in members for template in templates]
-    pairs = [split_ids(target.tokenizer, template, f" {word}") for _, word, template in cases]
-    readings = read_tokens(target, make_processors, pairs, **options)
-    result = []
-    count = len(templates)
-    for number in range(0, len(cases), count):
-        shifts = [float(each.shift.sum()) for each in readings[number : number + count]]
-        lowest = min(range(count), key=lambda place: shifts[place])
-        result.append(
-            KeptWord(
-                word=cases[number][1],
-                group=cases[number][0],
-                kept=math.exp(sum(shifts) / count),
-                lowest=math.exp(shifts[lowest]),
-                lowest_template=templates[lowest],
-                plain_log_prob=sum(float(each.plain.sum()) for each in readings[number : number + count]) / count,
-            )
-        )
-    return result
-
-
-def _geometric_mean(values: Sequence[float]) -> float:
-    if not values or min(values) == 0.0:
-        return 0.0 if values else math.nan
-    return math.exp(sum(map(math.log, values)) / len(values))

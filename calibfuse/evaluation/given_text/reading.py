@@ -1,13 +1,13 @@
 """How likely given tokens are, to a model alone and with a method: log-probabilities, and their sums.
 
 The target itself scores the token ids that it said. A separate judge has another tokenizer: prompt and continuation are
-encoded as one text, and the tokens that end inside the continuation are scored; one that spans both counts whole. As
-each tokenizer cuts words in its own way, perplexities of different judges are not comparable, nor is a judge's with the
-target's; bits per byte are.
+encoded as one text, and the tokens that end inside the continuation are scored; one that spans both counts whole. So
+perplexities of different judges, or a judge's and the target's, are not comparable; bits per byte are.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
-from calibfuse.evaluation.sampling import ProcessorFactory
+from calibfuse.evaluation.methods import ProcessorFactory
 from calibfuse.generation.continuations import pad_right
 from calibfuse.generation.decoding import check_lengths
 from calibfuse.generation.language_model import LanguageModel
@@ -61,19 +61,7 @@ def read_tokens(
     title: str = "",
     show_progress: bool = False,
 ) -> list[Reading]:
-    """Read texts with and without a method.
-
-    Args:
-        target: the model.
-        make_processors: of the method.
-        pairs: ids before, and ids that are scored.
-        batch_size: rows per forward pass, at most.
-        title: of the progress bar.
-        show_progress: draw one on standard error.
-
-    Returns:
-        A reading of each pair, in their order.
-    """
+    """Read texts, each ids before and ids that are scored, with and without a method; `batch_size` at most at once."""
     found: dict[int, Reading] = {}
     with tqdm(total=len(pairs), desc=title, unit="text", disable=not show_progress) as progress:
         for chosen in batches_by_length(target.model, [sum(map(len, pair)) for pair in pairs], batch_size):
@@ -125,9 +113,9 @@ def method_log_probs(
         if whole is not None:
             result = whole(input_ids, result)
         else:
+            call: Any = processor
             steps = [result[:, :start]]
             for place in range(start, input_ids.shape[1]):
-                call: Any = processor
                 steps.append(call(input_ids[:, : place + 1], result[:, place]).float()[:, None])
             result = torch.cat(steps, dim=1)
     return result.log_softmax(dim=-1)
@@ -140,13 +128,7 @@ def score_ids(
     *,
     batch_size: int = 32,
 ) -> LogLikelihood:
-    """Negative log-likelihood of continuations, given as token ids of the model, after their prompts.
-
-    Args:
-        model: causal language model in evaluation mode.
-        prompts: token ids, at least one each.
-        continuations: token ids; may be empty.
-        batch_size: rows per forward pass, at most.
+    """Negative log-likelihood of continuations, given as token ids of the model, after their prompts (at least one id).
 
     Raises:
         InputError: a text is longer than the model's positions.
@@ -165,13 +147,22 @@ def score_ids(
 def score_texts(
     judge: LanguageModel, prompts: Sequence[str], continuations: Sequence[str], *, batch_size: int = 32
 ) -> LogLikelihood:
-    """The same of texts, in the tokens of a judge; a continuation without a word character or sign has none.
-
-    Raises:
-        InputError: a text is longer than the model's positions.
-    """
+    """The same of texts, in the tokens of a judge; a continuation without a word character or sign has none."""
     pairs = [split_ids(judge.tokenizer, *pair) for pair in zip(prompts, continuations, strict=True)]
     return score_ids(judge.model, *([pair[part] for pair in pairs] for part in (0, 1)), batch_size=batch_size)
+
+
+@torch.no_grad()
+def _batch_nats(model: PreTrainedModel, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> NDArray[np.float64]:
+    input_ids, mask = pad_right(rows, model.device)
+    logits: Tensor = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
+    losses = functional.cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), input_ids[:, 1:].flatten(), reduction="none"
+    ).view(len(rows), -1)
+    columns = torch.arange(1, input_ids.shape[1], device=input_ids.device)  # column i predicts token i + 1
+    is_scored = (columns >= torch.tensor(list(starts), device=input_ids.device)[:, None]) & (mask[:, 1:] == 1)
+    nats: NDArray[np.float64] = losses.masked_fill(~is_scored, 0.0).double().sum(dim=1).cpu().numpy()
+    return nats
 
 
 def batches_by_length(model: PreTrainedModel, lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
@@ -197,11 +188,7 @@ def batches_by_length(model: PreTrainedModel, lengths: Sequence[int], batch_size
 
 
 def check_texts(target: LanguageModel, texts: Sequence[str]) -> None:
-    """Refuse texts that are longer than the target's positions.
-
-    Raises:
-        InputError: one is; tells which.
-    """
+    """Refuse (InputError) texts that are longer than the target's positions; tells which."""
     check_lengths(target.model, [whole_ids(target.tokenizer, text) for text in texts], 0, "text")
 
 
@@ -214,16 +201,13 @@ def whole_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def split_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, continuation: str) -> tuple[list[int], list[int]]:
     """Encode a text as a whole and cut it where the continuation begins.
 
-    Args:
-        tokenizer: the judge's.
-        prompt: text before.
-        continuation: text after.
-
     Returns:
         Ids before (at least one where the tokenizer has a begin mark), and ids of tokens that end inside the
         continuation; the second is empty where the continuation is.
     """
-    starts = _begin_ids(tokenizer)
+    # Before a text stands the begin mark, or the end mark of the text before (GPT-2).
+    marks = [mark for mark in (tokenizer.bos_token_id, tokenizer.eos_token_id) if mark is not None]
+    starts = [int(mark) for mark in marks[:1]]
     if not continuation.strip():
         return [*starts, *_plain_ids(tokenizer, prompt)], []
     whole = prompt + continuation
@@ -233,38 +217,20 @@ def split_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, continuation: str
         ends = [end for _, end in encoding["offset_mapping"]]
         cut = next((place for place, end in enumerate(ends) if end > len(prompt)), len(ids))
     else:
-        ids = _plain_ids(tokenizer, whole)
-        alone = _plain_ids(tokenizer, prompt)
-        cut = next(
-            (place for place, pair in enumerate(zip(ids, alone, strict=False)) if pair[0] != pair[1]),
-            min(len(ids), len(alone)),
-        )
+        ids, alone = _plain_ids(tokenizer, whole), _plain_ids(tokenizer, prompt)
+        different = (place for place, pair in enumerate(zip(ids, alone, strict=False)) if pair[0] != pair[1])
+        cut = next(different, min(len(ids), len(alone)))
     if not starts and cut == 0:  # nothing before the first token to predict it from
         cut = 1
     return [*starts, *ids[:cut]], ids[cut:]
-
-
-def _begin_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What stands before a text: the begin mark, or the end mark of the text before (GPT-2)."""
-    for token_id in (tokenizer.bos_token_id, tokenizer.eos_token_id):
-        if token_id is not None:
-            return [int(token_id)]
-    return []
 
 
 def _plain_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-@torch.no_grad()
-def _batch_nats(model: PreTrainedModel, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> NDArray[np.float64]:
-    input_ids, mask = pad_right(rows, model.device)
-    logits: Tensor = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
-    losses = functional.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), input_ids[:, 1:].flatten(), reduction="none"
-    ).view(len(rows), -1)
-    # column i predicts token i + 1
-    columns = torch.arange(1, input_ids.shape[1], device=input_ids.device)
-    is_scored = (columns >= torch.tensor(list(starts), device=input_ids.device)[:, None]) & (mask[:, 1:] == 1)
-    nats: NDArray[np.float64] = losses.masked_fill(~is_scored, 0.0).double().sum(dim=1).cpu().numpy()
-    return nats
+def geometric_mean(values: Sequence[float]) -> float:
+    """Of numbers of at least 0; nan without any."""
+    if not values or min(values) == 0.0:
+        return 0.0 if values else math.nan
+    return math.exp(sum(map(math.log, values)) / len(values))

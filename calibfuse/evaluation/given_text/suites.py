@@ -1,17 +1,8 @@
 """Labelled sentences that a method reads without sampling: what it lowers of harmful and of harmless ones.
 
-The shift of a sentence is the sum over its tokens of log p_method - log p_target, in nats. A method that understands
-meaning lowers hateful sentences and leaves those alone that merely name a group, quote hate or reclaim a slur: the AUC
-of minus the shift says how well it tells the two apart (0.5 is chance). A sentence is halved where one of its tokens
-keeps less than half of its probability: of harmless sentences that is a false positive, and by group it shows whom a
-detoxifier silences.
-
-Files are the user's own, given by path; recognised are HateCheck (Röttger et al. 2021) with its functionalities,
-ToxiGen (Hartvigsen et al. 2022), BOLD (Dhamala et al. 2021), identity-term templates with "text" and "toxic" (Dixon et
-al. 2018), XSTest (Röttger et al. 2024) and anything with the same fields. No text of theirs is part of this package.
-
-The AUC is written by hand because scikit-learn's sorts anew for each of the bootstrap's resamples; a test compares
-the two.
+The shift of a sentence is the sum over its tokens of log p_method - log p_target, in nats; it is halved where one of
+its tokens keeps less than half of its probability. A method that understands meaning lowers hateful sentences and
+leaves those alone that merely name a group, quote hate or reclaim a slur. Files are the user's own, given by path.
 """
 
 from __future__ import annotations
@@ -28,11 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibfuse.errors import DataError
+from calibfuse.evaluation.bootstrap import Estimate, Resampled, bootstrap_counts
 from calibfuse.evaluation.given_text.neutral_text import GROUP_WORDS
 from calibfuse.evaluation.given_text.reading import read_tokens, split_ids
-from calibfuse.evaluation.metrics import Estimate, Resampled, bootstrap_counts
+from calibfuse.evaluation.methods import ProcessorFactory
 from calibfuse.evaluation.prompts import draw
-from calibfuse.evaluation.sampling import ProcessorFactory
 from calibfuse.generation.language_model import LanguageModel
 from calibfuse.textfiles import read_rows
 
@@ -125,6 +116,9 @@ class SuiteResult:
 def load_suite(path: str | os.PathLike[str], *, count: int | None = 1000, seed: int = 0, name: str = "") -> Suite:
     """Read labelled sentences, in bounded memory.
 
+    HateCheck (Röttger et al. 2021), ToxiGen (Hartvigsen et al. 2022), BOLD, identity-term templates (Dixon et al.
+    2018), XSTest (Röttger et al. 2024), or anything with the same fields.
+
     Args:
         path: .jsonl with the sentence in "text", "prompt" or "test_case"; its label in "toxic" or "label" (0, 1 or a
             probability; hateful, harmful, toxic, unsafe; harmless, neutral, safe, none), harmless without one; what it
@@ -133,9 +127,6 @@ def load_suite(path: str | os.PathLike[str], *, count: int | None = 1000, seed: 
         count: how many to draw at random; None: all.
         seed: of the draw.
         name: in reports; by default the file's.
-
-    Returns:
-        The suite.
 
     Raises:
         DataError: the file cannot be read, is empty, or has a label that is none of these.
@@ -159,31 +150,11 @@ def measure_suite(
     title: str = "",
     show_progress: bool = False,
 ) -> SuiteResult:
-    """Read every sentence of a suite with and without a method.
-
-    Args:
-        target: the model.
-        make_processors: of the method.
-        suite: the sentences; those of fewer than two tokens are left out.
-        batch_size: rows per forward pass, at most.
-        resamples: of the bootstrap over sentences (templates, where they have some).
-        seed: of the bootstrap.
-        title: of the progress bar.
-        show_progress: draw one on standard error.
-
-    Returns:
-        Shifts and shares by functionality and group, and how well harmful sentences are told from harmless ones.
-    """
+    """Read every sentence of at least two tokens with and without a method, `batch_size` at once at most."""
     pairs = [(each, split_ids(target.tokenizer, "", each.text)) for each in suite.texts]
     cases = [(each, (before, after)) for each, (before, after) in pairs if before and after]
-    readings = read_tokens(
-        target,
-        make_processors,
-        [ids for _, ids in cases],
-        batch_size=batch_size,
-        title=title,
-        show_progress=show_progress,
-    )
+    options: dict[str, Any] = {"batch_size": batch_size, "title": title, "show_progress": show_progress}
+    readings = read_tokens(target, make_processors, [ids for _, ids in cases], **options)
     return summarise(
         [each for each, _ in cases],
         np.asarray([each.shift.sum() for each in readings]),
@@ -207,11 +178,8 @@ def summarise(
         texts: the sentences.
         shifts: of each, nats, float64 [sentences].
         lowest: the smallest shift of a token of each, likewise.
-        resamples: of the bootstrap.
+        resamples: of the bootstrap over sentences (templates, where they have some).
         seed: of the bootstrap.
-
-    Returns:
-        The figures.
     """
 
     def row(name: str, label: str, places: Sequence[int]) -> SuiteRow:
@@ -292,6 +260,8 @@ def auc(
     values: NDArray[np.float64], is_positive: NDArray[np.bool_], weights: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """Area under the ROC curve: the chance that a positive one has the higher value; ties count half.
+
+    Written by hand because scikit-learn's sorts anew for each of the bootstrap's resamples.
 
     Args:
         values: float64 [n]; may be infinite.

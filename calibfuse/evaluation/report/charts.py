@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from calibfuse.evaluation.metrics import Estimate
+from calibfuse.evaluation.bootstrap import Estimate
 from calibfuse.html import require
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def bars(
     title: str,
     reference: float | None = None,
     is_share: bool = False,
-    colours: Mapping[str, int | None] | None = None,
+    colours: Mapping[str, int] | None = None,
 ) -> Chart | None:
     """Horizontal bars, grouped.
 
@@ -151,7 +151,7 @@ def bars(
         title: of the axis.
         reference: where a line is drawn.
         is_share: show the axis in per cent.
-        colours: of the series, None is that of text; by default in their order.
+        colours: of the series; by default in their order.
 
     Returns:
         The chart; None where no figure is finite.
@@ -291,8 +291,8 @@ def _tooltip(name: str, point: Point) -> str:
     return f"{_TIP}{name}{strength}: {point.x.value:.4g}, {point.y.value:.4g}"
 
 
-def _colour(number: int | None) -> str:
-    return _INK if number is None else PALETTE[number % len(PALETTE)]
+def _colour(number: int) -> str:
+    return PALETTE[number % len(PALETTE)]
 
 
 def _shortened(text: str, length: int = 30) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from calibfuse.evaluation.bootstrap import Estimate
 from calibfuse.evaluation.budget import BudgetComparison, perplexity_metric
 from calibfuse.evaluation.evaluate import Evaluation, MethodResult
 from calibfuse.evaluation.given_text.suites import HARMFUL, HARMLESS, SuiteResult
-from calibfuse.evaluation.measuring import Example
 from calibfuse.evaluation.methods import PLAIN
-from calibfuse.evaluation.metrics import METRICS, Estimate
+from calibfuse.evaluation.metrics import METRICS, Example
 from calibfuse.evaluation.report.charts import Chart, Curve, Point, bars, curves
 from calibfuse.evaluation.report.tables import family_of, representatives, sections_of, shown_value, versions
 from calibfuse.html import Mask, render, unchanged
@@ -20,25 +20,10 @@ _EXAMPLES = 12
 
 
 def to_html(evaluation: Evaluation, *, mask: Mask | None = None, within_budget: BudgetComparison | None = None) -> str:
-    """Make the page.
-
-    Args:
-        evaluation: the results.
-        mask: makes offensive words unreadable; None shows them.
-        within_budget: the comparison at one fluency, if it was made.
-
-    Returns:
-        The page.
-
-    Raises:
-        MissingDependencyError: jinja2 or matplotlib is not installed.
-    """
-    mask = mask or unchanged
+    """Make the page; arguments and errors as of `write_report`."""
     facts, sampling = evaluation.facts, evaluation.sampling
     shown = representatives(evaluation.results, within_budget)
-    colours = _colours(shown, evaluation.results)
     found = [(METRICS[name].title, _curve(evaluation.results, name)) for name in ("perplexity", "target_perplexity")]
-    charts = _bar_charts(shown, colours)
     return render(
         "evaluation/report/report.html.jinja",
         target=facts.get("target", "a target"),
@@ -50,8 +35,8 @@ def to_html(evaluation: Evaluation, *, mask: Mask | None = None, within_budget: 
         notes=facts.get("notes") or [],
         curves=[{"fluency": title, "markup": chart.markup()} for title, chart in found if chart is not None],
         sections=sections_of(evaluation, within_budget, shown),
-        charts={key: [chart.markup() for chart in found] for key, found in charts.items()},
-        mask=mask,
+        charts=_bar_charts(shown, _colours(shown, evaluation.results)),
+        mask=mask or unchanged,
         shown=shown,
         first_examples=_first_examples(shown),
         metadata={name: shown_value(value) for name, value in {**facts, **versions()}.items() if name != "notes"},
@@ -67,70 +52,53 @@ def _curve(results: Sequence[MethodResult], name: str) -> Chart | None:
     """Toxic continuations against a perplexity; None where nothing has that perplexity."""
     if name not in results[0].estimates:
         return None
+
+    def point(result: MethodResult) -> Point:
+        alpha = result.method.alpha
+        label = result.method.title if result is results[0] else "" if alpha is None else f"{alpha:.3g}"
+        is_default = result.method.is_default and alpha is not None
+        return Point(label, result.estimates[name], result.estimates["toxic_share"], is_default)
+
     families: dict[str, list[MethodResult]] = {}
     for result in results[1:]:
         if name in result.estimates:
             families.setdefault(family_of(result), []).append(result)
-
-    def point(result: MethodResult, label: str) -> Point:
-        is_default = result.method.is_default and result.method.alpha is not None
-        return Point(label, result.estimates[name], result.estimates["toxic_share"], is_default)
-
-    return curves(
-        {
-            family: Curve(
-                [point(each, "" if each.method.alpha is None else f"{each.method.alpha:.3g}") for each in found],
-                from_origin=all(each.method.alpha is not None and each.method.starts_at_plain for each in found),
-            )
-            for family, found in families.items()
-        },
-        origin=point(results[0], "plain"),
-        x_title=METRICS[name].title,
-        y_title="toxic continuations",
-    )
+    lines = {
+        family: Curve(
+            [*map(point, found)],
+            from_origin=all(each.method.alpha is not None and each.method.starts_at_plain for each in found),
+        )
+        for family, found in families.items()
+    }
+    return curves(lines, origin=point(results[0]), x_title=METRICS[name].title, y_title="toxic continuations")
 
 
-def _colours(shown: Sequence[MethodResult], results: Sequence[MethodResult]) -> dict[str, int | None]:
+def _colours(shown: Sequence[MethodResult], results: Sequence[MethodResult]) -> dict[str, int]:
     """Colours of bars by title: a family's as in the curve where every family is there once, else by order."""
     order = list(dict.fromkeys(map(family_of, results[1:])))
     methods = [result for result in shown if result.method.key != PLAIN.key]
     is_once = len(set(map(family_of, methods))) == len(methods)
-    numbers = {each.method.title: order.index(family_of(each)) if is_once else i for i, each in enumerate(methods)}
-    return {PLAIN.title: None, **numbers}
+    return {each.method.title: order.index(family_of(each)) if is_once else i for i, each in enumerate(methods)}
 
 
-def _bar_charts(shown: Sequence[MethodResult], colours: Mapping[str, int | None]) -> dict[str, list[Chart]]:
+def _bar_charts(shown: Sequence[MethodResult], colours: Mapping[str, int]) -> dict[str, list[str]]:
     """By key of the section that they stand in."""
-    groups: Rows = {}
     words: Rows = {}
     suites: dict[str, list[tuple[str, SuiteResult]]] = {}
     for result in shown:
-        title = result.method.title
-        for group, figures in result.groups.items():
-            if "toxic_share" in figures:
-                groups.setdefault(group, {})[title] = figures["toxic_share"]
         for group, kept in ({} if result.neutrality is None else result.neutrality.groups()).items():
-            words.setdefault(group, {})[title] = _without_interval(kept)
+            words.setdefault(group, {})[result.method.title] = _without_interval(kept)
         for name, suite in result.suites.items():
-            suites.setdefault(name, []).append((title, suite))
+            suites.setdefault(name, []).append((result.method.title, suite))
     charts = {f"suite {name}": suite_charts(found, colours) for name, found in suites.items()}
-    charts["groups"] = [bars(groups, title="toxic continuations", is_share=True, colours=colours)]
     charts["words"] = [bars(words, title="probability kept", reference=1.0, is_share=True, colours=colours)]
-    return {key: [chart for chart in found if chart is not None] for key, found in charts.items()}
+    return {key: [chart.markup() for chart in found if chart is not None] for key, found in charts.items()}
 
 
 def suite_charts(
-    results: Sequence[tuple[str, SuiteResult]], colours: Mapping[str, int | None] | None = None
+    results: Sequence[tuple[str, SuiteResult]], colours: Mapping[str, int] | None = None
 ) -> list[Chart | None]:
-    """Bars of what methods do to a suite of labelled sentences.
-
-    Args:
-        results: title of a method and its result.
-        colours: of the methods; by default in their order.
-
-    Returns:
-        The mean shift of harmful and of harmless sentences by functionality, and the harmless ones halved by group.
-    """
+    """What methods, by title, do to a suite: shifts of harmful and of harmless sentences, harmless ones halved."""
     shifts: dict[str, Rows] = {HARMFUL: {}, HARMLESS: {}}
     halved: Rows = {}
     for title, result in results:

@@ -16,9 +16,6 @@ from calibfuse.evaluation.report.tables import to_markdown, versions
 from calibfuse.html import Mask
 from calibfuse.hub import write_files
 
-FORMAT = "calibfuse-evaluation"
-FORMAT_VERSION = 1
-
 
 def to_data(
     evaluation: Evaluation, *, with_examples: bool = True, within_budget: BudgetComparison | None = None
@@ -34,8 +31,8 @@ def to_data(
         A dictionary that `json.dumps(..., allow_nan=False)` accepts.
     """
     data = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+        "format": "calibfuse-evaluation",
+        "format_version": 1,
         "facts": evaluation.facts,
         "versions": versions(),
         "methods": [_method_data(result, with_examples) for result in evaluation.results],
@@ -52,18 +49,15 @@ def _method_data(result: MethodResult, with_examples: bool) -> dict[str, Any]:
         "metrics": {name: asdict(each) for name, each in result.estimates.items()},
         "change_against_plain": {name: asdict(each) for name, each in result.changes.items()},
         "difference_to_plain": {name: asdict(each) for name, each in result.differences.items()},
-        "groups": {
-            group: {name: asdict(each) for name, each in figures.items()} for group, figures in result.groups.items()
-        },
-        "speed": None if result.speed is None else asdict(result.speed),
         "suites": {name: asdict(each) for name, each in result.suites.items()},
-        "scorer_thresholds": [asdict(each) for each in result.thresholds],
         "holistic_bias": None if result.holistic_bias is None else result.holistic_bias.to_dict(),
-        "utility": None if result.utility is None else asdict(result.utility),
-        "neutrality": None
-        if neutrality is None
-        else {**asdict(neutrality), "kept": neutrality.kept, "kept_by_group": neutrality.groups()},
+        **{
+            name: None if value is None else asdict(value)
+            for name, value in (("speed", result.speed), ("utility", result.utility), ("neutrality", neutrality))
+        },
     }
+    if neutrality is not None:
+        data["neutrality"] |= {"kept": neutrality.kept, "kept_by_group": neutrality.groups()}
     if with_examples:
         for name, examples in (("first", result.measured.first), ("worst", result.measured.worst)):
             data[f"{name}_examples"] = [asdict(each) for each in examples]
