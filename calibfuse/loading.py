@@ -27,7 +27,6 @@ from calibfuse.vocabulary import TokenizerLike
 TRANSFORMERS = "transformers"
 FORMATS = {
     "calibfuse-calibrator": "calibfuse.calibrator.calibrator:Calibrator",
-    "calibfuse-value-lm": "calibfuse.value.value_lm:ValueLM",
     TRANSFORMERS: "calibfuse.guides.causal_lm:CausalLMCalibrator",
 }
 
@@ -97,7 +96,7 @@ class PretrainedCalibrator(ABC):
 
         Args:
             name_or_path: a local folder, a Hub id, or None for the bundled one. A causal LM of transformers will do
-                too, and so will a value guide of `calibfuse train-guide`.
+                too.
             reference: of a causal LM, a model of the same vocabulary that becomes the head "reference"; None: the
                 folder `reference` of its checkpoint, where there is one.
             revision: branch, tag or commit on the Hub.
@@ -109,7 +108,7 @@ class PretrainedCalibrator(ABC):
 
         Returns:
             The calibrator, in evaluation mode: a `Calibrator`, or for a checkpoint of transformers a
-            `CausalLMCalibrator`, or a `ValueLM`; all of them bind in the same way.
+            `CausalLMCalibrator`; both bind in the same way.
 
         Raises:
             CheckpointError: nothing there, damaged, or not a calibrator.

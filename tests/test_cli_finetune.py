@@ -1,5 +1,6 @@
 """`calibfuse finetune` and `run_finetuning` from text files to a checkpoint, on a tiny model."""
 
+import contextlib
 import json
 import os
 import signal
@@ -15,15 +16,10 @@ import torch
 from calibfuse.cli import main as cli
 from calibfuse.errors import CheckpointError, DataError, InputError, MissingDependencyError, ScorerError
 from calibfuse.finetune.run import run_finetuning
-from calibfuse.finetune.settings import (
-    AuxiliaryPlan,
-    FinetuneConfig,
-    ModelSource,
-    OracleSource,
-    SamplingPlan,
-)
+from calibfuse.finetune.settings import FinetuneConfig, ModelSource, OracleSource
 from calibfuse.finetune.tuning import TuningConfig
 from calibfuse.value.auxiliary_training import AuxiliaryTrainingConfig
+from calibfuse.value.samples import SamplingPlan
 
 PROMPTS = ["the sun is", "a small house", "we went to the"]
 
@@ -80,7 +76,7 @@ def make_config(model_folder, **changes):
         "iterations": 2,
         "tuning": TuningConfig(steps=2, batch_size=2, sample_batch_size=4, learning_rate=1e-3),
         "sampling": SamplingPlan(per_prompt=4, max_new_tokens=5),
-        "auxiliary": AuxiliaryPlan(training=AuxiliaryTrainingConfig(steps=2, batch_size=4)),
+        "auxiliary": AuxiliaryTrainingConfig(steps=2, batch_size=4),
         "block_length": 16,
         "held_out_share": 0.1,
         "held_out_blocks": 4,
@@ -349,17 +345,17 @@ def test_settings_survive_json(model_folder):
 def test_parallel_run_trains_all_roles_in_processes(model_folder, texts, monkeypatch):
     monkeypatch.syspath_prepend(str(texts))
     result = run_finetuning(
-        make_config(model_folder, schedule="parallel", iterations=3),
+        make_config(model_folder, schedule="parallel"),
         (texts / "corpus.txt").read_text().split("\n\n"),
         PROMPTS,
         texts / "out",
         device="cpu",
     )
     steps = result.report["steps"]
-    assert [step["step"] for step in steps] == [0, 1, 2, 3]
+    assert [step["step"] for step in steps] == [0, 1, 2]
     for step in steps[1:]:
         assert set(step["roles"]) == {"samples", "auxiliary", "model"}
-    roles = steps[3]["roles"].values()  # all processes have started by then
+    roles = steps[2]["roles"].values()  # all processes have started by then
     begins, ends = [r["began"] for r in roles], [r["began"] + r["seconds"] for r in roles]
     assert max(begins) < min(ends), "all three were at work at the same time"
     assert steps[2]["roles"]["auxiliary"]["reads"] == {"samples": 1, "model": 0, "auxiliary": 1}
@@ -375,51 +371,61 @@ def test_one_failing_role_stops_a_parallel_run_with_its_message(model_folder, te
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("schedule", ["sequential", "parallel"])
-def test_a_killed_run_resumes_and_gives_the_same(model_folder, texts, schedule):
-    """SIGKILL in the middle, then --resume: the same weights as a run that was never killed."""
+@pytest.mark.parametrize(("schedule", "mark"), [("sequential", "step-1/samples"), ("parallel", "step-0/samples")])
+def test_a_killed_run_resumes_and_gives_the_same(model_folder, texts, monkeypatch, schedule, mark):
+    """SIGKILL in the middle, then --resume: the same weights as a run that was never killed, all in one process."""
+    from calibfuse.finetune import run
 
-    def start(output, *more):
-        command = [sys.executable, "-m", "calibfuse", *arguments(model_folder, texts), "--schedule", schedule]
-        command += ["--oracle", "letter_oracle:no_letter_e", "--output", str(texts / output), *more]
-        paths = os.pathsep.join([str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")])
-        return subprocess.Popen(command, cwd=texts, env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"})
+    more = ("--schedule", schedule, "--oracle", "letter_oracle:no_letter_e", "--iterations", "1")
 
-    assert start("whole").wait(600) == 0
-    killed = start("killed")
-    mark = texts / "killed" / "work" / "step-1" / "samples"
-    deadline = time.monotonic() + 600
-    while not mark.exists() and time.monotonic() < deadline and killed.poll() is None:
-        time.sleep(0.02)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    def command(output, *others):
+        return arguments(model_folder, texts, *more, "--output", str(texts / output), *others)
+
+    with start(command("killed"), texts) as killed:
+        wait_for(texts / "killed" / "work" / mark, killed)
+        killed.send_signal(signal.SIGKILL)
     assert not (texts / "killed" / "config.json").exists()
-    assert start("killed", "--resume").wait(600) == 0
+    monkeypatch.syspath_prepend(str(texts))
+    assert cli.main(command("killed", "--resume")) == 0
+
+    @contextlib.contextmanager
+    def in_this_process(config, work, devices, oracle, show_progress):
+        yield run.InProcess(run.RoleRunner(work, "cpu"))
+
+    monkeypatch.setattr(run, "_runner", in_this_process)
+    assert cli.main(command("whole")) == 0
     assert_same_weights(texts / "whole", texts / "killed")
     assert not list((texts / "killed").rglob("*.tmp"))
 
 
 @pytest.mark.slow
 def test_interrupt_ends_a_parallel_run_in_order(model_folder, texts):
-    command = [sys.executable, "-m", "calibfuse", *arguments(model_folder, texts), "--schedule", "parallel"]
-    command += ["--oracle", "letter_oracle:no_letter_e", "--output", str(texts / "out"), "--iterations", "50"]
-    paths = os.pathsep.join([str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    run = subprocess.Popen(
-        command,
-        cwd=texts,
-        env=environment,
-        stdout=subprocess.PIPE,
-        text=True,
-        # a job that a shell started in the background ignores Ctrl-C, and so would its children
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    with run:
-        deadline = time.monotonic() + 600
-        while not (texts / "out" / "work" / "step-0" / "samples").exists() and time.monotonic() < deadline:
-            time.sleep(0.02)
+    command = arguments(model_folder, texts, "--schedule", "parallel", "--oracle", "letter_oracle:no_letter_e")
+    command += ["--output", str(texts / "out"), "--iterations", "50"]
+    with start(command, texts) as run:
+        wait_for(texts / "out" / "work" / "step-0" / "samples", run)
         run.send_signal(signal.SIGINT)
         printed = run.communicate(timeout=60)[0]
         assert run.returncode == 130
     assert "Go on with the same command and --resume" in printed
     assert not list((texts / "out").rglob("*.tmp"))
+
+
+def start(command, folder):
+    """The command line in a process of its own."""
+    paths = os.pathsep.join([str(Path(__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        [sys.executable, "-m", "calibfuse", *command],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+        # a job that a shell started in the background ignores Ctrl-C, and so would its children
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def wait_for(path, process):
+    deadline = time.monotonic() + 600
+    while not path.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.02)

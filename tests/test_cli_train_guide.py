@@ -49,7 +49,6 @@ QUICK = [
     "cpu",
 ]
 CONFIG = GuideConfig(
-    kind="language-model",
     per_prompt=3,
     max_new_tokens=4,
     training=AuxiliaryTrainingConfig(steps=4, batch_size=6),
@@ -85,9 +84,8 @@ def command(target_folder, *extra, oracle="guide_oracles:few_e", prompts="prompt
     return [*arguments, "--output", "guide", *QUICK, *map(str, extra)]
 
 
-@pytest.mark.parametrize("kind", ["calibrator", "language-model"])
-def test_from_prompts_to_a_guide_that_decodes(workplace, target_folder, target, capsys, kind):
-    assert cli(command(target_folder, "--kind", kind, "--alpha", "2")) == 0
+def test_from_prompts_to_a_guide_that_decodes(workplace, target_folder, target, capsys):
+    assert cli(command(target_folder, "--alpha", "2")) == 0
     out = capsys.readouterr().out
     assert "12 samples, mean C" in out
     assert 'Guide written to guide. Try: calibfuse generate "The new neighbour is" --model' in out
@@ -99,12 +97,11 @@ def test_from_prompts_to_a_guide_that_decodes(workplace, target_folder, target, 
         model.generate(**inputs, logits_processor=[fusion], max_new_tokens=3, do_sample=False)
     card = (workplace / "guide" / "README.md").read_text()
     assert "guide_oracles:few_e" in card
-    facts = json.loads((workplace / "guide" / "config.json").read_text())["training"]
-    facts = facts["value_head"] if kind == "calibrator" else facts
+    facts = json.loads((workplace / "guide" / "config.json").read_text())["training"]["value_head"]
     assert facts["data"] == {"prompts": 4, "samples": 12, "without a label": 0}
 
 
-def test_a_guide_of_the_calibrator_kind_still_contrasts(workplace, target_folder, target):
+def test_a_guide_still_contrasts(workplace, target_folder, target):
     assert cli(command(target_folder)) == 0
     options = {"mode": "contrast", "alpha": 1.0, "margin": 0.1, "max_shift": 4.0, "hold": False}
     fusion = CalibFusion.from_pretrained("guide", tokenizer=target[1], **options)
@@ -159,7 +156,12 @@ def test_unlabelled_samples_are_counted_on_the_card(target, tmp_path):
     oracle = FunctionOracle(sometimes, "sometimes")
     result = train_guide(*target, PROMPTS, oracle, tmp_path / "guide", config=CONFIG, show_progress=False)
     assert result.figures["left_out"] == 3
-    assert json.loads((tmp_path / "guide" / "config.json").read_text())["training"]["data"]["without a label"] == 3
+    assert (
+        json.loads((tmp_path / "guide" / "config.json").read_text())["training"]["value_head"]["data"][
+            "without a label"
+        ]
+        == 3
+    )
 
 
 def test_a_guide_that_learned_nothing_says_so(workplace, target_folder, capsys, caplog):
@@ -218,9 +220,6 @@ def test_an_oracle_that_fails_is_one_sentence(workplace, target_folder, capsys, 
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--kind", "calibrator", "--parameterisation", "dinado"], "'dinado' needs a score of the prefix"),
-        (["--kind", "language-model", "--calibrator", "x"], "--calibrator is for --kind calibrator"),
-        (["--backbone", "x"], "--backbone is for --kind language-model"),
         (["--alpha", "-1"], "alpha must be a number from 0"),
         (["--temperature", "0"], "temperature must be a number above 0"),
         (["--max-new-tokens", "400"], "has 256 positions; leave long prompts out"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from calibfuse.errors import DataError, InputError
-from calibfuse.finetune.corpus import PackedCorpus, corpus_perplexity, limit_held_out, pack_corpus
+from calibfuse.finetune.corpus import PackedCorpus, corpus_perplexity, pack_corpus
 
 
 def test_blocks_in_a_row_are_the_documents_with_their_marks(tokenizer, sample_lines):
@@ -101,9 +101,3 @@ def test_too_little_text_is_refused_with_both_numbers(tokenizer):
         pack_corpus(["a few words " * 100], tokenizer, block_length=16)
     with pytest.raises(DataError, match="1 of them filtered out"):
         pack_corpus(["a few words " * 100], tokenizer, keep=lambda texts: np.zeros(len(texts), bool))
-
-
-def test_held_out_blocks_can_be_limited():
-    corpus = PackedCorpus(torch.zeros(7, 4, dtype=torch.int32), torch.zeros(5, 4, dtype=torch.int32), 1)
-    assert len(limit_held_out(corpus, 2).held_out) == 2
-    assert len(limit_held_out(corpus, 9).held_out) == 5

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 from small_world import LENGTH, PROMPT, SIZE, WORLD_VOCABULARY, make_world, relative_entropy, softened
+from tiny_calibrators import make_calibrator
 
-from calibfuse.calibrator import Calibrator, CalibratorConfig
+from calibfuse.calibrator import Calibrator
 from calibfuse.finetune.objective import constrained_kl, constrained_log_probs
 from calibfuse.fusion import FusionConfig
 from calibfuse.processor import CalibFusion
@@ -88,29 +89,25 @@ def errors(auxiliary, world):
     return found
 
 
-@pytest.mark.parametrize(
-    ("soft", "parameterisation"),
-    [
-        (False, "nado"),
-        (True, "dinado"),
-        pytest.param(True, "nado", marks=pytest.mark.slow),
-        pytest.param(False, "dinado", marks=pytest.mark.slow),
-    ],
-)
-def test_the_auxiliary_model_converges_to_the_enumerated_r(tiny_llama, soft, parameterisation):
-    """From 6,000 drawn continuations; the tolerance of 0.06 is on the mean of |R^ - R| under the base."""
+def fresh_auxiliary(world):
+    """Its body is random and frozen: what the head learns is how to read 1,111 prefixes from it."""
+    calibrator = make_calibrator(words={}, token_width=12, width=64, adapter_width=64)
+    return make_auxiliary_model(world.base, WORLD_VOCABULARY, seed=0, calibrator=calibrator)
+
+
+@pytest.mark.parametrize("soft", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_auxiliary_model_converges_to_the_enumerated_r(tiny_llama, soft):
+    """From 6,000 drawn continuations; the tolerance of 0.17 is on the mean of |R^ - R| under the base."""
     world = make_world(softened(tiny_llama(SIZE, seed=3, eos_token_id=None)), soft=soft)
-    auxiliary = make_auxiliary_model(
-        world.base, WORLD_VOCABULARY, kind="language-model", parameterisation=parameterisation, seed=0
-    )
+    auxiliary = fresh_auxiliary(world)
     auxiliary.set_prior(world.expectation(world.joint))
     before = errors(auxiliary, world)
-    config = AuxiliaryTrainingConfig(steps=250, batch_size=128, learning_rate=5e-3, held_out_share=0.0)
+    config = AuxiliaryTrainingConfig(steps=150, batch_size=128, learning_rate=2e-2, held_out_share=0.0)
     figures = train_auxiliary(auxiliary, world.base, drawn(world, 6000), config, show_progress=False)
     after = errors(auxiliary, world)
-    print(_row("soft C" if soft else "hard C", parameterisation, before, after, figures))
-    assert max(after) < 0.06, (before, after)
-    assert sum(after) < 0.35 * sum(before), (before, after)
+    print(_row("soft C" if soft else "hard C", before, after, figures))
+    assert max(after) < 0.17, (before, after)
+    assert sum(after) < 0.45 * sum(before), (before, after)
     assert figures["consistency_gap"] < 0.05
 
     def next_log_probs(ids):
@@ -122,12 +119,11 @@ def test_the_auxiliary_model_converges_to_the_enumerated_r(tiny_llama, soft, par
     assert world.expectation(p) + 0.8 * (best - world.expectation(p)) < reached < best + 0.02
 
 
-def _row(*parts):
+def _row(name, before, after, figures):
     """A line of the table in docs/guides/value-guide.md (`pytest -s`)."""
-    name, parameterisation, before, after, figures = parts
     errors_before, errors_after = (", ".join(f"{each:.3f}" for each in row) for row in (before, after))
     gap, bce = figures["consistency_gap"], figures["held_out_bce"]
-    return f"\n{name} {parameterisation}: |R^ - R| {errors_before} -> {errors_after}; gap {gap:.4f}; BCE {bce:.4f}"
+    return f"\n{name}: |R^ - R| {errors_before} -> {errors_after}; gap {gap:.4f}; BCE {bce:.4f}"
 
 
 def drawn(world, count, seed=0):
@@ -151,20 +147,21 @@ def test_weights_stand_for_the_base(hard_world):
     """Uniform draws, weighted by p: the same R as without the detour, but for the noise of fewer effective samples."""
     world = hard_world
     rows = torch.randperm(SIZE**LENGTH, generator=_generator(1))[:5000]
-    auxiliary = make_auxiliary_model(world.base, WORLD_VOCABULARY, seed=0)
-    config = AuxiliaryTrainingConfig(steps=120, batch_size=128, learning_rate=3e-3, held_out_share=0.0)
+    auxiliary = fresh_auxiliary(world)
+    config = AuxiliaryTrainingConfig(steps=120, batch_size=128, learning_rate=2e-2, held_out_share=0.0)
     figures = train_auxiliary(auxiliary, world.base, world.samples().rows(rows), config, show_progress=False)
     assert figures["effective_samples"] < 0.8 * len(rows)
     assert figures["mean_satisfaction"] == pytest.approx(world.expectation(world.joint), abs=0.1)
-    assert max(errors(auxiliary, world)) < 0.12
+    assert max(errors(auxiliary, world)) < 0.2
 
 
-def test_decoding_with_the_trained_guide_is_q(hard_world):
+def test_decoding_with_the_trained_guide_is_q(hard_world, tmp_path):
     world = hard_world
-    auxiliary = make_auxiliary_model(world.base, WORLD_VOCABULARY, seed=0)
+    auxiliary = fresh_auxiliary(world)
     config = AuxiliaryTrainingConfig(steps=20, batch_size=100, learning_rate=3e-3, held_out_share=0.0)
     train_auxiliary(auxiliary, world.base, drawn(world, 1000), config, show_progress=False)
-    guide = auxiliary.value_lm.bind(WORLD_VOCABULARY)
+    auxiliary.save_pretrained(tmp_path)
+    guide = Calibrator.from_pretrained(tmp_path).bind(WORLD_VOCABULARY, use_disk_cache=False)
     ids = world.sequences[::97]
     with torch.no_grad():
         logits = world.base(input_ids=ids).logits
@@ -178,18 +175,3 @@ def test_decoding_with_the_trained_guide_is_q(hard_world):
         rest = torch.log1p(-logits.softmax(-1)[..., :1])
         torch.testing.assert_close(fused[..., text], expected + rest, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(fused[..., 0], logits.log_softmax(-1)[..., 0], atol=1e-5, rtol=1e-5)
-
-
-def test_a_value_head_of_a_calibrator_learns_too(hard_world):
-    """No exactness here: body and composer are frozen and random. But R must come nearer."""
-    world = hard_world
-    shape = {"bucket_count": 512, "token_width": 16, "composer_hidden_width": 16, "width": 32, "layer_count": 1}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        calibrator = Calibrator(CalibratorConfig(**shape, head_count=2, hidden_width=32, adapter_width=16)).eval()
-    auxiliary = make_auxiliary_model(world.base, WORLD_VOCABULARY, kind="calibrator", seed=0, calibrator=calibrator)
-    auxiliary.set_prior(world.expectation(world.joint))
-    before = errors(auxiliary, world)
-    config = AuxiliaryTrainingConfig(steps=120, batch_size=128, learning_rate=1e-2, held_out_share=0.0)
-    train_auxiliary(auxiliary, world.base, drawn(world, 6000), config, show_progress=False)
-    assert sum(errors(auxiliary, world)) < 0.8 * sum(before)

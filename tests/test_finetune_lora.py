@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from calibfuse.errors import CheckpointError, InputError, MissingDependencyError
-from calibfuse.finetune.lora import LoraSettings, add_adapter, check_peft, load_adapter, merge_adapter
+from calibfuse.finetune.lora import LoraSettings, add_adapter, import_peft, load_adapter, merge_adapter
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ def test_shapes_out_of_range_are_refused(options, message):
 def test_without_peft_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(MissingDependencyError, match=r"pip install 'calibfuse\[lora\]'"):
-        check_peft()
+        import_peft()
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from small_world import LENGTH, PROMPT, SIZE, make_world, softened
 
 from calibfuse.errors import CheckpointError, CheckpointFormatError, DataError, InputError, ScorerError
 from calibfuse.value.oracle import FunctionOracle
-from calibfuse.value.samples import SampleSet, draw_samples, label_samples
+from calibfuse.value.samples import SampleSet, SamplingPlan, draw_samples, label_samples
 
 PROMPTS = ["The weather is", "A dog", "Once upon a time there was a"]
 
@@ -19,8 +19,9 @@ def model(tiny_llama, tokenizer):
 
 
 def draw(model, tokenizer, prompts=PROMPTS, **options):
-    options = {"per_prompt": 3, "max_new_tokens": 6, "seed": 0, "batch_size": 4, "show_progress": False} | options
-    return draw_samples(model, tokenizer, prompts, **options)
+    options = {"per_prompt": 3, "max_new_tokens": 6, "seed": 0, "batch_size": 4} | options
+    seed = options.pop("seed")
+    return draw_samples(model, tokenizer, prompts, SamplingPlan(**options), seed=seed, show_progress=False)
 
 
 class WordTokenizer:

@@ -51,13 +51,14 @@ from calibfuse.evaluation.given_text.reading import method_log_probs
 from calibfuse.evaluation.metrics import METRICS, Measured
 from calibfuse.finetune.corpus import PackedCorpus
 from calibfuse.finetune.run import run_finetuning
-from calibfuse.finetune.settings import AuxiliaryPlan, FinetuneConfig, ModelSource, OracleSource, SamplingPlan
+from calibfuse.finetune.settings import FinetuneConfig, ModelSource, OracleSource
 from calibfuse.finetune.tuning import TuningConfig
 from calibfuse.generation.language_model import load_language_model as load_lm
 from calibfuse.scorers import load_scorer
 from calibfuse.textfiles import iter_documents
 from calibfuse.value.auxiliary_training import AuxiliaryTrainingConfig
 from calibfuse.value.oracle import load_oracle
+from calibfuse.value.samples import SamplingPlan
 
 logger = logging.getLogger("finetune_comparison")
 
@@ -124,9 +125,7 @@ def run_config(args: argparse.Namespace, key: str, target_folder: str) -> Finetu
     is_ours = key in (SEQUENTIAL, PARALLEL)
     return FinetuneConfig(
         model=ModelSource(name=target_folder, local_files_only=True),
-        oracle=OracleSource(
-            spec=args.oracle, power=args.power, threshold=args.threshold, continuation_only=not args.label_prompts
-        ),
+        oracle=OracleSource(spec=args.oracle, power=args.power, threshold=args.threshold),
         schedule=key if is_ours else SEQUENTIAL,
         iterations=args.iterations,
         tuning=TuningConfig(
@@ -142,16 +141,14 @@ def run_config(args: argparse.Namespace, key: str, target_folder: str) -> Finetu
         sampling=SamplingPlan(
             per_prompt=args.per_prompt,
             max_new_tokens=args.max_new_tokens,
-            keep_satisfied=args.keep_satisfied,
             batch_size=args.sampling_batch_size,
+            continuation_only=not args.label_prompts,
         ),
-        auxiliary=AuxiliaryPlan(
-            kind=args.auxiliary,
-            training=AuxiliaryTrainingConfig(
-                steps=args.auxiliary_steps,
-                batch_size=args.auxiliary_batch_size,
-                learning_rate=args.auxiliary_learning_rate,
-            ),
+        keep_satisfied=args.keep_satisfied,
+        auxiliary=AuxiliaryTrainingConfig(
+            steps=args.auxiliary_steps,
+            batch_size=args.auxiliary_batch_size,
+            learning_rate=args.auxiliary_learning_rate,
         ),
         block_length=args.block_length,
         held_out_share=args.held_out_share,
@@ -374,8 +371,6 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument("--keep-satisfied", type=float, default=0.25, help="share of those kept (default: %(default)s)")
     group.add_argument("--sampling-batch-size", type=int, default=250, help="(default: %(default)s)")
     group.add_argument("--max-new-tokens", type=int, default=20, help="(default: %(default)s)")
-    kinds = ("calibrator", "language-model")
-    group.add_argument("--auxiliary", choices=kinds, default="calibrator", help="kind (default: %(default)s)")
     group.add_argument("--auxiliary-steps", type=int, default=300, help="per iteration (default: %(default)s)")
     group.add_argument("--auxiliary-batch-size", type=int, default=32, help="(default: %(default)s)")
     group.add_argument("--auxiliary-learning-rate", type=float, default=2e-3, help="(default: %(default)s)")

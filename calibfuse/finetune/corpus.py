@@ -2,7 +2,6 @@
 
 Documents stand one after the other with the model's begin and end marks between them and are cut into blocks without
 gaps, as in pre-training, so no position is padding. A share of the documents is held out for the corpus perplexity.
-Left out: where documents come from; any iterable of texts will do.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import hashlib
 import math
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -91,7 +90,20 @@ def pack_corpus(
     keep: Keep | None = None,
     show_progress: bool = False,
 ) -> PackedCorpus:
-    """Tokenize documents and pack them into blocks."""
+    """Tokenize documents and pack them into blocks.
+
+    Args:
+        documents: any iterable of texts.
+        tokenizer: the model's.
+        block_length: tokens of a block.
+        held_out_share: of the documents, in [0, 0.5]; 0: none.
+        keep: which of some documents to train on, bool [documents]; it does not see held-out ones. None: all.
+        show_progress: draw a progress bar on standard error.
+
+    Raises:
+        InputError: a length or share out of range.
+        DataError: less text than one block.
+    """
     if block_length < 2:
         raise InputError(f"A block needs at least 2 tokens, got block_length {block_length}.")
     if not 0.0 <= held_out_share <= 0.5:
@@ -155,11 +167,6 @@ def _blocks(ids: array[int], length: int) -> Tensor:
     count = len(ids) // length
     flat = np.frombuffer(ids, dtype=np.int32)[: count * length] if count else np.empty(0, dtype=np.int32)
     return torch.from_numpy(flat.reshape(count, length).copy())
-
-
-def limit_held_out(corpus: PackedCorpus, blocks: int) -> PackedCorpus:
-    """The same corpus with at most so many held-out blocks."""
-    return replace(corpus, held_out=corpus.held_out[:blocks])
 
 
 @torch.no_grad()

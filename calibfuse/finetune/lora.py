@@ -44,14 +44,9 @@ class LoraSettings:
         object.__setattr__(self, "targets", tuple(self.targets))  # lists, as JSON has them
 
 
-def check_peft() -> None:
-    """Make sure that peft is there, before anything is loaded."""
-    _peft()
-
-
 def add_adapter(model: PreTrainedModel, settings: LoraSettings, *, seed: int) -> PreTrainedModel:
     """Put a fresh adapter around a model, which afterwards gives the same outputs as before."""
-    peft = _peft()
+    peft = import_peft()
     config = peft.LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
@@ -71,7 +66,7 @@ def add_adapter(model: PreTrainedModel, settings: LoraSettings, *, seed: int) ->
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """Put a saved adapter around the model that it was trained on, to train it further."""
-    peft = _peft()
+    peft = import_peft()
     if not (folder / "adapter_model.safetensors").is_file():
         raise CheckpointError(f"There is no LoRA adapter in {str(folder)!r}.")
     try:
@@ -89,7 +84,8 @@ def merge_adapter(model: PreTrainedModel) -> PreTrainedModel:
     return merged
 
 
-def _peft() -> Any:  # noqa: ANN401
+def import_peft() -> Any:  # noqa: ANN401
+    """The package, or MissingDependencyError."""
     try:
         import peft
     except ImportError as error:

@@ -6,11 +6,8 @@ With R(x_<=i) = E_p[C | x_<=i] it decomposes exactly into tokens (Meng et al. 20
     q(y | x_<i) = p(y | x_<i) R(x_<i, y) / R(x_<i),      R(x_<i) = sum_y p(y | x_<i) R(x_<i, y)
 
 Fine-tuning minimises CE(corpus; theta) + kl_weight * KL(q || p_theta) (Meng et al. 2024, arXiv 2410.05559). By the
-chain rule the KL of sequences is the expected sum of the KL of next-token distributions, and each of those is a sum
-over the vocabulary: no sampling noise but that of the prefixes.
-
-The prefixes are those of the samples, each continuation position with equal weight, as in the paper; weighting them by
-R as well would make the sum an estimate of the KL of sequences. Left out: where samples and R come from.
+chain rule the KL of sequences is the expected sum of the KL of next-token distributions, each in closed form. The
+prefixes are those of the samples, each continuation position with equal weight, as in the paper.
 """
 
 from __future__ import annotations

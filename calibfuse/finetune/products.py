@@ -36,9 +36,9 @@ def new_folder(final: Path, what: str) -> Iterator[Path]:
         temporary.mkdir(parents=True)
         yield temporary
         os.replace(temporary, final)
+    except CheckpointError:
+        raise
     except (OSError, SafetensorError) as error:
-        if isinstance(error, CheckpointError):
-            raise
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(
             f"Cannot write {what} to {str(final)!r}: {reason}. What was complete before is still there; make room and "
@@ -49,7 +49,7 @@ def new_folder(final: Path, what: str) -> Iterator[Path]:
 
 
 def remove_leftovers(work: Path) -> None:
-    """Remove temporary folders that a killed run left in its steps."""
+    """Remove temporary folders that a killed run left."""
     for temporary in [*work.glob("step-*/.*.tmp"), *work.glob(".*.tmp")]:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from calibfuse import hub
-from calibfuse.errors import CheckpointError, DataError, InputError, ScorerError
-from calibfuse.finetune.corpus import PackedCorpus, corpus_perplexity, limit_held_out
+from calibfuse.errors import InputError, ScorerError
+from calibfuse.finetune.corpus import PackedCorpus, corpus_perplexity
 from calibfuse.finetune.lora import ADAPTER, add_adapter, load_adapter, merge_adapter
 from calibfuse.finetune.products import (
     CORPUS_NAME,
@@ -31,14 +32,14 @@ from calibfuse.finetune.products import (
     write_json,
 )
 from calibfuse.finetune.schedule import AUXILIARY, MODEL, SAMPLES, Job
-from calibfuse.finetune.settings import FinetuneConfig, ModelSource
+from calibfuse.finetune.settings import FinetuneConfig
 from calibfuse.finetune.tuning import Constraint, tune, tuning_optimizer
 from calibfuse.generation.language_model import read_model, read_tokenizer
 from calibfuse.training.loop import load_optimizer, optimizer_tensors
 from calibfuse.value.auxiliary import AuxiliaryModel, make_auxiliary_model
 from calibfuse.value.auxiliary_training import train_auxiliary
 from calibfuse.value.oracle import Oracle, load_oracle
-from calibfuse.value.samples import SampleSet, draw_samples, label_samples
+from calibfuse.value.samples import SampleSet
 
 _SATISFIED = 0.5
 
@@ -59,9 +60,8 @@ class RoleRunner:
         self.work = work
         self.config = FinetuneConfig.from_dict(hub.read_json(work / SETTINGS_NAME, "settings of a fine-tuning run"))
         self.device = torch.device(device)
-        self._oracle = oracle
+        self._given_oracle = oracle
         self._show_progress = show_progress
-        self._tokenizer: PreTrainedTokenizerBase | None = None
 
     def run(self, job: Job) -> dict[str, Any]:
         """Make the product of a job.
@@ -72,8 +72,8 @@ class RoleRunner:
         """
         make = {SAMPLES: self._make_samples, AUXILIARY: self._make_auxiliary, MODEL: self._make_model}[job.role]
         began, clock = time.time(), time.perf_counter()
-        final = product_folder(self.work, job.role, job.step)
         try:
+            final = product_folder(self.work, job.role, job.step)
             with new_folder(final, f"the product of role {job.role!r}") as folder:
                 figures = make(job, folder)
                 record = {
@@ -84,7 +84,8 @@ class RoleRunner:
                     "threads": torch.get_num_threads(),
                     "began": round(began, 3),
                     "seconds": round(time.perf_counter() - clock, 3),
-                    "figures": figures,
+                    # JSON has no nan
+                    "figures": {name: value if math.isfinite(value) else None for name, value in figures.items()},
                 }
                 write_json(folder / RECORD_NAME, record)
         except torch.cuda.OutOfMemoryError as error:
@@ -94,114 +95,82 @@ class RoleRunner:
             ) from error
         return record
 
-    @property
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Of the model that is tuned."""
-        if self._tokenizer is None:
-            self._tokenizer = read_tokenizer(self.config.model.name, **self.config.model.options())
-        return self._tokenizer
+        return read_tokenizer(self.config.model.name, **self.config.model.options())
 
-    @property
+    @cached_property
     def oracle(self) -> Oracle:
-        """The constraint, loaded once."""
-        if self._oracle is None:
-            source = self.config.oracle
-            if source is None:
-                raise InputError("A KL weight above 0 needs an oracle that labels the samples.")
-            self._oracle = load_oracle(
-                source.spec, power=source.power, threshold=source.threshold, device=str(self.device)
-            )
-        return self._oracle
+        """The constraint."""
+        if self._given_oracle is not None:
+            return self._given_oracle
+        assert self.config.oracle is not None  # run.py has checked
+        return load_oracle(**dataclasses.asdict(self.config.oracle), device=str(self.device))
+
+    def _product(self, job: Job, role: str) -> Path:
+        """The product of a role that a job reads."""
+        return product_folder(self.work, role, job.reads[role])
 
     def _model(self, step: int) -> PreTrainedModel:
         """The model of a step, on the device; the user's own for step 0."""
         source = self.config.model
+        name, options = source.name, source.options()
         if step > 0:
-            place = product_folder(self.work, MODEL, step)
-            options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": source.trust_remote_code}
-            return read_model(str(place), device=self.device, dtype=source.dtype, **options)
-        return read_model(source.name, device=self.device, dtype=source.dtype, **source.options())
+            name = str(product_folder(self.work, MODEL, step))
+            options = {"local_files_only": True, "trust_remote_code": source.trust_remote_code}
+        return read_model(name, device=self.device, dtype=source.dtype, **options)
 
-    def _make_samples(self, job: Job, folder: Path) -> dict[str, Any]:
-        plan = self.config.sampling
+    def _make_samples(self, job: Job, folder: Path) -> dict[str, float]:
+        seed = self.config.seed_of(SAMPLES, job.step)
         oracle = self.oracle  # before the work, so that a bad one fails at once
-        samples = draw_samples(
-            self._model(job.reads[MODEL]),
-            self.tokenizer,
-            hub.read_json(self.work / PROMPTS_NAME, "prompts of a fine-tuning run")["prompts"],
-            per_prompt=plan.per_prompt,
-            max_new_tokens=plan.max_new_tokens,
-            temperature=plan.temperature,
-            seed=self.config.seed_of(SAMPLES, job.step),
-            batch_size=plan.batch_size,
-            chat=plan.chat,
-            system=plan.system,
-            show_progress=self._show_progress,
-        )
-        source = self.config.oracle
-        alone = plan.chat or plan.system is not None or (source is not None and source.continuation_only)
-        samples = label_samples(
-            samples,
-            self.tokenizer,
-            oracle,
-            continuation_only=alone,
-            show_progress=self._show_progress,
+        prompts = hub.read_json(self.work / PROMPTS_NAME, "prompts of a fine-tuning run")["prompts"]
+        samples = self.config.sampling.draw(
+            self._model(job.reads[MODEL]), self.tokenizer, prompts, oracle, seed=seed, show_progress=self._show_progress
         )
         labels = samples.satisfaction[~samples.satisfaction.isnan()]
         if not len(labels):
-            raise ScorerError(f"The oracle could not label any of the {len(samples.satisfaction)} samples.")
-        kept = thin_satisfied(samples, plan.keep_satisfied, seed=self.config.seed_of(SAMPLES, job.step))
+            raise ScorerError(f"The oracle could not label any of the {len(samples)} samples.")
+        kept = thin_satisfied(samples, self.config.keep_satisfied, seed=seed)
         kept.save(folder)
         return {
-            "samples": len(samples.satisfaction),
-            "kept": len(kept.satisfaction),
+            "samples": len(samples),
+            "kept": len(kept),
             "unlabelled": int(samples.satisfaction.isnan().sum()),
             "mean_satisfaction": float(labels.mean()),
             "tokens": int((samples.lengths - samples.prompt_lengths).sum()),
         }
 
-    def _make_auxiliary(self, job: Job, folder: Path) -> dict[str, Any]:
-        plan = self.config.auxiliary
+    def _make_auxiliary(self, job: Job, folder: Path) -> dict[str, float]:
         base = self._model(job.reads[MODEL])
-        samples = SampleSet.load(product_folder(self.work, SAMPLES, job.reads[SAMPLES]))
+        samples = SampleSet.load(self._product(job, SAMPLES))
         seed = self.config.seed_of(AUXILIARY, job.step)
         if AUXILIARY in job.reads:
-            auxiliary = AuxiliaryModel.from_pretrained(product_folder(self.work, AUXILIARY, job.reads[AUXILIARY]))
+            auxiliary = AuxiliaryModel.from_pretrained(self._product(job, AUXILIARY))
         else:
-            auxiliary = make_auxiliary_model(
-                base, self.tokenizer, kind=plan.kind, parameterisation=plan.parameterisation, seed=seed
-            )
-        figures = train_auxiliary(
-            auxiliary,
-            base,
-            samples,
-            dataclasses.replace(plan.training, seed=seed),
-            device=str(self.device),
-            show_progress=self._show_progress,
-        )
+            auxiliary = make_auxiliary_model(base, self.tokenizer, seed=seed)
+        training = dataclasses.replace(self.config.auxiliary, seed=seed)
+        figures = train_auxiliary(auxiliary, base, samples, training, show_progress=self._show_progress)
         auxiliary.save_pretrained(folder)
-        return {name: _number(value) for name, value in figures.items()}
+        return figures
 
-    def _make_model(self, job: Job, folder: Path) -> dict[str, Any]:
+    def _make_model(self, job: Job, folder: Path) -> dict[str, float]:
         config, before = self.config, job.reads[MODEL]
         corpus = PackedCorpus.load(self.work / CORPUS_NAME)
+        held_out = corpus.held_out[: config.held_out_blocks]
         model = self._trainable(before)
         optimizer = tuning_optimizer(model, config.tuning)
         parameters = dict(model.named_parameters())
-        held_out = limit_held_out(corpus, config.held_out_blocks).held_out
-        perplexities = {} if before else {"corpus_perplexity_before": _number(corpus_perplexity(model, held_out))}
-        if before > 0:
-            place = product_folder(self.work, MODEL, before) / OPTIMIZER_NAME
-            load_optimizer(optimizer, parameters, hub.read_tensors(place))
+        figures: dict[str, float] = {}
+        if before == 0:
+            figures["corpus_perplexity_before"] = corpus_perplexity(model, held_out)
+        else:
+            load_optimizer(optimizer, parameters, hub.read_tensors(self._product(job, MODEL) / OPTIMIZER_NAME))
         constraint = None
         if AUXILIARY in job.reads:
-            place = product_folder(self.work, AUXILIARY, job.reads[AUXILIARY])
-            constraint = Constraint(
-                self._model(before),
-                AuxiliaryModel.from_pretrained(place).to(self.device).eval(),
-                SampleSet.load(product_folder(self.work, SAMPLES, job.reads[SAMPLES])),
-            )
-        figures = tune(
+            auxiliary = AuxiliaryModel.from_pretrained(self._product(job, AUXILIARY)).to(self.device).eval()
+            constraint = Constraint(self._model(before), auxiliary, SampleSet.load(self._product(job, SAMPLES)))
+        figures |= tune(
             model,
             optimizer,
             corpus,
@@ -216,8 +185,7 @@ class RoleRunner:
             model.save_pretrained(folder / ADAPTER)
             model = merge_adapter(model)
         save_model(model, self.tokenizer, folder)
-        told = {name: _number(value) for name, value in dataclasses.asdict(figures).items()}
-        return {**told, **perplexities, "corpus_perplexity": _number(corpus_perplexity(model, held_out))}
+        return {**figures, "corpus_perplexity": corpus_perplexity(model, held_out)}
 
     def _trainable(self, step: int) -> PreTrainedModel:
         """The model of a step with the parameters that learn."""
@@ -245,36 +213,5 @@ def thin_satisfied(samples: SampleSet, share: float, *, seed: int) -> SampleSet:
         return samples
     satisfied = samples.satisfaction >= _SATISFIED  # nan is not
     drawn = torch.from_numpy(np.random.default_rng([seed, 25]).random(len(satisfied)) < share)
-    weighted = dataclasses.replace(
-        samples, log_weights=samples.log_weights - math.log(share) * satisfied.to(samples.log_weights.dtype)
-    )
-    return weighted.rows(~satisfied | drawn)
-
-
-def check_prompts(
-    tokenizer: PreTrainedTokenizerBase, source: ModelSource, prompts: list[str], max_new_tokens: int
-) -> None:
-    """Refuse prompts that are missing or leave no room for a continuation, before anything else is done."""
-    from transformers import AutoConfig
-
-    if not prompts:
-        raise DataError("Fine-tuning with a KL weight above 0 needs prompts to draw samples from, got none.")
-    try:
-        config = AutoConfig.from_pretrained(source.name, **source.options())
-    except Exception as error:  # transformers and the Hub's client raise errors of their own
-        raise CheckpointError(f"Cannot load the configuration of {source.name!r}: {error}") from error
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    rows: Any = tokenizer(prompts, verbose=False)["input_ids"]
-    for prompt, row in zip(prompts, rows, strict=True):
-        if not len(row):
-            raise InputError(f"The model's tokenizer finds no token in the prompt {prompt!r}.")
-        if isinstance(limit, int) and len(row) + max_new_tokens > limit:
-            raise InputError(
-                f"The prompt that begins with {prompt[:40]!r} has {len(row)} tokens and {max_new_tokens} more follow, "
-                f"but the model has {limit} positions; leave long prompts out or lower the number of new tokens."
-            )
-
-
-def _number(value: float) -> float | None:
-    """JSON has no nan."""
-    return value if math.isfinite(value) else None
+    log_weights = samples.log_weights - math.log(share) * satisfied.to(samples.log_weights.dtype)
+    return dataclasses.replace(samples, log_weights=log_weights).rows(~satisfied | drawn)

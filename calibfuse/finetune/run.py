@@ -20,9 +20,9 @@ from typing import Any, Protocol
 import torch
 
 from calibfuse import hub
-from calibfuse.errors import CheckpointError, InputError
+from calibfuse.errors import CheckpointError, DataError, InputError
 from calibfuse.finetune.corpus import Keep, PackedCorpus, pack_corpus
-from calibfuse.finetune.lora import ADAPTER, check_peft
+from calibfuse.finetune.lora import ADAPTER, import_peft
 from calibfuse.finetune.parallel import ParallelRunner, find_devices, share_out
 from calibfuse.finetune.products import (
     CORPUS_NAME,
@@ -34,11 +34,12 @@ from calibfuse.finetune.products import (
     remove_leftovers,
     write_json,
 )
-from calibfuse.finetune.roles import RoleRunner, check_prompts
+from calibfuse.finetune.roles import RoleRunner
 from calibfuse.finetune.schedule import MODEL, PARALLEL, ROLES, Job, Stage, plan_stages
 from calibfuse.finetune.settings import FinetuneConfig
 from calibfuse.finetune.tuning import check_corpus
-from calibfuse.generation.language_model import read_tokenizer
+from calibfuse.generation.decoding import check_lengths, encode_prompt
+from calibfuse.generation.language_model import read_config, read_tokenizer
 from calibfuse.value.oracle import Oracle
 
 logger = logging.getLogger(__name__)
@@ -49,10 +50,10 @@ _OWN_FILES = (RECORD_NAME, OPTIMIZER_NAME, ADAPTER)
 
 
 class StageRunner(Protocol):
-    """Runs the jobs of a stage; the records of roles.py come back."""
+    """Runs the jobs of a stage and waits for all of them; the records of roles.py come back."""
 
     def run(self, jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
-        """Run jobs and wait for all of them."""
+        """Run jobs."""
         ...
 
 
@@ -117,22 +118,23 @@ def run_finetuning(
         MissingDependencyError: LoRA without peft.
         KeyboardInterrupt: Ctrl-C; all processes have ended, complete products are kept.
     """
-    _check(config, oracle)
+    _check(config, oracle, prompts)
     devices = find_devices(device)
     output = Path(output)
     work = output / "work"
-    if resume and not (work / SETTINGS_NAME).exists():
+    is_begun = (work / SETTINGS_NAME).exists()
+    if resume and not is_begun:
         raise CheckpointError(f"There is nothing to go on from in {str(output)!r} yet: run it without resume.")
-    if (work / SETTINGS_NAME).exists():
-        if not resume:
-            raise CheckpointError(
-                f"{str(output)!r} holds the products of an earlier fine-tuning: go on with resume, or choose another "
-                "output folder."
-            )
+    if is_begun and not resume:
+        raise CheckpointError(
+            f"{str(output)!r} holds the products of an earlier fine-tuning: go on with resume, or choose another "
+            "output folder."
+        )
+    if is_begun:
         _check_same_run(work, config, prompts, corpus_name)
         remove_leftovers(work)
     else:
-        _prepare(config, documents, list(prompts), work, corpus_name, keep, show_progress=show_progress)
+        _prepare(config, documents, prompts, work, corpus_name, keep, show_progress=show_progress)
     stages = plan_stages(config.schedule, config.iterations, constrained=config.is_constrained)
     logger.info("%d steps; what is complete lies in %s, and resume goes on from it after a stop", stages[-1].step, work)
     try:
@@ -145,11 +147,13 @@ def run_finetuning(
     return FinetuneResult(output, report)
 
 
-def _check(config: FinetuneConfig, oracle: Oracle | None) -> None:
+def _check(config: FinetuneConfig, oracle: Oracle | None, prompts: Sequence[str]) -> None:
     if config.lora is not None:
-        check_peft()
+        import_peft()
     if config.is_constrained and oracle is None and config.oracle is None:
         raise InputError("A KL weight above 0 needs an oracle that labels the samples; with weight 0 none is used.")
+    if config.is_constrained and not prompts:
+        raise DataError("Fine-tuning with a KL weight above 0 needs prompts to draw samples from, got none.")
     if oracle is not None and config.schedule == PARALLEL:
         raise InputError(
             "The parallel schedule loads the oracle in another process: give it in the settings, as the name of a "
@@ -160,7 +164,7 @@ def _check(config: FinetuneConfig, oracle: Oracle | None) -> None:
 def _prepare(
     config: FinetuneConfig,
     documents: Iterable[str],
-    prompts: list[str],
+    prompts: Sequence[str],
     work: Path,
     corpus_name: str,
     keep: Keep | None,
@@ -168,9 +172,11 @@ def _prepare(
     show_progress: bool,
 ) -> None:
     """Check and write what the roles read; the settings last, as the mark that all is there."""
-    tokenizer = read_tokenizer(config.model.name, **config.model.options())
+    source, plan = config.model, config.sampling
+    tokenizer = read_tokenizer(source.name, **source.options())
     if config.is_constrained:
-        check_prompts(tokenizer, config.model, prompts, config.sampling.max_new_tokens)
+        rows = [encode_prompt(tokenizer, prompt, chat=plan.chat, system=plan.system) for prompt in prompts]
+        check_lengths(read_config(source.name, **source.options()), rows, plan.max_new_tokens, "prompt")
     corpus = pack_corpus(
         documents,
         tokenizer,
@@ -180,24 +186,17 @@ def _prepare(
         show_progress=show_progress,
     )
     check_corpus(corpus, config.tuning)
-    logger.info(
-        "corpus: %s documents, %s blocks of %d tokens, %s held out",
-        f"{corpus.documents:,}",
-        f"{len(corpus.train):,}",
-        corpus.block_length,
-        f"{len(corpus.held_out):,}",
-    )
+    counts = [f"{count:,}" for count in (corpus.documents, len(corpus.train), len(corpus.held_out))]
+    logger.info("corpus: %s documents, %s blocks, %s held out", *counts)
     corpus.save(work / CORPUS_NAME)
-    write_json(work / PROMPTS_NAME, {"prompts": prompts, "corpus_name": corpus_name})
+    write_json(work / PROMPTS_NAME, {"prompts": list(prompts), "corpus_name": corpus_name})
     write_json(work / SETTINGS_NAME, config.to_dict())
 
 
 def _check_same_run(work: Path, config: FinetuneConfig, prompts: Sequence[str], corpus_name: str) -> None:
-    found = hub.read_json(work / SETTINGS_NAME, "settings of a fine-tuning run")
+    before = FinetuneConfig.from_dict(hub.read_json(work / SETTINGS_NAME, "settings of a fine-tuning run")).to_dict()
     texts = hub.read_json(work / PROMPTS_NAME, "prompts of a fine-tuning run")
-    here = FinetuneConfig.from_dict(config.to_dict()).to_dict()
-    before = FinetuneConfig.from_dict(found).to_dict()
-    different = [key for key in here if here[key] != before.get(key)]
+    different = [key for key, value in config.to_dict().items() if value != before[key]]
     different += ["prompts"] if texts["prompts"] != list(prompts) else []
     different += ["corpus"] if texts["corpus_name"] != corpus_name else []
     if different:
@@ -219,16 +218,17 @@ def _runner(
         with ParallelRunner(work, places) as runner:
             yield runner
     else:
-        yield _InProcess(RoleRunner(work, devices[0], oracle=oracle, show_progress=show_progress))
+        yield InProcess(RoleRunner(work, devices[0], oracle=oracle, show_progress=show_progress))
 
 
-class _InProcess:
+class InProcess:
     """One job after the other, here."""
 
     def __init__(self, runner: RoleRunner) -> None:
         self._runner = runner
 
     def run(self, jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
+        """See `StageRunner.run`."""
         return {job.role: self._runner.run(job) for job in jobs}
 
 
@@ -240,10 +240,9 @@ def execute(
     """Run all jobs whose products are missing, stage by stage, and note how long each step took."""
     if not any(_missing_jobs(work, stage) for stage in stages):
         return
-    last_of = {stage.step: stage for stage in stages}
     seconds: dict[int, float] = {}
     with make_runner() as runner:
-        for stage in stages:
+        for stage, following in zip(stages, (*stages[1:], None), strict=True):
             jobs = _missing_jobs(work, stage)
             wall = 0.0
             if jobs:
@@ -255,7 +254,7 @@ def execute(
             # jobs that an earlier run has done took as long as they say
             done = [float(_record(work, job)["seconds"]) for job in stage.jobs if job not in jobs]
             seconds[stage.step] = seconds.get(stage.step, 0.0) + max([wall, *done])
-            if stage is last_of[stage.step]:
+            if following is None or following.step != stage.step:
                 _finish_step(work, stage.step, seconds[stage.step])
 
 

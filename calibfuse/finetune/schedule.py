@@ -8,8 +8,6 @@ step i are samples of the model of step i - 1, and model 0, like -1, is the mode
   LM_(i-1), then LM_i from NADO_i, then LM_i is sampled (as step i + 1 begins).
 - *parallel*: in each step all three at once, on the products of step i - 1: NADO_i learns from samples of LM_(i-2),
   LM_i from NADO_(i-1), and LM_(i-1) is sampled. Step 0 fills the pipeline: samples and auxiliary model of the base.
-
-Everything here is pure; what a role does is in roles.py.
 """
 
 from __future__ import annotations
@@ -43,12 +41,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Stage:
-    """Jobs that run at the same time; stages run one after the other.
-
-    Attributes:
-        step: to which step the stage belongs.
-        jobs: what runs.
-    """
+    """Jobs of one step that run at the same time; stages run one after the other."""
 
     step: int
     jobs: tuple[Job, ...]
@@ -70,11 +63,8 @@ def plan_stages(schedule: str, iterations: int, *, constrained: bool = True) -> 
         return tuple(Stage(step, (Job(MODEL, step, {MODEL: step - 1}),)) for step in steps)
     if schedule == SEQUENTIAL:
         return tuple(Stage(step, (job,)) for step in steps for job in _sequential_jobs(step))
-    fill = (
-        Stage(0, (Job(SAMPLES, 0, {MODEL: 0}),)),
-        Stage(0, (Job(AUXILIARY, 0, {SAMPLES: 0, MODEL: 0}),)),
-    )
-    return (*fill, *(Stage(step, _parallel_jobs(step)) for step in steps))
+    fill = (Job(SAMPLES, 0, {MODEL: 0}), Job(AUXILIARY, 0, {SAMPLES: 0, MODEL: 0}))
+    return (*(Stage(0, (job,)) for job in fill), *(Stage(step, _parallel_jobs(step)) for step in steps))
 
 
 def _sequential_jobs(step: int) -> tuple[Job, ...]:

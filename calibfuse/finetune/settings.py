@@ -14,6 +14,7 @@ from calibfuse.finetune.schedule import ROLES, SEQUENTIAL, plan_stages
 from calibfuse.finetune.tuning import TuningConfig
 from calibfuse.generation.language_model import DTYPES
 from calibfuse.value.auxiliary_training import AuxiliaryTrainingConfig
+from calibfuse.value.samples import SamplingPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,68 +48,11 @@ class ModelSource:
 
 @dataclass(frozen=True, kw_only=True)
 class OracleSource:
-    """What decides whether a text satisfies the constraint; see `oracle.load_oracle`.
-
-    Attributes:
-        spec: a toxicity scorer, or "module:function".
-        power: C = 1 - toxicity ** power.
-        threshold: C = 1 where the toxicity is below, else 0; None: soft labels.
-        continuation_only: show the oracle the continuation without its prompt.
-    """
+    """What decides whether a text satisfies the constraint; arguments of `calibfuse.value.oracle.load_oracle`."""
 
     spec: str
     power: float = 1.0
     threshold: float | None = None
-    continuation_only: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingPlan:
-    """How continuations are drawn for labelling.
-
-    Attributes:
-        per_prompt: continuations of each prompt and step.
-        max_new_tokens: length.
-        temperature: above 1 draws rarer continuations; the weights of the samples undo it.
-        keep_satisfied: share of the samples with C of at least 0.5 that is kept, with weights that make up for it; all
-            others are kept. Below 1 the later roles spend their time on what the oracle refuses, which is rare.
-        batch_size: rows per forward pass.
-        chat: put each prompt into the tokenizer's chat template; the oracle then sees the continuation alone.
-        system: system message of the chat template; implies `chat`.
-    """
-
-    per_prompt: int = 4
-    max_new_tokens: int = 20
-    temperature: float = 1.0
-    keep_satisfied: float = 1.0
-    batch_size: int = 64
-    chat: bool = False
-    system: str | None = None
-
-    def __post_init__(self) -> None:
-        """Validate."""
-        for name in ("per_prompt", "max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if not 0.0 < self.keep_satisfied <= 1.0:
-            raise InputError(f"keep_satisfied must be above 0 and at most 1, got {self.keep_satisfied}.")
-        if not self.temperature > 0:
-            raise InputError(f"The sampling temperature must be above 0, got {self.temperature}.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class AuxiliaryPlan:
-    """The auxiliary model and its training.
-
-    Attributes:
-        kind: "language-model" or "calibrator"; see `auxiliary.make_auxiliary_model`.
-        parameterisation: "nado" or "dinado".
-        training: how it learns in each step; its seed is replaced by one of the run and the step.
-    """
-
-    kind: str = "language-model"
-    parameterisation: str = "nado"
-    training: AuxiliaryTrainingConfig = field(default_factory=AuxiliaryTrainingConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +66,9 @@ class FinetuneConfig:
         iterations: how often the model is tuned, each time on a newer auxiliary model.
         tuning: one iteration of it.
         sampling: one draw of samples.
-        auxiliary: the model of R.
+        keep_satisfied: share of the samples with C of at least 0.5 that is kept, with weights that make up for it; all
+            others are kept. Below 1 the later roles spend their time on what the oracle refuses, which is rare.
+        auxiliary: training of the model of R in each step; its seed is replaced by one of the run and the step.
         lora: an adapter in place of full fine-tuning.
         block_length: tokens of a corpus block.
         held_out_share: of the corpus's documents.
@@ -135,7 +81,8 @@ class FinetuneConfig:
     iterations: int = 3
     tuning: TuningConfig = field(default_factory=TuningConfig)
     sampling: SamplingPlan = field(default_factory=SamplingPlan)
-    auxiliary: AuxiliaryPlan = field(default_factory=AuxiliaryPlan)
+    keep_satisfied: float = 1.0
+    auxiliary: AuxiliaryTrainingConfig = field(default_factory=AuxiliaryTrainingConfig)
     lora: LoraSettings | None = None
     block_length: int = 128
     held_out_share: float = 0.05
@@ -146,6 +93,8 @@ class FinetuneConfig:
         plan_stages(self.schedule, self.iterations)
         if self.held_out_blocks < 1:
             raise InputError(f"held_out_blocks must be at least 1, got {self.held_out_blocks}.")
+        if not 0.0 < self.keep_satisfied <= 1.0:
+            raise InputError(f"keep_satisfied must be above 0 and at most 1, got {self.keep_satisfied}.")
 
     @property
     def is_constrained(self) -> bool:
@@ -164,17 +113,18 @@ class FinetuneConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> FinetuneConfig:
         """Inverse of `to_dict`."""
-        rest = dict(values)
         try:
-            parts: dict[str, Any] = {"model": ModelSource(**rest.pop("model"))}
-            auxiliary = dict(rest.pop("auxiliary"))
-            training = AuxiliaryTrainingConfig(**auxiliary.pop("training"))
-            parts["auxiliary"] = AuxiliaryPlan(training=training, **auxiliary)
-            parts["tuning"] = TuningConfig(**rest.pop("tuning"))
-            parts["sampling"] = SamplingPlan(**rest.pop("sampling"))
-            oracle, lora = rest.pop("oracle"), rest.pop("lora")
-            parts["oracle"] = None if oracle is None else OracleSource(**oracle)
-            parts["lora"] = None if lora is None else LoraSettings(**lora)
-            return cls(**parts, **rest)
+            parts = {name: kind(**values[name]) for name, kind in _PARTS.items() if values[name] is not None}
+            return cls(**{**values, **parts})
         except (KeyError, TypeError) as error:
             raise InputError(f"These are no settings of a fine-tuning run: {error}.") from error
+
+
+_PARTS: dict[str, Any] = {
+    "model": ModelSource,
+    "oracle": OracleSource,
+    "tuning": TuningConfig,
+    "sampling": SamplingPlan,
+    "auxiliary": AuxiliaryTrainingConfig,
+    "lora": LoraSettings,
+}

@@ -1,7 +1,7 @@
 """Fine-tuning of one step of a schedule: so many optimiser steps on corpus blocks and, with a constraint, on samples.
 
 The optimiser's state and the place in the corpus go on from step to step, and the learning rate runs over all steps, so
-that with KL weight 0 the steps together are one plain fine-tuning. Left out: which models and samples; see roles.py.
+that with KL weight 0 the steps together are one plain fine-tuning.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ class TuningConfig:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
         for name in ("learning_rate", "strength", "max_gradient_norm"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+            if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be a positive number, got {getattr(self, name)}.")
         for name in ("kl_weight", "weight_decay"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+            if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"{name} must be a number of at least 0, got {getattr(self, name)}.")
         if not 0.0 <= self.warmup <= 1.0:
             raise InputError(f"warmup must be in [0, 1], got {self.warmup}.")
@@ -92,25 +92,6 @@ class Constraint:
     samples: SampleSet
 
 
-@dataclass(frozen=True)
-class TuningFigures:
-    """What one call of `tune` saw.
-
-    Attributes:
-        corpus_nats: cross-entropy per corpus token, mean over the last quarter of the optimiser steps.
-        kl_nats: KL(q || p_theta) per continuation token, likewise; nan without a constraint.
-        first_kl_nats: mean over the first eighth: how far the model was from q.
-        corpus_tokens: read.
-        sample_tokens: continuation tokens read.
-    """
-
-    corpus_nats: float
-    kl_nats: float
-    first_kl_nats: float
-    corpus_tokens: int
-    sample_tokens: int
-
-
 def tuning_optimizer(model: PreTrainedModel, config: TuningConfig) -> torch.optim.AdamW:
     """AdamW over the trainable parameters; biases and norms are not decayed."""
     parameters = dict(model.named_parameters())
@@ -127,7 +108,7 @@ def tune(
     iterations: int,
     constraint: Constraint | None = None,
     show_progress: bool = False,
-) -> TuningFigures:
+) -> dict[str, float]:
     """Fine-tune a model for one iteration: CE(corpus) + kl_weight * KL(q || p_theta).
 
     Args:
@@ -141,7 +122,9 @@ def tune(
         show_progress: draw a progress bar on standard error.
 
     Returns:
-        Losses and counts.
+        "corpus_nats" and "kl_nats" (cross-entropy per corpus token and KL(q || p_theta) per continuation token, means
+        over the last quarter of the optimiser steps; the KL is nan without a constraint), "first_kl_nats" (mean over
+        the first eighth: how far the model was from q), "corpus_tokens" and "sample_tokens" (read).
     """
     check_corpus(corpus, config)
     loop = _TuningLoop(model, optimizer, corpus, config, iteration, iterations, constraint, show_progress=show_progress)
@@ -150,7 +133,15 @@ def tune(
         torch.manual_seed(int(np.random.SeedSequence([config.seed, 23, iteration]).generate_state(1)[0]))
         loop.train()
     model.eval()  # type: ignore[no-untyped-call]
-    return loop.figures()
+    count = len(loop.history)
+    kl = [row.get("KL", math.nan) for row in loop.history]
+    return {
+        "corpus_nats": float(np.mean([row["corpus_loss"] for row in loop.history[-max(1, count // 4) :]])),
+        "kl_nats": float(np.mean(kl[-max(1, count // 4) :])),
+        "first_kl_nats": float(np.mean(kl[: max(1, count // 8)])),
+        "corpus_tokens": loop.tokens,
+        "sample_tokens": loop.sample_tokens,
+    }
 
 
 class _TuningLoop(TrainingLoop):
@@ -200,18 +191,6 @@ class _TuningLoop(TrainingLoop):
             self.sample_tokens += positions
         return row
 
-    def figures(self) -> TuningFigures:
-        """What was seen."""
-        last = self.history[-max(1, len(self.history) // 4) :]
-        first = self.history[: max(1, len(self.history) // 8)]
-        return TuningFigures(
-            corpus_nats=float(np.mean([row["corpus_loss"] for row in last])),
-            kl_nats=float(np.mean([row.get("KL", math.nan) for row in last])),
-            first_kl_nats=float(np.mean([row.get("KL", math.nan) for row in first])),
-            corpus_tokens=self.tokens,
-            sample_tokens=self.sample_tokens,
-        )
-
 
 def check_corpus(corpus: PackedCorpus, config: TuningConfig) -> None:
     """Refuse a corpus with fewer blocks than one batch."""
@@ -229,7 +208,7 @@ def _sample_batches(constraint: Constraint | None, config: TuningConfig, iterati
     while constraint is not None:
         while len(left) < config.sample_batch_size:
             rng = np.random.default_rng([config.seed, 22, iteration, epoch])
-            left = np.concatenate([left, rng.permutation(len(constraint.samples.lengths))])
+            left = np.concatenate([left, rng.permutation(len(constraint.samples))])
             epoch += 1
         yield torch.from_numpy(left[: config.sample_batch_size])
         left = left[config.sample_batch_size :]

@@ -15,7 +15,7 @@ from calibfuse.errors import InputError
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _TAIL = 16  # tokens before a continuation that decide how its first token is spelled
 
@@ -57,9 +57,10 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids
 
 
-def position_limit(model: PreTrainedModel) -> int | None:
-    """How many tokens a model can read; None: it does not say."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def position_limit(model: PreTrainedModel | PretrainedConfig) -> int | None:
+    """How many tokens a model (or one of this configuration) can read; None: it does not say."""
+    config: Any = getattr(model, "config", model)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     return limit if isinstance(limit, int) else None
 
 

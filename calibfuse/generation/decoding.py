@@ -23,7 +23,7 @@ from calibfuse.generation.continuations import (
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import LogitsProcessor, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
     from transformers.generation.streamers import BaseStreamer
 
     from calibfuse.generation.language_model import LanguageModel
@@ -135,11 +135,13 @@ def encode_prompt(
     return ids
 
 
-def check_lengths(model: PreTrainedModel, rows: Sequence[Sequence[int]], max_new_tokens: int, what: str) -> None:
+def check_lengths(
+    model: PreTrainedModel | PretrainedConfig, rows: Sequence[Sequence[int]], max_new_tokens: int, what: str
+) -> None:
     """Refuse rows of ids that leave no room for what follows.
 
     Args:
-        model: that reads them.
+        model: that reads them, or its configuration.
         rows: token ids.
         max_new_tokens: how many may follow; 0: the rows are only read.
         what: they are, for the message.

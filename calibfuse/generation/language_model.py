@@ -17,7 +17,7 @@ from calibfuse.hub import CONFIG_NAME, check_repository, read_json, resolve_chec
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DEMO_TARGET = "demo-target"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -135,6 +135,22 @@ def read_model(source: str, *, device: torch.device | str, dtype: str, **options
     except Exception as error:  # as in read_tokenizer
         raise CheckpointError(f"Cannot load the model {source!r}: {reason_of(error)}.") from error
     return loaded
+
+
+def read_config(source: str, **options: Any) -> PretrainedConfig:  # noqa: ANN401
+    """A model's configuration, from where `locate` found it; options as in `read_tokenizer`.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    quiet_transformers()
+    from transformers import AutoConfig
+
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(source, **_given(options))
+    except Exception as error:  # as in read_tokenizer
+        raise CheckpointError(f"Cannot load the configuration of {source!r}: {reason_of(error)}.") from error
+    return config
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import inspect
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -58,23 +59,18 @@ class AuxiliaryTrainingConfig:
 
     def __post_init__(self) -> None:
         """Validate."""
-        for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} of the auxiliary training must be at least 1, got {getattr(self, name)}.")
+        for name, least in (("steps", 1), ("batch_size", 1), ("consistency_weight", 0), ("weight_decay", 0)):
+            if not least <= getattr(self, name) < math.inf:
+                raise InputError(
+                    f"{name} of the auxiliary training must be at least {least}, got {getattr(self, name)}."
+                )
         for name in ("learning_rate", "max_gradient_norm"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+            if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name} of the auxiliary training must be above 0, got {getattr(self, name)}.")
-        for name in ("consistency_weight", "weight_decay"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise InputError(f"{name} of the auxiliary training must be 0 or more, got {getattr(self, name)}.")
         if not 0.0 < self.consistency_share <= 1.0:
             raise InputError(f"consistency_share must be above 0 and at most 1, got {self.consistency_share}.")
         if not 0.0 <= self.held_out_share < 1.0:
             raise InputError(f"held_out_share must be in [0, 1), got {self.held_out_share}.")
-
-    def rate_at(self, step: int) -> float:
-        """Learning rate of a step, from 0."""
-        return learning_rate(step, self.steps, peak=self.learning_rate, warmup=0.05)
 
 
 def train_auxiliary(
@@ -83,7 +79,6 @@ def train_auxiliary(
     samples: SampleSet,
     config: AuxiliaryTrainingConfig,
     *,
-    device: torch.device | str | None = None,
     folder: Path | None = None,
     save_every: int = 50,
     show_progress: bool = True,
@@ -91,11 +86,10 @@ def train_auxiliary(
     """Teach an auxiliary model what the samples' labels say.
 
     Args:
-        auxiliary: changed in place; left on the device, in evaluation mode.
+        auxiliary: changed in place; left on the base model's device, in evaluation mode.
         base: the model p that drew the samples, or towards which their weights lead.
         samples: labelled; those whose label is nan are left out, and counted.
         config: how.
-        device: where to; None: where the base model is.
         folder: gets `checkpoint/`; where there is one, training goes on from it, and comes to the same as without the
             stop. It must be of the same samples and settings.
         save_every: steps between writing it.
@@ -114,9 +108,7 @@ def train_auxiliary(
         InputError: the loss is not finite any more.
         KeyboardInterrupt: Ctrl-C; with a folder, after a checkpoint was written.
     """
-    place = torch.device(device) if device is not None else base.device
-    auxiliary.to(place)
-    base = base.to(place).eval()  # type: ignore[arg-type]
+    auxiliary.to(base.device)
     if not len(samples):
         raise DataError("An auxiliary model needs samples to learn from, got none.")
     labelled = ~samples.satisfaction.isnan()
@@ -132,7 +124,7 @@ def train_auxiliary(
     auxiliary.train()
     if auxiliary.is_fresh:
         auxiliary.set_prior(mean)
-    reader = _Reader(auxiliary, base, mean)
+    reader = _Reader(auxiliary, base.eval(), mean)  # type: ignore[no-untyped-call]
     loop = _AuxiliaryLoop(reader, used, weights, train.numpy(), config, folder, save_every, show_progress=show_progress)
     if loop.checkpoint:
         loop.resume()
@@ -140,14 +132,13 @@ def train_auxiliary(
         raise KeyboardInterrupt
     auxiliary.eval()
     measured = torch.nonzero(is_held_out)[:, 0] if bool(is_held_out.any()) else train
-    figures = _measure(reader, used, weights, measured, config)
     tail = [row["loss"] for row in loop.history[-max(1, len(loop.history) // 10) :]]
     return {
         "samples": float(len(used)),
         "left_out": float(len(samples) - len(used)),
         "effective_samples": float(weights.sum() ** 2 / (weights**2).sum()),
         "mean_satisfaction": mean,
-        **figures,
+        **_measure(reader, used, weights, measured, config),
         "loss": sum(tail) / len(tail),
     }
 
@@ -172,9 +163,9 @@ class _AuxiliaryLoop(TrainingLoop):
             parameters,
             make_optimizer(parameters, rate=config.learning_rate, weight_decay=config.weight_decay),
             steps=config.steps,
-            rate=config.rate_at,
+            rate=partial(learning_rate, steps=config.steps, peak=config.learning_rate, warmup=0.05),
             folder=folder,
-            identity={"auxiliary model": sorted(parameters)},
+            identity={"auxiliary model": {name: list(each.shape) for name, each in parameters.items()}},
             save_every=save_every,
             label="auxiliary model",
             max_gradient_norm=config.max_gradient_norm,
@@ -183,7 +174,7 @@ class _AuxiliaryLoop(TrainingLoop):
         self.reader, self.samples, self.weights, self.config = reader, samples, weights, config
         share = config.consistency_share if config.consistency_weight > 0 else 0.0
         self._consistent = math.ceil(share * config.batch_size)
-        self._batches = _batches(train, config)
+        self._batches = _batches(train, config.batch_size, [config.seed, 42])
 
     def losses(self) -> dict[str, float]:
         """See `TrainingLoop.losses`."""
@@ -333,12 +324,12 @@ def _held_out(samples: SampleSet, config: AuxiliaryTrainingConfig) -> Tensor:
     return torch.from_numpy(np.isin(numbers, chosen))
 
 
-def _batches(rows: np.ndarray, config: AuxiliaryTrainingConfig) -> Iterator[np.ndarray]:
-    """Row numbers without end, each epoch in an order of its own."""
-    rng = np.random.default_rng([config.seed, 42])
+def _batches(rows: np.ndarray, size: int, seed: list[int]) -> Iterator[np.ndarray]:
+    """Batches of row numbers without end, each epoch in an order of its own."""
+    rng = np.random.default_rng(seed)
     left = rows[:0]
     while True:
-        while len(left) < config.batch_size:
+        while len(left) < size:
             left = np.concatenate([left, rng.permutation(rows)])
-        yield left[: config.batch_size]
-        left = left[config.batch_size :]
+        yield left[:size]
+        left = left[size:]

@@ -1,9 +1,8 @@
 """Oracle: whether a whole text satisfies the constraint, as a number C in [0, 1].
 
-What NADO (Meng et al. 2022) calls the oracle may be any sequence-level score. Here it is made of a toxicity scorer
-(C = 1 - toxicity ** power, or 1 where the toxicity is below a threshold), or it is a user's function, whose values are
-C itself. A function may answer nan for a text that it cannot label; such texts are counted and left out by the caller,
-never taken for a zero. Left out: constraints on part of a text.
+It is made of a toxicity scorer (C = 1 - toxicity ** power, or 1 where the toxicity is below a threshold), or it is a
+user's function, whose values are C itself. A function may answer nan for a text that it cannot label; such texts are
+counted and left out by the caller, never taken for a zero.
 """
 
 from __future__ import annotations
@@ -22,8 +21,6 @@ from calibfuse.scorers import ToxicityScorer, load_scorer
 from calibfuse.scorers.checks import check_texts
 from calibfuse.scorers.loading import import_object
 
-__all__ = ["FunctionOracle", "Oracle", "ScorerOracle", "load_oracle"]
-
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
 
 
@@ -36,19 +33,12 @@ class Oracle(Protocol):
         ...
 
     def satisfaction(self, texts: Sequence[str]) -> NDArray[np.float64]:
-        """Label texts.
-
-        Args:
-            texts: any texts.
-
-        Returns:
-            (len(texts),), float64, C in [0, 1]; 1 satisfies the constraint. nan: this text could not be labelled.
-        """
+        """Label texts: (len(texts),), float64, C in [0, 1]; 1 satisfies the constraint, nan could not be labelled."""
         ...
 
 
 class ScorerOracle:
-    """A toxicity scorer as an oracle.
+    """A toxicity scorer as an oracle; a scorer that fails on any text is an error.
 
     Args:
         scorer: gives each text a toxicity in [0, 1].
@@ -60,13 +50,12 @@ class ScorerOracle:
         _check_power(power)
         if threshold is not None and not 0.0 < threshold <= 1.0:
             raise InputError(f"The oracle's threshold must be above 0 and at most 1, got {threshold}.")
-        self._scorer = scorer
-        self._power, self._threshold = power, threshold
+        self._scorer, self._power, self._threshold = scorer, power, threshold
         rule = f"1 - toxicity^{power:g}" if threshold is None else f"toxicity < {threshold:g}"
         self.name = f"{scorer.name} ({rule})"
 
     def satisfaction(self, texts: Sequence[str]) -> NDArray[np.float64]:
-        """See `Oracle.satisfaction`; a scorer that fails on any text is an error."""
+        """See `Oracle.satisfaction`."""
         toxicity = np.asarray(self._scorer.score(texts), dtype=np.float64)
         if self._threshold is not None:
             return (toxicity < self._threshold).astype(np.float64)
@@ -95,20 +84,20 @@ class FunctionOracle:
             raise ScorerError(
                 f"The oracle {self.name!r} failed on {len(texts)} texts with {type(error).__name__}: {error}"
             ) from error
-        return check_satisfaction(values, len(texts), self.name)
+        return _check_labels(values, len(texts), self.name)
 
 
-def check_satisfaction(values: object, n_texts: int, name: str) -> NDArray[np.float64]:
+def _check_labels(values: object, n_texts: int, name: str) -> NDArray[np.float64]:
     """Return labels as float64, or refuse them."""
     try:
-        if isinstance(values, str | bytes):
-            raise TypeError("one string")
         labels = np.asarray(values)
-        if labels.dtype.kind not in "biuf":  # strings of digits would be converted in silence
-            raise TypeError(f"elements of type {type(_first(values)).__name__}")
-        labels = labels.astype(np.float64)
     except (TypeError, ValueError) as error:
         raise ScorerError(f"The oracle {name!r} returned something that is no list of numbers ({error}).") from error
+    if labels.dtype.kind not in "biuf":  # strings of digits would be converted in silence
+        kind = type(values[0] if isinstance(values, list | tuple) and values else values).__name__
+        raise ScorerError(
+            f"The oracle {name!r} returned something that is no list of numbers (elements of type {kind})."
+        )
     if labels.shape != (n_texts,):
         raise ScorerError(
             f"The oracle {name!r} was given {n_texts} texts and returned an array of shape {labels.shape}; it must "
@@ -121,7 +110,7 @@ def check_satisfaction(values: object, n_texts: int, name: str) -> NDArray[np.fl
             f"The oracle {name!r} returned {labels[first]} for text {first} ({len(wrong)} of {n_texts} texts "
             "concerned); C is a number in [0, 1], or nan where a text cannot be labelled."
         )
-    return labels
+    return labels.astype(np.float64)
 
 
 def load_oracle(spec: str, *, power: float = 1.0, threshold: float | None = None, device: str | None = None) -> Oracle:
@@ -131,12 +120,9 @@ def load_oracle(spec: str, *, power: float = 1.0, threshold: float | None = None
         spec: "module:function", a function list[str] -> numbers in [0, 1], taken as C itself; or whatever
             `calibfuse.scorers.load_scorer` takes ("bundled", a folder or Hub id of a scorer or a transformers text
             classifier), whose toxicity becomes C.
-        power: of the toxicity: C = 1 - toxicity ** power.
-        threshold: C = 1 where the toxicity is below, else 0; None: soft labels.
+        power: of the toxicity; see `ScorerOracle`.
+        threshold: of the toxicity, likewise.
         device: where a transformers classifier runs; None: the CPU.
-
-    Returns:
-        The oracle.
 
     Raises:
         InputError: a module or function that is not there, power or threshold out of range, or given for a function.
@@ -147,33 +133,23 @@ def load_oracle(spec: str, *, power: float = 1.0, threshold: float | None = None
         >>> load_oracle("bundled", threshold=0.5).satisfaction(["What a lovely day."]).tolist()
         [1.0]
     """
-    if _FUNCTION.fullmatch(spec) and not Path(spec).expanduser().exists():
-        if power != 1.0 or threshold is not None:
-            raise InputError(
-                f"power and threshold turn a toxicity into C, but the oracle {spec!r} is a function that gives C "
-                "itself; leave them out."
-            )
-        return FunctionOracle(_named_function(spec), spec)
-    _check_power(power)  # before a large scorer is loaded
-    return ScorerOracle(load_scorer(spec, device=device), power=power, threshold=threshold)
+    if not _FUNCTION.fullmatch(spec) or Path(spec).expanduser().exists():
+        _check_power(power)  # before a large scorer is loaded
+        return ScorerOracle(load_scorer(spec, device=device), power=power, threshold=threshold)
+    if power != 1.0 or threshold is not None:
+        raise InputError(
+            f"power and threshold turn a toxicity into C, but the oracle {spec!r} is a function that gives C "
+            "itself; leave them out."
+        )
+    function = import_object(spec, "oracle")
+    if not callable(function):
+        raise InputError(
+            f"The oracle {spec!r} must be a function from texts to numbers in [0, 1], but it is a "
+            f"{type(function).__name__}."
+        )
+    return FunctionOracle(function, spec)
 
 
 def _check_power(power: float) -> None:
     if not (math.isfinite(power) and power > 0):
         raise InputError(f"The oracle's power must be a number above 0, got {power}.")
-
-
-def _first(values: object) -> object:
-    return values[0] if isinstance(values, list | tuple) and values else values
-
-
-def _named_function(spec: str) -> Callable[[list[str]], Any]:
-    """Import `module:function`."""
-    found = import_object(spec, "oracle")
-    if not callable(found):
-        raise InputError(
-            f"The oracle {spec!r} must be a function from texts to numbers in [0, 1], but it is a "
-            f"{type(found).__name__}."
-        )
-    function: Callable[[list[str]], Any] = found
-    return function

@@ -1,9 +1,7 @@
 """Continuations drawn from a base model, with importance weights and labels: what an auxiliary model learns from.
 
-Drawn from the whole distribution (no top-k, no nucleus), because R is an expectation under the base itself. A
-temperature above 1 draws what the base rarely says; the weight of a sample, p_base / p_sampling of its continuation,
-undoes that in expectation (importance sampling, Meng et al. 2022, section 4).
-Left out: which prompts, and the training.
+Drawn from the whole distribution (no top-k, no nucleus), because R is an expectation under the base itself. The weight
+of a sample, p_base / p_sampling of its continuation, undoes a temperature (Meng et al. 2022, section 4).
 """
 
 from __future__ import annotations
@@ -31,6 +29,52 @@ SAMPLES_FILE, FACTS_FILE = "samples.safetensors", "samples.json"
 _FORMAT = "calibfuse-samples"
 _FORMAT_VERSION = 1
 _MOST_FAILED = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingPlan:
+    """How continuations are drawn and labelled.
+
+    Attributes:
+        per_prompt: continuations drawn of each prompt.
+        max_new_tokens: length of the continuations, in tokens; an end mark ends one earlier, and counts.
+        temperature: of the draw; above 1 draws rarer continuations, and their weights undo it.
+        batch_size: rows per forward pass of the target while sampling.
+        continuation_only: show the oracle the continuation without its prompt.
+        chat: put each prompt into the tokenizer's chat template; the oracle then sees the continuation alone.
+        system: system message of the chat template; implies `chat`.
+    """
+
+    per_prompt: int = 4
+    max_new_tokens: int = 20
+    temperature: float = 1.0
+    batch_size: int = 64
+    continuation_only: bool = False
+    chat: bool = False
+    system: str | None = None
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        for name in ("per_prompt", "max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise InputError(f"The sampling temperature must be a number above 0, got {self.temperature}.")
+
+    def draw(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[str],
+        oracle: Oracle,
+        *,
+        seed: int,
+        show_progress: bool = False,
+    ) -> SampleSet:
+        """Labelled samples; see `draw_samples` and `label_samples`."""
+        samples = draw_samples(model, tokenizer, prompts, self, seed=seed, show_progress=show_progress)
+        alone = self.continuation_only or self.chat or self.system is not None
+        return label_samples(samples, tokenizer, oracle, continuation_only=alone, show_progress=show_progress)
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,28 +116,22 @@ class SampleSet:
     @staticmethod
     def concatenate(parts: Sequence[SampleSet]) -> SampleSet:
         """All samples of several sets, which may be padded to different lengths."""
-        if not parts:
-            raise InputError("There are no samples to put together.")
         longest = max(part.input_ids.shape[1] for part in parts)
-        ids = [
-            torch.nn.functional.pad(part.input_ids, (0, longest - part.input_ids.shape[1]), value=0) for part in parts
-        ]
-        columns = {name: torch.cat([getattr(part, name) for part in parts]) for name in _COLUMNS}
-        return SampleSet(torch.cat(ids), **columns)
+        ids = [torch.nn.functional.pad(part.input_ids, (0, longest - part.input_ids.shape[1])) for part in parts]
+        return SampleSet(
+            torch.cat(ids), **{name: torch.cat([getattr(part, name) for part in parts]) for name in _COLUMNS}
+        )
 
     def save(self, folder: Path) -> None:
         """Write samples.safetensors and, last, samples.json; each under a temporary name first."""
-        tensors = {"input_ids": self.input_ids.to(torch.int32)}
-        tensors |= {name: getattr(self, name) for name in _COLUMNS}
-        labelled = int((~self.satisfaction.isnan()).sum())
-        hub.write_tensors(Path(folder) / SAMPLES_FILE, tensors)
-        facts = {"format": _FORMAT, "format_version": _FORMAT_VERSION, "samples": len(self), "labelled": labelled}
-        hub.write_files(Path(folder), {FACTS_FILE: (json.dumps(facts, indent=2) + "\n").encode("utf-8")})
+        tensors = {"input_ids": self.input_ids.to(torch.int32), **{name: getattr(self, name) for name in _COLUMNS}}
+        hub.write_tensors(folder / SAMPLES_FILE, tensors)
+        facts = {"format": _FORMAT, "format_version": _FORMAT_VERSION, "samples": len(self)}
+        hub.write_files(folder, {FACTS_FILE: (json.dumps(facts, indent=2) + "\n").encode("utf-8")})
 
     @classmethod
     def load(cls, folder: Path) -> SampleSet:
         """Read what `save` wrote."""
-        folder = Path(folder)
         facts = hub.read_config(folder, FACTS_FILE, format_name=_FORMAT, supported_version=_FORMAT_VERSION)
         tensors = hub.read_tensors(folder / SAMPLES_FILE)
         if set(tensors) != {"input_ids", *_COLUMNS} or len(tensors["input_ids"]) != facts.get("samples"):
@@ -108,14 +146,9 @@ def draw_samples(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
+    plan: SamplingPlan,
     *,
-    per_prompt: int,
-    max_new_tokens: int,
-    temperature: float = 1.0,
     seed: int,
-    batch_size: int = 64,
-    chat: bool = False,
-    system: str | None = None,
     show_progress: bool = True,
 ) -> SampleSet:
     """Draw continuations of prompts from a model's whole distribution.
@@ -124,13 +157,8 @@ def draw_samples(
         model: causal language model in evaluation mode, on its device.
         tokenizer: its tokenizer; it need not have a padding token.
         prompts: at least one.
-        per_prompt: continuations of each.
-        max_new_tokens: longest continuation, in tokens; an end mark ends it earlier, and counts.
-        temperature: of the draw; above 1 draws rarer continuations, and their weights undo it.
+        plan: how.
         seed: of all draws.
-        batch_size: rows per forward pass.
-        chat: put each prompt into the tokenizer's chat template.
-        system: what the template's system message says; implies `chat`.
         show_progress: draw a progress bar on standard error.
 
     Returns:
@@ -138,22 +166,25 @@ def draw_samples(
 
     Raises:
         DataError: there are no prompts.
-        InputError: a number is out of range, or a prompt has no tokens or leaves no room for its continuation.
+        InputError: a prompt has no tokens or leaves no room for its continuation.
     """
     if not prompts:
         raise DataError("Sampling needs prompts, got none.")
-    for name, value in (("per_prompt", per_prompt), ("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-        if value < 1:
-            raise InputError(f"{name} must be at least 1, got {value}.")
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise InputError(f"The sampling temperature must be a number above 0, got {temperature}.")
-    encoded = [encode_prompt(tokenizer, prompt, chat=chat, system=system) for prompt in prompts]
+    per_prompt, max_new_tokens, batch_size = plan.per_prompt, plan.max_new_tokens, plan.batch_size
+    encoded = [encode_prompt(tokenizer, prompt, chat=plan.chat, system=plan.system) for prompt in prompts]
     check_lengths(model, encoded, max_new_tokens, "prompt")
     ends = torch.tensor(sorted(end_ids(model, tokenizer)), dtype=torch.int64, device=model.device)
     padding_id = find_padding_id(model, tokenizer) or 0  # masked: any id will do
     rows = [(ids, number * per_prompt + sample) for number, ids in enumerate(encoded) for sample in range(per_prompt)]
     rows.sort(key=lambda row: len(row[0]))  # little padding; the sort is stable
-    result = _unfilled(len(rows), max(map(len, encoded)) + max_new_tokens, padding_id)
+    count = len(rows)
+    result = SampleSet(
+        torch.full((count, max(map(len, encoded)) + max_new_tokens), padding_id, dtype=torch.int64),
+        lengths=torch.zeros(count, dtype=torch.int64),
+        prompt_lengths=torch.zeros(count, dtype=torch.int64),
+        log_weights=torch.zeros(count),
+        satisfaction=torch.full((count,), torch.nan),
+    )
     with (
         _own_distribution(model),
         tqdm(total=len(rows), desc="sampling", unit="text", leave=False, disable=not show_progress) as bar,
@@ -161,7 +192,7 @@ def draw_samples(
         for start in range(0, len(rows), batch_size):
             batch = rows[start : start + batch_size]
             key = int(np.random.SeedSequence([seed, 31, start]).generate_state(1)[0])
-            draw = _WeightedDraw(len(batch), ends, temperature, key)
+            draw = _WeightedDraw(len(batch), ends, plan.temperature, key)
             new = generate_tokens(
                 model,
                 [ids for ids, _ in batch],
@@ -181,17 +212,6 @@ def draw_samples(
             bar.update(len(batch))
     longest = int(result.lengths.max())
     return replace(result, input_ids=result.input_ids[:, :longest].clone())
-
-
-def _unfilled(count: int, length: int, padding_id: int) -> SampleSet:
-    """Samples without any token, to be written into."""
-    return SampleSet(
-        torch.full((count, length), padding_id, dtype=torch.int64),
-        lengths=torch.zeros(count, dtype=torch.int64),
-        prompt_lengths=torch.zeros(count, dtype=torch.int64),
-        log_weights=torch.zeros(count),
-        satisfaction=torch.full((count,), torch.nan),
-    )
 
 
 class _WeightedDraw(LogitsProcessor):
@@ -239,7 +259,7 @@ def label_samples(
     batch_size: int = 256,
     show_progress: bool = False,
 ) -> SampleSet:
-    """Ask the oracle about each sample.
+    """The same samples, each with the oracle's label; nan where it could not label a text.
 
     Args:
         samples: drawn from the tokenizer's model.
@@ -248,9 +268,6 @@ def label_samples(
         continuation_only: show the oracle the continuation alone; else prompt and continuation.
         batch_size: texts the oracle is shown at a time.
         show_progress: draw a progress bar on standard error.
-
-    Returns:
-        The same samples with labels; nan where the oracle could not label a text.
 
     Raises:
         ScorerError: the oracle failed, or could not label more than half of the texts.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from calibfuse.finetune.corpus import Keep
-    from calibfuse.finetune.settings import FinetuneConfig, OracleSource
+    from calibfuse.finetune.settings import FinetuneConfig
 
 EXAMPLES = """\
 examples:
@@ -60,13 +60,12 @@ TUNING = Fields(
 )
 CONSTRAINT = Fields(TUNING.source, "kl_weight", "strength")
 SAMPLING = Fields(
-    "calibfuse.finetune.settings:SamplingPlan",
-    *("max_new_tokens", "temperature", "keep_satisfied", "chat", "system"),
+    "calibfuse.value.samples:SamplingPlan",
+    *("max_new_tokens", "temperature", "chat", "system"),
     per_prompt="samples",
     batch_size="sampling_batch_size",
 )
-AUXILIARY = Fields("calibfuse.finetune.settings:AuxiliaryPlan", "parameterisation", kind="auxiliary")
-AUXILIARY_TRAINING = Fields(
+AUXILIARY = Fields(
     "calibfuse.value.auxiliary_training:AuxiliaryTrainingConfig",
     "consistency_weight",
     steps="auxiliary_steps",
@@ -75,6 +74,7 @@ AUXILIARY_TRAINING = Fields(
 )
 RUN = Fields("calibfuse.finetune.settings:FinetuneConfig", "schedule", "iterations")
 CORPUS = Fields(RUN.source, "block_length", "held_out_share")
+KEPT = Fields(RUN.source, "keep_satisfied")
 _PRECISIONS = {"choices": ("fp32", "bf16")}
 
 
@@ -109,14 +109,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         run, schedule={"choices": ("sequential", "parallel"), "help": "roles in turn, or at once (default: sequential)"}
     )
     TUNING.add(run, precision=_PRECISIONS)
-    SAMPLING.add(parser.add_argument_group("samples of an iteration"), per_prompt={"old": ("--per-prompt",)})
-    auxiliary = parser.add_argument_group("auxiliary model")
-    AUXILIARY.add(
-        auxiliary,
-        kind={"choices": ("language-model", "calibrator")},
-        parameterisation={"choices": ("nado", "dinado")},
-    )
-    AUXILIARY_TRAINING.add(auxiliary)
+    samples = parser.add_argument_group("samples of an iteration")
+    SAMPLING.add(samples, per_prompt={"old": ("--per-prompt",)})
+    KEPT.add(samples)
+    AUXILIARY.add(parser.add_argument_group("auxiliary model"))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -188,33 +184,27 @@ def _check(args: argparse.Namespace) -> None:
 
 def _config(args: argparse.Namespace) -> FinetuneConfig:
     from calibfuse.finetune.lora import LoraSettings
-    from calibfuse.finetune.settings import AuxiliaryPlan, FinetuneConfig, ModelSource, SamplingPlan
+    from calibfuse.finetune.settings import FinetuneConfig, ModelSource, OracleSource
     from calibfuse.finetune.tuning import TuningConfig
     from calibfuse.value.auxiliary_training import AuxiliaryTrainingConfig
+    from calibfuse.value.samples import SamplingPlan
 
     lora = None
     if args.lora is not None:
         lora = LoraSettings(**({"alpha": 2.0 * args.lora} | LORA.values(args)))
-    training = AuxiliaryTrainingConfig(**AUXILIARY_TRAINING.values(args))
+    oracle = None
+    if args.oracle is not None:
+        oracle = OracleSource(spec=args.oracle, power=args.power, threshold=args.threshold)
     return FinetuneConfig(
         model=ModelSource(name=args.model or _bundled_target(), **MODEL.values(args)),
-        oracle=_oracle_source(args),
+        oracle=oracle,
         tuning=TuningConfig(**TUNING.values(args), **CONSTRAINT.values(args)),
-        sampling=SamplingPlan(**SAMPLING.values(args)),
-        auxiliary=AuxiliaryPlan(training=training, **AUXILIARY.values(args)),
+        sampling=SamplingPlan(continuation_only=args.continuation_only, **SAMPLING.values(args)),
+        auxiliary=AuxiliaryTrainingConfig(**AUXILIARY.values(args)),
         lora=lora,
         **RUN.values(args),
         **CORPUS.values(args),
-    )
-
-
-def _oracle_source(args: argparse.Namespace) -> OracleSource | None:
-    from calibfuse.finetune.settings import OracleSource
-
-    if args.oracle is None:
-        return None
-    return OracleSource(
-        spec=args.oracle, power=args.power, threshold=args.threshold, continuation_only=args.continuation_only
+        **KEPT.values(args),
     )
 
 

@@ -6,9 +6,8 @@ import argparse
 import logging
 from typing import Any
 
-from calibfuse.cli.loading import check_calibrator, check_model, load_second, load_target
+from calibfuse.cli.loading import check_calibrator, check_model, load_target
 from calibfuse.cli.options import Fields, add, add_model
-from calibfuse.errors import InputError
 
 EXAMPLES = """\
 examples:
@@ -17,10 +16,6 @@ examples:
 
   # your own constraint: a function list[str] -> numbers in [0, 1], nan where it cannot tell
   calibfuse train-guide --model org/any-llm --oracle my_oracle:satisfied --prompts prompts.txt --output my-guide
-
-  # a small language model on the target's own tokens, for this vocabulary only
-  calibfuse train-guide --model org/any-llm --oracle bundled --threshold 0.5 --prompts prompts.txt \\
-      --kind language-model --parameterisation dinado --output my-guide
 
   # rarer continuations too, by a higher temperature that the samples' weights undo
   calibfuse train-guide --model org/any-llm --oracle bundled --prompts prompts.txt --temperature 1.3 --output my-guide
@@ -33,9 +28,12 @@ CalibFusion.from_pretrained("my-guide", tokenizer=tokenizer). Judge the result w
 """
 
 
-GUIDE = Fields("calibfuse.value.training:GuideConfig", "kind", "parameterisation", "alpha", "seed")
+GUIDE = Fields("calibfuse.value.training:GuideConfig", "alpha", "seed")
 SAMPLES = Fields(
-    GUIDE.source, "max_new_tokens", "temperature", "sampling_batch_size", "chat", "system", per_prompt="samples"
+    GUIDE.source,
+    *("max_new_tokens", "temperature", "chat", "system"),
+    per_prompt="samples",
+    batch_size="sampling_batch_size",
 )
 TRAINING = Fields(
     "calibfuse.value.auxiliary_training:AuxiliaryTrainingConfig",
@@ -53,17 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(samples, "prompt_count", prompts={"required": True})
     SAMPLES.add(samples, per_prompt={"old": ("--per-prompt",)})
     guide = parser.add_argument_group("guide")
-    GUIDE.add(
-        guide,
-        kind={"choices": ("calibrator", "language-model")},
-        parameterisation={"choices": ("nado", "dinado"), "help": "dinado: language-model only"},
-    )
+    GUIDE.add(guide)
     add(
         guide,
         "name",
         "license",
         calibrator={"help": "that gets the head (default: the bundled one)"},
-        backbone={"metavar": "PATH_OR_HUB", "help": "LM with the target's tokens that a language-model begins as"},
     )
     TRAINING.add(parser.add_argument_group("training"))
 
@@ -79,21 +72,16 @@ def run(args: argparse.Namespace) -> int:
         **GUIDE.values(args),
         **SAMPLES.values(args),
     )
-    if args.calibrator is not None and config.kind != "calibrator":
-        raise InputError("--calibrator is for --kind calibrator; a language-model takes --backbone.")
-    if args.backbone is not None and config.kind != "language-model":
-        raise InputError("--backbone is for --kind language-model; a calibrator has a body of its own.")
     from calibfuse.evaluation.prompts import load_prompts
     from calibfuse.value.oracle import load_oracle
 
-    check_model(args, args.backbone)
+    check_model(args)
     check_calibrator(args.calibrator)
 
     logging.basicConfig(level=logging.WARNING if args.quiet else logging.INFO, format="%(message)s")
     oracle = load_oracle(args.oracle, power=args.power, threshold=args.threshold, device=args.device)
     prompts = [prompt.text for prompt in load_prompts(args.prompts, count=args.prompt_count or None, seed=config.seed)]
     target = load_target(args)
-    backbone = None if args.backbone is None else load_second(args, args.backbone, dtype="float32").model
     try:
         result = train_guide(
             target.model,
@@ -103,7 +91,6 @@ def run(args: argparse.Namespace) -> int:
             args.output,
             config=config,
             calibrator=_calibrator(args),
-            backbone=backbone,
             target_name=target.name,
             facts={key: value for key, value in (("name", args.name), ("license", args.license)) if value},
             resume=args.resume,
@@ -128,6 +115,7 @@ def run(args: argparse.Namespace) -> int:
 def _calibrator(args: argparse.Namespace) -> Any:  # noqa: ANN401
     if args.calibrator is None:
         return None
-    from calibfuse.calibrator import Calibrator
+    from calibfuse.calibrator import load_universal
 
-    return Calibrator.from_pretrained(args.calibrator, local_files_only=args.local_files_only)
+    why = "The value head needs a universal calibrator"
+    return load_universal(args.calibrator, local_files_only=args.local_files_only, why=why)
