@@ -11,11 +11,8 @@ The same bytes mean the same in every family: a word that starts after a space c
 | raw bytes (tiktoken), or one character per byte (ByT5) | b" the", `\xe9` | as they are |
 | none of these | `the` | b"the" |
 
-Families can combine (CLIP is byte-level with a word suffix). Sources: the GPT-2 byte alphabet (Radford et al. 2019),
-SentencePiece (Kudo and Richardson 2018), BERT's basic tokenizer (Devlin et al. 2019).
-
-Left out: normalisation. A tokenizer that lower-cases or applies NFKC maps several texts to one token; its bytes are
-those of the normalised text.
+Families can combine (CLIP is byte-level with a word suffix). Left out: normalisation; the bytes of a token of a
+tokenizer that lower-cases are those of the normalised text.
 """
 
 import re
@@ -67,28 +64,17 @@ _TO_BYTES = {code: 0x100 for code in range(0x100)} | {ord(character): byte for c
 
 @dataclass(frozen=True)
 class Spelling:
-    """How the tokens of one vocabulary spell their text.
+    """How the tokens of one vocabulary spell their text."""
 
-    Attributes:
-        byte_level: characters are GPT-2's byte alphabet.
-        byte_characters: characters U+0000 to U+00FF are bytes (ByT5).
-        metaspace: U+2581 is a space and `<0xNN>` a byte.
-        continuation_prefix: marks a piece inside a word; without it a piece starts a word.
-        word_suffix: marks the last piece of a word.
-    """
-
-    byte_level: bool = False
-    byte_characters: bool = False
-    metaspace: bool = False
-    continuation_prefix: str | None = None
-    word_suffix: str | None = None
+    byte_level: bool = False  # characters are GPT-2's byte alphabet
+    byte_characters: bool = False  # characters U+0000 to U+00FF are bytes (ByT5)
+    metaspace: bool = False  # U+2581 is a space and `<0xNN>` a byte
+    continuation_prefix: str | None = None  # marks a piece inside a word; without it a piece starts a word
+    word_suffix: str | None = None  # marks the last piece of a word
 
 
 def spelling_of(table: TokenTable) -> Spelling:
-    """The spelling of a table's ordinary tokens, which are neither control tokens nor added by hand nor raw bytes.
-
-    Hints decide where the tokens leave doubt; a vocabulary without any mark of a family is plain text.
-    """
+    """The spelling of a table's ordinary tokens, neither control tokens nor literal nor raw bytes."""
     apart, hints = table.special | table.literal, table.hints
     tokens = [token for i, token in enumerate(table.tokens) if token and isinstance(token, str) and i not in apart]
     prefix = hints.continuation_prefix or "##"
@@ -145,11 +131,11 @@ def encode_tokens(table: TokenTable) -> tuple[list[bytes], npt.NDArray[np.bool_]
     """
     spelling = spelling_of(table)
     ids = range(len(table.tokens))
-    fallbacks = [is_fallback_token(table, token_id, spelling) for token_id in ids]
-    return [token_to_bytes(table, token_id, spelling) for token_id in ids], np.array(fallbacks, dtype=np.bool_)
+    fallbacks = [_is_fallback(table, token_id, spelling) for token_id in ids]
+    return [_to_bytes(table, token_id, spelling) for token_id in ids], np.array(fallbacks, dtype=np.bool_)
 
 
-def token_to_bytes(table: TokenTable, token_id: int, spelling: Spelling) -> bytes:
+def _to_bytes(table: TokenTable, token_id: int, spelling: Spelling) -> bytes:
     """The bytes of one token; empty for control tokens and holes."""
     token = table.tokens[token_id]
     if not token or token_id in table.special:
@@ -179,8 +165,7 @@ def token_to_bytes(table: TokenTable, token_id: int, spelling: Spelling) -> byte
     return _utf8(token + space, table.name)
 
 
-def is_fallback_token(table: TokenTable, token_id: int, spelling: Spelling) -> bool:
-    """Whether one token is a fallback; see `encode_tokens`."""
+def _is_fallback(table: TokenTable, token_id: int, spelling: Spelling) -> bool:
     token, prefix = table.tokens[token_id], spelling.continuation_prefix
     if not isinstance(token, str) or token_id in table.special or token_id in table.literal:
         return False
@@ -188,7 +173,7 @@ def is_fallback_token(table: TokenTable, token_id: int, spelling: Spelling) -> b
         return BYTE_TOKEN.fullmatch(token) is not None
     if prefix is None or not token.startswith(prefix) or token == prefix or _is_control(token, spelling):
         return False
-    return stands_without_space(token[len(prefix)])
+    return _stands_without_space(token[len(prefix)])
 
 
 def _is_control(token: str, spelling: Spelling) -> bool:
@@ -201,10 +186,10 @@ def _undo_word_piece(token: str, prefix: str) -> str:
     """Drop the continuation prefix, or put the space in front that a word has and punctuation has not."""
     if token.startswith(prefix) and token != prefix:
         return token[len(prefix) :]
-    return token if stands_without_space(token[:1]) else " " + token
+    return token if _stands_without_space(token[:1]) else " " + token
 
 
-def stands_without_space(character: str) -> bool:
+def _stands_without_space(character: str) -> bool:
     """Whether BERT's basic tokenizer makes this character a word of its own: punctuation and CJK ideographs."""
     code_point = ord(character)
     if code_point < 0x80:

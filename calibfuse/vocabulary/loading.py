@@ -1,6 +1,6 @@
 """Finds the token table of whatever a user calls a tokenizer: an object in memory, a path, or a name on the Hub.
 
-From the Hub only the tokenizer's own files are downloaded, never weights. Left out: custom code of a repository.
+From the Hub only the tokenizer's own files are downloaded, never weights, and no code of a repository is run.
 """
 
 import hashlib
@@ -124,26 +124,19 @@ def _from_auto_tokenizer(name: str, *, revision: str | None, local_files_only: b
 def quick_fingerprint(tokenizer: object) -> str | None:
     """For a path, a hex hash over the files that `Vocabulary.from_tokenizer` reads: a cheap key for a disk cache.
 
-    None for what has no key that is both cheap and safe: objects in memory can have changed since they were loaded, and
-    asking them for their tokens is most of the cost of extracting the bytes.
+    None for what has no key that is both cheap and safe, such as objects in memory, which can have been changed.
     """
     if not isinstance(tokenizer, (str, os.PathLike)):
         return None
     path = Path(os.fspath(tokenizer)).expanduser()
-    files = [path]
-    if path.is_dir():
-        files = [path / name for name in ("tokenizer.json", *_SIDE_FILES)]
-        if not files[0].is_file():
-            return None
     digest = hashlib.blake2b(b"calibfuse tokenizer files 1", digest_size=32)
     try:
-        for file in files:
-            content = file.read_bytes() if file.is_file() else None
-            if content is None and path.is_dir():
-                continue
-            if content is None:
-                return None
-            digest.update(file.name.encode() if path.is_dir() else b"")
+        files = [path / name for name in ("tokenizer.json", *_SIDE_FILES)] if path.is_dir() else [path]
+        if not files[0].is_file():
+            return None
+        for file in filter(Path.is_file, files):
+            content = file.read_bytes()
+            digest.update(file.name.encode() if file != path else b"")
             digest.update(len(content).to_bytes(8, "little") + content)
     except (OSError, ValueError):
         return None

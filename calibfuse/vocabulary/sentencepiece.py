@@ -1,9 +1,7 @@
-"""Reads the pieces of a SentencePiece model file without the sentencepiece package.
+"""Reads the pieces of a SentencePiece model file, since neither sentencepiece nor protobuf need be installed.
 
-The file is one protocol buffer message, `ModelProto` of sentencepiece_model.proto; only its field 1 (the pieces) is
-read, and of a piece its string (field 1) and type (field 3). Wire format:
-https://protobuf.dev/programming-guides/encoding/. Written by hand because the package is optional: a vocabulary is
-read in many places where nothing is ever encoded.
+The file is one protocol buffer message (https://protobuf.dev/programming-guides/encoding/), `ModelProto` of
+sentencepiece_model.proto; read is its field 1 (the pieces), and of a piece its string (field 1) and type (field 3).
 """
 
 from collections.abc import Iterator
@@ -33,15 +31,12 @@ class WireFormatError(ValueError):
     """The bytes are no protocol buffer message of the expected form."""
 
 
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_VARINT, _BYTES = 0, 2
+_FIXED_SIZES = {1: 8, 5: 4}
 
 
 def read_pieces(data: bytes) -> list[Piece]:
-    """The pieces of a .model file in the order of their ids; at least one.
-
-    Raises:
-        WireFormatError: the bytes are damaged, truncated or something else.
-    """
+    """The pieces of a .model file in the order of their ids, at least one; ValueError where it is damaged."""
     pieces = [_piece(value) for number, value in _fields(data) if number == 1]
     if not pieces:
         raise WireFormatError("the message holds no pieces")
@@ -54,7 +49,7 @@ def _piece(value: bytes | int) -> Piece:
     text, kind = "", PieceType.NORMAL
     for number, content in _fields(value):
         if number == 1 and isinstance(content, bytes):
-            text = content.decode("utf-8")  # UnicodeDecodeError is a ValueError like WireFormatError
+            text = content.decode("utf-8")
         elif number == 3 and isinstance(content, int):
             kind = PieceType(content)
     return Piece(text, kind)
@@ -66,18 +61,14 @@ def _fields(message: bytes) -> Iterator[tuple[int, bytes | int]]:
     while position < len(message):
         key, position = _varint(message, position)
         number, wire_type = key >> 3, key & 7
-        if number == 0:
-            raise WireFormatError("field number 0")
-        if wire_type == _VARINT:
-            value, position = _varint(message, position)
-            yield number, value
-            continue
-        if wire_type == _BYTES:
+        if number == 0 or wire_type not in (_VARINT, _BYTES, *_FIXED_SIZES):
+            raise WireFormatError(f"field number {number}, wire type {wire_type}")
+        size = _FIXED_SIZES.get(wire_type, 0)
+        if not size:
             size, position = _varint(message, position)
-        elif wire_type in (_FIXED64, _FIXED32):
-            size = 8 if wire_type == _FIXED64 else 4
-        else:
-            raise WireFormatError(f"wire type {wire_type}")
+            if wire_type == _VARINT:
+                yield number, size
+                continue
         if position + size > len(message):
             raise WireFormatError("the message ends inside a field")
         yield number, message[position : position + size]

@@ -1,8 +1,6 @@
-"""Cuts text into the ids of whatever a user calls a tokenizer, for reports on text.
+"""Cuts text into the ids of whatever a user calls a tokenizer, for reports on text; `Vocabulary` knows bytes alone.
 
-`Vocabulary` knows the bytes of the ids of every kind of tokenizer, but not how text becomes ids; here the library that
-belongs to the kind does that. Left out: kinds of files that no installed library can encode with (.tiktoken ranks and
-tekken.json without their split pattern, llama2.c's tokenizer.bin).
+Left out: files that no installed library can encode with (.tiktoken ranks and tekken.json).
 """
 
 from __future__ import annotations
@@ -23,8 +21,6 @@ if TYPE_CHECKING:
 # Texts -> token ids of each, without begin and end marks.
 TextEncoder: TypeAlias = Callable[[list[str]], list[list[int]]]
 
-_UNKNOWN_WORD = "[UNK]"
-
 
 def text_encoder(
     tokenizer: PreTrainedTokenizerBase | tokenizers.Tokenizer | str | os.PathLike[str],
@@ -33,24 +29,13 @@ def text_encoder(
 
     Args:
         tokenizer: a transformers tokenizer, a `tokenizers.Tokenizer`, or the path of a file: tokenizer.json, a
-            SentencePiece .model, or a WordPiece vocab.txt. A bare vocab.txt does not say whether its model lower-cases:
-            here it does unless the list has words with capitals.
-
-    Returns:
-        The encoder.
+            SentencePiece .model, or a WordPiece vocab.txt, which lower-cases unless it has words with capitals.
 
     Raises:
         InputError: a file that lists tokens without saying how text becomes tokens.
         DataError: the file is damaged.
         VocabularyError: a list of words that is no WordPiece vocabulary.
         MissingDependencyError: a SentencePiece model, and the package sentencepiece is not installed.
-
-    Example:
-        >>> from tokenizers import Tokenizer, models, pre_tokenizers
-        >>> words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
-        >>> words.pre_tokenizer = pre_tokenizers.Whitespace()
-        >>> text_encoder(words)(["b a", "c"])
-        [[1, 0], [2]]
     """
     if isinstance(tokenizer, tokenizers.Tokenizer):
         return _library_encoder(tokenizer)
@@ -102,11 +87,10 @@ def _sentencepiece_encoder(path: Path) -> TextEncoder:
 
 
 def _word_piece_encoder(path: Path) -> TextEncoder:
-    """BERT's own tokenization: basic split, then greedy longest pieces."""
     lines = [str(token) for token in read_file(path).tokens]
     cased = any(line[:1].isalpha() and line != line.lower() for line in lines)
     vocab = {line: token_id for token_id, line in enumerate(lines)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab, unk_token=_UNKNOWN_WORD))
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab, unk_token="[UNK]"))
     tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=not cased)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
     return _library_encoder(tokenizer)

@@ -1,8 +1,4 @@
-"""What every tokenizer is reduced to before its tokens become bytes: token strings by id, and what is known of them.
-
-Readers of files and of tokenizer objects (`loading.py`, `sentencepiece.py`) produce a `TokenTable`; `byte_strings.py`
-turns it into bytes. This module holds data only and knows no tokenizer library.
-"""
+"""What every tokenizer is reduced to before its tokens become bytes: token strings by id, and what is known of them."""
 
 import hashlib
 import itertools
@@ -36,39 +32,23 @@ _WHITE_SPACE_SPLITTERS = frozenset({"Whitespace", "WhitespaceSplit", "BertPreTok
 
 @dataclass(frozen=True)
 class Hints:
-    """What a tokenizer says about how its tokens are spelled; all optional, consulted where the tokens leave doubt.
+    """What a tokenizer says about how its tokens are spelled; all optional, consulted where the tokens leave doubt."""
 
-    Attributes:
-        byte_level: its decoder undoes the byte-level alphabet; None where it has no decoder.
-        metaspace: its decoder turns U+2581 into a space; None where it has no decoder.
-        continuation_prefix: what marks a piece inside a word ("##").
-        word_suffix: what marks the last piece of a word ("</w>").
-        whole_words: tokens are whole words split at white space (a word-level model).
-    """
-
-    byte_level: bool | None = None
-    metaspace: bool | None = None
-    continuation_prefix: str | None = None
-    word_suffix: str | None = None
-    whole_words: bool = False
+    byte_level: bool | None = None  # its decoder undoes the byte-level alphabet; None where it has no decoder
+    metaspace: bool | None = None  # its decoder turns U+2581 into a space; None likewise
+    continuation_prefix: str | None = None  # what marks a piece inside a word ("##")
+    word_suffix: str | None = None  # what marks the last piece of a word ("</w>")
+    whole_words: bool = False  # tokens are whole words split at white space (a word-level model)
 
 
 @dataclass(frozen=True)
 class TokenTable:
-    """The tokens of one tokenizer by id, before they are turned into bytes.
+    """The tokens of one tokenizer by id, before they are turned into bytes."""
 
-    Attributes:
-        tokens: token string or raw bytes of each id; None for a hole in the id range.
-        special: ids of control tokens.
-        literal: ids of tokens that were added by hand and stand for their own text, outside the model's spelling.
-        name: where the tokenizer came from, for messages.
-        hints: what the tokenizer says about its spelling.
-    """
-
-    tokens: list[str | bytes | None]
-    special: frozenset[int]
-    literal: frozenset[int]
-    name: str
+    tokens: list[str | bytes | None]  # None for a hole in the id range
+    special: frozenset[int]  # ids of control tokens
+    literal: frozenset[int]  # of tokens added by hand that stand for their own text, outside the model's spelling
+    name: str  # where the tokenizer came from, for messages
     hints: Hints = field(default_factory=Hints)
 
     def fingerprint(self) -> str | None:
@@ -100,8 +80,8 @@ def table_from_ids(
             result does not depend on the order of a hash table.
         added: id -> (content, is special) of tokens added outside the model; wins over `items`.
         special: further ids of control tokens.
-        name: where the tokenizer came from, for messages.
-        hints: what the tokenizer says about its spelling.
+        name: see `TokenTable`.
+        hints: likewise.
 
     Raises:
         VocabularyError: an id is negative, no integer, or too large to be a token id; or a token is no string.
@@ -134,10 +114,9 @@ def table_from_ids(
 def is_mark(content: str) -> bool:
     """Whether an added token is a control mark by its looks, whatever its special flag says.
 
-    Real tokenizer files leave the flag off `<think>`, `<tool_call>`, `<|fim_prefix|>`, `<｜User｜>` (DeepSeek),
-    `<|12.54|>` (Whisper) and `</s>` (Phi-3). The rule: an added token is a mark if all of it is a name in angle or
-    square brackets or between bars, without white space. Tags of HTML that only lay text out (`<td>`, `</b>`), byte
-    tokens (`<0x0A>`), brackets around no letter (`[1]`) and all else (words, runs of spaces or line breaks) are text.
+    Real tokenizer files leave the flag off `<think>`, `<|fim_prefix|>`, `<｜User｜>` (DeepSeek), `<|12.54|>` (Whisper)
+    and `</s>` (Phi-3). A mark is a name in angle or square brackets or between bars, without white space, but no byte
+    token, no tag of HTML that lays text out, and no bracket around no letter.
 
     Example:
         >>> [is_mark(token) for token in ("<think>", "<|12.54|>", "[INST]", "<td>", "[1]", "word")]
@@ -154,13 +133,9 @@ def is_mark(content: str) -> bool:
 def added_roles(
     added: Mapping[int, tuple[str, bool]], model_token: Callable[[int], str | bytes | None]
 ) -> tuple[frozenset[int], frozenset[int]]:
-    """Ids of the added tokens that are control tokens, and of those that stand for their own text.
+    """Ids of the added tokens (id -> content, is special) that are control tokens, and of those that are literal.
 
-    The others are the model's own tokens under the same id, spelled as the model spells them, since it produces them.
-
-    Args:
-        added: id -> (content, is special).
-        model_token: the model's own token of an id; None where it has none.
+    The others are the model's own tokens under the same id, spelled as the model spells them.
     """
     special = frozenset(i for i, (content, is_special) in added.items() if is_special or is_mark(content))
     literal = {i for i, (content, _) in added.items() if model_token(i) != content}

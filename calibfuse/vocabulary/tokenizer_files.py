@@ -1,8 +1,6 @@
 """Reads tokenizer files into token tables: the kind of a file is told from its content, never from its name alone.
 
-Read are tokenizer.json (tokenizers), SentencePiece models, .tiktoken rank files, tekken.json (Mistral), vocab.txt
-(WordPiece), llama2.c's tokenizer.bin and vocab.json, with the files beside them that name added tokens. Files are
-parsed here rather than loaded through their library: that needs no further package and builds no merge tables.
+Files are parsed here rather than loaded through their library: that needs no further package and no merge tables.
 """
 
 import base64
@@ -34,11 +32,7 @@ class _Side:
 
 
 def read_file(path: Path, *, beside: Sequence[Path] = ()) -> TokenTable:
-    """Read one tokenizer file, with JSON files of a transformers tokenizer beside it that name added tokens.
-
-    Raises:
-        VocabularyError: a file cannot be read, is empty or damaged, or is no tokenizer.
-    """
+    """Read one tokenizer file, with JSON files of a transformers tokenizer beside it that name added tokens."""
     name = str(path)
     data = _read_bytes(path)
     if not data.strip():
@@ -54,11 +48,7 @@ def read_file(path: Path, *, beside: Sequence[Path] = ()) -> TokenTable:
         table = _from_llama2c(data, name)
     else:
         table = _from_word_list(data, name, side)
-    return _mark_special(table, side)
-
-
-def _mark_special(table: TokenTable, side: _Side) -> TokenTable:
-    """Mark the control tokens that the files beside name; padding only where it is no ordinary word lent for it."""
+    # The files beside name control tokens; padding counts only where it is no ordinary word lent for it.
     apart = table.special | table.literal
     special = {i for i, token in enumerate(table.tokens) if token in side.special}
     special.update(i for i in apart if table.tokens[i] in side.padding)

@@ -21,11 +21,7 @@ _TIKTOKEN = ("name", "n_vocab", "special_tokens_set", "encode_single_token", "de
 
 
 def read_object(tokenizer: Any) -> TokenTable:  # noqa: ANN401
-    """The token table of a tokenizer in memory, which is not changed.
-
-    Raises:
-        VocabularyError: it is no tokenizer of a known library, or cannot list its vocabulary.
-    """
+    """The token table of a tokenizer in memory, which is not changed."""
     if isinstance(tokenizer, tokenizers.Tokenizer):
         return _from_library(tokenizer, "the given tokenizers.Tokenizer")
     if all(hasattr(tokenizer, name) for name in _TRANSFORMERS):

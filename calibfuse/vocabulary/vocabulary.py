@@ -1,8 +1,4 @@
-"""The bytes of every token id of one tokenizer: all that the universal calibrator needs to know of a vocabulary.
-
-How tokens spell their bytes is in `byte_strings.py`; where tokenizers come from is in `loading.py`. Left out: encoding
-text into ids.
-"""
+"""The bytes of every token id of one tokenizer: all that the universal calibrator needs to know of a vocabulary."""
 
 import hashlib
 import math
@@ -40,9 +36,8 @@ class Vocabulary:
     Attributes:
         data: uint8 [total_bytes]. The bytes of all tokens one after the other.
         offsets: int64 [size + 1]. Token i is data[offsets[i]:offsets[i + 1]].
-        is_special: bool [size]. Control tokens (bos, eos, pad, unk, mask, chat marks; also added tokens that look like
-            marks but lack the special flag, see `token_table.is_mark`), holes in the id range and empty tokens: they
-            have no text, so no bytes.
+        is_special: bool [size]. Control tokens (also added ones that look like it, see `token_table.is_mark`), holes in
+            the id range and empty tokens: they have no bytes.
         name: where it came from, for messages.
         is_fallback: bool [size]. Ids that the tokenizer uses only where no other id has the same bytes: byte tokens
             (`<0x2C>` beside `,`) and WordPiece's inner pieces of punctuation (`##,` beside `,`). Default: no id is one.
@@ -60,12 +55,7 @@ class Vocabulary:
     is_fallback: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=np.bool_))
 
     def __post_init__(self) -> None:
-        """Check that the arrays fit together and make them read-only.
-
-        Raises:
-            VocabularyError: lengths disagree, offsets do not rise from 0 to the end of `data`, or fewer than two ids
-                have text, so that there is nothing to choose between.
-        """
+        """Check that the arrays fit together (else a VocabularyError) and make them read-only."""
         size = len(self.is_special)
         if len(self.offsets) != size + 1 or self.offsets[0] != 0 or self.offsets[-1] != len(self.data):
             raise VocabularyError(
@@ -182,9 +172,7 @@ class Vocabulary:
         cls, tokens: Sequence[bytes], name: str, is_fallback: npt.NDArray[np.bool_] | None = None
     ) -> "Vocabulary":
         lengths = np.fromiter(map(len, tokens), dtype=np.int64, count=len(tokens))
-        offsets = np.zeros(len(tokens) + 1, dtype=np.int64)
-        np.cumsum(lengths, out=offsets[1:])
-        data = np.frombuffer(b"".join(tokens), dtype=np.uint8)
+        data, offsets = np.frombuffer(b"".join(tokens), dtype=np.uint8), np.append(0, np.cumsum(lengths))
         flags = np.zeros(len(tokens), dtype=np.bool_) if is_fallback is None else is_fallback
         return cls(data=data, offsets=offsets, is_special=lengths == 0, name=name, is_fallback=flags)
 
@@ -217,10 +205,6 @@ class Vocabulary:
 
     @classmethod
     def from_table(cls, table: TokenTable) -> "Vocabulary":
-        """The bytes of every token of a table; see `from_tokenizer`.
-
-        Raises:
-            VocabularyError: fewer than two tokens have text, or one holds a lone surrogate.
-        """
+        """The bytes of every token of a table; see `from_tokenizer`."""
         tokens, is_fallback = encode_tokens(table)
         return cls._laid_out(tokens, table.name, is_fallback)
