@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import transformers
-from tiny_calibrators import make_bound, make_calibrator, make_vocabulary
+from tiny_calibrators import make_bound, make_calibrator
 
 from calibfuse import hub
 from calibfuse.cli.main import main
@@ -27,7 +27,6 @@ from calibfuse.errors import (
     CheckpointFormatError,
     InputError,
     MissingHeadError,
-    VocabularyMismatchError,
 )
 from calibfuse.processor import CalibFusion
 
@@ -62,7 +61,7 @@ def target():
 def linear_target(bound, embeddings):
     """A target whose embeddings are a random linear map of the calibrator's: what an alignment can learn in full."""
     model = make_target(seed=3)
-    source = source_embeddings(bound.calibrator, bound.vocabulary, embeddings)
+    source = source_embeddings(bound, embeddings)
     mapping = (
         torch.randn(source.shape[1], HIDDEN, generator=torch.Generator().manual_seed(5)) / source.norm(dim=1).mean()
     )
@@ -103,7 +102,7 @@ def test_one_step_is_the_loss_written_out(bound, target):
     """Cross-entropy of the own token over the inner products, by hand."""
     rows = target_embeddings(target, "input")
     ids = common_tokens(bound.vocabulary, rows)
-    source = source_embeddings(bound.calibrator, bound.vocabulary, "input")
+    source = source_embeddings(bound, "input")
     pairs = alignment_training._Pairs(source[ids], rows, ids)
     matrix = torch.randn(source.shape[1], HIDDEN, generator=torch.Generator().manual_seed(0))
     positives, others = torch.tensor([4, 9]), torch.tensor([[1, 2, 3], [10, 8, 4]])
@@ -120,13 +119,13 @@ def test_source_embeddings_are_what_the_calibrator_works_with():
     """Input: what the body is fed. Output: scores are their products with the last state, up to bias terms."""
     bound = make_bound(size=VOCAB, words={})
     ids = torch.randint(3, VOCAB, (2, 6), generator=torch.Generator().manual_seed(0))
-    calibrator, vocabulary = bound.calibrator, bound.vocabulary
-    vectors = bound._vectors[ids]
+    calibrator = bound.calibrator
+    vectors = bound.vectors[ids]
     fed = calibrator.embed(vectors, torch.zeros_like(ids, dtype=torch.bool))
-    assert torch.allclose(source_embeddings(calibrator, vocabulary, "input")[ids], fed, atol=1e-5)
+    assert torch.allclose(source_embeddings(bound, "input")[ids], fed, atol=1e-5)
     said = bound.sequence(ids)
-    constant = bound._vectors @ calibrator.heads["calibrator"].query.bias + bound._biases[:, 0]
-    scores = last_states(said) @ source_embeddings(calibrator, vocabulary, "output").T + constant
+    constant = bound.vectors @ calibrator.heads["calibrator"].query.bias + bound._biases[:, 0]
+    scores = last_states(said) @ source_embeddings(bound, "output").T + constant
     assert torch.allclose(scores, said.log_scores("calibrator"), atol=1e-4)
 
 
@@ -166,11 +165,6 @@ def test_the_global_random_state_is_left_alone(bound, target):
     assert torch.equal(torch.rand(1), expected)
 
 
-def test_a_plain_calibrator_gives_what_a_bound_one_gives(bound, target):
-    plain = train_alignment(bound.calibrator, target, bound.vocabulary, **QUICK)
-    assert torch.equal(plain.matrix, train_alignment(bound, target, **QUICK).matrix)
-
-
 def test_a_head_wider_than_the_tokenizer_and_a_narrower_one(bound):
     assert train_alignment(bound, make_target(vocab=VOCAB + 64), **QUICK).metadata.common_tokens == VOCAB - 3
     assert train_alignment(bound, make_target(vocab=VOCAB - 50), **QUICK).metadata.common_tokens == VOCAB - 53
@@ -207,14 +201,9 @@ def test_divergence_is_an_error(bound, target, learning_rate):
         train_alignment(bound, target, learning_rate=learning_rate)
 
 
-def test_an_unbound_calibrator_needs_a_tokenizer(target):
-    with pytest.raises(VocabularyMismatchError, match="needs the target's tokenizer"):
-        train_alignment(make_calibrator(), target)
-
-
 def test_too_few_common_tokens_are_refused(target):
     with pytest.raises(InputError, match="only 7 tokens in common; 20 are needed"):
-        train_alignment(make_calibrator(), target, make_vocabulary(10))
+        train_alignment(make_bound(size=10), target)
 
 
 def test_quantised_embeddings_are_refused(bound):
@@ -364,7 +353,7 @@ def test_a_causal_lm_as_calibrator_is_refused(saved, capsys):
     arguments = ["align-embedding", "--calibrator", str(saved / "target"), "--model", str(saved / "target")]
     assert main(arguments) == 2
     assert "Only the universal calibrator can be aligned" in capsys.readouterr().err
-    with pytest.raises(InputError, match="hidden states of its own, got a BoundCausalLM"):
+    with pytest.raises(InputError, match="hidden states of its own, got a LockStepLM"):
         CalibFusion.from_pretrained(str(saved / "target"), target=load(saved), mode="embedding")
 
 

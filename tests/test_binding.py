@@ -359,9 +359,9 @@ class TestDiskCache:
         first = calibrator.bind(make_vocabulary())
         second = calibrator.bind(make_vocabulary())
         assert len(composed) == 1
-        assert torch.equal(first._vectors, second._vectors)
+        assert torch.equal(first.vectors, second.vectors)
         assert torch.equal(first._biases, second._biases)
-        assert second._vectors.data_ptr() % 64 == 0
+        assert second.vectors.data_ptr() % 64 == 0
         assert len(self.files()) == 1
 
     def test_can_be_switched_off(self, calibrator, composed):
@@ -403,7 +403,7 @@ class TestDiskCache:
         with caplog.at_level(logging.WARNING, logger="calibfuse"):
             again = calibrator.bind(make_vocabulary())
         assert "Ignoring the damaged cache file" in caplog.text
-        assert torch.equal(again._vectors, expected._vectors)
+        assert torch.equal(again.vectors, expected.vectors)
         calibrator.bind(make_vocabulary())
         assert len(composed) == 2, "the damaged file was replaced by a good one"
 
@@ -477,7 +477,7 @@ class TestDiskCache:
         with caplog.at_level(logging.WARNING, logger="calibfuse"):
             bound = calibrator.bind(byte_fallback_tokenizer)
         assert "set CALIBFUSE_CACHE" in caplog.text
-        assert torch.equal(bound._vectors, expected._vectors)
+        assert torch.equal(bound.vectors, expected.vectors)
         assert alignment_folders(None, calibrator.fingerprint) == ()
 
     def test_a_cache_that_may_not_be_entered_only_warns(

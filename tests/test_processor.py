@@ -365,7 +365,7 @@ class TestFromPretrained:
 
     def test_lower_precision(self, folder, byte_level_tokenizer):
         fusion = CalibFusion.from_pretrained(folder, tokenizer=byte_level_tokenizer, dtype=torch.bfloat16)
-        assert fusion.guide._vectors.dtype == torch.bfloat16
+        assert fusion.guide.vectors.dtype == torch.bfloat16
 
     def test_default_device_and_dtype_of_torch_do_not_matter(self, folder, byte_level_tokenizer, tmp_path, monkeypatch):
         """The meta device stands for an accelerator: any tensor made there by accident has no numbers."""

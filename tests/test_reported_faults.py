@@ -226,7 +226,7 @@ class TestSettings:
     def test_names_of_dtypes_and_devices(self):
         calibrator, vocabulary = make_calibrator(), make_vocabulary()
         bound = calibrator.bind(vocabulary, dtype="bfloat16", device="cpu", use_disk_cache=False)
-        assert bound._vectors.dtype == torch.bfloat16
+        assert bound.vectors.dtype == torch.bfloat16
         with pytest.raises(InputError, match="dtype must be one of torch's.*'double8'"):
             calibrator.bind(vocabulary, dtype="double8", use_disk_cache=False)
         with pytest.raises(InputError, match="device must be one of torch's.*'foo'"):

@@ -73,7 +73,7 @@ class BoundCalibrator(Guide):
     ) -> None:
         self.calibrator = calibrator
         self.vocabulary = vocabulary
-        self._vectors = vectors
+        self.vectors = vectors
         self._biases = biases
         # One entry more than ids: whatever lies beyond the vocabulary (a padded head) counts as special.
         self._is_special = torch.ones(len(vocabulary) + 1, dtype=torch.bool, device="cpu")
@@ -89,7 +89,7 @@ class BoundCalibrator(Guide):
         moved = BoundCalibrator(
             copy.deepcopy(self.calibrator).to(device),
             self.vocabulary,
-            self._vectors.to(device),
+            self.vectors.to(device),
             self._biases.to(device),
             self._words,
         )
@@ -104,7 +104,7 @@ class BoundCalibrator(Guide):
     @property
     def device(self) -> torch.device:
         """Where the bound vectors are."""
-        return self._vectors.device
+        return self.vectors.device
 
     @property
     def recommended(self) -> Mapping[str, Any]:
@@ -114,7 +114,7 @@ class BoundCalibrator(Guide):
     @property
     def memory_bytes(self) -> int:
         """Bytes of the bound vectors and biases."""
-        return self._vectors.nbytes + self._biases.nbytes
+        return self.vectors.nbytes + self._biases.nbytes
 
     def covers(self, token_ids: Tensor) -> Tensor:
         """Bool, same shape: True where the token has bytes."""
@@ -176,7 +176,7 @@ class BoundCalibrator(Guide):
 
     def inputs(self, ids: Tensor) -> Tensor:
         """Input vectors of the body, [..., width]; ids outside the vocabulary are boundaries, as special tokens are."""
-        vectors = functional.embedding(ids.clamp(0, self.target_vocab_size - 1), self._vectors)
+        vectors = functional.embedding(ids.clamp(0, self.target_vocab_size - 1), self.vectors)
         return self.calibrator.embed(vectors.to(self.calibrator.boundary.dtype), self._is_boundary(ids))
 
     def _is_boundary(self, ids: Tensor) -> Tensor:
@@ -221,7 +221,7 @@ class GuideStates(NextTokenScores):
         query = self._query(head).flatten(0, -2)
         if self._chosen is None or self._chosen[0] is not token_ids:
             known = token_ids.clamp(0, bound.target_vocab_size - 1)
-            self._chosen = (token_ids, known, _product_of(bound._vectors, places, known, len(query)))
+            self._chosen = (token_ids, known, _product_of(bound.vectors, places, known, len(query)))
         _, known, product = self._chosen
         scores = product(query).float() + bound._biases[known, bound.heads.index(head)]
         if self._spelled is not None and head == CALIBRATOR_HEAD:
@@ -237,7 +237,7 @@ class GuideStates(NextTokenScores):
 
     def _of_all(self, query: Tensor) -> Tensor:
         # Products in the query's precision: rounded to bfloat16, a score of 10 would be off by 0.03 nats.
-        vectors = self.bound._vectors
+        vectors = self.bound.vectors
         blocks = [query @ block.to(query.dtype).T for block in torch.split(vectors, _blocks(vectors, query))]
         return torch.cat(blocks, dim=-1)
 
@@ -246,7 +246,7 @@ class GuideStates(NextTokenScores):
         if self._picked is None or self._picked[0] is not token_ids:
             known = token_ids.clamp(0, self.bound.target_vocab_size - 1)
             # `embedding` gathers rows several times as fast as indexing does.
-            picked = functional.embedding(known, self.bound._vectors).to(self.hidden.dtype)
+            picked = functional.embedding(known, self.bound.vectors).to(self.hidden.dtype)
             self._picked = (token_ids, known, picked)
         return self._picked[1:]
 

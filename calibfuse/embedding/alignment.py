@@ -1,18 +1,8 @@
-"""Alignment: the matrix that maps a calibrator's states into one target's hidden space (mode "embedding").
+"""Alignment: the matrix A that maps a calibrator's states into one target's hidden space (mode "embedding").
 
-Tian et al. 2025 (arXiv 2506.01266) fit a matrix A so that the calibrator's embedding of a token, mapped by A, is nearer
-to the target's embedding of the same token than to others; the calibrator's last hidden state, mapped by the same A,
-is then mixed into the target's. `training.py` fits it; here is what it is and where it lies.
-
-The universal calibrator has no embedding table, but an equivalent: a token's composed vector h(token), mapped into the
-body by W_in, is its input embedding; mapped by the query of the "calibrator" head (score = <W_q x + b_q, h(token)>),
-its output embedding. The last hidden state is the x that this query reads: the body's state after the head's own
-adapter and norm, for the body is shared with the reference head and knows nothing of the difference.
-
-On disk: a folder `alignments/<key>/` beside the calibrator, or in the cache folder where that cannot be written to,
-with alignment.safetensors and alignment.json. Several targets' alignments lie side by side. Which one belongs to a
-target is told by the vocabulary, the hidden size and a sketch of the target's embeddings, not by a name: a target that
-moved or was fine-tuned keeps its alignment, another model of the same shape does not get it.
+Tian et al. 2025 (arXiv 2506.01266) fit A so that the calibrator's embedding of a token, mapped by it, is nearest to the
+target's of the same token (training.py). An alignment lies in `alignments/<key>/` beside the calibrator, or in the
+cache folder, and is told by the vocabulary, the hidden size and a sketch of the target's embeddings, not by a name.
 """
 
 from __future__ import annotations
@@ -66,43 +56,25 @@ _SAME_MODEL = 0.9
 
 @dataclass(frozen=True, kw_only=True)
 class AlignmentMetadata:
-    """What an alignment was made for and how.
+    """What an alignment was made for and how."""
 
-    Attributes:
-        target: name of the target, for people.
-        calibrator_fingerprint: of the calibrator's weights.
-        vocabulary_fingerprint: of the target's vocabulary.
-        width: of the calibrator's states.
-        hidden_size: of the target.
-        embeddings: which embeddings were aligned: "input" as published, or "output".
-        common_tokens: tokens with an embedding on both sides.
-        held_out_tokens: of these, kept from training.
-        negatives: random other tokens for each positive one.
-        epochs: passes over the training tokens.
-        batch_size: tokens per step.
-        learning_rate: of Adam.
-        seed: of everything random.
-        loss_curve: pairs (step, mean training loss since the pair before, in nats).
-        held_out_loss: cross-entropy of the held-out tokens, in nats; None without such tokens.
-        retrieval: number of tokens to choose from ("11", "1000" or all common ones) -> share of the held-out tokens
-            whose own target embedding has the largest inner product; empty without held-out tokens.
-    """
-
-    target: str
-    calibrator_fingerprint: str
-    vocabulary_fingerprint: str
-    width: int
-    hidden_size: int
-    embeddings: Embeddings
-    common_tokens: int
-    held_out_tokens: int
-    negatives: int
+    target: str  # its name, for people
+    calibrator_fingerprint: str  # of the weights
+    vocabulary_fingerprint: str  # of the target's vocabulary
+    width: int  # of the calibrator's states
+    hidden_size: int  # of the target
+    embeddings: Embeddings  # which were aligned: "input" as published, or "output"
+    common_tokens: int  # with an embedding on both sides
+    held_out_tokens: int  # of these, kept from training
+    negatives: int  # random other tokens for each positive one
     epochs: int
-    batch_size: int
-    learning_rate: float
+    batch_size: int  # tokens per step
+    learning_rate: float  # of Adam
     seed: int
-    loss_curve: tuple[tuple[int, float], ...]
-    held_out_loss: float | None
+    loss_curve: tuple[tuple[int, float], ...]  # (step, mean training loss since the pair before, in nats)
+    held_out_loss: float | None  # cross-entropy of the held-out tokens, in nats; None without such tokens
+    # Number of tokens to choose from ("11", "1000" or all common ones) -> share of the held-out tokens whose own target
+    # embedding has the largest inner product; empty without such tokens.
     retrieval: Mapping[str, float]
 
     def to_dict(self) -> dict[str, Any]:
@@ -116,9 +88,7 @@ class AlignmentMetadata:
         Raises:
             InputError: keys are missing or unknown, or sizes are no positive numbers.
         """
-        known = {item.name for item in fields(cls)}
-        if set(values) != known:
-            wrong = sorted(set(values) ^ known)
+        if wrong := sorted(set(values) ^ {item.name for item in fields(cls)}):
             raise InputError(f"Unknown or missing metadata of an alignment: {', '.join(wrong)}.")
         for name in ("width", "hidden_size"):
             if type(values[name]) is not int or values[name] < 1:
@@ -131,16 +101,10 @@ class AlignmentMetadata:
 
 @dataclass(frozen=True, eq=False)
 class Alignment:
-    """The matrix with its metadata.
+    """The matrix with its metadata."""
 
-    Attributes:
-        matrix: A, float32 [width, hidden_size], CPU.
-        sketch: float32, a few numbers of the target's embeddings, by which the target is known again.
-        metadata: what it was made for and how.
-    """
-
-    matrix: Tensor
-    sketch: Tensor
+    matrix: Tensor  # A, float32 [width, hidden_size], CPU
+    sketch: Tensor  # float32, a few numbers of the target's embeddings, by which the target is known again
     metadata: AlignmentMetadata
 
     @property
@@ -203,13 +167,7 @@ class Alignment:
                 )
 
     def similarity(self, target: PreTrainedModel, vocabulary: Vocabulary) -> float:
-        """How like a target's embeddings are to those it was made for, as the cosine of the two sketches.
-
-        1: the same; about 0: another model of the same hidden size and vocabulary.
-
-        Raises:
-            InputError: the target's embeddings cannot be read.
-        """
+        """Cosine of a target's sketch with that of the target it was made for: 1 the same, about 0 another model."""
         rows = target_embeddings(target, self.metadata.embeddings)
         sketch = sketch_of(rows, common_tokens(vocabulary, rows))
         if sketch.shape != self.sketch.shape:
@@ -243,16 +201,13 @@ def _alignments_in(folder: Path) -> list[Path]:
 
 
 def find_alignment(folders: Sequence[Path], guide: Guide, target: PreTrainedModel, *, calibrator: str) -> Alignment:
-    """The alignment that belongs to a calibrator and a target.
+    """The alignment of a calibrator with a target; of two for the same target, the one of input embeddings.
 
     Args:
-        folders: each with a subfolder "alignments"; see `alignment_folders`.
+        folders: see `alignment_folders`.
         guide: the bound calibrator.
         target: the model.
-        calibrator: name of the calibrator, for messages.
-
-    Returns:
-        The one whose target is most like `target`; of two for the same target, the one of input embeddings.
+        calibrator: its name, for messages.
 
     Raises:
         MissingHeadError: there is none.
@@ -261,7 +216,7 @@ def find_alignment(folders: Sequence[Path], guide: Guide, target: PreTrainedMode
     bound = alignable(guide)
     fingerprint = bound.calibrator.fingerprint
     found: list[tuple[float, bool, Alignment]] = []
-    outdated = False
+    outdated, hidden_size = False, target_embeddings(target, "input").shape[1]
     for place in (place for folder in folders for place in _alignments_in(folder)):
         try:
             metadata = _read_metadata(place)
@@ -271,9 +226,7 @@ def find_alignment(folders: Sequence[Path], guide: Guide, target: PreTrainedMode
             # Nobody can tell whose it is; if it is this target's, the message below says what to do.
             logger.warning("Ignoring an alignment: %s", error)
             continue
-        if metadata.vocabulary_fingerprint != bound.vocabulary.fingerprint or metadata.hidden_size != _hidden_size(
-            target
-        ):
+        if metadata.vocabulary_fingerprint != bound.vocabulary.fingerprint or metadata.hidden_size != hidden_size:
             continue
         if metadata.calibrator_fingerprint != fingerprint:
             outdated = True
@@ -293,11 +246,7 @@ def find_alignment(folders: Sequence[Path], guide: Guide, target: PreTrainedMode
 
 
 def alignable(guide: Guide) -> BoundCalibrator:
-    """The guide, if it has embeddings and states that can be aligned.
-
-    Raises:
-        InputError: it has not.
-    """
+    """The guide, if it has embeddings and states that can be aligned; else an InputError."""
     if not isinstance(guide, BoundCalibrator):
         raise InputError(
             f"Mode 'embedding' needs a calibrator with hidden states of its own, got a {type(guide).__name__}."
@@ -308,11 +257,7 @@ def alignable(guide: Guide) -> BoundCalibrator:
 
 
 def last_states(said: NextTokenScores) -> Tensor:
-    """The calibrator's last hidden states, float [..., width]: what the query of its "calibrator" head reads.
-
-    Raises:
-        InputError: another guide said it.
-    """
+    """The calibrator's last hidden states, float [..., width]: what the query of its "calibrator" head reads."""
     if not isinstance(said, GuideStates):
         raise InputError(f"Mode 'embedding' needs the states of a universal calibrator, got {type(said).__name__}.")
     head: Any = said.bound.calibrator.heads[CALIBRATOR_HEAD]
@@ -322,11 +267,7 @@ def last_states(said: NextTokenScores) -> Tensor:
 
 
 def target_embeddings(target: PreTrainedModel, embeddings: Embeddings) -> Tensor:
-    """The target's embedding rows, [rows, hidden_size], as they lie in the model (not a copy).
-
-    Raises:
-        InputError: the model has none, or they are quantised or offloaded.
-    """
+    """The target's embedding rows, [rows, hidden_size], as they lie in the model (not a copy)."""
     model: Any = target  # transformers types these methods in some versions only
     module = model.get_input_embeddings() if embeddings == "input" else model.get_output_embeddings()
     weight = getattr(module, "weight", None)
@@ -336,7 +277,7 @@ def target_embeddings(target: PreTrainedModel, embeddings: Embeddings) -> Tensor
     if not weight.is_floating_point() or weight.device.type == "meta":
         raise InputError(
             f"The {embeddings} embeddings of {name} are quantised or offloaded ({weight.dtype}, {weight.device}); load "
-            "the model without that for `calibfuse align`, or align with the other embeddings."
+            "the model without that, or align with the other embeddings."
         )
     return weight.detach()
 
@@ -354,7 +295,3 @@ def sketch_of(rows: Tensor, ids: Tensor) -> Tensor:
     sketch = rows[tokens.to(rows.device)][:, channels.to(rows.device)].to("cpu", torch.float32)
     # The mean of all tokens is large, and alike within a family.
     return sketch - sketch.mean(dim=0)
-
-
-def _hidden_size(target: PreTrainedModel) -> int:
-    return int(target_embeddings(target, "input").shape[1])

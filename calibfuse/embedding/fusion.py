@@ -6,14 +6,8 @@ matrix and a = alpha:
     h' = (1 - a) h + a LN(t A)                      LN: layer normalisation without learned parameters
     scores' = cap(scale (W h' + b))
 
-The head is affine and the weights of h and LN(t A) sum to one, so W h' + b = (1 - a) (W h + b) + a (W LN(t A) + b): the
-scores of the target and one more call of its head give the fusion exactly. It acts on the whole vocabulary; there are
-no candidates, as there are none in the paper.
-
-The factor 1 - a on the target's own logits is a temperature of 1 / (1 - a) that comes with the method, whatever the
-calibrator says. `hidden_temperature=False` fuses h' = h + a / (1 - a) LN(t A) instead: the same direction and, without
-a bias in the head, the same order of tokens, but the target keeps weight 1. The difference between the two is the
-share of that temperature in the effect.
+W h' + b = (1 - a) (W h + b) + a (W LN(t A) + b), so the scores of the target and one more call of its head give the
+fusion exactly, over the whole vocabulary.
 """
 
 from __future__ import annotations
@@ -29,14 +23,7 @@ from calibfuse.errors import InputError, VocabularyMismatchError
 
 
 def aligned_states(states: Tensor, matrix: Tensor) -> Tensor:
-    """LN(t A).
-
-    Args:
-        states: t, float [..., width].
-        matrix: A, float [width, hidden_size].
-
-    Returns:
-        float32 [..., hidden_size], mean 0 and variance 1 over the last axis.
+    """LN(t A): states t [..., width] and matrix A [width, hidden_size] -> float32 [..., hidden_size].
 
     Example:
         >>> aligned_states(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 1.0], [0.0, 0.0]]))
@@ -53,9 +40,8 @@ class EmbeddingFusion:
         matrix: A, float32 [width, hidden_size].
         head: of the target.
         alpha: a in [0, 1); 0 leaves the target as it is.
-        hidden_temperature: True: as published. False: the target's hidden state keeps weight 1.
-
-    Source: Tian et al. (2025), arXiv 2506.01266.
+        hidden_temperature: True: as published, where the factor 1 - a on the target's own logits is a temperature,
+            whatever the calibrator says. False: h' = h + a / (1 - a) LN(t A), so that the target keeps weight 1.
     """
 
     matrix: Tensor
@@ -64,12 +50,7 @@ class EmbeddingFusion:
     hidden_temperature: bool = True
 
     def __post_init__(self) -> None:
-        """Check that the parts fit.
-
-        Raises:
-            VocabularyMismatchError: the alignment was made for another hidden size.
-            InputError: alpha out of range.
-        """
+        """Check that the parts fit."""
         if self.matrix.shape[-1] != self.head.hidden_size:
             raise VocabularyMismatchError(
                 f"The alignment maps to {self.matrix.shape[-1]} channels, but the target's output head takes "
@@ -79,15 +60,11 @@ class EmbeddingFusion:
             raise InputError(f"alpha must be at least 0 and below 1 in mode 'embedding', got {self.alpha!r}.")
 
     def __call__(self, scores: Tensor, states: Tensor) -> Tensor:
-        """The fused scores.
+        """The fused log-probabilities, float32, shape of `scores`, nats; -inf stays -inf.
 
         Args:
-            scores: float [..., target_vocab_size], logits or (unless the target soft-caps them) log-probabilities; -inf
-                where a token is excluded. Not modified.
+            scores: float [..., target_vocab_size], logits or (unless the target soft-caps them) log-probabilities.
             states: t, float [..., width], leading axes of `scores`.
-
-        Returns:
-            Normalised log-probabilities, float32, shape of `scores`, nats; -inf stays -inf.
 
         Raises:
             VocabularyMismatchError: the head is narrower than the scores.

@@ -1,15 +1,8 @@
-"""How a target model turns its last hidden state into scores, so that a fusion of hidden states can be done on scores.
+"""How a target model turns its last hidden state h into scores: a fusion of states can then be done on scores.
 
-For the hidden state h that the output head receives, every decoder of transformers 4.57 and 5.x computes
-
-    scores = cap(scale (W h + b))        cap(x) = c tanh(x / c) or x
-
-W h + b is the head (a Linear, tied or not). `scale` is 1 for most models; Cohere, Granite, HyperCLOVA X, Falcon-H1 and
-others have one. The soft cap c belongs to the Gemma family, xLSTM, NanoChat and others. The names of these settings
-differ from model to model, so they are not looked up but measured: one forward pass of four tokens shows the head's
-output beside the model's. What fits neither formula is refused.
-
-Left out: heads that are no module of the model, adaptive softmax, and mixtures of several heads.
+Every decoder of transformers computes cap(scale (W h + b)), with cap(x) = c tanh(x / c) or x. The names of the settings
+differ from model to model, so they are measured: one forward pass of four tokens shows the head's output beside the
+model's. What does not fit is refused.
 """
 
 from __future__ import annotations
@@ -34,29 +27,17 @@ _LOG_PROBABILITY_LIMIT = 1e-4
 
 @dataclass(frozen=True, eq=False)
 class OutputHead:
-    """Hidden states to scores and, but for what a softmax forgets, back to the head's own output.
+    """Hidden states to scores and, but for what a softmax forgets, back to the head's own output."""
 
-    Attributes:
-        affine: h -> W h + b: float [..., hidden_size] on any device -> [..., at least the width of the scores].
-        hidden_size: width of h.
-        scale: factor after the head, positive.
-        soft_cap: c, or None.
-        bias: b, float32 [at least the width of the scores]; None: there is none.
-    """
-
-    affine: Callable[[Tensor], Tensor]
+    affine: Callable[[Tensor], Tensor]  # h [..., hidden_size] on any device -> W h + b
     hidden_size: int
-    scale: float = 1.0
+    scale: float = 1.0  # positive
     soft_cap: float | None = None
-    bias: Tensor | None = None
+    bias: Tensor | None = None  # b, float32; None: there is none
 
     @torch.no_grad()
     def logits(self, states: Tensor, width: int) -> Tensor:
-        """W h + b, float32 [..., width] on the device of `states`; a head that is padded beyond the scores is cut.
-
-        Raises:
-            VocabularyMismatchError: the head is narrower than the scores.
-        """
+        """W h + b, float32 [..., width] on the device of `states`; a head that is padded beyond the scores is cut."""
         logits = self.affine(states).to(states.device, torch.float32)
         if logits.shape[-1] < width:
             raise VocabularyMismatchError(

@@ -1,15 +1,8 @@
-"""Fit the alignment matrix of mode "embedding" by negative sampling (Tian et al. 2025, "embedding-space alignment").
+"""Fit the alignment matrix A of mode "embedding" by negative sampling (Tian et al. 2025).
 
-For every token t that both sides know, with e1 the calibrator's embedding, e2 the target's, and K random other tokens:
-
-    loss = cross-entropy of the first of  [<e1(t) A, e2(t)>, <e1(t) A, e2(n_1)>, ..., <e1(t) A, e2(n_K)>]
-
-The universal calibrator composes a vector for any bytes, so every token of the target but the special ones is common.
-
-As published, input embeddings are aligned and the matrix is then applied to output states, which live in another space
-unless the target ties the two. `embeddings="output"` aligns the output embeddings of both sides instead: those are what
-states are compared with. The published code starts from an unscaled normal matrix, whose inner products are in the
-hundreds; here A starts so small that every choice is equally likely.
+Of a token t, the target's embedding e2 and those of K random other tokens, <e1(t) A, e2(t)> is to be the largest. The
+universal calibrator's embedding e1 of a token is its composed vector, mapped into the body ("input") or by the query
+of the head "calibrator" ("output", where states live). A starts so small that every choice is equally likely.
 """
 
 from __future__ import annotations
@@ -25,8 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm import tqdm
 
-from calibfuse.calibrator.binding import BoundCalibrator, compose_vocabulary
-from calibfuse.calibrator.model import CalibratorNetwork
+from calibfuse.calibrator.binding import BoundCalibrator
 from calibfuse.embedding.alignment import (
     EMBEDDINGS,
     Alignment,
@@ -37,14 +29,11 @@ from calibfuse.embedding.alignment import (
     sketch_of,
     target_embeddings,
 )
-from calibfuse.errors import InputError, VocabularyMismatchError
-from calibfuse.guide import CALIBRATOR_HEAD
-from calibfuse.vocabulary import Vocabulary
+from calibfuse.errors import InputError
+from calibfuse.guide import CALIBRATOR_HEAD, Guide
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from calibfuse.vocabulary import TokenizerLike
 
 RETRIEVAL_CHOICES = (11, 1000)
 _START_SCALE = 0.1  # spread of the first inner products
@@ -67,9 +56,8 @@ class _Pairs:
 
 
 def train_alignment(
-    calibrator: CalibratorNetwork | BoundCalibrator,
+    guide: Guide,
     target: PreTrainedModel,
-    tokenizer: TokenizerLike | None = None,
     *,
     negatives: int = 10,
     epochs: int = 5,
@@ -83,15 +71,13 @@ def train_alignment(
     """Fit the alignment of a calibrator with a target.
 
     Args:
-        calibrator: plain, or bound to the target's vocabulary.
+        guide: a universal calibrator, bound to the target's vocabulary.
         target: the model whose hidden states are to be fused; not changed. The fit runs where its embeddings are.
-        tokenizer: of the target; None: what `calibrator` is bound to.
         negatives: K, random other tokens for each token; 1 or more.
         epochs: passes over the training tokens; 1 or more.
         batch_size: tokens per step; 1 or more.
         learning_rate: of Adam, positive.
-        seed: of the start, the order, the negatives and the choice of held-out tokens; the same seed gives the same
-            matrix on the same machine.
+        seed: of the start, the order, the negatives and the choice of held-out tokens.
         held_out: share of the common tokens kept from training and used to measure retrieval, in [0, 1).
         embeddings: "input" as published, or "output".
         progress: show a bar on standard error.
@@ -102,18 +88,15 @@ def train_alignment(
     Raises:
         InputError: no universal calibrator, an option is out of range, the target's embeddings cannot be read, too
             few tokens are common, or the fit diverged.
-        VocabularyError: the tokenizer is not usable.
-        VocabularyMismatchError: no tokenizer for a calibrator that is not bound.
     """
     _check_options(negatives, epochs, batch_size, learning_rate, held_out, embeddings)
-    bound_model, vocabulary = _unbind(calibrator, tokenizer)
-    rows = target_embeddings(target, embeddings)
-    ids = common_tokens(vocabulary, rows)
+    bound, rows = alignable(guide), target_embeddings(target, embeddings)
+    ids = common_tokens(bound.vocabulary, rows)
     if len(ids) < _FEWEST_TOKENS:
         raise InputError(
             f"The calibrator and the target have only {len(ids)} tokens in common; {_FEWEST_TOKENS} are needed."
         )
-    source = source_embeddings(bound_model, vocabulary, embeddings)[ids]
+    source = source_embeddings(bound, embeddings)[ids]
     pairs = _Pairs(source.to(rows.device), rows, ids.to(rows.device))
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(ids), generator=generator)
@@ -124,8 +107,8 @@ def train_alignment(
     held_out_loss, retrieval = _evaluate(pairs, matrix, held, generator) if len(held) else (None, {})
     metadata = AlignmentMetadata(
         target=_name_of(target),
-        calibrator_fingerprint=bound_model.fingerprint,
-        vocabulary_fingerprint=vocabulary.fingerprint,
+        calibrator_fingerprint=bound.calibrator.fingerprint,
+        vocabulary_fingerprint=bound.vocabulary.fingerprint,
         width=matrix.shape[0],
         hidden_size=matrix.shape[1],
         embeddings=embeddings,
@@ -142,15 +125,12 @@ def train_alignment(
 
 
 @torch.no_grad()
-def source_embeddings(calibrator: CalibratorNetwork, vocabulary: Vocabulary, embeddings: Embeddings) -> Tensor:
+def source_embeddings(bound: BoundCalibrator, embeddings: Embeddings) -> Tensor:
     """The calibrator's embeddings of all ids, special ones without meaning: float32 [target_vocab_size, width], CPU."""
-    vectors, _ = compose_vocabulary(calibrator, vocabulary, torch.float32)
-    if embeddings == "input":
-        projection = calibrator.token_in.weight.T
-    else:
-        head: Any = calibrator.heads[CALIBRATOR_HEAD]
-        projection = head.query.weight
-    return vectors @ projection.to("cpu", torch.float32)
+    calibrator = bound.calibrator
+    head: Any = calibrator.heads[CALIBRATOR_HEAD]
+    projection = calibrator.token_in.weight.T if embeddings == "input" else head.query.weight
+    return bound.vectors.to("cpu", torch.float32) @ projection.to("cpu", torch.float32)
 
 
 def _name_of(target: PreTrainedModel) -> str:
@@ -171,27 +151,6 @@ def _check_options(
         raise InputError(f"held_out must be a share from 0 to below 1, got {held_out!r}.")
     if embeddings not in EMBEDDINGS:
         raise InputError(f"embeddings must be 'input' or 'output', got {embeddings!r}.")
-
-
-def _unbind(
-    calibrator: CalibratorNetwork | BoundCalibrator, tokenizer: TokenizerLike | None
-) -> tuple[CalibratorNetwork, Vocabulary]:
-    """The model, and the vocabulary it is to be aligned over."""
-    if isinstance(calibrator, BoundCalibrator):
-        bound = alignable(calibrator)  # it has the head
-        vocabulary = bound.vocabulary if tokenizer is None else Vocabulary.from_tokenizer(tokenizer)
-        return bound.calibrator, vocabulary
-    if not isinstance(calibrator, CalibratorNetwork):
-        # Calibrator.from_pretrained gives a causal LM where the checkpoint is one.
-        raise InputError(
-            f"Only the universal calibrator can be aligned, got a {type(calibrator).__name__}: the states of another "
-            "language model are not used by mode 'embedding'."
-        )
-    if tokenizer is None:
-        raise VocabularyMismatchError(
-            "train_alignment needs the target's tokenizer for a calibrator that is not bound."
-        )
-    return calibrator, Vocabulary.from_tokenizer(tokenizer)
 
 
 def _fit(

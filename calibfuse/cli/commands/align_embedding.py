@@ -70,9 +70,8 @@ def run(args: argparse.Namespace) -> int:
     target = load_target(args)
     start = time.perf_counter()
     alignment = train_alignment(
-        calibrator,
+        calibrator.bind(args.tokenizer or target.tokenizer),
         target.model,
-        args.tokenizer or target.tokenizer,
         negatives=args.negatives,
         epochs=args.epochs,
         batch_size=args.batch_size,
