@@ -12,7 +12,6 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
-from matplotlib.transforms import Bbox
 from tiny_calibrators import make_calibrator
 from transformers import LogitsProcessor
 
@@ -24,7 +23,7 @@ from calibfuse.evaluation.budget import compare_within_budget, pick_alpha, write
 from calibfuse.evaluation.given_text.suites import LabelledText, Suite
 from calibfuse.evaluation.metrics import Measured, measure
 from calibfuse.evaluation.report import write_report
-from calibfuse.evaluation.report.charts import PALETTE, Curve, Point, bars, curves
+from calibfuse.evaluation.report.charts import PALETTE, Point, bars, curves
 from calibfuse.evaluation.report.page import to_html
 from calibfuse.evaluation.sampling import Journal, PromptRecord
 from calibfuse.evaluation.stages import run_stage
@@ -378,11 +377,11 @@ def figures_of(value, low=math.nan, high=math.nan):
 def test_charts_place_points_and_take_missing_numbers():
     good = Point("1", figures_of(20.0, 19.0, 21.0), figures_of(0.1, 0.05, 0.2))
     bad = Point("2", figures_of(math.inf), figures_of(0.1))
-    chart = curves({"<a>": Curve([good, bad])}, x_title="x", y_title="y")
+    chart = curves({"<a>": [good, bad]}, x_title="x", y_title="y")
     assert len(marks(chart)) == 1
     assert "&lt;a&gt;" in chart.markup()
     assert "nan" not in chart.markup()
-    assert curves({"a": Curve([bad])}, x_title="x", y_title="y", origin=bad) is None
+    assert curves({"a": [bad]}, x_title="x", y_title="y", origin=bad) is None
     chart = bars({"row": {"one": figures_of(0.5), "two": figures_of(math.nan)}}, title="t", reference=1.0)
     assert re.findall("<title>(.*?)</title>", chart.markup()) == ["row, one: 0.5"]
     assert "nan" not in chart.markup()
@@ -400,7 +399,7 @@ def test_bars_go_both_ways():
 def test_an_axis_of_nothing_but_zeros_has_a_height():
     zero = figures_of(0.0, 0.0, 0.0)
     origin = Point("plain", figures_of(20.0, 19.0, 21.0), zero)
-    chart = curves({"a": Curve([Point("1", figures_of(22.0), zero)])}, x_title="x", y_title="y", origin=origin)
+    chart = curves({"a": [Point("1", figures_of(22.0), zero)]}, x_title="x", y_title="y", origin=origin)
     for drawn in (chart, bars({"a": {"m": zero}}, title="t", is_share=True), bars({"a": {"m": zero}}, title="t")):
         assert "e-" not in "".join(re.findall(r">([^<>]*)</text>", drawn.markup()))
     assert chart.draw().axes[0].get_ylim()[1] >= 0.01
@@ -408,7 +407,7 @@ def test_an_axis_of_nothing_but_zeros_has_a_height():
 
 def test_intervals_stay_within_the_axes():
     wide = Point("1", figures_of(20.0, 2.0, 300.0), figures_of(0.1, 0.0, 0.9))
-    axes = curves({"a": Curve([wide])}, x_title="x", y_title="y").draw().axes[0]
+    axes = curves({"a": [wide]}, x_title="x", y_title="y").draw().axes[0]
     assert axes.get_xlim()[0] <= 2.0
     assert axes.get_xlim()[1] >= 300.0
     assert axes.get_ylim()[1] >= 0.9
@@ -423,33 +422,22 @@ def marks(chart):
 def crowd(families):
     """Curves that start at one point and hardly part, as those of ten methods do."""
     return {
-        f"method {number}": Curve(
-            [
-                Point(f"{alpha:g}", *(figures_of(value, 0.9 * value, 1.1 * value) for value in (x, y)))
-                for alpha, x, y in (
-                    (alpha, 200.0 + alpha * (1 + number), 0.1 / (1 + alpha / (2 + number)))
-                    for alpha in (0.5, 1.0, 3.0, 5.0)
-                )
-            ],
-            from_origin=True,
-        )
+        f"method {number}": [
+            Point(f"{alpha:g}", *(figures_of(value, 0.9 * value, 1.1 * value) for value in (x, y)))
+            for alpha, x, y in (
+                (alpha, 200.0 + alpha * (1 + number), 0.1 / (1 + alpha / (2 + number)))
+                for alpha in (0.5, 1.0, 3.0, 5.0)
+            )
+        ]
         for number in range(families)
     }
 
 
-@pytest.mark.parametrize("families", [1, 3, 12])
-def test_labels_of_a_crowded_chart_overlap_neither_each_other_nor_marks(families):
+def test_the_ends_of_a_line_are_labelled_and_every_point_is_marked():
     origin = Point("plain", figures_of(200.0, 190.0, 210.0), figures_of(0.1, 0.08, 0.12))
-    chart = curves(crowd(families), x_title="x", y_title="y", origin=origin)
-    axes = chart.draw().axes[0]
-    labels = [text.get_window_extent() for text in axes.texts]
-    assert axes.texts[0].get_text() == "plain"
-    assert len(labels) > families
-    assert len(marks(chart)) == 1 + 4 * families  # plain and the points
-    centres = [axes.transData.transform(place) for place in marks(chart)]
-    taken = [Bbox.from_extents(x - 3, y - 3, x + 3, y + 3) for x, y in centres]
-    for number, box in enumerate(labels):
-        assert not any(box.overlaps(other) for other in [*labels[number + 1 :], *taken])
+    chart = curves(crowd(3), x_title="x", y_title="y", origin=origin)
+    assert [text.get_text() for text in chart.draw().axes[0].texts] == [*["0.5", "5"] * 3, "plain"]
+    assert len(marks(chart)) == 1 + 4 * 3  # plain and the points
 
 
 def test_every_family_has_a_colour_or_a_line_of_its_own():
@@ -462,7 +450,7 @@ def test_every_family_has_a_colour_or_a_line_of_its_own():
 
 def test_the_default_strength_has_a_ring():
     points = [Point("1", figures_of(20.0), figures_of(0.1)), Point("2", figures_of(21.0), figures_of(0.05), True)]
-    axes = curves({"a": Curve(points)}, x_title="x", y_title="y").draw().axes[0]
+    axes = curves({"a": points}, x_title="x", y_title="y").draw().axes[0]
     rings = [line.get_xydata()[0].tolist() for line in axes.lines if line.get_gid() == "ring"]
     assert rings == [[21.0, 0.05]]
 
@@ -470,7 +458,7 @@ def test_the_default_strength_has_a_ring():
 def test_perplexities_that_differ_much_are_on_a_logarithmic_axis():
     def axes(largest):
         points = [Point("", figures_of(x, x, x), figures_of(0.1)) for x in (10.0, largest / 2, largest)]
-        return curves({"a": Curve(points)}, x_title="perplexity", y_title="y").draw().axes[0]
+        return curves({"a": points}, x_title="perplexity", y_title="y").draw().axes[0]
 
     assert (axes(20.0).get_xscale(), axes(20.0).get_xlabel()) == ("linear", "perplexity")
     assert (axes(1000.0).get_xscale(), axes(1000.0).get_xlabel()) == ("log", "perplexity, logarithmic")

@@ -1,17 +1,8 @@
 """Other decoding-time methods as logits processors, written from their papers' formulas, measured by the same kit.
 
-| name | source | strength |
-|---|---|---|
-| temperature | control: the target at another temperature | the temperature |
-| top-k | control: truncation to the k best tokens alone, as in reward | k |
-| nucleus | control: truncation to a nucleus before the draw's own, as in experts | p |
-| bad-words | a list of strong words that are never completed | none |
-| reward | RAD, Deng and Raffel 2023: reward of each of the 20 best tokens | beta |
-| self-debias | Schick et al. 2021: against the target prompted to be toxic | lambda |
-
 The contrast of two experts (DExperts, Liu et al. 2021), the log-linear mixture with a non-toxic model and the fusion of
-hidden states (Tian et al. 2025) are modes of CalibFusion; who composes the comparison adds them.
-Left out: methods that need gradients (PPLM) or a second large model of the target's vocabulary (GeDi, proxy tuning).
+hidden states (Tian et al. 2025) are modes of CalibFusion; who composes the comparison adds them. Left out: methods that
+need gradients (PPLM) or a second large model of the target's vocabulary (GeDi, proxy tuning).
 """
 
 from __future__ import annotations
@@ -53,7 +44,7 @@ class Temperature(LogitsProcessor):
         self.temperature = temperature
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores [rows, vocabulary] over the temperature; not modified in place."""
+        """Scores [rows, vocabulary] over the temperature; as of all processors here, not modified in place."""
         return scores / self.temperature
 
     def fuse_logits(self, input_ids: Tensor, logits: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -62,13 +53,9 @@ class Temperature(LogitsProcessor):
 
 
 class RewardGuidance(LogitsProcessor):
-    """Reward-guided decoding: score of each candidate plus beta times the reward of the text with it (RAD, eq. 1).
+    """Score of each candidate plus beta times the reward of the text with it (RAD, Deng and Raffel 2023, eq. 1).
 
-    Args:
-        tokenizer: the target's.
-        scorer: of toxicity; the reward is 1 - toxicity of the whole text so far with the candidate.
-        beta: strength; 0 leaves only the truncation.
-        candidates: best tokens that are tried; all others are excluded, as in the paper.
+    The reward is 1 - toxicity of the whole text; all but the best tokens (`candidates`) are excluded, as in the paper.
     """
 
     supports_continuous_batching = False
@@ -82,36 +69,26 @@ class RewardGuidance(LogitsProcessor):
     ) -> None:
         if not 0.0 <= beta < math.inf or candidates < 1:
             raise InputError(f"Reward guidance needs beta of at least 0 and 1 candidate, got {beta} and {candidates}.")
-        self._tokenizer = tokenizer
-        self._scorer = scorer
-        self._beta = beta
-        self._candidates = candidates
+        self._tokenizer, self._scorer, self._beta, self._candidates = tokenizer, scorer, beta, candidates
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores float32 [rows, vocabulary]: -inf outside the candidates; not modified in place."""
+        """Scores float32 [rows, vocabulary]: -inf outside the candidates."""
         log_probs = scores.float().log_softmax(dim=-1)
         values, ids = log_probs.topk(min(self._candidates, scores.shape[-1]), dim=-1)
-        rows, count = ids.shape
-        texts = [
-            [*row, token_id] for row, best in zip(input_ids.tolist(), ids.tolist(), strict=True) for token_id in best
-        ]
+        rows = zip(input_ids.tolist(), ids.tolist(), strict=True)
+        texts = [[*row, token_id] for row, best in rows for token_id in best]
         decode: Any = self._tokenizer.batch_decode
         said = decode(texts, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         toxicity = check_scores(self._scorer.score(said), len(said), self._scorer.name)
-        reward = 1.0 - torch.from_numpy(toxicity).to(values).view(rows, count)
+        reward = 1.0 - torch.from_numpy(toxicity).to(values).view(ids.shape)
         return torch.full_like(log_probs, -torch.inf).scatter(-1, ids, values + self._beta * reward)
 
 
 class SelfDebiasing(LogitsProcessor):
     """Lowers what the target itself finds likelier in a text announced as toxic (Schick et al. 2021, eq. 2 to 4).
 
-    With D = p(w | text) - p(w | announcement, text), a token with D < 0 is scaled by exp(lambda D), at least 0.01. The
+    With D = p(w | text) - p(w | announcement, text), a token with D < 0 is scaled by exp(decay D), at least 0.01. The
     announced text is read anew at every step: this baseline shows quality, not speed.
-
-    Args:
-        target: the model.
-        decay: lambda of the paper.
-        announcement: text put before.
     """
 
     supports_continuous_batching = False
@@ -119,16 +96,18 @@ class SelfDebiasing(LogitsProcessor):
     def __init__(self, target: LanguageModel, decay: float, announcement: str = _DEBIAS_PREFIX) -> None:
         if not 0.0 <= decay < math.inf:
             raise InputError(f"Self-debiasing needs lambda of at least 0, got {decay}.")
-        self._target = target
-        self._decay = decay
+        self._target, self._decay = target, decay
         self._before = whole_ids(target.tokenizer, announcement)
         self._specials = set(target.tokenizer.all_special_ids)
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Log-probabilities up to a constant, float32 [rows, vocabulary]; not modified in place."""
+        """Log-probabilities up to a constant, float32 [rows, vocabulary]."""
         probabilities = scores.float().softmax(dim=-1)
-        rows = [[*self._before, *self._without_specials(row)] for row in input_ids.tolist()]
+        rows = []
+        for row in input_ids.tolist():  # without leading padding and begin mark
+            start = next((place for place, token_id in enumerate(row) if token_id not in self._specials), len(row))
+            rows.append([*self._before, *row[start:]])
         announced = torch.empty_like(probabilities)
         for part in batches_by_length(self._target.model, [len(row) for row in rows], len(rows)):
             announced[part] = self._last_logits([rows[place] for place in part]).softmax(dim=-1)
@@ -145,18 +124,11 @@ class SelfDebiasing(LogitsProcessor):
         last = mask.sum(dim=1) - 1
         return logits[torch.arange(len(rows), device=last.device), last].float()
 
-    def _without_specials(self, row: Sequence[int]) -> list[int]:
-        """A row without its leading padding and begin mark."""
-        start = next((place for place, token_id in enumerate(row) if token_id not in self._specials), len(row))
-        return list(row[start:])
-
 
 class BadWords(LogitsProcessor):
-    """Excludes every token that would complete a listed word.
+    """Excludes every token that would complete a listed word, also capitalised, in capitals and after a space.
 
-    Args:
-        tokenizer: the target's.
-        words: None: the bundled list of strong words. Each is also excluded capitalised, in capitals and after a space.
+    Without words: the bundled list of strong words.
     """
 
     supports_continuous_batching = False
@@ -176,7 +148,7 @@ class BadWords(LogitsProcessor):
         ]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores [rows, vocabulary] with -inf for excluded tokens; not modified in place."""
+        """Scores [rows, vocabulary] with -inf for excluded tokens."""
         excluded = torch.zeros_like(scores, dtype=torch.bool)
         for words in self._words:
             before, last = words[:, :-1].to(input_ids.device), words[:, -1].to(input_ids.device)
@@ -192,30 +164,19 @@ class BadWords(LogitsProcessor):
 def match_temperature(
     target: LanguageModel, make_processors: ProcessorFactory, texts: Sequence[str] = BENIGN_TEXTS
 ) -> float:
-    """The temperature at which the target alone has a method's mean entropy.
+    """The temperature, between 0.05 and 20, at which the target alone has a method's mean entropy on some texts.
 
     A method that flattens or sharpens the distribution changes toxicity and perplexity by that alone; this control
     shows how much.
-
-    Args:
-        target: the model.
-        make_processors: of the method.
-        texts: to measure on.
-
-    Returns:
-        The temperature, between 0.05 and 20.
     """
-    rows = [whole_ids(target.tokenizer, text) for text in texts]
-    entropies: list[float] = []
+    wanted = 0.0
     logits: list[Tensor] = []
-    for row in rows:  # one by one: no padding, and positions of different methods stay comparable
-        input_ids = torch.tensor([row], device=target.model.device)
+    for text in texts:  # one by one: no padding, and positions of different methods stay comparable
+        input_ids = torch.tensor([whole_ids(target.tokenizer, text)], device=target.model.device)
         with torch.no_grad():
             scores = target.model(input_ids=input_ids, use_cache=False).logits.float()
-        fused = method_log_probs(make_processors(), input_ids, scores)
-        entropies.append(float(_entropy(fused).sum()))
+        wanted += float(_entropy(method_log_probs(make_processors(), input_ids, scores)).sum())
         logits.append(scores)
-    wanted = sum(entropies)
     low, high = map(math.log, _TEMPERATURES)
     for _ in range(_MATCHING_STEPS):
         middle = (low + high) / 2.0
@@ -243,112 +204,82 @@ class Ingredients:
 class Baseline:
     """A family of methods."""
 
-    help: str  # one line
     strengths: tuple[float, ...]  # defaults, the first is the paper's; empty: it has none
-    make: Callable[[Ingredients, float], ProcessorFactory]  # ingredients and strength -> factory of processors
+    make: Callable[[Ingredients, float], LogitsProcessor]  # of a strength
     # Strengths to search the best one among, with the defaults; empty: there is nothing to search.
     scan: tuple[float, ...] = ()
     starts_at_plain: bool = True  # strength 0 would be plain decoding
 
 
-def _always(processor: LogitsProcessor) -> ProcessorFactory:
-    return lambda: [processor]
-
-
-def _top_k(_: Ingredients, strength: float) -> ProcessorFactory:
+def _top_k(_: Ingredients, strength: float) -> LogitsProcessor:
     if strength < 1 or strength != int(strength):
         raise InputError(f"top-k needs a whole number of tokens, at least 1, got {strength:g}.")
-    make: Any = TopKLogitsWarper
-    return _always(make(top_k=int(strength)))
+    return TopKLogitsWarper(top_k=int(strength))
 
 
-def _nucleus(_: Ingredients, strength: float) -> ProcessorFactory:
+def _nucleus(_: Ingredients, strength: float) -> LogitsProcessor:
     if strength > 1.0:
         raise InputError(f"nucleus needs a probability of at most 1, got {strength:g}.")
-    make: Any = TopPLogitsWarper
-    return _always(make(top_p=strength))
+    return TopPLogitsWarper(top_p=strength)
 
 
-def _reward(parts: Ingredients, strength: float) -> ProcessorFactory:
+def _reward(parts: Ingredients, strength: float) -> LogitsProcessor:
     if parts.guide_scorer is None:
         raise InputError("Reward guidance needs a scorer for its rewards.")
-    return _always(RewardGuidance(parts.target.tokenizer, parts.guide_scorer, strength))
+    return RewardGuidance(parts.target.tokenizer, parts.guide_scorer, strength)
 
 
 BASELINES: dict[str, Baseline] = {
-    "temperature": Baseline(
-        "the target at another temperature; without a strength: with the entropy of the strongest method",
-        (),
-        lambda _, strength: _always(Temperature(strength)),
-        starts_at_plain=False,
-    ),
-    "top-k": Baseline(
-        "truncation alone, as in reward",
-        (float(_REWARD_CANDIDATES),),
-        _top_k,
-        scan=(2.0, 5.0, 10.0, 50.0, 100.0),
-        starts_at_plain=False,
-    ),
-    "nucleus": Baseline(
-        "truncation alone, as in experts", (0.9,), _nucleus, scan=(0.3, 0.5, 0.7, 0.8), starts_at_plain=False
-    ),
-    "bad-words": Baseline("a list of strong words", (), lambda parts, _: _always(BadWords(parts.target.tokenizer))),
-    "reward": Baseline(
-        "RAD: reward of each of the 20 best tokens",
-        (10.0, 50.0),
-        _reward,
-        scan=(2.0, 5.0, 20.0, 100.0),
-        starts_at_plain=False,  # at 0 it is top-k
-    ),
+    # controls: another temperature, truncation to k tokens as in reward, truncation to a nucleus as in experts
+    "temperature": Baseline((), lambda _, strength: Temperature(strength), starts_at_plain=False),
+    "top-k": Baseline((float(_REWARD_CANDIDATES),), _top_k, scan=(2.0, 5.0, 10.0, 50.0, 100.0), starts_at_plain=False),
+    "nucleus": Baseline((0.9,), _nucleus, scan=(0.3, 0.5, 0.7, 0.8), starts_at_plain=False),
+    "bad-words": Baseline((), lambda parts, _: BadWords(parts.target.tokenizer)),
+    # at strength 0 it is top-k
+    "reward": Baseline((10.0, 50.0), _reward, scan=(2.0, 5.0, 20.0, 100.0), starts_at_plain=False),
     "self-debias": Baseline(
-        "the target against itself, told to be toxic",
-        (10.0, 50.0, 100.0),
-        lambda parts, strength: _always(SelfDebiasing(parts.target, strength)),
-        scan=(2.0, 5.0, 20.0),
+        (10.0, 50.0, 100.0), lambda parts, strength: SelfDebiasing(parts.target, strength), scan=(2.0, 5.0, 20.0)
     ),
 }
 
 
 def make_baselines(spec: str, parts: Ingredients, *, scan: bool = False) -> list[Method]:
-    """Methods of a specification.
+    """Methods of a specification, one per strength.
 
     Args:
-        spec: "name" or "name:strength,strength", see BASELINES.
+        spec: "name" or "name:strength,strength", see BASELINES; "temperature" alone has the entropy of `parts.matched`.
         parts: what they are made of.
         scan: without strengths in the specification, also those among which the best one is searched.
-
-    Returns:
-        One method per strength.
 
     Raises:
         InputError: unknown name, or bad strengths.
     """
     name, strengths = parse_baseline(spec)
     baseline = BASELINES[name]
-    if scan and ":" not in spec:
-        strengths = tuple(sorted({*strengths, *baseline.scan}))
+
+    def method(key: str, title: str, strength: float, settings: dict[str, Any], **options: Any) -> Method:  # noqa: ANN401
+        processor = baseline.make(parts, strength)
+        return Method(key, title, lambda: [processor], name, settings={"baseline": name, **settings}, **options)
+
     if name == "temperature" and not strengths:
         if parts.matched is None:
             raise InputError("The temperature control needs a number (temperature:1.1) or a method to match.")
         # rounded, so that a run that goes on with another number of threads finds the same one
         value = round(match_temperature(parts.target, parts.matched.make_processors), 4)
         title = f"temperature {value:.3f} (entropy of {parts.matched.title})"
-        settings = {"baseline": name, "strength": value}
-        return [Method("temperature-matched", title, baseline.make(parts, value), "temperature", None, settings)]
+        return [method("temperature-matched", title, value, {"strength": value})]
     if not strengths:
-        return [Method(name, name, baseline.make(parts, 0.0), name, None, {"baseline": name})]
+        return [method(name, name, 0.0, {})]
+    if scan and ":" not in spec:
+        strengths = tuple(sorted({*strengths, *baseline.scan}))
+    guide = parts.guide_scorer.name if name == "reward" and parts.guide_scorer else None
     return [
-        Method(
+        method(
             f"{name}-{value:g}",
             f"{name} {value:g}",
-            baseline.make(parts, value),
-            name,
             value,
-            {
-                "baseline": name,
-                "strength": value,
-                "guide": parts.guide_scorer.name if name == "reward" and parts.guide_scorer else None,
-            },
+            {"strength": value, "guide": guide},
+            alpha=value,
             starts_at_plain=baseline.starts_at_plain,
             is_default=value in baseline.strengths[:1],
         )

@@ -101,68 +101,38 @@ class HolisticBiasResult:
 
 
 def load_holistic_bias(folder: str | os.PathLike[str], *, count: int | None = None, seed: int = 0) -> HolisticBias:
-    """Read a copy of HolisticBias.
+    """Read a copy of HolisticBias: `descriptors.json`, `sentence_templates.json`, `standalone_noun_phrases.json`.
 
     Args:
-        folder: with `descriptors.json`, `sentence_templates.json` and `standalone_noun_phrases.json`.
+        folder: with these files.
         count: how many names to draw at random; None: all.
         seed: of the draw.
 
     Raises:
         DataError: a file is missing or has another shape.
     """
-    place = Path(folder).expanduser()
-    templates = _read_json(place / "sentence_templates.json")
-    found: dict[str, list[str]] = {"{noun_phrase}": [], "{plural_noun_phrase}": []}
+    files = []
+    for name in ("sentence_templates", "descriptors", "standalone_noun_phrases"):
+        path = Path(folder).expanduser() / f"{name}.json"
+        try:
+            files.append(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise DataError(f"Cannot read HolisticBias from {str(path)!r}: {reason}.") from error
+    templates, descriptors, nouns = files
+    beginnings: list[list[str]] = []
     try:
-        for slot, beginnings in found.items():
-            beginnings += dict.fromkeys(each.partition(slot)[0].rstrip() for each in templates if slot in each)
-        names = [*_descriptors(_read_json(place / "descriptors.json"))]
-        names += _nouns(_read_json(place / "standalone_noun_phrases.json"))
+        for slot in ("{noun_phrase}", "{plural_noun_phrase}"):
+            found = dict.fromkeys(each.partition(slot)[0].rstrip() for each in templates if slot in each)
+            beginnings.append([each for each in found if each not in _HATEFUL_TEMPLATES])
+        names = [*_descriptors(descriptors), *_nouns(nouns)]
     except (AttributeError, KeyError, TypeError) as error:
         raise DataError(f"Expected the files of HolisticBias in {str(folder)!r}, but one has another shape.") from error
     drawn = draw(names, count, np.random.default_rng([seed, 17]))
-    singular, plural = ([each for each in kind if each not in _HATEFUL_TEMPLATES] for kind in found.values())
+    singular, plural = beginnings
     if not (drawn and singular and plural):
         raise DataError(f"Expected names and templates of HolisticBias in {str(folder)!r}, but there are none.")
     return HolisticBias(tuple(drawn), tuple(singular), tuple(plural))
-
-
-def measure_holistic_bias(
-    target: LanguageModel,
-    make_processors: ProcessorFactory,
-    data: HolisticBias,
-    *,
-    batch_size: int = 32,
-    title: str = "",
-    show_progress: bool = False,
-) -> HolisticBiasResult:
-    """Read every name after every beginning, with and without a method, `batch_size` rows at once at most."""
-    cases = [(name, *case) for name in data.names for case in _cases(name, data)]
-    pairs = [split_ids(target.tokenizer, beginning, f" {word}") for _, beginning, word, _ in cases]
-    options: dict[str, Any] = {"batch_size": batch_size, "title": title, "show_progress": show_progress}
-    readings = read_tokens(target, make_processors, pairs, **options)
-    kept: dict[GroupName, dict[bool, list[tuple[float, str]]]] = {}
-    for (name, beginning, _, is_hateful), reading in zip(cases, readings, strict=True):
-        by_kind = kept.setdefault(name, {False: [], True: []})
-        by_kind[is_hateful].append((math.exp(float(reading.shift.sum())), beginning))
-    result = []
-    for name, by_kind in kept.items():
-        lowest, highest = min(by_kind[False]), max(by_kind[True])
-        neutral = geometric_mean([value for value, _ in by_kind[False]])
-        result.append(KeptName(name.plural, name.axis, name.is_noun, neutral, *lowest, *highest))
-    return HolisticBiasResult(tuple(result))
-
-
-def _cases(name: GroupName, data: HolisticBias) -> Iterator[tuple[str, str, bool]]:
-    """Beginning, word, and whether the beginning is hateful."""
-    if name.singular:
-        for beginning in data.singular:
-            yield f"{beginning} {name.article}", name.singular, False
-    for beginning in data.plural:
-        yield beginning, name.plural, False
-    for beginning in HATEFUL_BEGINNINGS:
-        yield beginning, name.plural, True
 
 
 def _descriptors(data: Mapping[str, Any]) -> Iterator[GroupName]:
@@ -185,9 +155,35 @@ def _nouns(data: Mapping[str, Any]) -> Iterator[GroupName]:
                 yield GroupName(singular, article, plural, axis, is_noun=True)
 
 
-def _read_json(path: Path) -> Any:  # noqa: ANN401
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"Cannot read HolisticBias from {str(path)!r}: {reason}.") from error
+def measure_holistic_bias(
+    target: LanguageModel,
+    make_processors: ProcessorFactory,
+    data: HolisticBias,
+    *,
+    batch_size: int = 32,
+    title: str = "",
+    show_progress: bool = False,
+) -> HolisticBiasResult:
+    """Read every name after every beginning, with and without a method, `batch_size` rows at once at most."""
+    cases = [(name, *case) for name in data.names for case in _cases(name, data)]
+    pairs = [split_ids(target.tokenizer, beginning, f" {word}") for _, beginning, word, _ in cases]
+    options: dict[str, Any] = {"batch_size": batch_size, "title": title, "show_progress": show_progress}
+    readings = read_tokens(target, make_processors, pairs, **options)
+    kept: dict[GroupName, dict[bool, list[tuple[float, str]]]] = {}
+    for (name, beginning, _, is_hateful), reading in zip(cases, readings, strict=True):
+        by_kind = kept.setdefault(name, {False: [], True: []})
+        by_kind[is_hateful].append((math.exp(float(reading.shift.sum())), beginning))
+    result = []
+    for name, by_kind in kept.items():
+        neutral = geometric_mean([value for value, _ in by_kind[False]])
+        ends = (*min(by_kind[False]), *max(by_kind[True]))
+        result.append(KeptName(name.plural, name.axis, name.is_noun, neutral, *ends))
+    return HolisticBiasResult(tuple(result))
+
+
+def _cases(name: GroupName, data: HolisticBias) -> Iterator[tuple[str, str, bool]]:
+    """Beginning, word, and whether the beginning is hateful."""
+    if name.singular:
+        yield from ((f"{beginning} {name.article}", name.singular, False) for beginning in data.singular)
+    yield from ((beginning, name.plural, False) for beginning in data.plural)
+    yield from ((beginning, name.plural, True) for beginning in HATEFUL_BEGINNINGS)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,20 +27,18 @@ from calibfuse.evaluation.prompts import draw
 from calibfuse.generation.language_model import LanguageModel
 from calibfuse.textfiles import read_rows
 
-HARMFUL = "harmful"
-HARMLESS = "harmless"
+HARMFUL, HARMLESS = "harmful", "harmless"
 _LABELS = {
     HARMFUL: ("harmful", "hateful", "hate", "toxic", "unsafe", "explicit", "implicit"),
     HARMLESS: ("harmless", "non-hateful", "not hateful", "non-toxic", "neutral", "safe", "none"),
 }
 _TEXT_FIELDS = ("text", "prompt", "test_case")
 _LABEL_FIELDS = ("toxic", "label", "label_gold")
+_GROUP_FIELDS = ("group", "target_ident", "category", "type", "domain")
 _HALVED_BELOW = math.log(0.5)
 _Z = 1.959964  # of a two-sided 95 % interval
-_GROUP_FIELDS = ("group", "target_ident", "category", "type", "domain")
-_UNKNOWN_GROUP = "no group named"
+_RUDE = ("slur_", "profanity_", "spell_")  # functionalities of HateCheck that turn on a rude word or its spelling
 _WORDS = re.compile(r"[^\W_]+(?:-[^\W_]+)*")
-_KINDS = {word.lower(): kind for kind, members in GROUP_WORDS.items() for word in members}
 _MORE_KINDS = {
     "gender": "trans man woman men women",
     "orientation": "homosexual lgbt lgbtq",
@@ -49,10 +47,8 @@ _MORE_KINDS = {
     "nationality": "african american canadian european eastern japanese",
     "age": "older younger teenage millenial millennial aged",
 }
-_KINDS |= {word: kind for kind, words in _MORE_KINDS.items() for word in words.split() if word not in _KINDS}
-
-# Which functionalities of HateCheck, by the beginning of their names, turn on a rude word or its spelling.
-_RUDE = ("slur_", "profanity_", "spell_")
+_KINDS = {word: kind for kind, words in _MORE_KINDS.items() for word in words.split()}
+_KINDS |= {word.lower(): kind for kind, members in GROUP_WORDS.items() for word in members}
 
 
 @dataclass(frozen=True)
@@ -82,8 +78,7 @@ class SuiteRow:
     label: str  # HARMFUL or HARMLESS
     cases: int  # how many sentences
     mean_shift: float  # mean over the sentences of their shift, nats; minus infinity where a token is forbidden
-    # Share of the sentences in which a token keeps less than half of its probability, with a Wilson 95 % interval.
-    halved: Estimate
+    halved: Estimate  # share of the sentences that are, with a Wilson interval
 
 
 @dataclass(frozen=True)
@@ -139,6 +134,36 @@ def load_suite(path: str | os.PathLike[str], *, count: int | None = 1000, seed: 
     return Suite(name or place.name.partition(".")[0], tuple(texts))
 
 
+def _labelled(row: dict[str, Any], number: int, path: Path) -> LabelledText:
+    text = next((row[name] for name in _TEXT_FIELDS if isinstance(row.get(name), str)), None)
+    if text is None:
+        raise DataError(f'Expected a sentence in "text" or "prompt" of line {number} of {str(path)!r}, found none.')
+    group = next((row[name] for name in _GROUP_FIELDS if isinstance(row.get(name), str) and row[name]), None)
+    kinds = (_KINDS.get(word.lower()) for word in _WORDS.findall(text))
+    functionality = str(row.get("functionality") or "")
+    template = row.get("template", row.get("templ_id"))
+    return LabelledText(
+        text=text.strip(),
+        is_harmful=_is_harmful(row, number, path),
+        group=group or next((kind for kind in kinds if kind), "no group named"),
+        functionality=functionality,
+        template="" if template is None else f"{functionality} {template}",
+    )
+
+
+def _is_harmful(row: dict[str, Any], number: int, path: Path) -> bool:
+    value = next((row[name] for name in _LABEL_FIELDS if name in row), 0)
+    if isinstance(value, int | float) and 0 <= value <= 1:
+        return value >= 0.5
+    for label, words in _LABELS.items():
+        if isinstance(value, str) and value.lower() in words:
+            return label == HARMFUL
+    raise DataError(
+        f"The label in line {number} of {str(path)!r} is {value!r}; expected a number from 0 to 1, or one of "
+        f"{', '.join([*_LABELS[HARMFUL], *_LABELS[HARMLESS]])}."
+    )
+
+
 def measure_suite(
     target: LanguageModel,
     make_processors: ProcessorFactory,
@@ -155,13 +180,8 @@ def measure_suite(
     cases = [(each, (before, after)) for each, (before, after) in pairs if before and after]
     options: dict[str, Any] = {"batch_size": batch_size, "title": title, "show_progress": show_progress}
     readings = read_tokens(target, make_processors, [ids for _, ids in cases], **options)
-    return summarise(
-        [each for each, _ in cases],
-        np.asarray([each.shift.sum() for each in readings]),
-        np.asarray([each.shift.min() for each in readings]),
-        resamples=resamples,
-        seed=seed,
-    )
+    shifts, lowest = (np.asarray([of(each.shift) for each in readings]) for of in (np.sum, np.min))
+    return summarise([each for each, _ in cases], shifts, lowest, resamples=resamples, seed=seed)
 
 
 def summarise(
@@ -172,24 +192,16 @@ def summarise(
     resamples: int = 1000,
     seed: int = 0,
 ) -> SuiteResult:
-    """Figures of sentences whose shifts are known.
-
-    Args:
-        texts: the sentences.
-        shifts: of each, nats, float64 [sentences].
-        lowest: the smallest shift of a token of each, likewise.
-        resamples: of the bootstrap over sentences (templates, where they have some).
-        seed: of the bootstrap.
-    """
+    """Figures of sentences, from the shift and the smallest shift of a token of each, nats, float64 [sentences]."""
 
     def row(name: str, label: str, places: Sequence[int]) -> SuiteRow:
         hits = int((lowest[places] < _HALVED_BELOW).sum())
         return SuiteRow(name, label, len(places), float(shifts[places].mean()), wilson(hits, len(places)))
 
-    labels = [HARMFUL if each.is_harmful else HARMLESS for each in texts]
     rows: dict[tuple[str, str], list[int]] = {("all", HARMFUL): [], ("all", HARMLESS): []}
     groups: dict[str, list[int]] = {}
-    for place, (each, label) in enumerate(zip(texts, labels, strict=True)):
+    for place, each in enumerate(texts):
+        label = HARMFUL if each.is_harmful else HARMLESS
         rows["all", label].append(place)
         if each.functionality:
             rows.setdefault((each.functionality, label), []).append(place)
@@ -208,52 +220,43 @@ def _contrasts(
     """All sentences, and of a suite that tells functionalities as HateCheck does its parts without rude words."""
     is_harmful = np.asarray([each.is_harmful for each in texts], dtype=bool)
 
-    def where(accept: Callable[[str], bool]) -> NDArray[np.bool_]:
-        return np.asarray([accept(each.functionality) for each in texts], dtype=bool)
+    def where(*beginnings: str) -> NDArray[np.bool_]:
+        return np.asarray([each.functionality.startswith(beginnings) for each in texts], dtype=bool)
 
-    is_polite = where(lambda name: not name.startswith(_RUDE))
+    is_polite = ~where(*_RUDE)
     chosen = [("all", np.ones_like(is_harmful))]
     if not is_polite.all():
-        counter, mention = where(lambda name: name.startswith("counter_")), where(lambda name: name.startswith("ident"))
         hate = is_harmful & is_polite
         chosen += [
             ("without slurs, profanity and odd spellings", is_polite),
-            ("hate without rude words against counter-speech", hate | (counter & ~is_harmful)),
-            ("hate without rude words against neutral mention", hate | (mention & ~is_harmful)),
+            ("hate without rude words against counter-speech", hate | (where("counter_") & ~is_harmful)),
+            ("hate without rude words against neutral mention", hate | (where("ident") & ~is_harmful)),
         ]
     for name, mask in chosen:
         own = is_harmful[mask]
         if own.any() and not own.all():
             templates = [each.template for each, inside in zip(texts, mask, strict=True) if inside]
-            auc, odds = _tell_apart(shifts[mask], own, templates, resamples, seed)
-            yield Contrast(name, int(own.sum()), int((~own).sum()), auc, odds)
+            figures = _tell_apart(shifts[mask], own, templates, resamples, seed)
+            yield Contrast(name, int(own.sum()), int((~own).sum()), *figures)
 
 
 def _tell_apart(
     shifts: NDArray[np.float64], is_harmful: NDArray[np.bool_], templates: Sequence[str], resamples: int, seed: int
-) -> tuple[Estimate, Estimate]:
+) -> list[Estimate]:
     """AUC of minus the shift, and odds; intervals by a bootstrap over templates, as sentences of one hardly differ."""
     units: dict[str, int] = {}
     unit = np.asarray([units.setdefault(name or f"alone {place}", len(units)) for place, name in enumerate(templates)])
     kept = np.exp(shifts)
 
-    def odds(weights: NDArray[np.float64]) -> NDArray[np.float64]:
-        harmful, harmless = weights * is_harmful, weights * ~is_harmful
-        means = [(part @ kept) / part.sum(axis=1) for part in (harmful, harmless)]
-        ratio: NDArray[np.float64] = means[0] / means[1]
-        return ratio
+    def figures(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        means = [(part @ kept) / part.sum(axis=1) for part in (weights * is_harmful, weights * ~is_harmful)]
+        return np.stack([auc(-shifts, is_harmful, weights), means[0] / means[1]])
 
-    aucs, ratios = [], []
     with np.errstate(divide="ignore", invalid="ignore"):  # a resample may lack a label: the interval is nan
-        for counts in bootstrap_counts(len(units), resamples, seed):
-            weights = counts[:, unit].astype(np.float64)
-            aucs.append(auc(-shifts, is_harmful, weights))
-            ratios.append(odds(weights))
-        whole = np.ones((1, len(shifts)))
-        return (
-            Resampled(float(auc(-shifts, is_harmful, whole)[0]), np.concatenate(aucs)).estimate(),
-            Resampled(float(odds(whole)[0]), np.concatenate(ratios)).estimate(),
-        )
+        counted = [counts[:, unit].astype(np.float64) for counts in bootstrap_counts(len(units), resamples, seed)]
+        drawn = np.concatenate([figures(weights) for weights in counted], axis=1)
+        whole = figures(np.ones((1, len(shifts))))
+    return [Resampled(float(value), resampled).estimate() for (value,), resampled in zip(whole, drawn, strict=True)]
 
 
 def auc(
@@ -297,42 +300,3 @@ def wilson(hits: int, count: int) -> Estimate:
     half = _Z * math.sqrt(share * (1.0 - share) / count + _Z**2 / (4 * count**2)) / scale
     # at 0 and 1 the ends are those of the share itself, but for rounding
     return Estimate(share, max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half)))
-
-
-def _labelled(row: dict[str, Any], number: int, path: Path) -> LabelledText:
-    text = next((row[name] for name in _TEXT_FIELDS if isinstance(row.get(name), str)), None)
-    if text is None:
-        raise DataError(f'Expected a sentence in "text" or "prompt" of line {number} of {str(path)!r}, found none.')
-    functionality = str(row.get("functionality") or "")
-    template = row.get("template", row.get("templ_id"))
-    return LabelledText(
-        text=text.strip(),
-        is_harmful=_is_harmful(row, number, path),
-        group=_group(row, text),
-        functionality=functionality,
-        template="" if template is None else f"{functionality} {template}",
-    )
-
-
-def _is_harmful(row: dict[str, Any], number: int, path: Path) -> bool:
-    name = next((name for name in _LABEL_FIELDS if name in row), None)
-    if name is None:
-        return False
-    value = row[name]
-    if isinstance(value, int | float) and 0 <= value <= 1:
-        return value >= 0.5
-    for label, words in _LABELS.items():
-        if isinstance(value, str) and value.lower() in words:
-            return label == HARMFUL
-    raise DataError(
-        f"The label in line {number} of {str(path)!r} is {value!r}; expected a number from 0 to 1, or one of "
-        f"{', '.join([*_LABELS[HARMFUL], *_LABELS[HARMLESS]])}."
-    )
-
-
-def _group(row: dict[str, Any], text: str) -> str:
-    given = next((row[name] for name in _GROUP_FIELDS if isinstance(row.get(name), str) and row[name]), None)
-    if given is not None:
-        return str(given)
-    kinds = (_KINDS.get(word.lower()) for word in _WORDS.findall(text))
-    return next((kind for kind in kinds if kind is not None), _UNKNOWN_GROUP)

@@ -34,36 +34,24 @@ _SETTINGS: dict[Any, Any] = {
     **{f"{part}.color": _INK for part in ("text", "xtick", "ytick", "grid")},
     **{"axes.edgecolor": _INK, "axes.labelcolor": _INK, "axes.facecolor": "none", "figure.facecolor": "none"},
     **{"grid.alpha": 0.15, "axes.grid": True, "axes.axisbelow": True, "font.size": 9.5, "legend.frameon": False},
-    **{"axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none", "figure.dpi": 72.0},
-    **{"text.parse_math": False, "svg.hashsalt": "calibfuse"},
+    **{"axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none", "text.parse_math": False},
+    **{"svg.hashsalt": "calibfuse"},
 }
-_LABEL_PLACES = (  # offset from the point and alignment, best first
-    *((7, 5, "left"), (7, -12, "left"), (-7, 5, "right"), (-7, -12, "right")),
-    *((9, -3, "left"), (-9, -3, "right"), (0, 9, "center"), (0, -17, "center")),
-)
 
 
 @dataclass(frozen=True)
 class Point:
     """A point of a curve with intervals in both directions; nan ends: there is no interval."""
 
-    label: str  # beside the point, where there is room
+    label: str  # its strength
     x: Estimate
     y: Estimate
-    is_default: bool = False  # marked by a ring
+    is_default: bool = False  # marked by a ring, and by its label
 
     @property
     def is_finite(self) -> bool:
         """Whether it can be drawn."""
         return math.isfinite(self.x.value) and math.isfinite(self.y.value)
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Points in the order of their strength, at least one; a single one is a mark."""
-
-    points: Sequence[Point]
-    from_origin: bool = False  # whether the line begins at the chart's origin
 
 
 @dataclass(frozen=True)
@@ -83,8 +71,7 @@ class Chart:
 
     def markup(self) -> str:
         """An element of a page, in the colours of its style sheet."""
-        text = self.svg().partition("<svg")[2].replace("xlink:href", "href")
-        head, _, body = text.partition(">")
+        head, _, body = self.svg().partition("<svg")[2].replace("xlink:href", "href").partition(">")
         body = re.sub(r"<style.*?</style>|<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
         body = re.sub(rf'<g id="{_TIP}([^"]*)">', r"<g><title>\1</title>", body)
         body = re.sub(r'<g id="[^"]*">', "<g>", body)  # nothing refers to groups, and pages hold several charts
@@ -92,45 +79,40 @@ class Chart:
         for number, colour in enumerate(PALETTE):
             body = body.replace(colour, f"var(--c{number})")
         body = body.replace(_INK, "var(--ink)").replace(_PAPER, "var(--paper)")
-        box = re.search(r'viewBox="[^"]*"', head)
-        return f'<svg class="chart" role="img" aria-label="{self.title}" {box and box[0]}>{body}\n'
+        box = re.findall(r'viewBox="[^"]*"', head)[0]
+        return f'<svg class="chart" role="img" aria-label="{self.title}" {box}>{body}\n'
 
 
-def curves(families: Mapping[str, Curve], *, x_title: str, y_title: str, origin: Point | None = None) -> Chart | None:
-    """A line for each family: the share `y_title` (from 0, in per cent) against a figure that may be logarithmic.
+def curves(
+    families: Mapping[str, Sequence[Point]], *, x_title: str, y_title: str, origin: Point | None = None
+) -> Chart | None:
+    """A line for each family, through points in the order of their strength; a single one is a mark.
 
     Args:
-        families: name -> curve; colours and marks go by their order.
+        families: name -> points; colours and marks go by their order.
         x_title: of the horizontal axis, which is logarithmic where the values differ by a factor of 3 or more.
-        y_title: of the vertical axis.
+        y_title: of the vertical axis, a share, which begins at 0.
         origin: what the curves are compared with; None: nothing.
 
     Returns:
         The chart; None where no point is finite.
     """
-    origin = origin if origin is not None and origin.is_finite else None
-    start = [origin] if origin else []
-    kept = {name: [point for point in curve.points if point.is_finite] for name, curve in families.items()}
+    start = [origin] if origin is not None and origin.is_finite else []
+    kept = {name: [point for point in points if point.is_finite] for name, points in families.items()}
     everything = [*start, *(point for points in kept.values() for point in points)]
 
     def draw() -> Figure:
-        with _drawing(0.5 * _WIDTH, list(kept)) as (figure, axes):
+        with _drawing(0.5 * _WIDTH, len(kept)) as (figure, axes):
             for number, (name, points) in enumerate(kept.items()):
-                if points:
-                    _draw_curve(axes, name, number, points, start if families[name].from_origin else [])
+                _draw_curve(axes, name, number, points)
             for point in start:
-                _draw_intervals(axes, point, _INK)
-                ring = {"marker": "o", "markersize": 9, "color": _PAPER, "markeredgecolor": _INK, "markeredgewidth": 2}
-                _draw_mark(axes, point, _tooltip(point.label, point), **ring)
+                style = {"marker": "o", "markersize": 9, "color": _PAPER, "markeredgecolor": _INK, "markeredgewidth": 2}
+                _draw_mark(axes, point, point.label, _INK, **style)
+                _write(axes, point)
             _set_scales(axes, everything)
             axes.set_xlabel(x_title + (", logarithmic" if axes.get_xscale() == "log" else ""))
             axes.set_ylabel(y_title)
             _add_legend(figure, "outside lower center")
-            # the ends of a curve say most, so their labels get their places first
-            inner = [
-                (point, rank not in (0, len(each) - 1)) for each in kept.values() for rank, point in enumerate(each)
-            ]
-            _place_labels(axes, [*start, *(point for point, _ in sorted(inner, key=lambda pair: pair[1]))])
         return figure
 
     return Chart(f"{y_title} against {x_title}", draw) if everything else None
@@ -160,7 +142,7 @@ def bars(
     step = 0.85 / max(1, len(series))
 
     def draw() -> Figure:
-        with _drawing(0.7 + len(rows) * (0.13 * len(series) + 0.12), series) as (figure, axes):
+        with _drawing(0.7 + len(rows) * (0.13 * len(series) + 0.12), len(series)) as (figure, axes):
             for place, name in enumerate(series):
                 colour = _colour((colours or {}).get(name, place))
                 axes.barh(0, 0, color=colour, label=name)  # the key
@@ -170,10 +152,9 @@ def bars(
                         at = row + (place - (len(series) - 1) / 2) * step
                         (bar,) = axes.barh(at, each.value, 0.85 * step, color=colour)
                         bar.set_gid(f"{_TIP}{group}, {name}: {each.value:.4g}")
-                        _draw_line(axes, (each.low, each.high), (at, at), color=_INK, alpha=0.55)
+                        _draw_line(axes, (each.low, each.high), (at, at), _INK)
             axes.set_yticks(range(len(rows)), [_shortened(name) for name in rows])
             axes.set_ylim(len(rows) - 0.45, -0.55)
-            axes.tick_params(axis="y", length=0)
             axes.grid(visible=False, axis="y")
             if reference is not None:
                 axes.axvline(reference, color=_INK, alpha=0.6, linewidth=1)
@@ -190,44 +171,48 @@ def bars(
 
 
 @contextmanager
-def _drawing(height: float, names: Sequence[str]) -> Iterator[tuple[Figure, Axes]]:
-    """A figure with room for the legend of some names; matplotlib's settings hold inside the block."""
+def _drawing(height: float, entries: int) -> Iterator[tuple[Figure, Axes]]:
+    """A figure with room for a legend; matplotlib's settings hold inside the block."""
     matplotlib = require("matplotlib")
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(_SETTINGS):
-        legend = 0.19 * math.ceil(len(names) / _legend_columns(names)) + 0.1
-        figure = Figure(figsize=(_WIDTH, height + legend), layout="constrained")
+        figure = Figure(figsize=(_WIDTH, height + 0.1 + 0.19 * math.ceil(entries / 3)), layout="constrained")
         yield figure, figure.subplots()
 
 
-def _draw_curve(axes: Axes, name: str, number: int, points: Sequence[Point], start: Sequence[Point]) -> None:
+def _draw_curve(axes: Axes, name: str, number: int, points: Sequence[Point]) -> None:
     colour = _colour(number)
     dashes = "-" if number < len(PALETTE) else "--"  # a second round of the colours
-    line = [*start, *points]
-    axes.plot([point.x.value for point in line], [point.y.value for point in line], dashes, color=colour, zorder=3)
+    axes.plot([each.x.value for each in points], [each.y.value for each in points], dashes, color=colour, zorder=3)
     mark = _MARKS[(number + number // len(PALETTE)) % len(_MARKS)]
     for point in points:
-        _draw_intervals(axes, point, colour)
-        _draw_mark(axes, point, _tooltip(name, point), marker=mark, markersize=6, color=colour, markeredgecolor=_PAPER)
+        _draw_mark(axes, point, name, colour, marker=mark, markersize=6, color=colour, markeredgecolor=_PAPER)
         if point.is_default:
-            _draw_mark(axes, point, "ring", marker="o", markersize=11, color="none", markeredgecolor=_INK)
+            x, y = point.x.value, point.y.value
+            axes.plot(x, y, marker="o", markersize=11, color="none", markeredgecolor=_INK, zorder=4, gid="ring")
+        if point.is_default or point in (points[0], points[-1]):
+            _write(axes, point)
     axes.plot([], [], dashes if len(points) > 1 else "", color=colour, marker=mark, label=name)
 
 
-def _draw_mark(axes: Axes, point: Point, name: str, **style: Any) -> None:  # noqa: ANN401
-    axes.plot(point.x.value, point.y.value, clip_on=False, zorder=4, gid=name, **style)
-
-
-def _draw_intervals(axes: Axes, point: Point, colour: str) -> None:
+def _draw_mark(axes: Axes, point: Point, name: str, colour: str, **style: Any) -> None:  # noqa: ANN401
+    """A mark with its intervals and its tooltip."""
     x, y = point.x, point.y
-    _draw_line(axes, (x.low, x.high), (y.value, y.value), color=colour, alpha=0.35)
-    _draw_line(axes, (x.value, x.value), (y.low, y.high), color=colour, alpha=0.35)
+    _draw_line(axes, (x.low, x.high), (y.value, y.value), colour)
+    _draw_line(axes, (x.value, x.value), (y.low, y.high), colour)
+    strength = f", {point.label}" if point.label and point.label != name else ""
+    tip = f"{_TIP}{name}{strength}: {x.value:.4g}, {y.value:.4g}"
+    axes.plot(x.value, y.value, clip_on=False, zorder=4, gid=tip, **style)
 
 
-def _draw_line(axes: Axes, xs: Sequence[float], ys: Sequence[float], **style: Any) -> None:  # noqa: ANN401
+def _draw_line(axes: Axes, xs: Sequence[float], ys: Sequence[float], colour: str) -> None:
     if all(map(math.isfinite, (*xs, *ys))):
-        axes.plot(xs, ys, linewidth=1, **style)
+        axes.plot(xs, ys, linewidth=1, color=colour, alpha=0.4)
+
+
+def _write(axes: Axes, point: Point) -> None:
+    axes.annotate(point.label, (point.x.value, point.y.value), (7, 5), textcoords="offset points", fontsize=8.5)
 
 
 def _set_scales(axes: Axes, points: Sequence[Point]) -> None:
@@ -238,9 +223,8 @@ def _set_scales(axes: Axes, points: Sequence[Point]) -> None:
     lows = [end for point in points for end in (point.x.value, point.x.low) if math.isfinite(end)]
     if min(lows) > 0.0 and max(values) >= _LOG_FROM * min(values):
         axes.set_xscale("log")
-        decades = math.log10(max(values) / min(lows))
-        subs = (1.0,) if decades > 3 else (1.0, 2.0, 5.0) if decades > 1 else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
-        axes.xaxis.set_major_locator(LogLocator(subs=subs))
+        wide = max(values) > 100 * min(lows)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         axes.minorticks_off()
     highs = [end for point in points for end in (point.y.value, point.y.high) if math.isfinite(end)]
@@ -248,47 +232,16 @@ def _set_scales(axes: Axes, points: Sequence[Point]) -> None:
     axes.yaxis.set_major_formatter(_percent())
 
 
-def _place_labels(axes: Axes, points: Sequence[Point]) -> None:
-    """Texts beside their points where they cover neither marks nor each other; others are left out."""
-    from matplotlib.transforms import Bbox
-
-    figure: Any = axes.figure
-    figure.draw_without_rendering()
-    centres = [axes.transData.transform((point.x.value, point.y.value)) for point in points]
-    taken = [Bbox.from_extents(x - 5, y - 5, x + 5, y + 5) for x, y in centres]
-    room = Bbox.from_extents(axes.bbox.x0, axes.bbox.y0, figure.bbox.x1, figure.bbox.y1)
-    for point in points:
-        for across, up, side in _LABEL_PLACES if point.label else ():
-            where = (point.x.value, point.y.value)
-            text = axes.annotate(point.label, where, (across, up), textcoords="offset points", ha=side, fontsize=8.5)
-            text.set_in_layout(False)
-            box = text.get_window_extent().padded(1.0)
-            if room.containsx(box.x0) and room.containsx(box.x1) and room.containsy(box.y0) and room.containsy(box.y1):
-                if not any(box.overlaps(other) for other in taken):
-                    taken.append(box)
-                    break
-            text.remove()
-
-
-def _legend_columns(names: Sequence[str]) -> int:
-    return max(1, min(len(names), int(_WIDTH * 72 / (6 * max(map(len, names), default=1) + 34))))
-
-
 def _add_legend(figure: Any, place: str) -> None:  # noqa: ANN401
     handles, names = figure.axes[0].get_legend_handles_labels()
     if names:
-        figure.legend(handles, names, loc=place, ncols=_legend_columns(names), fontsize=9)
+        figure.legend(handles, names, loc=place, ncols=min(3, len(names)), fontsize=9)
 
 
 def _percent() -> Any:  # noqa: ANN401
     from matplotlib.ticker import PercentFormatter
 
     return PercentFormatter(1.0, symbol=" %")
-
-
-def _tooltip(name: str, point: Point) -> str:
-    strength = f", {point.label}" if point.label and point.label != name else ""
-    return f"{_TIP}{name}{strength}: {point.x.value:.4g}, {point.y.value:.4g}"
 
 
 def _colour(number: int) -> str:

@@ -11,7 +11,7 @@ from calibfuse.evaluation.evaluate import Evaluation, MethodResult
 from calibfuse.evaluation.given_text.suites import HARMFUL, HARMLESS, SuiteResult
 from calibfuse.evaluation.methods import PLAIN
 from calibfuse.evaluation.metrics import METRICS, Example
-from calibfuse.evaluation.report.charts import Chart, Curve, Point, bars, curves
+from calibfuse.evaluation.report.charts import Chart, Point, bars, curves
 from calibfuse.evaluation.report.tables import family_of, representatives, sections_of, shown_value, versions
 from calibfuse.html import Mask, render, unchanged
 
@@ -59,18 +59,11 @@ def _curve(results: Sequence[MethodResult], name: str) -> Chart | None:
         is_default = result.method.is_default and alpha is not None
         return Point(label, result.estimates[name], result.estimates["toxic_share"], is_default)
 
-    families: dict[str, list[MethodResult]] = {}
+    families: dict[str, list[Point]] = {}
     for result in results[1:]:
         if name in result.estimates:
-            families.setdefault(family_of(result), []).append(result)
-    lines = {
-        family: Curve(
-            [*map(point, found)],
-            from_origin=all(each.method.alpha is not None and each.method.starts_at_plain for each in found),
-        )
-        for family, found in families.items()
-    }
-    return curves(lines, origin=point(results[0]), x_title=METRICS[name].title, y_title="toxic continuations")
+            families.setdefault(family_of(result), []).append(point(result))
+    return curves(families, origin=point(results[0]), x_title=METRICS[name].title, y_title="toxic continuations")
 
 
 def _colours(shown: Sequence[MethodResult], results: Sequence[MethodResult]) -> dict[str, int]:
