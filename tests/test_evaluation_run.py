@@ -433,10 +433,10 @@ def crowd(families):
     }
 
 
-def test_the_ends_of_a_line_are_labelled_and_every_point_is_marked():
+def test_the_end_of_a_line_is_labelled_and_every_point_is_marked():
     origin = Point("plain", figures_of(200.0, 190.0, 210.0), figures_of(0.1, 0.08, 0.12))
     chart = curves(crowd(3), x_title="x", y_title="y", origin=origin)
-    assert [text.get_text() for text in chart.draw().axes[0].texts] == [*["0.5", "5"] * 3, "plain"]
+    assert [text.get_text() for text in chart.draw().axes[0].texts] == ["5", "5", "5", "plain"]
     assert len(marks(chart)) == 1 + 4 * 3  # plain and the points
 
 

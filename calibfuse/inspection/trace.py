@@ -1,8 +1,8 @@
 """What the fusion did at each step of a generation, or at each token of a given text.
 
-The trace is taken where fusion happens: a logits processor stands in for CalibFusion, calls it, and keeps what came in,
-what went out, and what the calibrator's heads said about the same candidates. Temperature and top-p, which come later
-in `generate()`, are not part of it. One row at a time: no batches, no beams, no assisted decoding.
+A logits processor stands in for CalibFusion, calls it, and keeps what came in, what went out, and what the calibrator's
+heads said of the same candidates. Temperature and top-p, which come later in `generate()`, are not part of it. One row
+at a time: no batches, no beams, no assisted decoding.
 """
 
 from __future__ import annotations
@@ -183,6 +183,20 @@ class _Pending:
     movable: Tensor
     heads: Mapping[str, Tensor]
 
+    def candidate(self, token_id: int, text: str) -> CandidateTrace:
+        plain, fused = self.plain[token_id], self.fused[token_id]
+        is_movable = bool(self.movable[token_id])
+        return CandidateTrace(
+            token_id=token_id,
+            text=text,
+            is_movable=is_movable,
+            plain=float(plain),
+            fused=float(fused),
+            plain_rank=int((self.plain > plain).sum()) + 1,
+            fused_rank=int((self.fused > fused).sum()) + 1,
+            heads={head: float(values[token_id]) for head, values in self.heads.items()} if is_movable else {},
+        )
+
 
 class _Recorder(LogitsProcessor):
     """Stands in for a CalibFusion and keeps what it did."""
@@ -212,7 +226,7 @@ class _Recorder(LogitsProcessor):
         if scores.shape[0] != 1:
             raise InputError(f"A trace follows one row, got {scores.shape[0]}.")
         if self._pending is not None:
-            self._settle(int(input_ids[0, -1]))
+            self._settle(self._pending, int(input_ids[0, -1]))
         fused = self.fusion(input_ids, scores)
         plain = scores[0].float().log_softmax(dim=-1)
         movable = self._movable(plain)
@@ -248,21 +262,21 @@ class _Recorder(LogitsProcessor):
             heads[head] = full
         return heads
 
-    def _settle(self, token_id: int) -> None:
-        """Keep of the pending step what is shown, now that its choice is known."""
-        assert self._pending is not None
-        plain, fused = self._pending.plain, self._pending.fused
+    def _settle(self, pending: _Pending, token_id: int) -> None:
+        """Keep of a step what is shown, now that its choice is known."""
+        plain, fused = pending.plain, pending.fused
         count = min(self._top, len(plain))
         shown = {*plain.topk(count).indices.tolist(), *fused.topk(count).indices.tolist(), token_id}
         shown = {each for each in shown if plain[each] > -torch.inf or each == token_id}
         ordered = sorted(shown, key=lambda each: (-float(plain[each]), each))
+        candidates = {each: pending.candidate(each, self._speller.label(each)) for each in ordered}
         change = fused.exp() * (fused - plain)
         step = StepTrace(
             position=self._prompt_length + len(self._steps),
             token_id=token_id,
             text=self._text(token_id),
-            chosen=self._candidate(token_id),
-            candidates=tuple(self._candidate(each) for each in ordered),
+            chosen=candidates[token_id],
+            candidates=tuple(candidates.values()),
             divergence=max(0.0, float(change.nan_to_num(nan=0.0).sum())),
             moved_mass=float((fused.exp() - plain.exp()).abs().sum()) / 2,
         )
@@ -271,25 +285,9 @@ class _Recorder(LogitsProcessor):
         if self._on_step is not None:
             self._on_step(step)
 
-    def _candidate(self, token_id: int) -> CandidateTrace:
-        assert self._pending is not None
-        pending = self._pending
-        plain, fused = pending.plain[token_id], pending.fused[token_id]
-        is_movable = bool(pending.movable[token_id])
-        return CandidateTrace(
-            token_id=token_id,
-            text=self._speller.label(token_id),
-            is_movable=is_movable,
-            plain=float(plain),
-            fused=float(fused),
-            plain_rank=int((pending.plain > plain).sum()) + 1,
-            fused_rank=int((pending.fused > fused).sum()) + 1,
-            heads={head: float(values[token_id]) for head, values in pending.heads.items()} if is_movable else {},
-        )
-
     def finish(self, sequence: Sequence[int]) -> list[StepTrace]:
         """The steps, now that the whole sequence is known."""
         last = self._prompt_length + len(self._steps)
         if self._pending is not None and last < len(sequence):  # on MPS, generate() runs one step too many
-            self._settle(sequence[last])
+            self._settle(self._pending, sequence[last])
         return self._steps

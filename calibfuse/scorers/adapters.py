@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 # What classifiers call the class we want, the clearest first.
 _TOXIC_LABELS = ("toxic", "toxicity", "hate", "hateful", "hate speech", "offensive", "abusive", "insult", "label_1")
 _OVERLAP_TOKENS = 32  # of neighbouring pieces of a text that is longer than the model reads
-_TEXTS_AT_ONCE = 10_000  # handed to the tokenizer
 _USUAL_TOKENS = 128  # of a piece, for which a batch holds `batch_size`
 _MANY_PIECES = 2_000  # from here on a progress bar is worth a line
 
@@ -59,7 +58,7 @@ class TransformersScorer:
         fast: compute in bfloat16 where the device has it, for scores within 0.01 of the exact ones.
 
     Raises:
-        InputError: no class of that name, none found by name, or a batch size below 1.
+        InputError: no class of that name, none found by name, a slow tokenizer, or a batch size below 1.
     """
 
     def __init__(
@@ -74,6 +73,8 @@ class TransformersScorer:
     ) -> None:
         if batch_size < 1:
             raise InputError(f"batch_size of a scorer must be at least 1, got {batch_size}")
+        if not tokenizer.is_fast:
+            raise InputError(f"Scorer {name!r} has a slow tokenizer, which cannot cut long texts; give a fast one")
         self.name = name
         self._model = model.train(False)
         self._tokenizer = tokenizer
@@ -143,31 +144,17 @@ class TransformersScorer:
 
     def _pieces(self, texts: Sequence[str]) -> tuple[list[list[int]], list[int]]:
         """The token ids of all pieces, special tokens included, and the text each belongs to."""
-        tokenizer = self._tokenizer
-        if self._max_length - tokenizer.num_special_tokens_to_add() <= _OVERLAP_TOKENS:
+        if self._max_length - self._tokenizer.num_special_tokens_to_add() <= _OVERLAP_TOKENS:
             raise ScorerError(f"Scorer {self.name!r} reads only {self._max_length} tokens, too few to score text with")
-        pieces: list[list[int]] = []
-        owners: list[int] = []
-        for start in range(0, len(texts), _TEXTS_AT_ONCE):
-            chosen = list(texts[start : start + _TEXTS_AT_ONCE])
-            encoded = tokenizer(chosen, truncation=False, verbose=False, return_attention_mask=False)["input_ids"]
-            for index, ids in enumerate(encoded, start):
-                parts = [ids] if len(ids) <= self._max_length else self._cut(texts[index], index, len(ids))
-                pieces += parts
-                owners += [index] * len(parts)
-        return pieces, owners
-
-    def _cut(self, text: str, index: int, n_tokens: int) -> list[list[int]]:
         encoding = self._tokenizer(
-            text, truncation=True, max_length=self._max_length, stride=_OVERLAP_TOKENS, return_overflowing_tokens=True
+            list(texts),
+            truncation=True,
+            max_length=self._max_length,
+            stride=_OVERLAP_TOKENS,
+            return_overflowing_tokens=True,
+            return_attention_mask=False,
         )
-        parts: list[list[int]] = encoding["input_ids"]
-        if not parts or not isinstance(parts[0], list):
-            raise ScorerError(
-                f"Text {index} has {n_tokens} tokens, scorer {self.name!r} reads {self._max_length}, and its slow "
-                "tokenizer cannot cut texts; use a model with a fast tokenizer"
-            )
-        return parts
+        return encoding["input_ids"], encoding["overflow_to_sample_mapping"]
 
     @torch.inference_mode()
     def _probabilities(self, pieces: list[list[int]]) -> NDArray[np.float64]:

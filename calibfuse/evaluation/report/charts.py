@@ -191,7 +191,7 @@ def _draw_curve(axes: Axes, name: str, number: int, points: Sequence[Point]) -> 
         if point.is_default:
             x, y = point.x.value, point.y.value
             axes.plot(x, y, marker="o", markersize=11, color="none", markeredgecolor=_INK, zorder=4, gid="ring")
-        if point.is_default or point in (points[0], points[-1]):
+        if point.is_default or point is points[-1]:
             _write(axes, point)
     axes.plot([], [], dashes if len(points) > 1 else "", color=colour, marker=mark, label=name)
 
