@@ -692,53 +692,55 @@ def test_device_files_and_huge_files_are_not_read(tmp_path):
 
 
 class Hub:
-    """Stands in for `hf_hub_download`: serves the files of one folder and notes what was asked for."""
+    """Stands in for `snapshot_download`: gives one folder and notes what was asked for."""
 
     def __init__(self, folder, reachable=True):
         self.folder, self.reachable, self.asked = folder, reachable, []
 
-    def download(self, repository, file, *, revision=None, local_files_only=False):
-        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    def download(self, repository, *, revision=None, local_files_only=False, allow_patterns=None):
+        from huggingface_hub.errors import LocalEntryNotFoundError
 
-        self.asked.append((file, revision, local_files_only))
+        self.asked.append((allow_patterns, revision))
         if not self.reachable:
             raise LocalEntryNotFoundError("offline")
-        if not (self.folder / file).is_file():
-            raise EntryNotFoundError(f"404 {file}")
-        return str(self.folder / file)
+        return str(self.folder)
 
 
 def test_hub_id_downloads_tokenizer_files_only(byte_level_tokenizer, tmp_path, monkeypatch):
+    from huggingface_hub.utils import filter_repo_objects
+
     byte_level_tokenizer.save(str(tmp_path / "tokenizer.json"))
     hub = Hub(tmp_path)
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", hub.download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub.download)
     vocabulary = Vocabulary.from_tokenizer("some-org/some-model", revision="v1")
     assert vocabulary.fingerprint == Vocabulary.from_tokenizer(byte_level_tokenizer).fingerprint
-    files = [file for file, _, _ in hub.asked]
-    assert files == ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
-    assert {revision for _, revision, _ in hub.asked} == {"v1"}
+    ((patterns, revision),) = hub.asked
+    assert revision == "v1"
+    files = ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"]
+    others = ["model.safetensors", "pytorch_model.bin", "config.json", "tokenization.py"]
+    assert list(filter_repo_objects([*files, *others], allow_patterns=patterns)) == files
 
 
 def test_hub_id_falls_back_to_other_tokenizer_files(tmp_path, monkeypatch):
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model([("<unk>", 2), ("▁a", 1), ("b", 1)]))
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", Hub(tmp_path).download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", Hub(tmp_path).download)
     assert Vocabulary.from_tokenizer("some-org/some-model").token_bytes(1) == b" a"
 
 
 def test_unreachable_hub_is_asked_once_and_gives_one_sentence(tmp_path, monkeypatch):
     hub = Hub(tmp_path, reachable=False)
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", hub.download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub.download)
     with pytest.raises(VocabularyError, match="the Hub was not reached, and its cache has none") as caught:
         Vocabulary.from_tokenizer("some-org/some-model")
     assert "\n" not in str(caught.value)
-    assert [cached_only for _, _, cached_only in hub.asked].count(False) == 1
+    assert len(hub.asked) == 1
 
 
 def test_unknown_repository_gives_one_sentence(monkeypatch):
     def refuse(*_, **__):
         raise OSError("404 Client Error.\n\nRepository Not Found for url")
 
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
     with pytest.raises(VocabularyError, match="neither a file or folder nor readable on the Hub") as caught:
         Vocabulary.from_tokenizer("some-org/some-model")
     assert "\n" not in str(caught.value)

@@ -68,40 +68,26 @@ def _from_folder(folder: Path) -> TokenTable:
 
 def _from_hub(name: str, *, revision: str | None, local_files_only: bool) -> TokenTable:
     import huggingface_hub
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    unreachable: Exception | None = None
-
-    def download(file: str) -> Path | None:
-        nonlocal unreachable
-        cached_only = local_files_only or unreachable is not None  # one failed attempt to connect is enough
-        try:
-            path = huggingface_hub.hf_hub_download(name, file, revision=revision, local_files_only=cached_only)
-        except LocalEntryNotFoundError as error:
-            unreachable = unreachable or error
-            return None
-        except EntryNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            raise VocabularyError(
-                f"No tokenizer {name!r}: neither a file or folder nor readable on the Hub ({reason_of(error)})."
-            ) from error
-        return Path(path)
-
-    for file in _SELF_CONTAINED:
-        path = None if "*" in file else download(file)  # only whole names can be asked for
-        if path is not None:
-            for side_file in _SIDE_FILES:
-                download(side_file)
-            return _from_folder(path.parent)
     try:
-        return _from_auto_tokenizer(name, revision=revision, local_files_only=unreachable is not None)
-    except VocabularyError:
-        if unreachable is None:
-            raise
+        folder = huggingface_hub.snapshot_download(
+            name,
+            revision=revision,
+            local_files_only=local_files_only,
+            allow_patterns=[*_SELF_CONTAINED, *_SIDE_FILES],
+        )
+    except LocalEntryNotFoundError as error:
         raise VocabularyError(
             f"No tokenizer {name!r}: there is no such file or folder, the Hub was not reached, and its cache has none."
-        ) from unreachable
+        ) from error
+    except (OSError, ValueError) as error:
+        raise VocabularyError(
+            f"No tokenizer {name!r}: neither a file or folder nor readable on the Hub ({reason_of(error)})."
+        ) from error
+    if any(any(Path(folder).glob(pattern)) for pattern in _SELF_CONTAINED):
+        return _from_folder(Path(folder))
+    return _from_auto_tokenizer(name, revision=revision, local_files_only=local_files_only)
 
 
 def _from_auto_tokenizer(name: str, *, revision: str | None, local_files_only: bool) -> TokenTable:

@@ -87,10 +87,7 @@ def _sentencepiece_encoder(path: Path) -> TextEncoder:
 
 
 def _word_piece_encoder(path: Path) -> TextEncoder:
-    lines = [str(token) for token in read_file(path).tokens]
-    cased = any(line[:1].isalpha() and line != line.lower() for line in lines)
-    vocab = {line: token_id for token_id, line in enumerate(lines)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocab, unk_token="[UNK]"))
-    tokenizer.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=not cased)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-    return _library_encoder(tokenizer)
+    tokens = [str(token) for token in read_file(path).tokens]
+    cased = any(token[:1].isalpha() and token != token.lower() for token in tokens)
+    tokenizer = tokenizers.BertWordPieceTokenizer(str(path), lowercase=not cased)
+    return lambda texts: [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]
