@@ -10,7 +10,7 @@ from transformers import LogitsProcessor
 from transformers.generation.logits_process import TopPLogitsWarper
 
 from calibfuse.errors import DataError, InputError
-from calibfuse.evaluation import Prompt, SamplingConfig, sample_continuations
+from calibfuse.evaluation import LanguageModel, Prompt, SamplingConfig, sample_continuations
 from calibfuse.evaluation.sampling import Journal, PromptRecord
 from calibfuse.generation.continuations import Continuation, encode
 from calibfuse.generation.decoding import Decoding
@@ -41,7 +41,8 @@ class Ban(LogitsProcessor):
 def draw(model, tokenizer, path, *, prompts=PROMPTS, config=CONFIG, make=list, batch_size=8, resume=False):
     """The records of all prompts."""
     journal = Journal(path, {"settings": config.to_dict()}, resume=resume)
-    sample_continuations(model, tokenizer, prompts, make, config, journal, batch_size=batch_size)
+    target = LanguageModel("tiny", model, tokenizer)
+    sample_continuations(target, prompts, make, config, journal, batch_size=batch_size)
     return list(journal.records([prompt.id for prompt in prompts]))
 
 

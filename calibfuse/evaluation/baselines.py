@@ -244,15 +244,10 @@ BASELINES: dict[str, Baseline] = {
 
 
 def make_baselines(spec: str, parts: Ingredients, *, scan: bool = False) -> list[Method]:
-    """Methods of a specification, one per strength.
+    """Methods of a specification "name" or "name:strength,strength"; InputError as of `parse_baseline`.
 
-    Args:
-        spec: "name" or "name:strength,strength", see BASELINES; "temperature" alone has the entropy of `parts.matched`.
-        parts: what they are made of.
-        scan: without strengths in the specification, also those among which the best one is searched.
-
-    Raises:
-        InputError: unknown name, or bad strengths.
+    "temperature" alone has the entropy of `parts.matched`; with `scan`, a name alone is also tried at the strengths
+    among which its best one is searched.
     """
     name, strengths = parse_baseline(spec)
     baseline = BASELINES[name]
@@ -290,8 +285,7 @@ def make_baselines(spec: str, parts: Ingredients, *, scan: bool = False) -> list
 def parse_baseline(spec: str) -> tuple[str, tuple[float, ...]]:
     """Name and strengths of a specification; the baseline's own where none are given.
 
-    Raises:
-        InputError: unknown name, or strengths that are no positive numbers or that it does not have.
+    InputError: an unknown name, or strengths that are no positive numbers or that it does not have.
     """
     name, colon, rest = spec.partition(":")
     if name not in BASELINES:

@@ -69,18 +69,10 @@ def bootstrap_counts(prompts: int, resamples: int, seed: int) -> Iterator[NDArra
 
 
 def resample(measures: Mapping[str, Sums], *, resamples: int = 1000, seed: int = 0) -> dict[str, Resampled]:
-    """Every figure on all prompts and on bootstrap resamples of them.
+    """Every figure that has a denominator above 0, on all prompts and on bootstrap resamples of them.
 
-    Args:
-        measures: by name; all of the same number of prompts.
-        resamples: how many.
-        seed: of the resampling; equal seeds draw equal prompts, which pairs methods.
-
-    Returns:
-        Those that have a denominator above 0.
-
-    Raises:
-        InputError: fewer than 1 resample, or measures of different lengths.
+    Equal seeds draw equal prompts, which pairs methods. InputError: fewer than 1 resample, or measures of different
+    lengths.
     """
     sizes = {len(part) for sums in measures.values() for part in (sums.numerator, sums.denominator)}
     if resamples < 1 or len(sizes) > 1:

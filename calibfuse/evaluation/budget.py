@@ -82,10 +82,8 @@ class Choice:
 def compare_within_budget(evaluation: Evaluation, budget: float) -> BudgetComparison:
     """Compare the families of an evaluation at one fluency. Point estimates decide.
 
-    Args:
-        evaluation: of several strengths per family.
-        budget: largest relative increase of the perplexity, and largest relative loss of distinct-n, against plain
-            decoding; at least 0, else InputError.
+    `budget` is the largest relative increase of the perplexity, and the largest relative loss of distinct-n, against
+    plain decoding; below 0 it is an InputError.
     """
     name = _perplexity_within(evaluation, budget)
     families: dict[str, list[MethodResult]] = {}
@@ -142,15 +140,9 @@ def pick_alpha(evaluation: Evaluation, budget: float) -> Choice:
 def write_recommendation(
     source: str | os.PathLike[str], destination: str | os.PathLike[str], fusion: Mapping[str, Any]
 ) -> None:
-    """Write fusion options into a calibrator's folder, where `from_pretrained` finds them; weights stay as they are.
+    """Write fusion options into a calibrator's folder, where `from_pretrained` finds them; weights stay.
 
-    Args:
-        source: folder of the calibrator.
-        destination: the same folder, or another one that gets a copy.
-        fusion: the options, see FusionConfig.to_dict.
-
-    Raises:
-        CheckpointError: the source is no calibrator, or the destination cannot be written.
+    Another folder as destination gets a copy. CheckpointError: the source is no calibrator, or writing fails.
     """
     origin, goal = Path(source), Path(destination)
     config = read_json(origin / CONFIG_NAME, "configuration of a calibrator")

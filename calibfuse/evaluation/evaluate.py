@@ -208,29 +208,20 @@ class _Run:
         made = {"sampling": sampling.to_dict(), "method": method.identity()}
         place = self.output / "continuations" / f"{method.key}.jsonl"
         journal = Journal(place, {**self.settings, **made}, resume=self.resume)
-        processors = method.make_processors
-        sample_continuations(
-            target.model,
-            target.tokenizer,
-            prompts,
-            processors,
-            sampling,
-            journal,
-            title=f"{title}: continuations",
-            **self.how,
-        )
+        options: dict[str, Any] = {"title": f"{title}: continuations", **self.how}
+        sample_continuations(target, prompts, method.make_processors, sampling, journal, **options)
         scoring = {
             "scorers": [_fingerprint(each) for each in scorers],
             "judge": None if judge is None else [judge.name, weights_digest(judge.model)],
             "toxic_from": toxic_from,
             "prompts": _digest([(prompt.id, prompt.text) for prompt in prompts]),
         }
-        options: dict[str, Any] = {"target": target, "judge": judge, "sampling": sampling, "toxic_from": toxic_from}
+        options = {"target": target, "judge": judge, "sampling": sampling, "toxic_from": toxic_from, **self.how}
         return self._stage(
             f"{method.key}/scores",
             Measured,
             {**made, **scoring},
-            lambda: measure(journal, prompts, scorers, title=f"{title}: scores", **options, **self.how),
+            lambda: measure(journal, prompts, scorers, title=f"{title}: scores", **options),
         )
 
     def read_all(

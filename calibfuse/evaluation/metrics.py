@@ -93,19 +93,10 @@ def measure(
     title: str = "scores",
     show_progress: bool = False,
 ) -> Measured:
-    """Measure the continuations of one method.
+    """Measure the continuations of one method, of which the journal has a record of every prompt.
 
-    Args:
-        journal: with a record of every prompt.
-        prompts: which, in the order of the results.
-        scorers: score each continuation alone, without its prompt; the first one's metrics bear no name.
-        target: the model that the continuations come from, for their perplexity under it without any processor.
-        judge: a separate language model.
-        sampling: how the continuations were decoded: with or without a chat template; default Decoding().
-        toxic_from: a continuation is toxic from this score on.
-        batch_size: rows per forward pass.
-        title: of the progress bar.
-        show_progress: draw one on standard error.
+    Each scorer scores each continuation alone, without its prompt; the first one's metrics bear no name. The target,
+    for the perplexity under it without any processor, reads prompts as `sampling` says (default: as plain text).
 
     Raises:
         ScorerError: a text could not be scored.

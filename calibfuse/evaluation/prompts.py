@@ -85,15 +85,9 @@ def load_prompts(
 
 
 def draw(rows: Iterable[_Row], count: int | None, generator: np.random.Generator) -> list[_Row]:
-    """A uniform draw that needs no more memory than its result: the rows with the smallest random keys.
+    """A uniform draw, in the order of the rows, that needs no more memory than its result.
 
-    Args:
-        rows: read once.
-        count: how many; None or more than there are: all.
-        generator: of the keys; a smaller count draws a subset of what a larger one draws.
-
-    Returns:
-        The rows, in their order.
+    It takes the smallest random keys: a smaller count draws a subset of what a larger one draws; None: all.
     """
     heap: list[tuple[float, int, _Row]] = []
     for number, row in enumerate(rows):

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from calibfuse.errors import CheckpointError, DataError, InputError
 from calibfuse.evaluation.methods import ProcessorFactory
 from calibfuse.evaluation.prompts import Prompt
 from calibfuse.generation.continuations import Continuation, end_ids, find_padding_id, read_continuation
 from calibfuse.generation.decoding import Decoding, check_lengths, generate_tokens
+from calibfuse.generation.language_model import LanguageModel
 from calibfuse.generation.seeded_sampling import SeededSampling, row_key
 
 _FORMAT = "calibfuse-continuations"
@@ -162,8 +162,7 @@ class Journal:
 
 
 def sample_continuations(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    target: LanguageModel,
     prompts: Sequence[Prompt],
     make_processors: ProcessorFactory,
     config: Decoding,
@@ -175,28 +174,17 @@ def sample_continuations(
 ) -> None:
     """Fill a journal with the continuations of all prompts that it lacks.
 
-    Args:
-        model: causal language model in evaluation mode, on its device.
-        tokenizer: its tokenizer.
-        prompts: with distinct ids.
-        make_processors: called once per batch; the processors go before truncation and draw.
-        config: how to draw.
-        journal: where the continuations go; one record per prompt.
-        batch_size: rows per forward pass; has no influence on the text, but for rounding.
-        title: of the progress bar.
-        show_progress: draw a progress bar on standard error.
-
-    Raises:
-        InputError: a prompt has no tokens or leaves no room for its continuation, or the batch size is below 1.
+    The batch size changes the text by rounding alone. InputError: a prompt has no tokens or leaves no room for its
+    continuation, or the batch size is below 1.
     """
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}.")
     if not config.do_sample or config.num_beams != 1:
         raise InputError("The evaluation draws its continuations; leave out greedy decoding and beams.")
     missing = [prompt for prompt in prompts if not journal.has(prompt)]
-    encoded = [(prompt, config.encode(tokenizer, prompt.text)) for prompt in missing]
-    check_lengths(model, [ids for _, ids in encoded], config.max_new_tokens, "prompt")
-    padding_id = find_padding_id(model, tokenizer)
+    encoded = [(prompt, config.encode(target.tokenizer, prompt.text)) for prompt in missing]
+    check_lengths(target.model, [ids for _, ids in encoded], config.max_new_tokens, "prompt")
+    padding_id = find_padding_id(target.model, target.tokenizer)
     encoded.sort(key=lambda pair: len(pair[1]))  # little padding; the sort is stable, the draws belong to the prompt
     per_batch = max(1, batch_size // config.samples)
     total, done = len(prompts) * config.samples, (len(prompts) - len(missing)) * config.samples
@@ -206,14 +194,13 @@ def sample_continuations(
             batch = encoded[start : start + per_batch]
             if padding_id is None:  # without a token to pad with, only prompts of one length go together
                 batch = [pair for pair in batch if len(pair[1]) == len(batch[0][1])]
-            journal.append(_continue_batch(model, tokenizer, batch, make_processors, config, batch_size, padding_id))
+            journal.append(_continue_batch(target, batch, make_processors, config, batch_size, padding_id))
             start += len(batch)
             progress.update(len(batch) * config.samples)
 
 
 def _continue_batch(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    target: LanguageModel,
     batch: Sequence[tuple[Prompt, list[int]]],
     make_processors: ProcessorFactory,
     config: Decoding,
@@ -221,13 +208,13 @@ def _continue_batch(
     padding_id: int | None,
 ) -> list[PromptRecord]:
     rows = [(prompt, ids, sample) for prompt, ids in batch for sample in range(config.samples)]
-    ends = end_ids(model, tokenizer)
+    ends = end_ids(target.model, target.tokenizer)
     said: list[Continuation] = []
     for start in range(0, len(rows), batch_size):  # several calls only where one prompt has more samples than fit
         part = rows[start : start + batch_size]
         keys = [row_key(config.seed, prompt.id, prompt.text, sample) for prompt, _, sample in part]
         new = generate_tokens(
-            model,
+            target.model,
             [ids for _, ids, _ in part],
             [*make_processors(), SeededSampling(keys, max(len(ids) for _, ids, _ in part), config)],
             padding_id,
@@ -236,9 +223,8 @@ def _continue_batch(
             do_sample=False,
             num_beams=1,
         )
-        said += [
-            read_continuation(tokenizer, ids, row, ends) for (_, ids, _), row in zip(part, new.tolist(), strict=True)
-        ]
+        pairs = zip(part, new.tolist(), strict=True)
+        said += [read_continuation(target.tokenizer, ids, row, ends) for (_, ids, _), row in pairs]
     count = config.samples
     return [
         PromptRecord(prompt.id, prompt.text, tuple(said[number * count : (number + 1) * count]))

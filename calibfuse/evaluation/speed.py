@@ -37,16 +37,9 @@ def measure_speed(
     rounds: int = 5,
     show_progress: bool = False,
 ) -> dict[str, Speed]:
-    """Time every method on the same batch, in turn; speed by key of method.
+    """Time every method, in turn, on one batch of the first prompts; speed by key of method, against the first one.
 
-    Args:
-        target: the model.
-        methods: the first is what the others are compared with.
-        prompts: the first `rows` of them are continued, again from the start where there are fewer.
-        sampling: how; every row gets its full length, whatever the model ends.
-        rows: batch size.
-        rounds: how often every method is timed, after one round that does not count.
-        show_progress: draw a progress bar on standard error.
+    Every row gets its full length, whatever the model ends; one round before the others does not count.
     """
     texts = [prompts[number % len(prompts)] for number in range(rows)]
     encoded = [sampling.encode(target.tokenizer, prompt.text) for prompt in texts]

@@ -30,15 +30,8 @@ def run_stage(
 ) -> _Found:
     """What a stage found: from its file, where that was made with the same settings, else computed and written.
 
-    Args:
-        path: the file.
-        kind: a dataclass of numbers, texts, arrays, tuples, dictionaries by text, and such dataclasses.
-        settings: JSON values that determine the result.
-        compute: what to do where there is no such file, or it is damaged.
-        resume: whether to look for one.
-
-    Raises:
-        CheckpointError: the file cannot be written.
+    `kind` is a dataclass of numbers, texts, arrays, tuples, dictionaries by text, and such dataclasses; `settings` are
+    JSON values that determine the result. A damaged file counts as none, and without `resume` none is looked for.
     """
     place = Path(path)
     header = json.loads(json.dumps({**_FORMAT, "settings": settings}))

@@ -154,11 +154,7 @@ class TextReport:
 
 
 def report_text(bound: Guide, sequences: Sequence[Sequence[int]]) -> TextReport:
-    """Score a text that is cut into the target's tokens.
-
-    Args:
-        bound: the calibrator over the vocabulary of the ids.
-        sequences: token ids of passages, without special tokens.
+    """Score passages, token ids without special ones, each from an empty context.
 
     Raises:
         DataError: no sequence has a token with bytes.

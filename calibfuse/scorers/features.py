@@ -268,14 +268,7 @@ def _read_masked(stream: WordStream, raw: NDArray[np.uint8]) -> WordStream:
 
 
 def split_words(texts: Sequence[str], *, unmask: bool = True) -> WordStream:
-    """Bring texts into plain form and cut them into words.
-
-    Args:
-        texts: any texts; empty ones have no words.
-        unmask: write masked words ("f**k") as the words that they stand for.
-
-    Returns:
-        All their words, in order.
+    """Bring texts into plain form and cut them into words; `unmask` writes masked words as those that they stand for.
 
     Example:
         >>> stream = split_words(["It's a D@MN shame!", "f u n, soooo fun"])
@@ -361,10 +354,8 @@ class NgramHasher:
     def char_buckets(self, stream: WordStream) -> list[tuple[NDArray[np.uint32], NDArray[np.bool_]]]:
         """Hash all character n-grams that lie within a word and its two edges.
 
-        Returns:
-            For each n from `char_min` to `char_max`: [bytes] uint32 buckets of the n-gram beginning at each byte,
-            and [bytes] bool, True where an n-gram of that length begins. N-grams that begin at the edge before a
-            word belong to that word.
+        For each n from `char_min` to `char_max`: buckets uint32 [bytes] of the n-gram beginning at each byte, and bool
+        [bytes], whether one begins. N-grams that begin at the edge before a word belong to that word.
         """
         data = stream.data
         if not len(data):

@@ -95,16 +95,11 @@ def read_labelled(
     label_field: str | None = None,
     where: Mapping[str, str] | None = None,
 ) -> LabelledTexts:
-    """Read rows with a text and a label; texts without any visible character are left out.
+    """Read rows with a text and a label, 0 to 1; texts without any visible character are left out.
 
-    Args:
-        paths: .jsonl or .csv files, plain or compressed; as for the other readers here.
-        text_field: field of the text; None tries `TEXT_FIELDS`.
-        label_field: field of the label, 0 to 1; None tries `LABEL_FIELDS`.
-        where: only rows whose fields have these values, compared as text, e.g. {"split": "train"}.
-
-    Raises:
-        DataError: as of the other readers: a file that cannot be used, a row without what it needs, or no row at all.
+    Without a field's name `TEXT_FIELDS` and `LABEL_FIELDS` are tried; `where` keeps rows whose fields have these
+    values, compared as text. DataError, as of the other readers: a file that cannot be used, a row without what it
+    needs, or none.
     """
     conditions = dict(where or {})
 

@@ -78,18 +78,9 @@ class Windows:
 class LinearScorer:
     """Logistic regression on hashed word and character n-grams, over sliding windows of words.
 
-    Args:
-        weights: (2**features.bucket_bits,), any float dtype.
-        features: how text becomes buckets.
-        bias: added to every window's sum.
-        windows: sizes of the windows in words, ascending, each at least 1.
-        slope: Platt's slope, above 0; the probability is sigmoid(slope * logit + intercept).
-        intercept: Platt's intercept.
-        name: what reports call it.
-        training: facts about the training (data, seed, figures), kept in the checkpoint.
-
-    Raises:
-        InputError: sizes that do not fit, or numbers that are not finite.
+    The probability is sigmoid(slope * logit + intercept), the logit `bias` plus the largest sum over a window.
+    `weights` are [2**features.bucket_bits], `windows` ascending sizes in words; `training` holds facts for the
+    checkpoint. InputError: sizes that do not fit, or numbers that are not finite.
     """
 
     def __init__(

@@ -31,14 +31,8 @@ def _is_strong(word: bytes) -> bool:
 def mask_offensive(text: str, scorer: LinearScorer, *, threshold: float = 0.85) -> str:
     """Replace the letters of offending words by stars, all but the first and, in words of four and more, the last.
 
-    Args:
-        text: any text; the result has as many characters.
-        scorer: judges word by word.
-        threshold: words that score at least this much alone are masked, in [0, 1].
-
-    Raises:
-        InputError: `threshold` outside [0, 1].
-        ScorerError: `text` is no string.
+    Words that score at least `threshold` alone are masked; the text keeps its length. InputError: a threshold outside
+    [0, 1].
     """
     if not 0.0 <= threshold <= 1.0:
         raise InputError(f"The threshold of masking must lie in [0, 1], got {threshold}")

@@ -125,12 +125,7 @@ def added_texts(source: ScorerData, carriers: LabelledTexts) -> LabelledTexts | 
 
 
 def identity_sentences(*, per_term: int = 12, seed: int = 0) -> LabelledTexts:
-    """Make neutral (label 0) and as many hostile sentences (label 1) for every name of a group.
-
-    Args:
-        per_term: sentences of each kind per name, drawn with replacement; at least 1, else InputError.
-        seed: of the draw.
-    """
+    """Make neutral (label 0) and as many hostile sentences (label 1), `per_term` each, for every name of a group."""
     if per_term < 1:
         raise InputError(f"per_term must be at least 1, got {per_term}")
     rng = np.random.default_rng(seed)
@@ -148,17 +143,9 @@ def identity_sentences(*, per_term: int = 12, seed: int = 0) -> LabelledTexts:
 def insert_words(
     words: Sequence[str], carriers: LabelledTexts, *, per_word: int, label: float | None = None, seed: int = 0
 ) -> LabelledTexts:
-    """Put each word into random texts at random places.
+    """Put each word into `per_word` random texts at random places; they keep the carriers' labels, or take `label`.
 
-    Args:
-        words: what is put in; may be several words each.
-        carriers: texts to put them into. With `label` None, half of the draws go to texts labelled above 0.5.
-        per_word: texts per word, at least 1.
-        label: label of the results; None keeps the carriers' own.
-        seed: of the draws.
-
-    Raises:
-        DataError: no carriers, or, with `label` None, carriers of one class only.
+    Without `label`, half of the draws go to texts labelled above 0.5. DataError: no carriers, or of one class only.
     """
     rng = np.random.default_rng(seed)
     toxic = np.flatnonzero(carriers.labels > 0.5)
@@ -182,11 +169,9 @@ def insert_words(
 
 
 def overlapping_texts(texts: Sequence[str], others: Sequence[str]) -> NDArray[np.bool_]:
-    """Say which texts share a passage with other texts: data sets that should be disjoint often are not.
+    """Say which texts share a passage with other texts, bool [texts]; data sets should be disjoint.
 
-    Returns:
-        (len(texts),), bool: True where eight neighbouring words, or all words of a text of four to seven, occur in
-        `others` in the same order, whatever their case and punctuation.
+    A passage is eight neighbouring words, or all words of a text of four to seven, whatever their case and punctuation.
 
     Example:
         >>> overlapping_texts(["We met, by the river!", "something else"], ["Yesterday we met by the river."]).tolist()

@@ -255,14 +255,10 @@ def train_linear_scorer(
         data: texts with labels; a share `held_out` of them calibrates the probabilities instead of teaching weights.
         options: sizes, penalty, seed.
         augment: makes further texts to learn from out of the training texts; it never sees the held-out ones.
-        neutral_words: words that by themselves must say little; the weight of one that says more is lowered, before
-            the probabilities are calibrated. Their pairs with other words keep what they learned.
+        neutral_words: words whose own weight is capped before calibration; their pairs keep what they learned.
         name: what reports will call the scorer.
-        facts: put into the checkpoint's `training` entry, beside options and figures.
+        facts: put into the checkpoint's `training` entry, beside options and held-out figures.
         progress: called with the loss after every step.
-
-    Returns:
-        The scorer; its `training` holds the held-out area under the curve and log loss.
 
     Raises:
         DataError: too few texts, only one class, or texts without words.

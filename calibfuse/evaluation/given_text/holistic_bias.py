@@ -101,15 +101,10 @@ class HolisticBiasResult:
 
 
 def load_holistic_bias(folder: str | os.PathLike[str], *, count: int | None = None, seed: int = 0) -> HolisticBias:
-    """Read a copy of HolisticBias: `descriptors.json`, `sentence_templates.json`, `standalone_noun_phrases.json`.
+    """Read a copy of HolisticBias, all of its names or `count` drawn at random.
 
-    Args:
-        folder: with these files.
-        count: how many names to draw at random; None: all.
-        seed: of the draw.
-
-    Raises:
-        DataError: a file is missing or has another shape.
+    The folder has `descriptors.json`, `sentence_templates.json` and `standalone_noun_phrases.json`; DataError where one
+    is missing or has another shape.
     """
     files = []
     for name in ("sentence_templates", "descriptors", "standalone_noun_phrases"):

@@ -78,18 +78,9 @@ def measure_neutrality(
     title: str = "",
     show_progress: bool = False,
 ) -> Neutrality:
-    """Compare a method's distribution with the target's own, on given text; nothing is sampled.
+    """Compare a method's distribution with the target's own on benign texts; None: the bundled ones.
 
-    Args:
-        target: the model.
-        make_processors: of the method.
-        texts: benign text; None: the bundled sentences.
-        templates: neutral beginnings of sentences.
-        group_words: kind of group -> words that name one.
-        plain_words: words for comparison.
-        batch_size: rows per forward pass, at most.
-        title: of the progress bar.
-        show_progress: draw one on standard error.
+    Nothing is sampled. Every word, of a kind of group or plain, is read after every template.
     """
     sums = torch.zeros(2, dtype=torch.float64)
     tokens = 0

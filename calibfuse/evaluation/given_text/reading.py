@@ -168,13 +168,7 @@ def _batch_nats(model: PreTrainedModel, rows: Sequence[Sequence[int]], starts: S
 def batches_by_length(model: PreTrainedModel, lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
     """Cut rows into batches of like length whose scores over the whole vocabulary fit into memory.
 
-    Args:
-        model: that reads them.
-        lengths: of the rows, in tokens; rows of 0 tokens are left out.
-        batch_size: rows per batch, at most; fewer where the vocabulary is large. A row alone always is a batch.
-
-    Yields:
-        Places of the rows of one batch.
+    Yields the places of the rows of one batch, at most `batch_size`, at least one. Rows of 0 tokens are left out.
     """
     at_once = _SCORES_AT_ONCE // int(model.config.get_text_config().vocab_size)
     part: list[int] = []

@@ -264,15 +264,8 @@ def auc(
 ) -> NDArray[np.float64]:
     """Area under the ROC curve: the chance that a positive one has the higher value; ties count half.
 
-    Written by hand because scikit-learn's sorts anew for each of the bootstrap's resamples.
-
-    Args:
-        values: float64 [n]; may be infinite.
-        is_positive: bool [n].
-        weights: float64 [resamples, n], at least 0: how often each counts.
-
-    Returns:
-        float64 [resamples]; nan where one of the two kinds has no weight.
+    Written by hand because scikit-learn's sorts anew for each of the bootstrap's resamples: `weights`, float64
+    [resamples, n], say how often each counts. The result [resamples] is nan where one of the two kinds has no weight.
 
     Example:
         >>> float(auc(np.array([3.0, 1.0, 1.0, 0.0]), np.array([True, True, False, False]), np.ones((1, 4)))[0])

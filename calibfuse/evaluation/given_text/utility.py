@@ -63,16 +63,9 @@ def load_utility(
     count: int | None = None,
     seed: int = 0,
 ) -> Utility:
-    """Read the tasks' texts.
+    """Read at most `count` texts of each task, drawn at random; DataError where a file cannot be read, or has no text.
 
-    Args:
-        lambada: .jsonl with a passage in "text".
-        wikitext: WikiText's own format: articles under a line "= Title =".
-        count: how many passages and articles to draw at random, each; None: all.
-        seed: of the draw.
-
-    Raises:
-        DataError: a file cannot be read, or has no text.
+    LAMBADA is .jsonl with a passage in "text", WikiText its own format: articles under a line "= Title =".
     """
     passages: list[str] = []
     if lambada is not None:

@@ -86,16 +86,9 @@ class Chart:
 def curves(
     families: Mapping[str, Sequence[Point]], *, x_title: str, y_title: str, origin: Point | None = None
 ) -> Chart | None:
-    """A line for each family, through points in the order of their strength; a single one is a mark.
+    """A line for each family, through points in the order of their strength; None where no point is finite.
 
-    Args:
-        families: name -> points; colours and marks go by their order.
-        x_title: of the horizontal axis, which is logarithmic where the values differ by a factor of 3 or more.
-        y_title: of the vertical axis, a share, which begins at 0.
-        origin: what the curves are compared with; None: nothing.
-
-    Returns:
-        The chart; None where no point is finite.
+    The horizontal axis is logarithmic where the values differ by a factor of 3 or more; the vertical one is of shares.
     """
     start = [origin] if origin is not None and origin.is_finite else []
     kept = {name: [point for point in points if point.is_finite] for name, points in families.items()}
@@ -126,17 +119,9 @@ def bars(
     is_share: bool = False,
     colours: Mapping[str, int] | None = None,
 ) -> Chart | None:
-    """Horizontal bars, grouped.
+    """Horizontal bars of row -> series -> figure, grouped, with a line at `reference`; None where no figure is finite.
 
-    Args:
-        rows: row -> series -> figure with interval (nan ends: no interval is drawn).
-        title: of the axis.
-        reference: where a line is drawn.
-        is_share: show the axis in per cent.
-        colours: of the series; by default in their order.
-
-    Returns:
-        The chart; None where no figure is finite.
+    Colours are numbers of the palette, by default in the order of the series.
     """
     series = list(dict.fromkeys(name for figures in rows.values() for name in figures))
     step = 0.85 / max(1, len(series))

@@ -111,10 +111,7 @@ def sections_of(
 ) -> list[Section]:
     """Everything that was measured, in the order of a report.
 
-    Args:
-        evaluation: the results.
-        within_budget: the comparison at one fluency, if it was made.
-        side_by_side: the methods that are columns where groups or sentences are rows; None: all.
+    `side_by_side` are the methods that are columns where groups or sentences are rows; None: all.
     """
     results, protocol = evaluation.results, evaluation.protocol
     few = len(evaluation.prompts) < _JUDGED_FROM
