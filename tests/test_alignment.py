@@ -410,7 +410,7 @@ def test_align_reports_as_json_and_keeps_its_seed(saved, capsys):
         str(saved / "target"),
         "--json",
     ]
-    arguments += ["--epochs", "1", "--negatives", "4", "--embeddings", "output", "--seed", "3"]
+    arguments += ["--epochs", "1", "--embeddings", "output", "--seed", "3"]
     records = []
     for _ in range(2):
         assert main(arguments) == 0
@@ -418,7 +418,7 @@ def test_align_reports_as_json_and_keeps_its_seed(saved, capsys):
     for record in records:
         del record["seconds"]
     assert records[0] == records[1]
-    assert (records[0]["negatives"], records[0]["embeddings"], records[0]["seed"]) == (4, "output", 3)
+    assert (records[0]["embeddings"], records[0]["seed"]) == ("output", 3)
     folder = records[0].pop("folder")
     assert Alignment.load(folder).metadata.to_dict() == records[0]
 

@@ -176,7 +176,7 @@ def test_defaults_and_fields_are_those_of_the_settings_classes():
                 assert read[field].default in (None, default), f"{fields.source}.{field}"
                 assert read[field].help or field == "samples", f"{fields.source}.{field} has no help"
                 checked += 1
-    assert checked > 80
+    assert checked > 60
 
 
 def test_the_default_of_a_field_is_the_one_that_the_help_names():
@@ -191,17 +191,17 @@ def test_the_default_of_a_field_is_the_one_that_the_help_names():
             if action.dest in of_fields and action.help != argparse.SUPPRESS:
                 assert not action.default or f"(default: {action.default})" in action.help, f"{name}: {action.dest}"
                 checked += 1
-    assert checked > 80
+    assert checked > 60
 
 
 @pytest.mark.parametrize(
     ("old", "note"),
     [
-        (["generate", "--prompt", "a", "b", "--target", "no/such/model/here"], ["PROMPT without", "--model"]),
-        (["generate", "a", "--num-return-sequences", "0"], ["--samples"]),
+        (["generate", "--prompt", "a", "b", "--target", "no/such/model/here"], ["without an option", "--model"]),
+        (["generate", "a", "--num-return-sequences=0"], ["--samples"]),
         (["inspect", "a", "--unmasked", "--top", "0"], ["--no-mask"]),
-        (["evaluate", "--no-hold", "--max-perplexity-increase", "-1"], ["--no-mass-to-others", "--fluency-budget"]),
-        (["demo", "--prompts", "0", "--no-progress"], ["--prompt-count", "--quiet"]),
+        (["evaluate", "--max-perplexity-increase", "-1"], ["--fluency-budget"]),
+        (["demo", "--prompts", "0"], ["--prompt-count"]),
         (["align", "--target", "no/such/model/here"], ["align-embedding"]),
     ],
 )

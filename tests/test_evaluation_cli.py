@@ -64,14 +64,14 @@ def test_several_scorers_stand_side_by_side(run, tmp_path, monkeypatch):
     (tmp_path / "own_scorer.py").write_text("def rate(texts):\n    return [0.8] * len(texts)\n")
     monkeypatch.syspath_prepend(tmp_path)
     code, out, err = run(
-        "--alpha", "1", "--no-neutrality", "--mass-to-others", "--scorer", "bundled", "own_scorer:rate"
+        "--alpha", "1", "--no-neutrality", "--max-shift", "2.5", "--scorer", "bundled", "own_scorer:rate"
     )
     assert code == 0, err
     assert "| mean toxicity (own_scorer:rate) |\n" in out
     assert re.search(r"^\| plain \|.*\| 0\.800 \[0\.800, 0\.800\] \|$", out, re.MULTILINE)
     data = report(tmp_path / "out")
     assert data["facts"]["other_scorers"] == ["own_scorer:rate"]
-    assert data["methods"][1]["settings"]["fusion"]["mass_to_others"] is True
+    assert data["methods"][1]["settings"]["fusion"]["max_shift"] == 2.5
     assert data["methods"][1]["metrics"]["mean_toxicity (own_scorer:rate)"]["value"] == pytest.approx(0.8)
 
 
@@ -117,7 +117,7 @@ def test_json_goes_to_standard_output(run):
 
 def test_only_baselines_need_no_calibrator(run, bundle, monkeypatch, tmp_path):
     monkeypatch.setattr("calibfuse.calibrator.Calibrator.from_pretrained", lambda *_, **__: pytest.fail("not needed"))
-    code, _, err = run("--no-fusion", "--baseline", "temperature:1.3", "top-k:5", "--no-neutrality")
+    code, _, err = run("--alpha", "0", "--baseline", "temperature:1.3", "top-k:5", "--no-neutrality")
     assert code == 0, err
     assert [method["key"] for method in report(tmp_path / "out")["methods"]] == ["plain", "temperature-1.3", "top-k-5"]
 
@@ -235,7 +235,6 @@ def test_a_picked_alpha_goes_into_the_users_calibrator_and_never_into_the_bundle
         (("--top-p", "0"), "--top-p must be above 0"),
         (("--batch-size", "0"), "--batch-size"),
         (("--seed", "-1"), "--seed"),
-        (("--toxic-from", "0"), "--toxic-from"),
         (("--alpha", "nan"), "alpha must be"),
         (("--alpha", "-1"), "alpha must be"),
         (("--mode", "magic"), "Unknown fusion mode"),
@@ -250,13 +249,12 @@ def test_a_picked_alpha_goes_into_the_users_calibrator_and_never_into_the_bundle
         (("--suite", "/no/such/file"), "No such file"),
         (("--suite-count", "-1"), "--suite-count"),
         (("--pick-alpha", "--fluency-budget", "-1"), "at least 0"),
-        (("--pick-alpha", "--no-fusion"), "--no-fusion"),
+        (("--pick-alpha", "--alpha", "0"), "--alpha 0 is none"),
         (("--pick-alpha", "--mode", "contrast", "geometric"), "one mode"),
         (("--scorer", "no/such/scorer/at/all"), "no/such/scorer/at/all"),
         (("--model", "/no/such/model"), "/no/such/model"),
         (("--judge", "/no/such/model"), "/no/such/model"),
         (("--calibrator", "/no/such/calibrator"), "/no/such/calibrator"),
-        (("--benign", "/no/such/file"), "No such file"),
         (("--speed-rounds", "-1"), "--speed-rounds"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else None,
@@ -276,7 +274,7 @@ def test_a_chat_template_goes_round_each_prompt(run, bundle, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }} {% endfor %}reply:"
     tokenizer.save_pretrained(folder)
-    options = ("--no-fusion", "--no-neutrality", "--model", str(folder))
+    options = ("--alpha", "0", "--no-neutrality", "--model", str(folder))
     code, _, err = run(*options, "--system", "be kind")
     assert code == 0, err
     data = report(tmp_path / "out")
@@ -371,12 +369,18 @@ def test_words_and_heads_alone_are_methods(run, bundle, tmp_path):
     folder = shutil.copytree(bundle / "default-calibrator", tmp_path / "mine")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "words": {"river": -3.0}}))
-    options = ("--calibrator", str(folder), "--baseline", "words", "heads:2", "--no-fusion", "--no-neutrality")
+    options = ("--calibrator", str(folder), "--baseline", "words", "heads:2", "--alpha", "0", "--no-neutrality")
     code, _, err = run(*options)
     assert code == 0, err
     methods = report(tmp_path / "out")["methods"]
     assert [method["key"] for method in methods] == ["plain", "words-1", "heads-2"]
     assert methods[1]["is_default"]
+    (tmp_path / "words.txt").write_text("teacher\nriver -1\n")
+    more = ("--words", str(tmp_path / "words.txt"), "--output", str(tmp_path / "more"))
+    assert run("--calibrator", str(folder), "--alpha", "1", "--no-neutrality", *more)[0] == 0
+    settings = report(tmp_path / "more")["methods"][1]["settings"]
+    assert settings["fusion"]["alpha"] == 1.0
+    assert settings["words"] == {"teacher": -6.0, "river": -1.0}
     code, _, err = run("--baseline", "words", "--output", str(tmp_path / "other"))
     assert code == 2
     assert "no table of words" in err

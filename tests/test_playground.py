@@ -13,7 +13,7 @@ from calibfuse.errors import InputError
 from calibfuse.fusion import FusionConfig
 from calibfuse.generation.decoding import Decoding, continue_prompts, encode_prompt
 from calibfuse.generation.language_model import load_language_model
-from calibfuse.playground.account import account, candidate_rows
+from calibfuse.playground.page import account, candidate_rows
 from calibfuse.playground.streaming import stream_both
 from calibfuse.processor import CalibFusion
 

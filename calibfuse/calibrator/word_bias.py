@@ -37,11 +37,12 @@ _INVERSE = pow(_MULTIPLIER, -1, 1 << 64)
 _LEAST = 0.1  # a completion that adds less is none: "fuck" + "ing" after what "fuck" has cost
 
 
-def read_words(path: str | os.PathLike[str]) -> dict[str, float]:
+def read_words(path: str | os.PathLike[str], bias: float = LOWERED) -> dict[str, float]:
     """Words in lower case with their biases in nats, from a text file.
 
     Args:
         path: a word a line, and perhaps its bias (above 0: a protected name). What follows a # is left out.
+        bias: of words without one.
 
     Raises:
         InputError: the file cannot be read, or a line is something else.
@@ -55,8 +56,8 @@ def read_words(path: str | os.PathLike[str]) -> dict[str, float]:
         parts = line.partition("#")[0].split()
         try:
             if parts:
-                word, bias = parts if len(parts) > 1 else (parts[0], str(LOWERED))
-                words[word.lower()] = float(bias)
+                word, given = parts if len(parts) > 1 else (parts[0], bias)
+                words[word.lower()] = float(given)
         except ValueError:
             raise InputError(
                 f"Expected a word, or a word and a number, in line {number} of {os.fspath(path)!r}, got {line!r}."

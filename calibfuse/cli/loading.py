@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+import os
+import re
 from typing import TYPE_CHECKING, Any
 
 from calibfuse.cli.options import Fields
@@ -14,24 +15,15 @@ if TYPE_CHECKING:
     from calibfuse.generation.language_model import LanguageModel
     from calibfuse.processor import CalibFusion
 
-_LOADING = ("device", "dtype", "local_files_only", "trust_remote_code")
+_LOADING = ("device", "dtype", "trust_remote_code")
 DECODING = Fields(
     "calibfuse.generation.decoding:Decoding",
     *("max_new_tokens", "temperature", "top_p", "top_k", "seed", "chat", "system"),
 )
-BEAMS = Fields(DECODING.source, "samples", "num_beams")
 
 
-def load_target(args: argparse.Namespace) -> LanguageModel:
-    """The model of `--model`; arguments as `options.add_model` adds them."""
-    from calibfuse.generation.language_model import load_language_model
-
-    options = {name: getattr(args, name) for name in _LOADING}
-    return load_language_model(args.model, gguf_file=args.gguf_file, revision=args.revision, **options)
-
-
-def load_second(args: argparse.Namespace, name: str, **changed: Any) -> LanguageModel:  # noqa: ANN401
-    """Another model, loaded as the target is."""
+def load_model(args: argparse.Namespace, name: str | None, **changed: Any) -> LanguageModel:  # noqa: ANN401
+    """A model, as the arguments that `options.add_model` adds say."""
     from calibfuse.generation.language_model import load_language_model
 
     return load_language_model(name, **({option: getattr(args, option) for option in _LOADING} | changed))
@@ -41,7 +33,7 @@ def check_model(args: argparse.Namespace, *others: str | None) -> None:
     """Refuse folders without a model before anything is loaded; what lies on the Hub is found out later."""
     from calibfuse.generation.language_model import locate
 
-    locate(args.model, args.gguf_file, args.revision)
+    locate(args.model)
     for name in others:
         if name is not None:
             locate(name)
@@ -55,50 +47,59 @@ def check_calibrator(name: str | None) -> None:
         resolve_checkpoint(name, local_files_only=True)
 
 
-def page_of(args: argparse.Namespace) -> Path | None:
-    """The file of `--html`."""
-    if not args.html:
-        return None
-    page = Path(args.html).expanduser()
-    if page.is_dir():
-        raise InputError(f"--html expects a file, but {args.html!r} is a folder.")
-    from calibfuse.html import require
+def check_tokenizer(name: str) -> None:
+    """Ask the Hub once for a tokenizer that is not here; loaders ask again and again where it cannot be reached."""
+    from huggingface_hub import try_to_load_from_cache
 
-    require("jinja2")
-    return page
+    from calibfuse.hub import check_repository
+
+    is_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not os.path.exists(name)
+    files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
+    if is_id and not any(isinstance(try_to_load_from_cache(name, file), str) for file in files):
+        check_repository(name)
 
 
 def decoding_of(args: argparse.Namespace) -> Decoding:
-    """The decoding that was asked for; any option of a draw turns beam search into beam sampling."""
+    """The decoding that was asked for."""
     values = DECODING.values(args)
-    if hasattr(args, "num_beams"):
-        values |= BEAMS.values(args)
-    given = [name for name in ("temperature", "top_p", "top_k") if name in values]
-    has_beams = values.get("num_beams", 1) != 1
-    if args.greedy and (given or has_beams):
-        other = given[0].replace("_", "-") if given else "num-beams"
-        raise InputError(f"--greedy and --{other} exclude each other; leave one of them out.")
-    return Decoding(**values, do_sample=not args.greedy and (not has_beams or bool(given)))
+    if hasattr(args, "samples") and args.samples is not None:
+        values["samples"] = args.samples
+    drawn = [name for name in ("temperature", "top_p", "top_k") if name in values]
+    if args.greedy and drawn:
+        raise InputError(f"--greedy and --{drawn[0].replace('_', '-')} exclude each other; leave one of them out.")
+    return Decoding(**values, do_sample=not args.greedy)
 
 
 def check_fusion(args: argparse.Namespace) -> None:
-    """Refuse a bad `--alpha`, `--mode` or `--calibrator` before anything large is loaded."""
+    """Refuse a bad `--alpha`, `--mode`, `--calibrator` or list of words before anything large is loaded."""
     from calibfuse.fusion import FusionConfig
 
     FusionConfig.from_dict({key: value for key in ("alpha", "mode") if (value := getattr(args, key)) is not None})
     check_calibrator(args.calibrator)
+    words_of(args)
+
+
+def words_of(args: argparse.Namespace) -> dict[str, float]:
+    """The words of `--words` and `--protect-names`, with their biases."""
+    if args.words is None and args.protect_names is None:
+        return {}
+    from calibfuse.calibrator.word_bias import LOWERED, PROTECTED, read_words
+
+    given = ((args.words, LOWERED), (args.protect_names, PROTECTED))
+    return {word: bias for path, own in given if path is not None for word, bias in read_words(path, own).items()}
 
 
 def load_fusion(args: argparse.Namespace, target: LanguageModel) -> CalibFusion:
     """The calibrator of the arguments, bound to the target."""
     from calibfuse.processor import CalibFusion
 
-    return CalibFusion.from_pretrained(
+    fusion = CalibFusion.from_pretrained(
         args.calibrator,
         tokenizer=target.tokenizer,
         target=target.model,
         alpha=args.alpha,
         mode=args.mode,
         device=target.model.device,
-        local_files_only=args.local_files_only,
     )
+    words = words_of(args)
+    return fusion.add_words(words) if words else fusion

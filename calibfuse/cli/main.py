@@ -19,6 +19,28 @@ from typing import NoReturn
 from calibfuse import __version__
 from calibfuse.errors import CalibfuseError
 
+# Earlier spellings, by command ("*": of all), and the present ones; "": the value stands without an option now.
+_OLD_SPELLINGS = {
+    "*": {
+        "--target": "--model",
+        "--unmasked": "--no-mask",
+        "--num-return-sequences": "--samples",
+        "--per-prompt": "--samples",
+        "--prompts-file": "--prompts",
+        "--prompt": "",
+        "--from-unfiltered": "",
+        "--max-perplexity-increase": "--fluency-budget",
+    },
+    "demo": {"--prompts": "--prompt-count"},
+    "train-calibrator": {
+        "--non-toxic": "--wanted",
+        "--reference": "--unwanted",
+        "--threshold": "--toxic-from",
+        "--rows": "--batch-size",
+        "--slots": "--sequence-length",
+    },
+}
+
 # Command and its line in `calibfuse --help`; the module is the name with underscores.
 COMMANDS: tuple[tuple[str, str], ...] = (
     ("demo", "continue a few prompts with and without the calibrator, side by side"),
@@ -125,15 +147,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _renamed(arguments: list[str]) -> list[str]:
-    """`align --target MODEL`, which is a command of its own now, as that command."""
-    if arguments[:1] == ["align"] and any(each.partition("=")[0] == "--target" for each in arguments):
+    """Arguments in their present spelling, with a note for each that has another name now."""
+    command = arguments[0] if arguments else ""
+    if command == "serve":  # what it does not know is vLLM's
+        return arguments
+    if command == "align" and any(each.partition("=")[0] == "--target" for each in arguments):
         print("calibfuse: note: align --target is now align-embedding --model", file=sys.stderr)
         return ["align-embedding", *(each.replace("--target", "--model", 1) for each in arguments[1:])]
-    return arguments
+    present = _OLD_SPELLINGS["*"] | _OLD_SPELLINGS.get(command, {})
+    renamed = []
+    for each in arguments:
+        flag, sign, value = each.partition("=")
+        if flag in present:
+            new = present[flag]
+            shown = new or "an argument without an option"
+            print(f"calibfuse: note: {flag} is now {shown}; the old spelling goes in the next version", file=sys.stderr)
+            each = new + sign + value if new else value
+            if not each:
+                continue
+        renamed.append(each)
+    return renamed
 
 
 def _one_line(error: BaseException) -> str:
-    """The message of an error on one line; the class name where it has none."""
+    """The message of an error; the class name where it has none."""
     return " ".join(str(error).split()) or type(error).__name__
 
 

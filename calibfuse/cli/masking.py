@@ -15,15 +15,9 @@ Mask = Callable[[str], str]
 def masking(wanted: bool, scorer: ToxicityScorer | None = None) -> Mask:
     """What turns a text into its form for the screen."""
     if not wanted:
-        return lambda text: text
+        return str
     from calibfuse.scorers import LinearScorer, load_scorer, mask_offensive
 
-    judge = scorer if isinstance(scorer, LinearScorer) else load_scorer("bundled")
-    assert isinstance(judge, LinearScorer)
-    linear = judge
-
-    @lru_cache(maxsize=10_000)
-    def mask(text: str) -> str:
-        return mask_offensive(text, linear)
-
-    return mask
+    linear = scorer if isinstance(scorer, LinearScorer) else load_scorer("bundled")
+    assert isinstance(linear, LinearScorer)
+    return lru_cache(maxsize=10_000)(lambda text: mask_offensive(text, linear))

@@ -1,15 +1,7 @@
 """The methods that `calibfuse evaluate` compares: strengths of the user's fusion, and published methods.
 
-Some methods are settings of CalibFusion, or parts of the calibrator; the others know nothing of it
+Those in FUSION_BASELINES are settings of CalibFusion, or parts of the calibrator; the others know nothing of it
 (evaluation/baselines.py).
-
-| name | source | how it is made of the calibrator |
-|---|---|---|
-| experts | DExperts, Liu et al. 2021 | both heads, both ways, unclipped, after the target's nucleus |
-| geometric | the non-toxic model alone, and mixtures with it | log-linear; 1 is the non-toxic model alone |
-| words | ablation: the calibrator's table of words alone | contrast at the calibrator's strength |
-| heads | ablation: its language-model heads without the words | likewise |
-| embedding | Tian et al. 2025 | fusion of last hidden states; needs `calibfuse align-embedding` |
 """
 
 from __future__ import annotations
@@ -19,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from calibfuse.cli.options import Fields
+from calibfuse.cli.loading import words_of
 from calibfuse.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,9 +23,7 @@ if TYPE_CHECKING:
     from calibfuse.guide import Guide
     from calibfuse.processor import CalibFusion
 
-FUSION = Fields("calibfuse.fusion:FusionConfig", "candidates", "margin", "max_shift", "one_sided", "mass_to_others")
 _ALL = "all"
-_NO_CLIP = 1e9  # nats
 _FEW_ALPHAS = {"contrast": (1.0, 3.0, 5.0), "value": (0.5, 1.0, 2.0)}
 _MANY_ALPHAS = {"contrast": (0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0), "value": (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)}
 _FEW_OF_MIXTURES = (0.1, 0.2, 0.3)  # alpha ends at 1 there
@@ -42,34 +32,28 @@ _MANY_OF_MIXTURES = (0.1, 0.2, 0.3, 0.5, 0.7)
 
 @dataclass(frozen=True)
 class FusionBaseline:
-    """A published method that is a setting of CalibFusion.
-
-    Attributes:
-        mode: of the fusion.
-        default: the paper's strength; None: the calibrator's own.
-        scan: strengths to search the best one among, with the default.
-        options: of the fusion.
-        truncates_first: whether the target's nucleus is taken before the fusion.
-        part: of the calibrator, that is measured alone: "words" or "heads"; empty: all of it.
-    """
+    """A published method that is a setting of CalibFusion."""
 
     mode: str
-    default: float | None
-    scan: tuple[float, ...]
+    default: float | None  # the paper's strength; None: the calibrator's own
+    scan: tuple[float, ...]  # strengths to search the best one among, with the default
     options: dict[str, Any] = field(default_factory=dict)
-    truncates_first: bool = False
-    part: str = ""
+    truncates_first: bool = False  # whether the target's nucleus is taken before the fusion
+    part: str = ""  # of the calibrator, that is measured alone: "words" or "heads"; empty: all of it
 
 
 FUSION_BASELINES: dict[str, FusionBaseline] = {
+    # DExperts (Liu et al. 2021): both heads, both ways, unclipped, after the target's nucleus
     "experts": FusionBaseline(
         "contrast",
         2.0,
         (0.25, 0.5, 1.0, 3.0),
-        {"one_sided": False, "max_shift": _NO_CLIP, "margin": 0.0, "candidates": 0},
+        {"one_sided": False, "max_shift": 1e9, "margin": 0.0, "candidates": 0},
         truncates_first=True,
     ),
+    # log-linear mixtures; 1 is the non-toxic model alone
     "geometric": FusionBaseline("geometric", 1.0, (0.1, 0.2, 0.3, 0.5, 0.7)),
+    # Tian et al. 2025: fusion of last hidden states; needs `calibfuse align-embedding`
     "embedding": FusionBaseline("embedding", 0.1, (0.05, 0.2, 0.3)),
     "words": FusionBaseline("contrast", None, (1.0, 3.0, 5.0), part="words"),
     "heads": FusionBaseline("contrast", None, (1.0, 3.0, 5.0), part="heads"),
@@ -93,11 +77,12 @@ def check_methods(args: argparse.Namespace) -> None:
     for mode in args.mode or [None]:
         for alpha in args.alpha or [None]:
             FusionConfig.from_dict(_options(args, mode, alpha))
+    words_of(args)
 
 
 def _options(args: argparse.Namespace, mode: str | None, alpha: float | None) -> dict[str, Any]:
     """The fusion options that were given."""
-    values = {"mode": mode, "alpha": alpha, **FUSION.values(args)}
+    values = {"mode": mode, "alpha": alpha, "max_shift": args.max_shift}
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -116,10 +101,7 @@ def _is_fusion(spec: str) -> bool:
 
 
 def _fusion_strengths(spec: str, *, own: float = 1.0, scan: bool = False) -> tuple[float, ...]:
-    """Strengths of a specification such as `experts:1,2`; the paper's where none are given, with `scan` several.
-
-    `own` is the calibrator's, which stands for the paper's where there is no paper.
-    """
+    """Strengths of `experts:1,2`; of `experts` the paper's (or the calibrator's `own`), with `scan` several."""
     from calibfuse.fusion import FusionConfig
 
     name, colon, rest = spec.partition(":")
@@ -139,15 +121,21 @@ def _fusion_strengths(spec: str, *, own: float = 1.0, scan: bool = False) -> tup
 
 
 class BoundFusions:
-    """Fusions with the calibrator of `--calibrator`, which is loaded and bound to the target once."""
+    """Fusions with the calibrator of the arguments, which is loaded and bound to the target once."""
 
     def __init__(self, args: argparse.Namespace, target: LanguageModel) -> None:
-        from calibfuse.calibrator import Calibrator
+        from calibfuse.calibrator import Calibrator, load_universal
 
-        self.calibrator = Calibrator.from_pretrained(args.calibrator, local_files_only=args.local_files_only)
-        self._args = args
+        self.words = words_of(args)
+        if self.words:
+            why = "--words and --protect-names need a universal calibrator"
+            self.calibrator: Any = load_universal(args.calibrator, why=why).with_words(self.words)
+        else:
+            self.calibrator = Calibrator.from_pretrained(args.calibrator)
+        self._name = args.calibrator
         self._target = target
-        self._guides = {"": self.calibrator.bind(target.tokenizer, device=target.model.device)}
+        self._guides: dict[str, Guide] = {}
+        self._guide("")
 
     def recommended(self, mode: str | None) -> FusionConfig:
         """What `from_pretrained` would take in a mode; None: the calibrator's."""
@@ -156,12 +144,13 @@ class BoundFusions:
         return recommended_config(self.calibrator.config.fusion, {} if mode is None else {"mode": mode})
 
     def _guide(self, part: str) -> Guide:
-        """The calibrator, or a part of it alone."""
+        """The calibrator, or a part of it alone, bound."""
         if part not in self._guides:
             from calibfuse.evaluation.ablations import heads_alone, words_alone
 
-            calibrator = {"words": words_alone, "heads": heads_alone}[part](self.calibrator)
-            self._guides[part] = calibrator.bind(self._target.tokenizer, device=self._target.model.device)
+            make: Any = {"": lambda whole: whole, "words": words_alone, "heads": heads_alone}[part]
+            bound = make(self.calibrator).bind(self._target.tokenizer, device=self._target.model.device)
+            self._guides[part] = bound
         return self._guides[part]
 
     def make(self, part: str = "", **options: Any) -> CalibFusion:  # noqa: ANN401
@@ -172,41 +161,33 @@ class BoundFusions:
         config = recommended_config(self.calibrator.config.fusion, options)
         if MODES[config.mode].fuse is not None:
             return CalibFusion(self._guide(part), config)
-        return CalibFusion.from_pretrained(  # finds the alignment
-            self._args.calibrator,
-            tokenizer=self._target.tokenizer,
-            target=self._target.model,
-            local_files_only=self._args.local_files_only,
-            **options,
-        )
+        target = self._target  # from_pretrained finds the alignment
+        return CalibFusion.from_pretrained(self._name, tokenizer=target.tokenizer, target=target.model, **options)
 
 
 def bind_calibrator(args: argparse.Namespace, target: LanguageModel) -> BoundFusions | None:
     """The calibrator, bound to the target; None: no method that was asked for needs it."""
-    if args.no_fusion and not any(map(_is_fusion, _specs(args))):
+    if args.alpha == [0.0] and not any(map(_is_fusion, _specs(args))):
         return None
     return BoundFusions(args, target)
 
 
 def fusion_methods(args: argparse.Namespace, fusions: BoundFusions) -> list[Method]:
     """One method per mode and strength above 0."""
-    from calibfuse.evaluation import Method
-
     methods: dict[str, Method] = {}
-    for mode in [] if args.no_fusion else dict.fromkeys(args.mode or [None]):
+    for mode in dict.fromkeys(args.mode or [None]):
         recommended = fusions.recommended(mode)
         for alpha in _alphas(args, recommended):
             if alpha == 0.0:  # exactly the plain target, which is always measured
                 continue
             fusion = fusions.make(**_options(args, mode, alpha))
             config = fusion.config
-            method = Method(
-                key=f"{config.mode}-{config.alpha:g}",
-                title=f"{config.mode}, alpha {config.alpha:g}",
-                make_processors=_factory(fusion),
-                family=config.mode,
-                alpha=config.alpha,
-                settings={"fusion": config.to_dict(), "calibrator": fusions.calibrator.fingerprint},
+            method = _method(
+                fusions,
+                fusion,
+                f"{config.mode}-{config.alpha:g}",
+                f"{config.mode}, alpha {config.alpha:g}",
+                config.mode,
                 is_default=config == recommended,
             )
             methods.setdefault(method.key, method)
@@ -237,6 +218,7 @@ def baseline_methods(
     from calibfuse.scorers import load_scorer
 
     specs = _specs(args)
+    scan = args.fluency_budget is not None
     guide = load_scorer("bundled") if any(spec.partition(":")[0] == "reward" for spec in specs) else None
     # of the temperature control: the method that people would use
     matched = max(methods, key=lambda method: (method.is_default, method.alpha or 0.0), default=None)
@@ -244,54 +226,68 @@ def baseline_methods(
     notes: list[str] = []
     for spec in specs:
         is_asked_for = spec in args.baseline
-        if not _is_fusion(spec):
-            if spec == "temperature" and matched is None and not is_asked_for:
-                notes.append("'--baseline all' leaves out temperature: there is no fusion whose entropy it could match")
-                continue
-            parts = Ingredients(target, guide, matched)
-            found += make_baselines(spec, parts, scan=args.fluency_budget is not None)
-            continue
-        assert fusions is not None
-        try:
-            found += _fusion_baselines(fusions, spec, top_p, scan=args.fluency_budget is not None)
-        except MissingHeadError as error:
-            if is_asked_for:
-                raise
-            notes.append(f"'--baseline all' leaves out {spec}: {error}")
+        if spec == "temperature" and matched is None and not is_asked_for:
+            notes.append("'--baseline all' leaves out temperature: there is no fusion whose entropy it could match")
+        elif fusions is None or not _is_fusion(spec):
+            found += make_baselines(spec, Ingredients(target, guide, matched), scan=scan)
+        else:
+            try:
+                found += _fusion_baselines(fusions, spec, top_p, scan=scan)
+            except MissingHeadError as error:
+                if is_asked_for:
+                    raise
+                notes.append(f"'--baseline all' leaves out {spec}: {error}")
     return found, notes
 
 
 def _fusion_baselines(fusions: BoundFusions, spec: str, top_p: float, *, scan: bool) -> list[Method]:
     """One method per strength of a specification."""
-    from calibfuse.evaluation import Method
-
     name = spec.partition(":")[0]
     baseline = FUSION_BASELINES[name]
     before = top_p if baseline.truncates_first and top_p < 1.0 else None
-    methods = []
     own = fusions.recommended(baseline.mode).alpha
-    for alpha in _fusion_strengths(spec, own=own, scan=scan):
-        fusion = fusions.make(baseline.part, mode=baseline.mode, alpha=alpha, **baseline.options)
-        settings = {
-            "baseline": name,
-            "strength": alpha,
-            "nucleus_before": before,
-            "fusion": fusion.config.to_dict(),
-            "calibrator": fusions.calibrator.fingerprint,
-        }
-        methods.append(
-            Method(
-                f"{name}-{alpha:g}",
-                f"{name} {alpha:g}",
-                _factory(fusion, before),
-                name,
-                alpha,
-                settings,
-                starts_at_plain=before is None,
-                is_default=alpha == (own if baseline.default is None else baseline.default),
-            )
+    return [
+        _method(
+            fusions,
+            fusions.make(baseline.part, mode=baseline.mode, alpha=alpha, **baseline.options),
+            f"{name}-{alpha:g}",
+            f"{name} {alpha:g}",
+            name,
+            before=before,
+            is_default=alpha == (own if baseline.default is None else baseline.default),
+            baseline=name,
+            strength=alpha,
+            nucleus_before=before,
         )
-    return methods
+        for alpha in _fusion_strengths(spec, own=own, scan=scan)
+    ]
+
+
+def _method(
+    fusions: BoundFusions,
+    fusion: CalibFusion,
+    key: str,
+    title: str,
+    family: str,
+    *,
+    is_default: bool,
+    before: float | None = None,
+    **settings: Any,  # noqa: ANN401
+) -> Method:
+    from calibfuse.evaluation import Method
+
+    if fusions.words:
+        settings["words"] = fusions.words
+    return Method(
+        key,
+        title,
+        _factory(fusion, before),
+        family,
+        fusion.config.alpha,
+        {**settings, "fusion": fusion.config.to_dict(), "calibrator": fusions.calibrator.fingerprint},
+        starts_at_plain=before is None,
+        is_default=is_default,
+    )
 
 
 def _factory(fusion: CalibFusion, top_p: float | None = None) -> Callable[[], Sequence[LogitsProcessor]]:

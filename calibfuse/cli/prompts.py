@@ -6,25 +6,15 @@ import argparse
 import sys
 from pathlib import Path
 
-from calibfuse.cli.options import add, add_texts, texts_of
 from calibfuse.errors import CheckpointError, DataError, InputError
 from calibfuse.textfiles import read_lines
 
 _BUNDLED = "demo-prompts.json"
-_STDIN = "-"
-
-
-def add_prompts(parser: argparse.ArgumentParser) -> None:
-    """Add the prompts themselves, `--prompts` and `-`."""
-    help_ = "text to continue; -: standard input, one a line"
-    add_texts(parser, "prompt", metavar="PROMPT", help=help_, old="--prompt")
-    add(parser, prompts={"old": ("--prompts-file",)})
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
-    """The prompts that the arguments name, at least one."""
-    prompts = texts_of(args, "prompt")
-    is_stdin = prompts == [_STDIN]
+    """The prompts that the arguments name, at least one; `-` is standard input."""
+    prompts: list[str] = args.prompt
     if bool(prompts) == (args.prompts is not None):
         count = "several" if prompts else "none"
         raise InputError(
@@ -32,7 +22,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
         )
     if args.prompts is not None:
         prompts = read_prompts_file(args.prompts)
-    elif is_stdin:
+    elif prompts == ["-"]:
         prompts = [line for _, line in read_lines(sys.stdin.buffer, "standard input")]
         if not prompts:
             raise DataError("Expected prompts, one a line, in standard input, but it is empty.")

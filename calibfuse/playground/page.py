@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from math import exp
 from typing import Any
 
+from calibfuse.account import TOUCHED_FROM
 from calibfuse.errors import InputError, MissingDependencyError
-from calibfuse.fusion import MODES
+from calibfuse.fusion import MODES, recommended_config
 from calibfuse.generation.decoding import Decoding
 from calibfuse.generation.language_model import LanguageModel
 from calibfuse.inspection.spelling import mask_pieces
 from calibfuse.inspection.trace import StepTrace
-from calibfuse.playground.account import account, candidate_rows
 from calibfuse.playground.streaming import stream_both
 from calibfuse.processor import CalibFusion
 
 Mask = Callable[[str], str]
-MakeFusion = Callable[[str, float], CalibFusion]
+Shown = tuple[str, tuple[StepTrace, ...]]  # the plain continuation, and the steps of the guided one
 
+_PROMPT = "My new neighbour is a"
 _HIGHEST_STRENGTH = 5.0
 _COLOURED_FROM = 0.05  # nats: tokens that moved less are left plain
+_NAMED = 5  # tokens of the account
 _HEADERS = ["token", "plain", "guided", "shift"]
-_CSS = """
+CSS = """
 .gradio-container { max-width: 1100px !important; margin: auto; }
 #plain, #guided { min-height: 9rem; }
 #plain .token, #guided .token { padding: 0; margin: 0; }
@@ -34,37 +38,12 @@ _CSS = """
 """
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What the page begins with.
-
-    Attributes:
-        prompt: an example.
-        alpha: the calibrator's recommended strength.
-        mode: its recommended mode.
-        modes: the modes that it has the heads for.
-        decoding: how both texts are decoded.
-    """
-
-    prompt: str
-    alpha: float
-    mode: str
-    modes: tuple[str, ...]
-    decoding: Decoding
-
-
-def modes_of(heads: tuple[str, ...]) -> tuple[str, ...]:
-    """The modes that a guide with these heads can be used in; embedding needs the target's output head as well."""
-    return tuple(name for name, mode in MODES.items() if mode.fuse is not None and set(mode.heads) <= set(heads))
-
-
-def build_page(target: LanguageModel, make_fusion: MakeFusion, settings: Settings, mask: Mask) -> Any:  # noqa: ANN401
+def build_page(target: LanguageModel, first: CalibFusion, mask: Mask) -> Any:  # noqa: ANN401
     """The page as gradio Blocks.
 
     Args:
         target: the model.
-        make_fusion: from mode and strength to a fusion bound to the target's tokenizer.
-        settings: what the page begins with.
+        first: the fusion that the page begins with, bound to the target's tokenizer.
         mask: what offensive words look like until they are asked for.
 
     Raises:
@@ -76,19 +55,21 @@ def build_page(target: LanguageModel, make_fusion: MakeFusion, settings: Setting
     def run(
         prompt: str, alpha: float, mode: str, tokens: float, top_p: float, seed: float, chat: bool, masked: bool
     ) -> Iterator[tuple[Any, ...]]:
-        decoding = Decoding(max_new_tokens=int(tokens), top_p=top_p, seed=int(seed))
+        decoding = Decoding(max_new_tokens=int(tokens), top_p=top_p, seed=int(seed), chat=chat)
+        options = {"mode": mode, "alpha": alpha}
         try:
             if not prompt.strip():
                 raise InputError("Type a prompt first.")
-            for progress in stream_both(target, make_fusion(mode, alpha), prompt, decoding, chat=chat):
+            fusion = CalibFusion(first.guide, recommended_config(first.guide.recommended, options))
+            for progress in stream_both(target, fusion, prompt, decoding):
                 yield (*_shown(progress.plain, progress.steps, _mask(masked)), (progress.plain, progress.steps))
         except InputError as error:
             raise gr.Error(str(error), print_exception=False) from error
 
-    def show_again(state: tuple[str, tuple[StepTrace, ...]] | None, masked: bool) -> tuple[Any, ...]:
+    def show_again(state: Shown | None, masked: bool) -> tuple[Any, ...]:
         return _shown(*(state or ("", ())), _mask(masked))
 
-    def show_candidates(state: tuple[str, tuple[StepTrace, ...]] | None, masked: bool, event: Any) -> Any:  # noqa: ANN401
+    def show_candidates(state: Shown | None, masked: bool, event: Any) -> Any:  # noqa: ANN401
         step = (state or ("", ()))[1][int(event.index)]
         return gr.Dataframe(candidate_rows(step, _mask(masked)), headers=_HEADERS, visible=True)
 
@@ -100,16 +81,19 @@ def build_page(target: LanguageModel, make_fusion: MakeFusion, settings: Setting
 
     with gr.Blocks(title="calibfuse playground") as page:
         gr.Markdown(f"# calibfuse\n{target.name}: plain and guided, with the same seed")
-        prompt = gr.Textbox(settings.prompt, label="Prompt", lines=2, elem_id="prompt")
+        prompt = gr.Textbox(_PROMPT, label="Prompt", lines=2, elem_id="prompt")
         with gr.Row():
+            strength = first.config.alpha
             alpha = gr.Slider(
-                0.0, _HIGHEST_STRENGTH, settings.alpha, step=0.05, label="Strength (0: off)", elem_id="strength"
+                0.0, _HIGHEST_STRENGTH, strength, step=0.05, label="Strength (0: off)", elem_id="strength"
             )
-            mode = gr.Dropdown(list(settings.modes), value=settings.mode, label="Mode")
+            heads = set(first.guide.heads)  # embedding needs the target's output head as well
+            modes = [name for name, each in MODES.items() if each.fuse is not None and set(each.heads) <= heads]
+            mode = gr.Dropdown(modes, value=first.config.mode, label="Mode")
         with gr.Accordion("More settings", open=False), gr.Row():
-            tokens = gr.Slider(1, 200, settings.decoding.max_new_tokens, step=1, label="New tokens")
-            top_p = gr.Slider(0.05, 1.0, settings.decoding.top_p, step=0.05, label="Top-p")
-            seed = gr.Number(settings.decoding.seed, label="Seed", precision=0, minimum=0)
+            tokens = gr.Slider(1, 200, 40, step=1, label="New tokens")
+            top_p = gr.Slider(0.05, 1.0, 0.9, step=0.05, label="Top-p")
+            seed = gr.Number(0, label="Seed", precision=0, minimum=0)
             chat = gr.Checkbox(has_chat, label="Chat template", visible=has_chat)
         with gr.Row():
             go = gr.Button("Continue", variant="primary", elem_id="go")
@@ -137,19 +121,8 @@ def build_page(target: LanguageModel, make_fusion: MakeFusion, settings: Setting
     return page
 
 
-def launch(page: Any, *, host: str, port: int | None, open_browser: bool) -> None:  # noqa: ANN401
-    """Serve a page until it is interrupted; nothing is sent anywhere else."""
-    page.launch(server_name=host, server_port=port, inbrowser=open_browser, share=False, css=_CSS)
-
-
 def import_gradio() -> Any:  # noqa: ANN401
-    """The package gradio, with its telemetry off.
-
-    Raises:
-        MissingDependencyError: it is not installed.
-    """
-    import os
-
+    """The package gradio, with its telemetry off."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     try:
         import gradio
@@ -171,3 +144,33 @@ def _colour(step: StepTrace) -> float | None:
     """In [-1, 1]: how far the token was moved, 1 for a nat and more; None: hardly at all."""
     shift = step.chosen.shift
     return None if abs(shift) < _COLOURED_FROM else max(-1.0, min(1.0, shift))
+
+
+def account(steps: Sequence[StepTrace], mask: Mask) -> str:
+    """What the fusion did to a continuation, in a few figures, as Markdown."""
+    if not steps:
+        return ""
+    touched = sum(step.moved_mass >= TOUCHED_FROM for step in steps)
+    moved = sum(step.moved_mass for step in steps) / len(steps)
+    lowered: Counter[str] = Counter()
+    for step in steps:
+        for each in step.candidates:
+            lowered[each.text.strip()] += max(0.0, exp(each.plain) - exp(each.fused))  # type: ignore[assignment]
+    named = [f"{mask(text)} (-{100 * lost:.1f} points)" for text, lost in lowered.most_common(_NAMED) if text and lost]
+    told = (
+        f"**{len(steps)} tokens**, {touched} of them touched (a hundredth of the probability moved, or more); "
+        f"{100 * moved:.1f} % moved on average."
+    )
+    return f"{told}\n\nMost lowered: {', '.join(named)}." if named else told
+
+
+def candidate_rows(step: StepTrace, mask: Mask) -> list[list[str]]:
+    """Rows of a table: token, probability before and after, shift in nats."""
+    return [
+        [
+            mask(each.text),
+            *(f"{100 * exp(value):.2f} %" for value in (each.plain, each.fused)),
+            f"{each.shift:+.2f}" if each.is_movable else "-",
+        ]
+        for each in step.candidates
+    ]

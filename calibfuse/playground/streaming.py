@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from typing import Any
 
+import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from calibfuse.generation.continuations import find_padding_id
-from calibfuse.generation.decoding import Decoding, check_lengths, encode_prompt, generate_tokens
+from calibfuse.generation.decoding import Decoding, check_lengths, generate_tokens
 from calibfuse.generation.language_model import LanguageModel
 from calibfuse.inspection.spelling import TokenSpeller
 from calibfuse.inspection.trace import StepTrace, trace_generation
@@ -25,37 +26,15 @@ from calibfuse.processor import CalibFusion
 
 @dataclass(frozen=True)
 class Progress:
-    """What is there so far.
+    """What is there so far."""
 
-    Attributes:
-        plain: the plain continuation.
-        steps: of the guided one.
-        is_done: whether both are complete.
-    """
-
-    plain: str = ""
-    steps: tuple[StepTrace, ...] = ()
+    plain: str = ""  # the plain continuation
+    steps: tuple[StepTrace, ...] = ()  # of the guided one
     is_done: bool = False
 
 
-def stream_both(
-    target: LanguageModel,
-    fusion: CalibFusion,
-    prompt: str,
-    decoding: Decoding,
-    *,
-    chat: bool = False,
-    system: str | None = None,
-) -> Iterator[Progress]:
-    """Continue a prompt with the plain model, then with the fusion.
-
-    Args:
-        target: the model.
-        fusion: bound to its tokenizer.
-        prompt: text, or with `chat` what the user says.
-        decoding: one sample is drawn.
-        chat: put the prompt into the tokenizer's chat template.
-        system: the template's system message.
+def stream_both(target: LanguageModel, fusion: CalibFusion, prompt: str, decoding: Decoding) -> Iterator[Progress]:
+    """Continue a prompt with the plain model, then with the fusion; one sample is drawn of each.
 
     Yields:
         The progress after every token. Closing the iterator ends the generation at its next token.
@@ -63,15 +42,13 @@ def stream_both(
     Raises:
         InputError: a prompt without tokens, too long for the model, or a chat template that is not there.
     """
-    ids = encode_prompt(target.tokenizer, prompt, chat=chat, system=system)
+    ids = decoding.encode(target.tokenizer, prompt)
     check_lengths(target.model, [ids], decoding.max_new_tokens, "prompt")
     padding = find_padding_id(target.model, target.tokenizer)
     options: dict[str, Any] = replace(decoding, samples=1).options()
     progress = Progress()
 
     def plain(put: Callable[[str], None], stop: StoppingCriteriaList) -> None:
-        import torch
-
         torch.manual_seed(decoding.seed)
         streamer = _Pieces(TokenSpeller(target.tokenizer), put)
         generate_tokens(target.model, [ids], (), padding, streamer=streamer, stopping_criteria=stop, **options)
@@ -125,8 +102,6 @@ class _Stopped(StoppingCriteria):
 
     def __call__(self, input_ids: Any, scores: Any, **_: object) -> Any:  # noqa: ANN401
         """Bool [rows]."""
-        import torch
-
         return torch.full((input_ids.shape[0],), self._event.is_set(), dtype=torch.bool, device=input_ids.device)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from calibfuse.cli.loading import check_calibrator, check_model, load_target
+from calibfuse.cli.loading import check_calibrator, check_model, load_model
 from calibfuse.cli.options import add, add_model
 from calibfuse.cli.terminal import Terminal, printable
 from calibfuse.errors import InputError
@@ -34,25 +35,14 @@ _CURVE_LINES = 10
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments; imports nothing heavy."""
     add_model(parser)
-    fit = parser.add_argument_group("fit")
-    add(
-        fit,
-        "calibrator",
-        tokenizer={"metavar": "PATH_OR_HUB", "help": "of the target (default: the model's own)"},
-        embeddings={
-            "choices": ("input", "output"),
-            "default": "input",
-            "help": "embeddings to align: input as published, or output, the space that states live in",
-        },
-        epochs={"type": int, "default": 5, "help": "passes over the common tokens"},
-        negatives={"type": int, "default": 10, "help": "random tokens per token"},
-        batch_size={"default": 32, "metavar": "N", "help": "tokens per step"},
-        learning_rate={"type": float, "default": 1e-3, "help": "of Adam"},
-        held_out={"type": float, "default": 0.05, "help": "share of tokens to test on"},
-        seed={},
-    )
-    output = parser.add_argument_group("output")
-    add(output, "json", "quiet", output={"help": "folder (default: the calibrator's, else the cache folder)"})
+    embeddings = {
+        "choices": ("input", "output"),
+        "default": "input",
+        "help": "embeddings to align: input as published, or output, the space that states live in",
+    }
+    epochs = {"type": int, "default": 5, "help": "passes over the common tokens"}
+    output = {"help": "folder (default: the calibrator's, else the cache folder)"}
+    add(parser, "calibrator", "seed", "json", embeddings=embeddings, epochs=epochs, output=output)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -62,24 +52,16 @@ def run(args: argparse.Namespace) -> int:
     from calibfuse.calibrator import load_universal
     from calibfuse.embedding.training import train_alignment
 
-    calibrator = load_universal(
-        args.calibrator,
-        local_files_only=args.local_files_only,
-        why="Only the universal calibrator can be aligned",
-    )
-    target = load_target(args)
+    calibrator = load_universal(args.calibrator, why="Only the universal calibrator can be aligned")
+    target = load_model(args, args.model)
     start = time.perf_counter()
     alignment = train_alignment(
-        calibrator.bind(args.tokenizer or target.tokenizer),
+        calibrator.bind(target.tokenizer),
         target.model,
-        negatives=args.negatives,
         epochs=args.epochs,
-        batch_size=args.batch_size,
-        learning_rate=args.learning_rate,
         seed=args.seed,
-        held_out=args.held_out,
         embeddings=args.embeddings,
-        progress=not args.quiet and sys.stderr.isatty(),
+        progress=sys.stderr.isatty(),
     )
     seconds = time.perf_counter() - start
     folder = alignment.save(_place(args, calibrator))
@@ -117,16 +99,9 @@ def _show(alignment: Alignment, folder: Path, seconds: float) -> None:
     terminal.table(("step", "loss (nats)"), [(f"{step:,}", f"{loss:.3f}") for step, loss in dict(points).items()])
     if facts.held_out_loss is not None:
         terminal.write()
-        rows = [("loss (nats)", f"{facts.held_out_loss:.3f}", f"{_chance_loss():.3f}")]
+        rows = [("loss (nats)", f"{facts.held_out_loss:.3f}", f"{math.log(11):.3f}")]  # the own token and ten others
         for choices, share in facts.retrieval.items():
             rows.append((f"first of {int(choices):,}", f"{100 * share:.1f} %", f"{100 / int(choices):.1f} %"))
         terminal.table((f"{facts.held_out_tokens:,} held-out tokens", "value", "chance"), rows)
     terminal.write()
     terminal.write(f"written to {folder}")
-
-
-def _chance_loss() -> float:
-    """Loss of guessing among the own token and ten others, in nats."""
-    import math
-
-    return math.log(11)

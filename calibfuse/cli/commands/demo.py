@@ -1,7 +1,6 @@
 """`calibfuse demo`: a language model continues a few prompts with and without the calibrator, side by side.
 
-Everything it needs comes with the package: a demo target trained on unfiltered text, a calibrator, a toxicity scorer
-and prompts. Figures and draws are those of `calibfuse evaluate`.
+Everything it needs comes with the package; figures and draws are those of `calibfuse evaluate`.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from calibfuse.cli.loading import check_model, load_target
+from calibfuse.cli.loading import check_model, load_model
 from calibfuse.cli.masking import Mask, masking
 from calibfuse.cli.options import Fields, add, add_model
 from calibfuse.cli.prompts import bundled_prompts
@@ -30,7 +29,6 @@ EXAMPLES = """\
 examples:
   calibfuse demo
   calibfuse demo --model org/any-llm --prompt-count 10
-  calibfuse demo --alpha 2 --seed 1
   calibfuse demo --prompt-count 5 --samples 4 --no-mask
 
 The bundled models are tiny, so that this takes less than a minute. `calibfuse evaluate --model org/any-llm` measures
@@ -46,8 +44,7 @@ Pair = tuple[float, str, str]  # toxicity, prompt, continuation
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments; imports nothing heavy."""
-    count = {"type": int, "default": 30, "metavar": "N", "help": "of the bundled ones", "old": ("--prompts",)}
-    add(parser, "alpha", "mask", prompt_count=count, quiet={"old": ("--no-progress",)})
+    add(parser, "alpha", "mask", prompt_count={"default": 30, "help": "of the bundled ones"})
     SAMPLING.add(parser)
     add_model(parser)
 
@@ -70,11 +67,9 @@ def run(args: argparse.Namespace) -> int:
 
     sampling = SamplingConfig(**SAMPLING.values(args))
     if args.model is None:
-        # Such small models gain nothing from a second thread, and on a busy machine threads that wait for each other
-        # lose most of the speed.
-        torch.set_num_threads(1)
+        torch.set_num_threads(1)  # such small models gain nothing from a second thread, and lose on a busy machine
     scorer = load_scorer("bundled")
-    target = load_target(args)
+    target = load_model(args, args.model)
     fusion = CalibFusion.from_pretrained(tokenizer=target.tokenizer, alpha=args.alpha, device=target.model.device)
     with tempfile.TemporaryDirectory(prefix="calibfuse-demo-") as folder:
         evaluation = evaluate(
@@ -85,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
             folder,
             sampling=sampling,
             benign_texts=[],
-            show_progress=not args.quiet and sys.stderr.isatty(),
+            show_progress=sys.stderr.isatty(),
         )
         said = [_read(Path(folder) / "continuations" / f"{key}.jsonl") for key, _ in _WAYS]
     terminal = Terminal()
@@ -135,13 +130,13 @@ def _show_pairs(terminal: Terminal, pairs: Sequence[tuple[Pair, Pair]], mask: Ma
 
     terminal.heading(f"The {len(pairs)} prompts whose toxicity differs most (same prompt, same random draws)")
     for pair in pairs:
-        terminal.write()
-        terminal.write(terminal.style(shown(pair[0][1]) + " ...", "cyan"))
-        columns = [
-            [f"{name}, toxicity {toxicity:.2f}", shown(text)]
-            for (_, name), (toxicity, _, text) in zip(_WAYS, pair, strict=True)
-        ]
-        terminal.side_by_side(*columns)
+        terminal.write("\n" + terminal.style(shown(pair[0][1]) + " ...", "cyan"))
+        terminal.side_by_side(
+            *(
+                [f"{name}, toxicity {toxicity:.2f}", shown(text)]
+                for (_, name), (toxicity, _, text) in zip(_WAYS, pair, strict=True)
+            )
+        )
     terminal.write()
 
 
@@ -153,8 +148,7 @@ def _show_table(terminal: Terminal, evaluation: Evaluation) -> None:
     rows = [
         (
             METRICS[name].title,
-            figure(name, plain.estimates[name].value),
-            figure(name, fused.estimates[name].value),
+            *(figure(name, each.estimates[name].value) for each in (plain, fused)),
             change(fused.changes.get(name)),
         )
         for name in _FIGURES

@@ -10,17 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibfuse.cli.loading import DECODING, check_calibrator, check_model, load_second, load_target
-from calibfuse.cli.masking import Mask, masking
-from calibfuse.cli.methods import FUSION, baseline_methods, bind_calibrator, check_methods, fusion_methods
+from calibfuse.cli.loading import check_calibrator, check_model, load_model
+from calibfuse.cli.masking import masking
+from calibfuse.cli.methods import baseline_methods, bind_calibrator, check_methods, fusion_methods
 from calibfuse.cli.options import SWITCH, Fields, add, add_model
 from calibfuse.cli.prompts import bundled_prompts
-from calibfuse.cli.terminal import Terminal
 from calibfuse.errors import InputError
 
 if TYPE_CHECKING:
     from calibfuse.evaluation import (
-        BudgetComparison,
         Evaluation,
         EvaluationProtocol,
         HolisticBias,
@@ -51,9 +49,6 @@ examples:
   # by two scorers: the first one's figures lead, the second's are shown beside them
   calibfuse evaluate --prompts mine.txt --scorer bundled org/toxicity-classifier --output results
 
-  # go on after a kill
-  calibfuse evaluate ... --output results --resume
-
   # the strongest alpha that costs at most 5 % perplexity, written into the calibrator's config.json
   calibfuse evaluate --model org/any-llm --prompts my-prompts.txt --calibrator ./mine --pick-alpha \\
       --fluency-budget 0.05 --output results
@@ -62,53 +57,45 @@ examples:
   calibfuse evaluate --model ./my-model --prompts realtoxicityprompts.jsonl.xz --prompt-count 100 --baseline all \\
       --fluency-budget 0.02 --judge ./other-model --output results
 
-The output folder gets report.json (everything), report.md, report.html and the continuations themselves.
+The output folder gets report.json (everything), report.md, report.html and the continuations themselves; after a kill
+the same command goes on with --resume. --alpha 0 measures plain decoding and the baselines alone.
 """
 
 _OUTPUT = "calibfuse-evaluation"
 _BUDGET = 0.05
 _TASKS = ("lambada", "wikitext")
 
-
-SAMPLING = Fields("calibfuse.evaluation.sampling:SamplingConfig", "samples", *DECODING.options)
-_KIND_OF_SCORER = "bundled, a folder or Hub id, module:function"
+SAMPLING = Fields(
+    "calibfuse.evaluation.sampling:SamplingConfig",
+    *("samples", "max_new_tokens", "temperature", "top_p", "seed", "chat", "system"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments; imports nothing heavy."""
     add_model(parser)
+    protocol = {
+        "choices": ("challenging", "non-toxic"),
+        "help": "the field's choice of prompts, draws and figures: RealToxicityPrompts' challenging prompts, 10 "
+        "continuations each; or those with a toxicity below 0.5, 25 each",
+    }
+    files = "RealToxicityPrompts, BOLD, or your own .jsonl or .txt (default: the few of the demo)"
     prompts = parser.add_argument_group("prompts")
+    add(prompts, "max_prompt_toxicity", prompts={"help": files}, prompt_count={"default": 200}, protocol=protocol)
+    baselines = {
+        "nargs": "+",
+        "default": [],
+        "metavar": "NAME[:STRENGTHS]",
+        "help": "other methods: temperature, top-k, nucleus, bad-words, reward, self-debias, experts, geometric, "
+        "embedding, words, heads, or all; e.g. reward:10,50",
+    }
     add(
-        prompts,
-        "max_prompt_toxicity",
-        "min_prompt_toxicity",
-        prompts={"help": "RealToxicityPrompts, BOLD, or your own .jsonl or .txt (default: the few of the demo)"},
-        prompt_count={"default": 200},
-        protocol={
-            "choices": ("challenging", "non-toxic"),
-            "help": "the field's choice of prompts, draws and figures: RealToxicityPrompts' challenging prompts, 10 "
-            "continuations each; or those with a toxicity below 0.5, 25 each",
-        },
-    )
-    methods = parser.add_argument_group("methods (plain decoding with the same truncation is always measured)")
-    add(
-        methods,
-        "calibrator",
+        parser.add_argument_group("methods (plain decoding with the same truncation is always measured)"),
+        *("calibrator", "words", "protect_names"),
         alpha={"nargs": "+", "help": "strengths (default: 1 3 5, and the calibrator's own)"},
         mode={"nargs": "+", "metavar": "MODE"},
-    )
-    on_or_off = {"action": argparse.BooleanOptionalAction, "old": ("--hold", "--no-hold")}
-    FUSION.add(methods, "the calibrator's", mass_to_others=on_or_off)
-    add(
-        methods,
-        baseline={
-            "nargs": "+",
-            "default": [],
-            "metavar": "NAME[:STRENGTHS]",
-            "help": "other methods: temperature, top-k, nucleus, bad-words, reward, self-debias, experts, geometric, "
-            "embedding, words, heads, or all; e.g. reward:10,50",
-        },
-        no_fusion=SWITCH | {"help": "measure only plain decoding and the baselines"},
+        max_shift={"type": float, "metavar": "NATS", "help": "largest change of a token (default: the calibrator's)"},
+        baseline=baselines,
     )
     sampling = parser.add_argument_group("sampling")
     SAMPLING.add(sampling)
@@ -116,12 +103,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_measures(parser)
     output = parser.add_argument_group("output")
     add(output, "resume", "json", "mask", "quiet", output={"help": f"folder of the report (default: {_OUTPUT})"})
-    choice = parser.add_argument_group("choosing the strength")
     add(
-        choice,
+        parser.add_argument_group("choosing the strength"),
         pick_alpha=SWITCH | {"help": "write the strongest alpha within --fluency-budget into the calibrator's folder"},
         fluency_budget={
-            "old": ("--max-perplexity-increase",),
             "type": float,
             "metavar": "SHARE",
             "help": "compare each method at its best strength within this loss of fluency; without strengths given, "
@@ -132,18 +117,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_measures(parser: argparse.ArgumentParser) -> None:
     """What is measured of the continuations, and of texts that are only read."""
-    measures = parser.add_argument_group("measures")
+    count = {"type": int, "metavar": "N"}
     add(
-        measures,
-        "toxic_from",
+        parser.add_argument_group("measures"),
         scorer={
             "nargs": "+",
             "default": ["bundled"],
-            "help": f"of toxicity: {_KIND_OF_SCORER}; of several the first leads (default: bundled)",
+            "help": "of toxicity: bundled, a folder or Hub id, module:function; the first leads (default: bundled)",
         },
         judge={"metavar": "PATH_OR_HUB", "help": "a separate language model, for perplexity and bits per byte"},
-        benign={"metavar": "FILE", "help": "benign text, for the divergence (default: bundled sentences)"},
-        speed_rounds={"type": int, "default": 3, "metavar": "N", "help": "interleaved timings; 0: none"},
+        speed_rounds=count | {"default": 3, "help": "interleaved timings; 0: none"},
         suite={
             "nargs": "+",
             "default": [],
@@ -157,7 +140,7 @@ def _add_measures(parser: argparse.ArgumentParser) -> None:
             "metavar": "TASK=FILE",
             "help": "what guidance costs at tasks: lambada=FILE, wikitext=FILE",
         },
-        suite_count={"type": int, "default": 1000, "metavar": "N", "help": "texts of each suite and task; 0: all"},
+        suite_count=count | {"default": 1000, "help": "texts of each suite and task; 0: all"},
         no_neutrality=SWITCH | {"help": "skip benign text and group words"},
     )
 
@@ -165,9 +148,8 @@ def _add_measures(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
     sampling = _check(args)
-    from calibfuse.evaluation import compare_within_budget, evaluate
+    from calibfuse.evaluation import compare_within_budget, evaluate, to_data, to_markdown
     from calibfuse.evaluation.evaluate import check_output
-    from calibfuse.evaluation.prompts import load_texts
     from calibfuse.evaluation.report import write_report
     from calibfuse.html import require
     from calibfuse.scorers import load_scorer
@@ -177,21 +159,19 @@ def run(args: argparse.Namespace) -> int:
     output = Path(args.output or _OUTPUT)
     check_output(output, resume=args.resume)
     prompts = _prompts(args, sampling.seed)
-    benign = [] if args.no_neutrality else None if args.benign is None else load_texts(args.benign, seed=sampling.seed)
     suites, names, utility = _given_texts(args, sampling.seed)
-    scorers = [load_scorer(each, device=args.device, local_files_only=args.local_files_only) for each in args.scorer]
-    target = load_target(args)
-    judge = None if args.judge is None else load_second(args, args.judge)
+    scorers = [load_scorer(each, device=args.device) for each in args.scorer]
+    target = load_model(args, args.model)
+    judge = None if args.judge is None else load_model(args, args.judge)
     fusions = bind_calibrator(args, target)
     methods = [] if fusions is None else fusion_methods(args, fusions)
     baselines, left_out = baseline_methods(args, target, methods, fusions, sampling.top_p)
-    methods += baselines
     notes = [*_notes(args, scorers, None if fusions is None else fusions.calibrator, target), *left_out]
     for note in notes:
         print(f"calibfuse: note: {note}", file=sys.stderr)
     evaluation = evaluate(
         target,
-        methods,
+        [*methods, *baselines],
         prompts,
         scorers[0],
         output,
@@ -199,11 +179,10 @@ def run(args: argparse.Namespace) -> int:
         sampling=sampling,
         protocol=_protocol(args),
         judge=judge,
-        benign_texts=benign,
+        benign_texts=[] if args.no_neutrality else None,
         suites=suites,
         holistic_bias=names,
         utility=utility,
-        toxic_from=args.toxic_from,
         batch_size=args.batch_size,
         speed_rounds=args.speed_rounds,
         resume=args.resume,
@@ -214,7 +193,12 @@ def run(args: argparse.Namespace) -> int:
     within_budget = None if args.fluency_budget is None else compare_within_budget(evaluation, args.fluency_budget)
     mask = masking(args.mask, scorers[0])
     write_report(evaluation, output, mask=mask, within_budget=within_budget)
-    _show(args, evaluation, within_budget, mask)
+    if args.json:
+        data = to_data(evaluation, with_examples=False, within_budget=within_budget)
+        print(json.dumps(data, ensure_ascii=False, indent=2, allow_nan=False))
+    else:
+        print(to_markdown(evaluation, within_budget=within_budget, mask=mask), end="")
+        print(f"Report: {output / 'report.html'}", file=sys.stderr)
     if picked is not None:
         print(picked)
     return 0
@@ -227,10 +211,8 @@ def _prompts(args: argparse.Namespace, seed: int) -> list[Prompt]:
     if args.prompts is None:
         texts = bundled_prompts()[: args.prompt_count or None]
         return [Prompt(f"demo {number}", text) for number, text in enumerate(texts, start=1)]
-    filters: dict[str, Any] = {"max_toxicity": args.max_prompt_toxicity, "min_toxicity": args.min_prompt_toxicity}
     protocol = _protocol(args)
-    if protocol is not None:
-        filters = protocol.prompts
+    filters: dict[str, Any] = {"max_toxicity": args.max_prompt_toxicity} if protocol is None else protocol.prompts
     return load_prompts(args.prompts, count=args.prompt_count or None, seed=seed, **filters)
 
 
@@ -258,21 +240,19 @@ def _check(args: argparse.Namespace) -> SamplingConfig:
     for name, lowest in (("prompt_count", 0), ("suite_count", 0), ("speed_rounds", 0), ("batch_size", 1)):
         if getattr(args, name) < lowest:
             raise InputError(f"{name} must be at least {lowest}, got {getattr(args, name)}.")
-    if not 0.0 < args.toxic_from <= 1.0:
-        raise InputError(f"toxic_from must be above 0 and at most 1, got {args.toxic_from}.")
     if args.fluency_budget is not None and not args.fluency_budget >= 0.0:
         raise InputError(f"fluency_budget must be at least 0, got {args.fluency_budget}.")
     if args.pick_alpha and args.mode is not None and len(args.mode) > 1:
         raise InputError(f"--pick-alpha searches one mode, got {', '.join(args.mode)}.")
-    if args.prompts is None and (args.max_prompt_toxicity, args.min_prompt_toxicity) != (None, None):
-        raise InputError("--max-prompt-toxicity and --min-prompt-toxicity choose among those of --prompts; give both.")
+    if args.prompts is None and args.max_prompt_toxicity is not None:
+        raise InputError("--max-prompt-toxicity chooses among the prompts of --prompts; give both.")
     if args.pick_alpha and args.output is None and not _is_own_folder(args.calibrator):
         raise InputError(
             "--pick-alpha writes into the calibrator's folder, but the bundled calibrator and those of the Hub are not "
             "yours to change: give --calibrator FOLDER, or --output DIR for a copy."
         )
-    if args.pick_alpha and args.no_fusion:
-        raise InputError("--pick-alpha chooses among strengths of the fusion; leave --no-fusion out.")
+    if args.pick_alpha and args.alpha == [0.0]:
+        raise InputError("--pick-alpha chooses among strengths of the fusion, and --alpha 0 is none.")
     if len([path for path in args.suite if Path(path).expanduser().is_dir()]) > 1:
         raise InputError("--suite takes one folder, that of HolisticBias; give labelled sentences as files.")
     for each in args.utility:
@@ -285,17 +265,13 @@ def _check(args: argparse.Namespace) -> SamplingConfig:
 
 
 def _sampling(args: argparse.Namespace) -> SamplingConfig:
-    """How to draw: as told, or as the protocol does.
-
-    Raises:
-        InputError: a value is out of range, or is not the protocol's.
-    """
+    """How to draw: as told, or as the protocol does."""
     from calibfuse.evaluation import SamplingConfig
 
     values, protocol = SAMPLING.values(args), _protocol(args)
     if protocol is None:
         return SamplingConfig(**values)
-    if args.prompts is None or (args.max_prompt_toxicity, args.min_prompt_toxicity) != (None, None):
+    if args.prompts is None or args.max_prompt_toxicity is not None:
         raise InputError(
             "--protocol chooses among the prompts of RealToxicityPrompts by itself: give --prompts FILE alone."
         )
@@ -360,66 +336,10 @@ def _facts(args: argparse.Namespace, prompts: Sequence[Prompt], notes: Sequence[
         "prompts": "the demo's" if args.prompts is None else Path(args.prompts).name,
         **({"prompts_non_toxic": sum(value < 0.5 for value in toxicities)} if toxicities else {}),
         "calibrator": args.calibrator or "bundled",
-        "benign_text": None if args.no_neutrality else args.benign or "bundled sentences",
+        "benign_text": None if args.no_neutrality else "bundled sentences",
         "notes": list(notes),
         "command": shlex.join(["calibfuse", *sys.argv[1:]]),
     }
-
-
-def _show(args: argparse.Namespace, evaluation: Evaluation, within_budget: BudgetComparison | None, mask: Mask) -> None:
-    from calibfuse.evaluation import to_data, to_markdown
-
-    if args.json:
-        data = to_data(evaluation, with_examples=False, within_budget=within_budget)
-        print(json.dumps(data, ensure_ascii=False, indent=2, allow_nan=False))
-        return
-    if not Terminal().is_interactive:
-        print(to_markdown(evaluation, within_budget=within_budget, mask=mask), end="")
-    else:
-        _show_table(Terminal(), evaluation)
-        if within_budget is not None:
-            _show_within_budget(Terminal(), within_budget)
-    print(f"Report: {Path(args.output or _OUTPUT) / 'report.html'}", file=sys.stderr)
-
-
-def _show_table(terminal: Terminal, evaluation: Evaluation) -> None:
-    """The main figures in the width of a terminal; everything else is in the report."""
-    from calibfuse.evaluation.report.tables import change, figure
-
-    names = ["toxic_share", "toxicity_probability", "expected_maximum_toxicity"]
-    names += [name for name in ("perplexity", "target_perplexity") if name in evaluation.results[0].estimates]
-    headers = [
-        "method",
-        "toxic",
-        "tox. prob.",
-        "max. tox.",
-        *(["judge ppl"] if "perplexity" in names else []),
-        "target ppl",
-    ]
-    rows = []
-    for result in evaluation.results:
-        cells = [figure(name, result.estimates[name].value) for name in names if name in result.estimates]
-        rows.append([result.method.title, *cells])
-    terminal.table(headers, rows)
-    for result in evaluation.results[1:]:
-        parts = [f"toxic continuations {change(result.changes.get('toxic_share'))}"]
-        if result.neutrality is not None:
-            parts.append(f"KL {result.neutrality.divergence:.4f}")
-            parts.append(f"group words keep {result.neutrality.kept:.0%}")
-        terminal.note(f"{result.method.title}: {', '.join(parts)}")
-
-
-def _show_within_budget(terminal: Terminal, within_budget: BudgetComparison) -> None:
-    """Each method at its best strength, in one line."""
-    from calibfuse.evaluation.report.tables import budget_title, change
-
-    terminal.heading(budget_title(within_budget))
-    for each in within_budget.families:
-        if each.best is None:
-            terminal.note(f"{each.family}: every strength costs more")
-        else:
-            toxic = change(each.best.changes.get("toxic_share"))
-            terminal.note(f"{each.best.method.title}: toxic continuations {toxic}")
 
 
 def _pick(args: argparse.Namespace, evaluation: Evaluation) -> str:
@@ -431,7 +351,7 @@ def _pick(args: argparse.Namespace, evaluation: Evaluation) -> str:
     evaluation.facts["picked"] = choice.to_dict()
     if choice.result is None:
         return f"No alpha was written: {choice.reason}"
-    source = resolve_checkpoint(args.calibrator, local_files_only=args.local_files_only)
+    source = resolve_checkpoint(args.calibrator)
     is_own = _is_own_folder(args.calibrator)
     # The bundled calibrator and the Hub's cache are not the user's to change: a copy goes to the output folder.
     folder = source if is_own else Path(args.output or _OUTPUT) / "calibrator"

@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from calibfuse.cli.options import SWITCH, Fields, add
 from calibfuse.errors import InputError
@@ -46,24 +46,16 @@ each step and can be deleted after the run.
 """
 
 
-MODEL = Fields("calibfuse.finetune.settings:ModelSource", "dtype", "revision", "local_files_only", "trust_remote_code")
-LORA = Fields(
-    "calibfuse.finetune.lora:LoraSettings",
-    rank="lora",
-    alpha="lora_alpha",
-    dropout="lora_dropout",
-    targets="lora_targets",
-)
+MODEL = Fields("calibfuse.finetune.settings:ModelSource", "dtype", "trust_remote_code")
 TUNING = Fields(
     "calibfuse.finetune.tuning:TuningConfig",
-    *("steps", "batch_size", "sample_batch_size", "learning_rate", "weight_decay", "precision", "seed"),
+    *("steps", "batch_size", "sample_batch_size", "learning_rate", "precision", "seed"),
 )
 CONSTRAINT = Fields(TUNING.source, "kl_weight", "strength")
 SAMPLING = Fields(
     "calibfuse.value.samples:SamplingPlan",
     *("max_new_tokens", "temperature", "chat", "system"),
     per_prompt="samples",
-    batch_size="sampling_batch_size",
 )
 AUXILIARY = Fields(
     "calibfuse.value.auxiliary_training:AuxiliaryTrainingConfig",
@@ -86,14 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(model, device={"help": "cpu, cuda, or several for the parallel schedule: cuda:0,cuda:1"})
     MODEL.add(model, dtype={"choices": ("float32", "bfloat16", "auto")})
     add(model, threads={"type": int, "metavar": "N", "help": "CPU threads of all roles together"})
-    LORA.add(
-        model,
-        rank={"metavar": "RANK", "help": "train an adapter of this rank (extra: lora) (default: the whole model)"},
-        alpha={"help": "scale of the adapter (default: twice the rank)"},
-        dropout={"help": "of the adapter"},
-        targets={"metavar": "NAME", "help": "layers that get one (default: all linear)"},
-    )
-    add(model, save_adapter=SWITCH | {"help": "also leave the adapter in DIR/adapter"})
+    lora = {"type": int, "metavar": "RANK", "help": "train an adapter of this rank (extra: lora), not the whole model"}
+    add(model, lora=lora, save_adapter=SWITCH | {"help": "also leave the adapter in DIR/adapter"})
     corpus = parser.add_argument_group("corpus")
     files = {"nargs": "+", "required": True, "metavar": "FILE", "help": ".txt, .jsonl, .csv, folders, hf:NAME"}
     add(corpus, "text_field", corpus=files)
@@ -110,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     TUNING.add(run, precision=_PRECISIONS)
     samples = parser.add_argument_group("samples of an iteration")
-    SAMPLING.add(samples, per_prompt={"old": ("--per-prompt",)})
+    SAMPLING.add(samples)
     KEPT.add(samples)
     AUXILIARY.add(parser.add_argument_group("auxiliary model"))
 
@@ -134,12 +120,8 @@ def run(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.WARNING if args.quiet else logging.INFO, format="%(message)s")
     prompts: list[str] = []
     if args.prompts is not None:
-        found = load_prompts(
-            args.prompts,
-            count=args.prompt_count or None,
-            seed=config.tuning.seed,
-            min_toxicity=args.min_prompt_toxicity,
-        )
+        options: dict[str, Any] = {"count": args.prompt_count or None, "min_toxicity": args.min_prompt_toxicity}
+        found = load_prompts(args.prompts, seed=config.tuning.seed, **options)
         prompts = [prompt.text for prompt in found]
     try:
         result = run_finetuning(
@@ -163,7 +145,7 @@ def run(args: argparse.Namespace) -> int:
     for step in result.report["steps"]:
         roles = ", ".join(f"{role} {record['seconds']:.1f} s" for role, record in step["roles"].items())
         print(f"Step {step['step']}: {step['seconds']:.1f} s ({roles}).")
-    print(f"Model written to {result.output}. Try: calibfuse evaluate --model {result.output} --no-fusion")
+    print(f"Model written to {result.output}. Try: calibfuse evaluate --model {result.output} --alpha 0")
     return 0
 
 
@@ -189,9 +171,6 @@ def _config(args: argparse.Namespace) -> FinetuneConfig:
     from calibfuse.value.auxiliary_training import AuxiliaryTrainingConfig
     from calibfuse.value.samples import SamplingPlan
 
-    lora = None
-    if args.lora is not None:
-        lora = LoraSettings(**({"alpha": 2.0 * args.lora} | LORA.values(args)))
     oracle = None
     if args.oracle is not None:
         oracle = OracleSource(spec=args.oracle, power=args.power, threshold=args.threshold)
@@ -201,7 +180,7 @@ def _config(args: argparse.Namespace) -> FinetuneConfig:
         tuning=TuningConfig(**TUNING.values(args), **CONSTRAINT.values(args)),
         sampling=SamplingPlan(continuation_only=args.continuation_only, **SAMPLING.values(args)),
         auxiliary=AuxiliaryTrainingConfig(**AUXILIARY.values(args)),
-        lora=lora,
+        lora=None if args.lora is None else LoraSettings(rank=args.lora, alpha=2.0 * args.lora),
         **RUN.values(args),
         **CORPUS.values(args),
         **KEPT.values(args),

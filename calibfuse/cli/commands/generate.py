@@ -8,12 +8,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from calibfuse.cli.loading import BEAMS, DECODING, check_fusion, check_model, decoding_of, load_fusion, load_target
+from calibfuse.cli.loading import DECODING, check_fusion, check_model, decoding_of, load_fusion, load_model
 from calibfuse.cli.masking import Mask, masking
 from calibfuse.cli.options import SWITCH, add, add_calibrator, add_model
-from calibfuse.cli.prompts import add_prompts, read_prompts
+from calibfuse.cli.prompts import read_prompts
 from calibfuse.cli.terminal import Terminal, printable
-from calibfuse.errors import InputError
 from calibfuse.generation.continuations import Continuation, find_padding_id
 from calibfuse.generation.decoding import Decoding, check_lengths, continue_prompts
 
@@ -30,36 +29,29 @@ examples:
   calibfuse generate "The new neighbour is" --model org/any-llm
   calibfuse generate "The new neighbour is" --model org/any-llm --compare
   calibfuse generate --model ./my-model --prompts prompts.txt --alpha 0.8 --samples 4 --json
-  calibfuse generate "The new neighbour is" --model ./models --gguf-file any-llm-q4.gguf
   calibfuse generate "What do you think of my neighbour?" --model org/any-chat-llm --chat --system "Be brief."
+  calibfuse generate "The new neighbour is" --words rude.txt --protect-names names.txt
   echo "The new neighbour is" | calibfuse generate --model ./my-model --greedy -
 
 Without --model the small demo target that comes with calibfuse continues the prompts.
 """
 
+_BATCH_SIZE = 8
 _SIDE_BY_SIDE_WIDTH = 90  # narrower terminals get one after the other
 Samples = dict[str, list[Continuation]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments; imports nothing heavy."""
-    add_prompts(parser)
+    parser.add_argument("prompt", nargs="*", metavar="PROMPT", help="text to continue; -: standard input, one a line")
+    add(parser, "prompts")
     add_model(parser)
     add_calibrator(parser)
     decoding = parser.add_argument_group("decoding")
     DECODING.add(decoding, max_new_tokens={"default": 40}, seed={"default": 0})
-    BEAMS.add(decoding, samples={"old": ("--num-return-sequences",)})
-    add(decoding, "greedy")
-    output = parser.add_argument_group("output")
-    add(
-        output,
-        "json",
-        "scorer",
-        compare=SWITCH | {"help": "also without the calibrator, with the toxicity of both"},
-        stream={"action": argparse.BooleanOptionalAction, "help": "show words as they come (default: on a terminal)"},
-        mask={"default": False},
-        batch_size={"default": 8, "metavar": "N", "help": "prompts at once"},
-    )
+    add(decoding, "greedy", samples={"type": int, "metavar": "N", "default": 1, "help": "continuations per prompt"})
+    compare = SWITCH | {"help": "also without the calibrator, with the toxicity of both"}
+    add(parser.add_argument_group("output"), "json", compare=compare, mask={"default": False})
 
 
 def run(args: argparse.Namespace) -> int:
@@ -67,69 +59,57 @@ def run(args: argparse.Namespace) -> int:
     prompts = read_prompts(args)
     decoding = decoding_of(args)
     check_fusion(args)
-    if args.batch_size < 1:
-        raise InputError(f"batch_size must be at least 1, got {args.batch_size}.")
-    can_stream = len(prompts) == 1 and decoding.num_beams == decoding.samples == 1
-    if args.stream and (args.json or args.compare or not can_stream):
-        raise InputError(
-            "--stream shows one continuation of one prompt; leave out --json, --compare, beams and the like."
-        )
     check_model(args)
-    scorer = _load_scorer(args.scorer) if args.compare else None
-    target = load_target(args)
+    target = load_model(args, args.model)
     encoded = [decoding.encode(target.tokenizer, prompt) for prompt in prompts]
     check_lengths(target.model, encoded, decoding.max_new_tokens, "prompt")
     fusion = load_fusion(args, target)
     terminal = Terminal()
     if target.is_bundled:
         print("calibfuse: no --model given, so the small demo target continues your prompts", file=sys.stderr)
+    scorer = _load_scorer() if args.compare else None
     mask = masking(args.mask, scorer)
-    wants_stream = args.stream if args.stream is not None else terminal.is_interactive
-    if wants_stream and can_stream and not (args.json or args.compare):
-        _stream(terminal, target, prompts[0], encoded[0], decoding, fusion, mask)
+    if len(prompts) == decoding.samples == 1 and terminal.is_interactive and not (args.json or args.compare):
+        terminal.write(terminal.style(printable(mask(prompts[0]), keep_lines=True), "dim"), end="")
+        with fusion.required():
+            continue_prompts(target, encoded, decoding, [fusion], streamer=_make_streamer(terminal, target, mask))
         return 0
-    batches = _continue_all(target, encoded, decoding, fusion, args)
-    for prompt, samples in zip(prompts, batches, strict=True):
-        toxicity = {way: _scores(scorer, texts) for way, texts in samples.items()} if scorer else {}
+    for prompt, samples in zip(prompts, _continue_all(target, encoded, decoding, fusion, args.compare), strict=True):
+        toxicity = {}
+        if scorer is not None:
+            toxicity = {way: scorer.score([each.text for each in said]).tolist() for way, said in samples.items()}
         if args.json:
             terminal.write(json.dumps(_record(prompt, samples, toxicity, args, fusion), ensure_ascii=False))
         elif args.compare:
-            _show_comparison(terminal, mask(prompt), samples, toxicity, mask)
+            _show_comparison(terminal, prompt, samples, toxicity, mask)
         else:
+            shown = terminal.style(printable(mask(prompt), keep_lines=True), "dim")
             for sample in samples["fused"]:
-                _show(terminal, mask(prompt), mask(sample.text))
+                terminal.write(shown + printable(mask(sample.text), keep_lines=True) + "\n")
     return 0
 
 
-def _load_scorer(name: str) -> ToxicityScorer:
-    from calibfuse.scorers import load_scorer
-
-    return load_scorer(name)
-
-
 def _continue_all(
-    target: LanguageModel,
-    prompts: Sequence[list[int]],
-    decoding: Decoding,
-    fusion: CalibFusion,
-    args: argparse.Namespace,
+    target: LanguageModel, prompts: Sequence[list[int]], decoding: Decoding, fusion: CalibFusion, compare: bool
 ) -> Iterator[Samples]:
     """The continuations of each prompt, batch by batch; "plain" only with `--compare`."""
-    size = args.batch_size if find_padding_id(target.model, target.tokenizer) is not None else 1
+    size = _BATCH_SIZE if find_padding_id(target.model, target.tokenizer) is not None else 1
     for start in range(0, len(prompts), size):
         batch = prompts[start : start + size]
-        seed = (args.seed + start) % 2**63  # another batch, other draws
+        seed = (decoding.seed + start) % 2**63  # another batch, other draws
         with fusion.required():
             fused = continue_prompts(target, batch, decoding, [fusion], seed=seed)
-        if not args.compare:
+        if not compare:
             yield from ({"fused": each} for each in fused)
             continue
         plain = continue_prompts(target, batch, decoding, seed=seed)
         yield from ({"plain": one, "fused": other} for one, other in zip(plain, fused, strict=True))
 
 
-def _scores(scorer: ToxicityScorer, samples: Sequence[Continuation]) -> list[float]:
-    return [float(score) for score in scorer.score([sample.text for sample in samples])]
+def _load_scorer() -> ToxicityScorer:
+    from calibfuse.scorers import load_scorer
+
+    return load_scorer("bundled")
 
 
 def _record(
@@ -140,30 +120,20 @@ def _record(
     for way, continuations in samples.items():
         record[way] = [
             {"text": sample.text, "tokens": len(sample.token_ids), "finished": sample.is_finished}
-            | ({"toxicity": toxicity[way][number]} if way in toxicity else {})
+            | ({"toxicity": toxicity[way][number]} if toxicity else {})
             for number, sample in enumerate(continuations)
         ]
     return record
 
 
-def _show(terminal: Terminal, prompt: str, continuation: str) -> None:
-    terminal.write(
-        terminal.style(printable(prompt, keep_lines=True), "dim") + printable(continuation, keep_lines=True) + "\n"
-    )
-
-
 def _show_comparison(
-    terminal: Terminal,
-    prompt: str,
-    samples: Samples,
-    toxicity: dict[str, list[float]],
-    mask: Mask,
+    terminal: Terminal, prompt: str, samples: Samples, toxicity: dict[str, list[float]], mask: Mask
 ) -> None:
     """Plain and fused: in two columns where the terminal is wide enough, else one after the other."""
-    terminal.write(terminal.style(printable(prompt, keep_lines=True), "dim"))
-    for number, (plain, fused) in enumerate(zip(samples["plain"], samples["fused"], strict=True)):
+    terminal.write(terminal.style(printable(mask(prompt), keep_lines=True), "dim"))
+    for number, pair in enumerate(zip(samples["plain"], samples["fused"], strict=True)):
         titles = [f"{way} (toxicity {toxicity[way][number]:.2f})" for way in ("plain", "fused")]
-        texts = [printable(mask(sample.text), keep_lines=True).strip() for sample in (plain, fused)]
+        texts = [printable(mask(sample.text), keep_lines=True).strip() for sample in pair]
         if terminal.width >= _SIDE_BY_SIDE_WIDTH:
             terminal.side_by_side([titles[0], texts[0]], [titles[1], texts[1]])
         else:
@@ -171,21 +141,6 @@ def _show_comparison(
                 terminal.heading(title)
                 terminal.write(text)
         terminal.write()
-
-
-def _stream(
-    terminal: Terminal,
-    target: LanguageModel,
-    prompt: str,
-    ids: list[int],
-    decoding: Decoding,
-    fusion: CalibFusion,
-    mask: Mask,
-) -> None:
-    terminal.write(terminal.style(printable(mask(prompt), keep_lines=True), "dim"), end="")
-    streamer = _make_streamer(terminal, target, mask)
-    with fusion.required():
-        continue_prompts(target, [ids], decoding, [fusion], streamer=streamer)
 
 
 def _make_streamer(terminal: Terminal, target: LanguageModel, mask: Mask) -> BaseStreamer:

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibfuse.cli.loading import DECODING, check_fusion, check_model, decoding_of, load_fusion, load_target, page_of
+from calibfuse.cli.loading import DECODING, check_fusion, check_model, decoding_of, load_fusion, load_model
 from calibfuse.cli.masking import Mask, masking
-from calibfuse.cli.options import add, add_calibrator, add_model, add_texts, texts_of
+from calibfuse.cli.options import add, add_calibrator, add_model
 from calibfuse.cli.terminal import Terminal, printable
 from calibfuse.errors import InputError
 from calibfuse.generation.decoding import Decoding, check_lengths
@@ -37,7 +37,7 @@ _MOVED = 0.1  # nats: smaller shifts get no colour
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments; imports nothing heavy."""
     help_ = "trace what the calibrator does after this text (none: describe the calibrator)"
-    add_texts(parser, "prompt", metavar="PROMPT", help=help_, old="--prompt")
+    parser.add_argument("prompt", nargs="*", metavar="PROMPT", help=help_)
     add(parser, continuation={"metavar": "TEXT", "help": "trace this text after the prompt; nothing is generated"})
     add_model(parser)
     add_calibrator(parser)
@@ -45,13 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     DECODING.add(decoding)
     add(decoding, "greedy")
     output = parser.add_argument_group("output")
+    page = {"metavar": "FILE", "help": "write a page that needs no other file"}
     top = {"type": int, "default": 5, "metavar": "N", "help": "candidates per step"}
-    add(output, "html", "json", "mask", top=top)
+    add(output, "json", "mask", html=page, top=top)
 
 
 def run(args: argparse.Namespace) -> int:
     """Describe a calibrator, or trace it."""
-    prompts = texts_of(args, "prompt")
+    prompts: list[str] = args.prompt
     if len(prompts) == 1 and args.calibrator is None and _is_calibrator(prompts[0]):
         print(
             "calibfuse: note: a calibrator goes to --calibrator; the old form goes in the next version", file=sys.stderr
@@ -82,7 +83,7 @@ def _describe(args: argparse.Namespace) -> int:
     from calibfuse.calibrator import Calibrator
     from calibfuse.inspection import describe_calibrator
 
-    calibrator = Calibrator.from_pretrained(args.calibrator, local_files_only=args.local_files_only)
+    calibrator = Calibrator.from_pretrained(args.calibrator)
     facts = describe_calibrator(calibrator)
     terminal = Terminal()
     if args.json:
@@ -131,9 +132,15 @@ def _trace(args: argparse.Namespace, prompt: str) -> int:
     if not prompt.strip():
         raise InputError("The prompt is blank; give the model at least one word to continue.")
     mask = masking(args.mask)
-    page = page_of(args)
+    page = Path(args.html).expanduser() if args.html else None
+    if page is not None and page.is_dir():
+        raise InputError(f"--html expects a file, but {args.html!r} is a folder.")
+    if page is not None:
+        from calibfuse.html import require
+
+        require("jinja2")
     check_model(args)
-    target = load_target(args)
+    target = load_model(args, args.model)
     ids = decoding.encode(target.tokenizer, prompt)
     if args.continuation is None:
         check_lengths(target.model, [ids], decoding.max_new_tokens, "prompt")
@@ -172,16 +179,16 @@ def _settings(
     args: argparse.Namespace, decoding: Decoding, target: LanguageModel, fusion: CalibFusion
 ) -> dict[str, str]:
     config = fusion.config
+    count = config.candidates
+    candidates = "candidates by probability" if count is None else f"{count or 'all'} candidates"
     settings = {
         "target": target.name,
         "calibrator": args.calibrator or "bundled",
-        "fusion": f"{config.mode}, alpha {config.alpha:g}, {_candidates_named(config.candidates)}",
+        "fusion": f"{config.mode}, alpha {config.alpha:g}, {candidates}",
     }
-    if args.continuation is None:
-        settings["decoding"] = "greedy" if args.greedy else f"sampling, seed {decoding.seed}"
-    else:
-        settings["continuation"] = "given"
-    return settings
+    if args.continuation is not None:
+        return settings | {"continuation": "given"}
+    return settings | {"decoding": "greedy" if args.greedy else f"sampling, seed {decoding.seed}"}
 
 
 def _show_steps(
@@ -206,12 +213,6 @@ def _show_steps(
     terminal.write("".join(shown))
 
 
-def _candidates_named(count: int | None) -> str:
-    if count is None:
-        return "candidates by probability"
-    return f"{count or 'all'} candidates"
-
-
 def _show_candidates(terminal: Terminal, step: StepTrace, before: str, mask: Mask) -> None:
     from calibfuse.inspection import mask_in_context
 
@@ -220,9 +221,10 @@ def _show_candidates(terminal: Terminal, step: StepTrace, before: str, mask: Mas
     for each in step.candidates:
         label = printable(mask_in_context(before, each.text, mask).replace("\n", "⏎"))
         mark = "> " if each == step.chosen else "  "
-        said = [_nats(each.heads.get(head)) for head in heads]
+        said = [f"{each.heads[head]:.2f}" if head in each.heads else "" for head in heads]
         rank = f"{each.plain_rank} -> {each.fused_rank}"
-        rows.append((mark + repr(label), _nats(each.plain), *said, f"{each.shift:+.2f}", _nats(each.fused), rank))
+        shown = (f"{each.plain:.2f}", *said, f"{each.shift:+.2f}", f"{each.fused:.2f}")
+        rows.append((mark + repr(label), *shown, rank))
         styles.append(_styles(each, len(heads), is_chosen=each == step.chosen))
     terminal.table(("  candidate", "plain", *heads, "shift", "fused", "rank"), rows, styles=styles)
 
@@ -235,7 +237,3 @@ def _styles(candidate: CandidateTrace, head_count: int, *, is_chosen: bool) -> l
     if abs(candidate.shift) >= _MOVED:
         row[head_count + 2] = "red" if candidate.shift < 0 else "green"
     return row
-
-
-def _nats(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"

@@ -26,7 +26,7 @@ The model comes first; every option that is not listed here is vLLM's own. Needs
 """
 
 PROCESSOR = "calibfuse.vllm:CalibFusionProcessor"
-_OPTIONS = ("calibrator", "alpha", "mode", "margin", "max_shift", "log_requests")
+_OPTIONS = ("calibrator", "alpha", "mode", "max_shift", "log_requests")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +36,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser,
         *("calibrator", "mode"),
         alpha={"help": "strength of requests that name none; 0: off unless asked for"},
-        margin={"type": float, "metavar": "NATS", "help": "smaller disagreements are ignored"},
         max_shift={"type": float, "metavar": "NATS", "help": "largest change of a token"},
         log_requests=SWITCH | {"help": "log what was done to each request at its end"},
         print_command=SWITCH | {"help": "print vLLM's command line and do not run it"},
@@ -64,11 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _without_model_flag(rest: Sequence[str]) -> list[str]:
-    """What is not ours, without the `--model` of somebody who wrote `serve --model NAME` as for other commands.
-
-    Raises:
-        InputError: the model does not come first, so that its name cannot be told from another option's value.
-    """
+    """What is not ours, without the `--model` of somebody who wrote `serve --model NAME` as for other commands."""
     from calibfuse.errors import InputError
 
     is_flag_alone = list(rest[:1]) == ["--model"] and all(each.startswith("-") for each in rest[1:2])
@@ -85,9 +80,7 @@ def server_command(args: argparse.Namespace) -> list[str]:
 
     given = {name: getattr(args, name) for name in _OPTIONS}
     options = {name: value for name, value in given.items() if value is not None and value is not False}
-    FusionConfig.from_dict(
-        {name: options[name] for name in ("alpha", "mode", "margin", "max_shift") if name in options}
-    )
+    FusionConfig.from_dict({name: options[name] for name in ("alpha", "mode", "max_shift") if name in options})
     rest = _without_model_flag(args.rest)
     extra: dict[str, Any] = {}
     if "--additional-config" in rest:

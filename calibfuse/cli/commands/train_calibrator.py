@@ -8,7 +8,7 @@ import os
 from typing import TYPE_CHECKING
 
 from calibfuse.cli.loading import check_calibrator
-from calibfuse.cli.options import Fields, add, add_texts, texts_of
+from calibfuse.cli.options import FILES, Fields, add
 from calibfuse.errors import InputError
 
 if TYPE_CHECKING:
@@ -55,7 +55,6 @@ TRAINING = Fields(
         "validate_every",
         "precision",
     ),
-    candidate_count="softmax_tokens",
 )
 SHAPE = Fields(
     "calibfuse.calibrator.model:CalibratorConfig",
@@ -68,18 +67,15 @@ SHAPE = Fields(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments; imports nothing heavy."""
     help_ = "text that the scorer sorts: .txt, .jsonl, .csv (.gz, .xz), folders or hf:NAME"
-    add_texts(parser, "text", metavar="TEXT", help=help_, old="--from-unfiltered")
+    parser.add_argument("text", nargs="*", metavar="TEXT", help=help_)
     add(parser, "resume", "quiet", output={"required": True})
-    files = {"nargs": "+", "default": [], "metavar": "FILE"}
     add(
         parser.add_argument_group("text"),
         "scorer",
+        "toxic_from",
         "text_field",
-        wanted=files
-        | {"old": ("--non-toxic",), "help": "text as it is to be (non-toxic, polite, on topic): both heads learn it"},
-        unwanted=files
-        | {"old": ("--reference",), "help": "text as it is not to be, or unfiltered: the reference head's"},
-        toxic_from={"old": ("--threshold",)},
+        wanted=FILES | {"help": "text as it is to be (non-toxic, polite, on topic): both heads learn it"},
+        unwanted=FILES | {"help": "text as it is not to be, or unfiltered: the reference head's"},
     )
     model = parser.add_argument_group("model")
     add(
@@ -94,13 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     SHAPE.add(model)
     run = parser.add_argument_group("training")
-    TRAINING.add(
-        run,
-        batch_size={"old": ("--rows",)},
-        sequence_length={"old": ("--slots",)},
-        candidate_count={"old": ("--candidates",)},
-        precision={"choices": ("bf16", "fp32")},
-    )
+    TRAINING.add(run, precision={"choices": ("bf16", "fp32")})
     add(run, "device")
 
 
@@ -146,12 +136,11 @@ def _training_text(args: argparse.Namespace) -> TrainingText:
     from calibfuse.scorers import load_scorer
     from calibfuse.training.config import TrainingText
 
-    unfiltered = texts_of(args, "text")
     return TrainingText(
         wanted=args.wanted,
         unwanted=args.unwanted,
-        unfiltered=unfiltered,
-        scorer=load_scorer(args.scorer, fast=True) if unfiltered else None,
+        unfiltered=args.text,
+        scorer=load_scorer(args.scorer, fast=True) if args.text else None,
         threshold=args.toxic_from,
         text_field=args.text_field,
     )

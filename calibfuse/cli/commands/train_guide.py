@@ -6,7 +6,7 @@ import argparse
 import logging
 from typing import Any
 
-from calibfuse.cli.loading import check_calibrator, check_model, load_target
+from calibfuse.cli.loading import check_calibrator, check_model, load_model
 from calibfuse.cli.options import Fields, add, add_model
 
 EXAMPLES = """\
@@ -29,12 +29,7 @@ CalibFusion.from_pretrained("my-guide", tokenizer=tokenizer). Judge the result w
 
 
 GUIDE = Fields("calibfuse.value.training:GuideConfig", "alpha", "seed")
-SAMPLES = Fields(
-    GUIDE.source,
-    *("max_new_tokens", "temperature", "chat", "system"),
-    per_prompt="samples",
-    batch_size="sampling_batch_size",
-)
+SAMPLES = Fields(GUIDE.source, "max_new_tokens", "temperature", "chat", "system", per_prompt="samples")
 TRAINING = Fields(
     "calibfuse.value.auxiliary_training:AuxiliaryTrainingConfig",
     *("steps", "batch_size", "learning_rate", "consistency_weight"),
@@ -49,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(constraint, "power", "threshold", "continuation_only", oracle={"required": True})
     samples = parser.add_argument_group("samples")
     add(samples, "prompt_count", prompts={"required": True})
-    SAMPLES.add(samples, per_prompt={"old": ("--per-prompt",)})
+    SAMPLES.add(samples)
     guide = parser.add_argument_group("guide")
     GUIDE.add(guide)
     add(
@@ -81,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.WARNING if args.quiet else logging.INFO, format="%(message)s")
     oracle = load_oracle(args.oracle, power=args.power, threshold=args.threshold, device=args.device)
     prompts = [prompt.text for prompt in load_prompts(args.prompts, count=args.prompt_count or None, seed=config.seed)]
-    target = load_target(args)
+    target = load_model(args, args.model)
     try:
         result = train_guide(
             target.model,
@@ -117,5 +112,4 @@ def _calibrator(args: argparse.Namespace) -> Any:  # noqa: ANN401
         return None
     from calibfuse.calibrator import load_universal
 
-    why = "The value head needs a universal calibrator"
-    return load_universal(args.calibrator, local_files_only=args.local_files_only, why=why)
+    return load_universal(args.calibrator, why="The value head needs a universal calibrator")

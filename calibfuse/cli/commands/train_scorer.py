@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from calibfuse.cli.options import SWITCH, Fields, add
+from calibfuse.cli.options import FILES, SWITCH, Fields, add
 from calibfuse.errors import InputError
 
 EXAMPLES = """\
@@ -28,35 +28,31 @@ Use it with `--scorer my-scorer` in the other commands. Sort training text and j
 
 FEATURES = Fields(
     "calibfuse.scorers.features:FeatureConfig",
-    "bucket_bits",
-    "char_min",
-    "char_max",
-    word_bigrams="bigrams",
+    *("bucket_bits", "char_min", "char_max"),
     seed="hash_seed",
 )
 TRAINING = Fields(
     "calibfuse.scorers.training:TrainingOptions",
-    *("windows", "l2", "iterations", "held_out", "calibration_words", "pool_temperature", "seed"),
+    *("windows", "iterations", "seed"),
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments; imports nothing heavy."""
-    files = {"nargs": "+", "default": [], "metavar": "FILE"}
     add(
         parser.add_argument_group("data (.jsonl or .csv, also .gz or .xz)"),
         "text_field",
-        data=files | {"help": "rows with a text and its toxicity, 0 to 1"},
+        data=FILES | {"help": "rows with a text and its toxicity, 0 to 1"},
         label_field={"help": "field of the toxicity (default: found by name)"},
         where={"action": "append", "default": [], "metavar": "FIELD=VALUE", "help": "only such rows of --data"},
-        pairs=files | {"help": "rows with `toxic` and `neutral` texts"},
-        realtoxicityprompts=files | {"help": "prompts and continuations with Perspective's scores"},
+        pairs=FILES | {"help": "rows with `toxic` and `neutral` texts"},
+        realtoxicityprompts=FILES | {"help": "prompts and continuations with Perspective's scores"},
         fold={"default": "1/1", "metavar": "I/N", "help": "only part I of N of their texts, by hash (default: all)"},
-        non_toxic=files | {"help": "clean text without labels (also .txt)"},
+        non_toxic=FILES | {"help": "clean text without labels (also .txt)"},
         non_toxic_limit={"type": int, "default": 6000, "help": "texts drawn from each --non-toxic file"},
         distrust_lowercase=SWITCH
         | {"help": "leave out texts labelled clean without a capital letter (bad copies in some collections)"},
-        exclude=files | {"help": "drop texts that repeat these texts"},
+        exclude=FILES | {"help": "drop texts that repeat these texts"},
     )
     add(
         parser.add_argument_group("added texts"),
@@ -72,8 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         overwrite=SWITCH | {"help": "replace a scorer that is in --output"},
         name={"help": "of the scorer in reports (default: the folder's)"},
     )
-    FEATURES.add(run, word_bigrams={"help": "count pairs of neighbouring words"})
-    TRAINING.add(run, l2={"default": 2e-5})
+    FEATURES.add(run)
+    TRAINING.add(run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -96,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.fold != "1/1" and not args.realtoxicityprompts:
         raise InputError("--fold takes a part of --realtoxicityprompts; give both.")
-    options = TrainingOptions(features=FeatureConfig(**FEATURES.values(args)), **TRAINING.values(args))
+    options = TrainingOptions(features=FeatureConfig(**FEATURES.values(args)), l2=2e-5, **TRAINING.values(args))
     conditions = dict(_condition(text) for text in args.where)
     background = [text for path in args.non_toxic for text in _sample(path, args.non_toxic_limit, options.seed)]
     source = ScorerData(
