@@ -5,15 +5,24 @@ from pathlib import Path
 
 import numpy as np
 
-from calibfuse.training.data import PassageStore, TextSource
+from calibfuse.training.config import TrainingText
+from calibfuse.training.data import PassageStore
+
+
+class WordScorer:
+    """1.0 for texts with the word, else 0.0."""
+
+    def __init__(self, word: str) -> None:
+        self.name = word
+        self.batches: list[int] = []
+
+    def score(self, texts: Sequence[str]) -> np.ndarray:
+        self.batches.append(len(texts))
+        return np.array([float(self.name in text) for text in texts])
 
 
 def build_sorted_store(folder: Path, lines: Sequence[str], insult: str) -> PassageStore:
     """One passage a line; flagged are those that hold the insult."""
     (folder / "text.txt").write_text("\n\n".join(lines), encoding="utf-8")
-
-    def sorter(passages):
-        return np.array([insult not in passage for passage in passages])
-
-    source = TextSource(str(folder / "text.txt"), is_non_toxic=False)
-    return PassageStore.build([source], folder / "cache", sorter=sorter, sorter_name=insult, show_progress=False)
+    text = TrainingText(unfiltered=[str(folder / "text.txt")], scorer=WordScorer(insult))
+    return PassageStore.build(text, folder / "cache", show_progress=False)

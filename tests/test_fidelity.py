@@ -113,13 +113,14 @@ def test_a_map_of_equal_strings_is_a_distribution(script, bound):
 
 @pytest.mark.slow
 def test_the_script_compares_tokenizers(repository, sample_lines, byte_level_tokenizer, tmp_path):
-    from calibfuse.training.data import PassageStore, TextSource
+    from calibfuse.training.config import TrainingText
+    from calibfuse.training.data import PassageStore
     from calibfuse.training.tokenizers.pool import PoolSpec, TokenizerPool
 
     text = tmp_path / "text.jsonl"
     rows = [json.dumps({"text": " ".join(sample_lines[i : i + 5])}) for i in range(len(sample_lines))]
     text.write_text("\n".join(rows))
-    store = PassageStore.build([TextSource(str(text), True)], tmp_path, validation_share=0.2, show_progress=False)
+    store = PassageStore.build(TrainingText(wanted=[str(text)]), tmp_path, validation_share=0.2, show_progress=False)
     TokenizerPool.train(
         [row * 3 for row in rows], [PoolSpec(style="byte-level", vocab_size=300)], show_progress=False
     ).save(tmp_path / "pool")

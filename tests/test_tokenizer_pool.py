@@ -46,7 +46,7 @@ def joined(vocabulary: Vocabulary, ids: Sequence[int]) -> bytes:
 
 
 def test_pool_has_every_style_and_no_more_tokens_than_asked_for(pool: TokenizerPool) -> None:
-    assert {entry.style for entry in pool} == set(STYLES)
+    assert {entry.spec.style for entry in pool} == set(STYLES)
     for entry in pool:
         assert len(entry.vocabulary) == len(entry.unigram_counts) <= entry.spec.vocab_size
 
@@ -58,7 +58,7 @@ def test_default_pool_has_every_style() -> None:
 @pytest.mark.parametrize("style", LOSSLESS)
 def test_bytes_of_ids_are_the_text(pool: TokenizerPool, style: str) -> None:
     """NFC, the mark in front of the text, and nothing else may differ; TRICKY is NFC already."""
-    entry = next(entry for entry in pool if entry.style == style)
+    entry = next(entry for entry in pool if entry.spec.style == style)
     for text, ids in zip(TRICKY, entry.encode_batch(TRICKY), strict=True):
         expected = text.encode()
         assert joined(entry.vocabulary, ids) in (expected, b" " + expected)
@@ -66,7 +66,7 @@ def test_bytes_of_ids_are_the_text(pool: TokenizerPool, style: str) -> None:
 
 @pytest.mark.parametrize("style", ["unigram", "word-piece-lower", "word-piece-cased"])
 def test_words_survive_where_white_space_does_not(pool: TokenizerPool, style: str, sample_lines: list[str]) -> None:
-    entry = next(entry for entry in pool if entry.style == style)
+    entry = next(entry for entry in pool if entry.spec.style == style)
     line = sample_lines[0]
     text = joined(entry.vocabulary, entry.encode_batch([line])[0]).decode()
     expected = line.lower() if style == "word-piece-lower" else line
@@ -75,7 +75,7 @@ def test_words_survive_where_white_space_does_not(pool: TokenizerPool, style: st
 
 def test_styles_cut_as_their_families_do(pool: TokenizerPool) -> None:
     """The pieces before any merge are seen from which characters never share a token."""
-    by_style = {entry.style: entry for entry in pool}
+    by_style = {entry.spec.style: entry for entry in pool}
 
     def tokens(style: str, text: str) -> list[bytes]:
         entry = by_style[style]
@@ -94,7 +94,6 @@ def test_single_bytes_are_a_vocabulary(sample: list[str]) -> None:
     pool = TokenizerPool.train(sample, [PoolSpec(style="byte-level", vocab_size=257)], show_progress=False)
     assert pool[0].encode_batch(["ä b"]) == [[*pool[0].encode_batch(["ä"])[0], *pool[0].encode_batch([" b"])[0]]]
     assert len(pool[0].encode_batch(["ä b"])[0]) == 4
-    assert pool[0].bytes_per_token == 1.0
 
 
 def test_unknown_style_and_too_small_a_size_are_refused(sample: list[str]) -> None:
@@ -125,7 +124,7 @@ def test_little_text_gives_smaller_vocabularies_and_says_so(
 
 def test_default_pool_works_on_little_text(sample: list[str]) -> None:
     pool = TokenizerPool.train(sample[:20], show_progress=False)
-    assert {entry.style for entry in pool} == set(STYLES)
+    assert {entry.spec.style for entry in pool} == set(STYLES)
     for entry in pool:
         assert len(entry.encode_batch(["A few words."])[0]) > 0
 
@@ -167,9 +166,7 @@ def test_empty_texts_stay_empty(pool: TokenizerPool) -> None:
     assert pool[0].encode_batch(["", "ab", ""], split_rate=1.0, rng=rng)[1] != []
 
 
-def test_cut_rate_out_of_range_is_refused(pool: TokenizerPool) -> None:
-    with pytest.raises(InputError, match=r"split_rate must be in \[0, 1\], got 1.5"):
-        pool[0].encode_batch(["x"], split_rate=1.5, rng=np.random.default_rng(0))
+def test_cutting_without_a_generator_is_refused(pool: TokenizerPool) -> None:
     with pytest.raises(InputError, match="needs rng"):
         pool[0].encode_batch(["x"], split_rate=0.5)
 
@@ -217,7 +214,6 @@ def test_saved_pool_is_the_same_pool(tmp_path: Path, pool: TokenizerPool, sample
     pool.save(tmp_path / "pool")
     loaded = TokenizerPool.load(tmp_path / "pool")
     assert loaded.fingerprint == pool.fingerprint
-    assert loaded.meta == pool.meta
     for before, after in zip(pool, loaded, strict=True):
         assert (before.spec, before.name) == (after.spec, after.name)
         assert before.unigram_counts.tolist() == after.unigram_counts.tolist()

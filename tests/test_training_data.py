@@ -19,8 +19,9 @@ from hypothesis import strategies as st
 from calibfuse.errors import DataError, InputError, MissingDependencyError, ScorerError
 from calibfuse.textfiles import iter_documents, split_passages
 from calibfuse.training import data as data_module
-from calibfuse.training.data import PassageStore, TextSource, choose_validation
-from calibfuse.training.sorting import PassageSorter
+from calibfuse.training.config import TrainingText
+from calibfuse.training.data import PassageStore, choose_validation
+from tests.sorted_store import WordScorer
 
 
 def read(*paths: object, **options: object) -> list[str]:
@@ -32,19 +33,6 @@ def write(path: Path, content: str | bytes) -> Path:
     packed = {".gz": gzip.compress, ".xz": lzma.compress}.get(path.suffix, lambda raw: raw)(data)
     path.write_bytes(packed)
     return path
-
-
-class WordScorer:
-    """1.0 for texts with the word "bad", else 0.0."""
-
-    name = "word"
-
-    def __init__(self) -> None:
-        self.batches: list[int] = []
-
-    def score(self, texts: Sequence[str]) -> np.ndarray:
-        self.batches.append(len(texts))
-        return np.array([float("bad" in text) for text in texts])
 
 
 # ---- readers: good input
@@ -262,39 +250,40 @@ def test_too_small_a_passage_is_refused() -> None:
 
 
 @pytest.fixture
-def sources(tmp_path: Path, sample_lines: list[str]) -> list[TextSource]:
+def text(tmp_path: Path, sample_lines: list[str]) -> TrainingText:
     clean = [{"text": line} for line in sample_lines]
     mixed = [{"text": f"Number {index}: a bad day, {line}"} for index, line in enumerate(sample_lines)]
     for name, rows in (("clean", clean), ("mixed", mixed)):
         write(tmp_path / f"{name}.jsonl.xz", "\n".join(map(json.dumps, rows)))
-    return [
-        TextSource(str(tmp_path / "clean.jsonl.xz"), is_non_toxic=True),
-        TextSource(str(tmp_path / "mixed.jsonl.xz"), is_non_toxic=False),
-    ]
+    return TrainingText(wanted=[str(tmp_path / "clean.jsonl.xz")], unwanted=[str(tmp_path / "mixed.jsonl.xz")])
 
 
-def build(sources: list[TextSource], folder: Path, **options: object) -> PassageStore:
-    return PassageStore.build(sources, folder, show_progress=False, **options)
+def build(text: TrainingText, folder: Path, **options: object) -> PassageStore:
+    return PassageStore.build(text, folder, show_progress=False, **options)
 
 
-def test_store_holds_every_passage_with_its_label(tmp_path: Path, sources: list[TextSource]) -> None:
-    store = build(sources, tmp_path / "cache", passage_bytes=40)
+def unsorted(text: TrainingText, scorer: WordScorer) -> TrainingText:
+    return TrainingText(unfiltered=[path for path, _ in text.sources], scorer=scorer)
+
+
+def test_store_holds_every_passage_with_its_label(tmp_path: Path, text: TrainingText) -> None:
+    store = build(text, tmp_path / "cache", passage_bytes=40)
     expected = [
-        (passage.strip(), int(source.is_non_toxic))
-        for source in sources
-        for document in iter_documents([source.path])
+        (passage.strip(), int(is_wanted))
+        for path, is_wanted in text.sources
+        for document in iter_documents([path])
         for passage in split_passages(document, 40)
         if len(passage.strip().encode()) >= 16
     ]
     assert [(store.text(index), store.label(index)) for index in range(len(store))] == expected
-    assert store.total_bytes == sum(len(text.encode()) for text, _ in expected)
+    assert store.total_bytes == sum(len(passage.encode()) for passage, _ in expected)
     assert store.texts([3, 0]) == [expected[3][0], expected[0][0]]
     indices = np.array([5, 1])
     assert store.byte_lengths(indices).tolist() == [len(expected[index][0].encode()) for index in indices]
 
 
-def test_store_splits_every_passage_to_one_side(tmp_path: Path, sources: list[TextSource]) -> None:
-    store = build(sources, tmp_path)
+def test_store_splits_every_passage_to_one_side(tmp_path: Path, text: TrainingText) -> None:
+    store = build(text, tmp_path)
     sides = np.concatenate([store.train_indices, store.validation_indices])
     assert sorted(sides.tolist()) == list(range(len(store)))
     assert 0 < len(store.validation_indices) < len(store) // 10
@@ -302,10 +291,10 @@ def test_store_splits_every_passage_to_one_side(tmp_path: Path, sources: list[Te
     assert not training & set(store.texts(store.validation_indices))
 
 
-def test_permutation_is_a_function_of_seed_and_epoch(tmp_path: Path, sources: list[TextSource]) -> None:
-    store = build(sources, tmp_path)
+def test_permutation_is_a_function_of_seed_and_epoch(tmp_path: Path, text: TrainingText) -> None:
+    store = build(text, tmp_path)
     first = store.permutation(0, seed=1)
-    assert first.tolist() == build(sources, tmp_path).permutation(0, seed=1).tolist()
+    assert first.tolist() == build(text, tmp_path).permutation(0, seed=1).tolist()
     assert first.tolist() != store.permutation(1, seed=1).tolist()
     assert first.tolist() != store.permutation(0, seed=2).tolist()
     assert sorted(first.tolist()) == store.train_indices.tolist()
@@ -314,72 +303,71 @@ def test_permutation_is_a_function_of_seed_and_epoch(tmp_path: Path, sources: li
     assert len(clean) == int((store.labels[store.train_indices] == 1).sum())
 
 
-def test_sample_stays_within_its_budget_and_off_the_validation_text(tmp_path: Path, sources: list[TextSource]) -> None:
-    store = build(sources, tmp_path)
+def test_sample_stays_within_its_budget_and_off_the_validation_text(tmp_path: Path, text: TrainingText) -> None:
+    store = build(text, tmp_path)
     sample = list(store.sample_texts(2000, seed=0))
-    assert 2000 <= sum(len(text.encode()) for text in sample) < 2000 + 600
+    assert 2000 <= sum(len(passage.encode()) for passage in sample) < 2000 + 600
     assert sample == list(store.sample_texts(2000, seed=0))
     assert len(list(store.sample_texts(10**9, seed=0))) == len(store.train_indices)
 
 
-def test_store_is_reused_until_source_or_option_changes(tmp_path: Path, sources: list[TextSource]) -> None:
-    store = build(sources, tmp_path / "cache")
+def test_store_is_reused_until_source_or_option_changes(tmp_path: Path, text: TrainingText) -> None:
+    store = build(text, tmp_path / "cache")
     written = (store.folder / "data.bin").stat().st_mtime_ns
-    again = build(sources, tmp_path / "cache")
+    again = build(text, tmp_path / "cache")
     assert again.folder == store.folder
     assert (again.folder / "data.bin").stat().st_mtime_ns == written
-    assert build(sources, tmp_path / "cache", passage_bytes=50).fingerprint != store.fingerprint
-    assert build(sources[::-1], tmp_path / "cache").fingerprint != store.fingerprint
-    write(Path(sources[0].path), '{"text": "other text than before, of good length"}')
-    assert build(sources, tmp_path / "cache").fingerprint != store.fingerprint
+    assert build(text, tmp_path / "cache", passage_bytes=50).fingerprint != store.fingerprint
+    assert (
+        build(TrainingText(wanted=text.unwanted, unwanted=text.wanted), tmp_path / "cache").fingerprint
+        != store.fingerprint
+    )
+    write(Path(text.wanted[0]), '{"text": "other text than before, of good length"}')
+    assert build(text, tmp_path / "cache").fingerprint != store.fingerprint
 
 
-def test_store_sorts_unfiltered_text(tmp_path: Path, sources: list[TextSource]) -> None:
-    scorer = WordScorer()
-    sorter = PassageSorter(scorer, 0.5)
-    unfiltered = [TextSource(source.path, is_non_toxic=False) for source in sources]
-    store = build(unfiltered, tmp_path, sorter=sorter, sorter_name=sorter.name)
+def test_store_sorts_unfiltered_text(tmp_path: Path, text: TrainingText) -> None:
+    scorer = WordScorer("bad")
+    store = build(unsorted(text, scorer), tmp_path)
     assert [bool(label) for label in store.labels] == ["bad" not in store.text(index) for index in range(len(store))]
-    assert (sorter.non_toxic_count, sorter.toxic_count) == (int(store.labels.sum()), int((store.labels == 0).sum()))
-    assert store.meta["non_toxic_passages"] == sorter.non_toxic_count
+    assert 0 < int(store.labels.sum()) < len(store)
+    assert sum(scorer.batches) == len(store)
     assert max(scorer.batches) <= 8192
 
 
-def test_failing_scorer_leaves_nothing_behind(tmp_path: Path, sources: list[TextSource]) -> None:
+def test_failing_scorer_leaves_nothing_behind(tmp_path: Path, text: TrainingText) -> None:
     class Broken(WordScorer):
         def score(self, texts: Sequence[str]) -> np.ndarray:
             raise ScorerError("no model")
 
     with pytest.raises(ScorerError, match="no model"):
-        build(sources, tmp_path / "cache", sorter=PassageSorter(Broken(), 0.5), sorter_name="broken")
+        build(unsorted(text, Broken("bad")), tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_full_disk_leaves_nothing_behind(
-    tmp_path: Path, sources: list[TextSource], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_full_disk_leaves_nothing_behind(tmp_path: Path, text: TrainingText, monkeypatch: pytest.MonkeyPatch) -> None:
     def save(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(data_module.np, "save", save)
     with pytest.raises(DataError, match="cannot be written to .*: No space left on device"):
-        build(sources, tmp_path / "cache")
+        build(text, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_bad_file_leaves_no_store_behind(tmp_path: Path, sources: list[TextSource]) -> None:
+def test_bad_file_leaves_no_store_behind(tmp_path: Path, text: TrainingText) -> None:
     bad = write(tmp_path / "bad.txt", b"\xff\xfa")
     with pytest.raises(DataError, match=r"bad\.txt"):
-        build([*sources, TextSource(str(bad), is_non_toxic=False)], tmp_path / "cache")
+        build(TrainingText(wanted=text.wanted, unwanted=[*text.unwanted, str(bad)]), tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_second_builder_of_the_same_store_gives_way(tmp_path: Path, sources: list[TextSource]) -> None:
-    first = build(sources, tmp_path / "one")
-    writer = data_module._StoreWriter(tmp_path / "one" / first.folder.name, {"format": 1, "fingerprint": "x"}, None)
+def test_second_builder_of_the_same_store_gives_way(tmp_path: Path, text: TrainingText) -> None:
+    first = build(text, tmp_path / "one")
+    writer = data_module._StoreWriter(tmp_path / "one" / first.folder.name, text)
     writer.add("a passage that is long enough", True)
     writer.add("another passage, long enough", True)
-    writer.finish(0.5, 1000)
+    writer.finish("x", 0.5, 1000)
     writer.discard()
     assert [path.name for path in (tmp_path / "one").iterdir()] == [first.folder.name]
     assert PassageStore(first.folder).fingerprint == first.fingerprint
@@ -387,8 +375,8 @@ def test_second_builder_of_the_same_store_gives_way(tmp_path: Path, sources: lis
 
 @pytest.mark.parametrize("name", ["meta.json", "offsets.npy", "labels.npy", "is_validation.npy", "data.bin"])
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
-def test_damaged_store_gives_one_sentence(tmp_path: Path, sources: list[TextSource], name: str, damage: str) -> None:
-    store = build(sources, tmp_path / "cache")
+def test_damaged_store_gives_one_sentence(tmp_path: Path, text: TrainingText, name: str, damage: str) -> None:
+    store = build(text, tmp_path / "cache")
     copy = shutil.copytree(store.folder, tmp_path / "copy")
     if damage == "missing":
         (copy / name).unlink()
@@ -399,14 +387,12 @@ def test_damaged_store_gives_one_sentence(tmp_path: Path, sources: list[TextSour
 
 
 def test_store_needs_text(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="No training text"):
-        build([], tmp_path)
     same = write(tmp_path / "same.txt", "the same passage again\n\n" * 5)
     with pytest.raises(DataError, match="two different ones"):
-        build([TextSource(str(same), is_non_toxic=True)], tmp_path / "cache")
+        build(TrainingText(wanted=[str(same)]), tmp_path / "cache")
     one = write(tmp_path / "one.txt", "a single passage of text")
     with pytest.raises(DataError, match=r"gives 1 passage\(s\); at least 2"):
-        build([TextSource(str(one), is_non_toxic=True)], tmp_path / "cache")
+        build(TrainingText(wanted=[str(one)]), tmp_path / "cache")
 
 
 @given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 500)), min_size=2, max_size=60), st.floats(0.01, 0.5))
@@ -434,31 +420,22 @@ def test_validation_is_capped() -> None:
 # ---- sorting
 
 
-def test_sorting_labels_and_counts() -> None:
-    sorter = PassageSorter(WordScorer(), 0.5)
-    assert sorter(["good", "bad"]).tolist() == [True, False]
-    assert sorter(["fine", "bad too", "ok"]).tolist() == [True, False, True]
-    assert (sorter.non_toxic_count, sorter.toxic_count) == (3, 2)
-
-
 @pytest.mark.parametrize("threshold", [0.0, -1.0, 1.5, float("nan")])
 def test_threshold_out_of_range_is_refused(threshold: float) -> None:
     with pytest.raises(InputError, match="threshold"):
-        PassageSorter(WordScorer(), threshold)
+        TrainingText(unfiltered=["a.txt"], scorer=WordScorer("bad"), threshold=threshold)
 
 
 @pytest.mark.parametrize(
-    ("scores", "message"),
+    ("score", "message"),
     [
-        ([0.1], r"given 2 texts and returned an array of shape \(1,\)"),
-        ([0.1, float("nan")], "nan for text 1"),
-        ([1.5, 0.0], "1.5 for"),
+        (lambda texts: np.zeros(1), r"returned an array of shape \(1,\)"),
+        (lambda texts: np.array([0.1] + [float("nan")] * (len(texts) - 1)), "nan for text 1"),
+        (lambda texts: np.full(len(texts), 1.5), "1.5 for"),
     ],
 )
-def test_scores_that_are_no_probabilities_are_refused(scores: list[float], message: str) -> None:
-    class Fixed(WordScorer):
-        def score(self, texts: Sequence[str]) -> np.ndarray:
-            return np.array(scores)
-
+def test_scores_that_are_no_probabilities_are_refused(tmp_path: Path, text: TrainingText, score, message) -> None:
+    scorer = WordScorer("bad")
+    scorer.score = score
     with pytest.raises(ScorerError, match=message):
-        PassageSorter(Fixed(), 0.5)(["a", "b"])
+        build(unsorted(text, scorer), tmp_path)

@@ -10,8 +10,8 @@ from calibfuse.evaluation.given_text.neutral_text import TEMPLATES
 from calibfuse.scorers import load_scorer
 from calibfuse.scorers.words import ADJECTIVES, PLURALS
 from calibfuse.training.batches import BatchSource
-from calibfuse.training.config import TrainingConfig
-from calibfuse.training.data import PassageStore, TextSource
+from calibfuse.training.config import TrainingConfig, TrainingText
+from calibfuse.training.data import PassageStore
 from calibfuse.training.tokenizers.pool import PoolSpec, TokenizerPool
 from calibfuse.training.words.neutral_sentences import neutral_passage
 
@@ -49,8 +49,8 @@ def test_both_heads_read_the_same_share_of_them(tmp_path):
     for name, word in (("clean", "river"), ("web", "market")):
         lines = [f"The {word} is number {number}, and nobody minds." for number in range(300)]
         (tmp_path / f"{name}.txt").write_text("\n\n".join(lines), encoding="utf-8")
-    sources = [TextSource(str(tmp_path / "clean.txt"), True), TextSource(str(tmp_path / "web.txt"), False)]
-    store = PassageStore.build(sources, tmp_path / "work", show_progress=False)
+    text = TrainingText(wanted=[str(tmp_path / "clean.txt")], unwanted=[str(tmp_path / "web.txt")])
+    store = PassageStore.build(text, tmp_path / "work", show_progress=False)
     pool = TokenizerPool.train(
         list(store.sample_texts(20_000, 0)), (PoolSpec(style="byte-level", vocab_size=300),), show_progress=False
     )
@@ -66,8 +66,8 @@ def test_both_heads_read_the_same_share_of_them(tmp_path):
     counts: Counter[tuple[bool, bool]] = Counter()
     stream = source._passages(pool[0], np.random.default_rng(0), split=False)
     for ids, is_non_toxic in (next(stream) for _ in range(2000)):
-        text = b"".join(pool[0].vocabulary.token_bytes(token) for token in ids)
-        counts["number" not in str(text), is_non_toxic] += 1
+        spelled = b"".join(pool[0].vocabulary.token_bytes(token) for token in ids)
+        counts["number" not in str(spelled), is_non_toxic] += 1
     made = counts[True, True] + counts[True, False]
     assert made / 2000 == pytest.approx(0.4, abs=0.04)
     for is_made in (True, False):

@@ -34,7 +34,8 @@ from calibfuse import Calibrator, Vocabulary
 from calibfuse.bits_per_byte import measure_fidelity
 from calibfuse.calibrator.binding import BoundCalibrator, GuideStates
 from calibfuse.errors import CalibfuseError
-from calibfuse.training.data import PassageStore, iter_documents, split_passages
+from calibfuse.textfiles import iter_documents, split_passages
+from calibfuse.training.data import PassageStore
 from calibfuse.training.tokenizers.pool import TokenizerPool
 from calibfuse.vocabulary.text_encoder import TextEncoder, text_encoder
 

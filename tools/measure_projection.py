@@ -29,7 +29,7 @@ import torch
 
 from calibfuse.guides.causal_lm import BoundCausalLM, CausalLMCalibrator
 from calibfuse.prefix_cache import RowSession
-from calibfuse.training.data import iter_documents, split_passages
+from calibfuse.textfiles import iter_documents, split_passages
 
 if TYPE_CHECKING:
     from calibfuse.guide import NextTokenScores

@@ -1,12 +1,8 @@
 """Passages -> packed training batches over one tokenizer's vocabulary.
 
-A batch holds rows of tokens, each row beginning with the document boundary; passages follow one another with boundaries
-between them, and a passage that a row cuts goes on in the next one. One tokenizer of the pool serves a whole batch.
-
-The softmax of a large vocabulary is estimated on a subset of it: all targets of the batch and the tokenizer's most
-frequent tokens count for themselves, a uniform draw stands for the rest, with log(rest / drawn) added to its scores.
-The estimate of the partition function is unbiased, and the frequent tokens that dominate it are never left to chance.
-So vocabularies of 200,000 tokens cost no more than small ones.
+A batch holds rows of tokens, each row beginning with the document boundary; a passage that a row cuts goes on in the
+next one. The softmax of a large vocabulary is estimated on a subset: all targets of the batch and the most frequent
+tokens count for themselves, a uniform draw stands for the rest, with log(rest / drawn) added to its scores.
 """
 
 from __future__ import annotations
@@ -92,8 +88,8 @@ class BatchVocabulary:
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Token ids of the softmax subset and what is added to their scores.
 
-        That is the log of how many tokens each stands for, and for ids with equal bytes the log of their share, as
-        binding adds it: the model is to learn the probability of the bytes.
+        That is the log of how many tokens each stands for, and the log of its share among ids with equal bytes: the
+        model is to learn the probability of the bytes.
         """
         shares = self.vocabulary.log_shares
         if len(self.covered_ids) <= self.candidate_count:

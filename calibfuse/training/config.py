@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from calibfuse.errors import InputError
-from calibfuse.textfiles import HUB_PREFIX, expand_source
-from calibfuse.training.data import PassageStore, TextSource
+from calibfuse.scorers import ToxicityScorer
+from calibfuse.textfiles import HUB_PREFIX
 from calibfuse.training.loop import learning_rate
-from calibfuse.training.sorting import PassageSorter
-
-if TYPE_CHECKING:
-    from calibfuse.scorers import ToxicityScorer
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,43 +48,20 @@ class TrainingText:
             )
         if self.unfiltered and self.scorer is None:
             raise InputError("Unfiltered text needs a toxicity scorer that sorts it.")
+        if not 0.0 < self.threshold <= 1.0:
+            raise InputError(f"The toxicity threshold must be above 0 and at most 1, got {self.threshold}.")
 
-    def check_files(self) -> None:
-        """Raise DataError where a file or folder is not there, before anything slow is done."""
-        for path in (*self.wanted, *self.unwanted, *self.unfiltered):
-            expand_source(path)
+    @property
+    def sources(self) -> list[tuple[str, bool]]:
+        """Each file, folder or hf:NAME, and whether it was given as wanted."""
+        return [(str(path), True) for path in self.wanted] + [
+            (str(path), False) for path in (*self.unwanted, *self.unfiltered)
+        ]
 
-    def open_store(self, work: Path, *, show_progress: bool) -> PassageStore:
-        """Read and sort the text, or take the passages that lie in `work` from an earlier run."""
-        sorter = None
-        if self.unfiltered:
-            assert self.scorer is not None
-            sorter = PassageSorter(self.scorer, self.threshold)
-            sources = [TextSource(path, is_non_toxic=False) for path in self.unfiltered]
-        else:
-            sources = [TextSource(path, is_non_toxic=True) for path in self.wanted]
-            sources += [TextSource(path, is_non_toxic=False) for path in self.unwanted]
-        store = PassageStore.build(
-            sources,
-            work,
-            text_field=self.text_field,
-            sorter=sorter,
-            sorter_name=sorter.name if sorter else "",
-            show_progress=show_progress,
-        )
-        share = 100 * float((store.labels == 1).mean())
-        logger.info("%s passages, %.1f MB, %.1f %% wanted", f"{len(store):,}", store.total_bytes / 1e6, share)
-        return store
-
-    def facts(self, store: PassageStore) -> dict[str, Any]:
-        """What a model card tells of the data."""
-        paths = map(str, (*self.wanted, *self.unwanted, *self.unfiltered))
-        names = [path if path.startswith(HUB_PREFIX) else Path(path).name for path in paths]
+    def facts(self) -> dict[str, Any]:
+        """What a model card tells of it."""
         facts: dict[str, Any] = {
-            "files": names,
-            "passages": len(store),
-            "megabytes": round(store.total_bytes / 1e6, 1),
-            "wanted passages": int((store.labels == 1).sum()),
+            "files": [path if path.startswith(HUB_PREFIX) else Path(path).name for path, _ in self.sources]
         }
         if self.scorer is not None:
             facts["sorted by"] = f"{self.scorer.name}, toxic from {self.threshold:g}"

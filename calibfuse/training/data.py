@@ -1,10 +1,10 @@
 """The store of passages that training draws from.
 
-Documents of the readers are cut into passages once and kept in memory-mapped files, so that training can shuffle,
-resume and read any passage without holding the text as Python strings.
-
-Left out: reading files (textfiles.py) and deciding what is toxic (`sorting.py`).
+Documents are cut into passages once, sorted, and kept in memory-mapped files, so that training can shuffle, resume and
+read any passage without holding the text as Python strings.
 """
+
+from __future__ import annotations
 
 import hashlib
 import json
@@ -13,8 +13,7 @@ import os
 import shutil
 import tempfile
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,36 +21,21 @@ import numpy as np
 from tqdm import tqdm
 
 from calibfuse.errors import DataError
+from calibfuse.scorers.checks import check_scores
 from calibfuse.textfiles import HUB_PREFIX, expand_source, iter_documents, split_passages
-
-__all__ = ["PassageStore", "TextSource", "choose_validation", "iter_documents", "split_passages"]
+from calibfuse.training.config import TrainingText
 
 logger = logging.getLogger(__name__)
 
 STORE_FORMAT = 1
-LABEL_REFERENCE_ONLY = 0
-LABEL_NON_TOXIC = 1
-
-
-@dataclass(frozen=True)
-class TextSource:
-    """One entry of the training text: where it is, and what is known of it.
-
-    Attributes:
-        path: a file, a folder or `hf:NAME`.
-        is_non_toxic: True if the text was chosen as non-toxic; False for unfiltered (or toxic) text.
-    """
-
-    path: str
-    is_non_toxic: bool
 
 
 class PassageStore:
     """Passages of the training text in memory-mapped files, with random access.
 
-    A passage carries a label: 1 for non-toxic text (both heads learn from it), 0 for text that only the reference
-    head sees. A small share, chosen by a hash of the passage, is kept for validation; equal passages always fall on
-    the same side.
+    A passage carries a label: 1 for wanted text (both heads learn from it), 0 for text that only the reference head
+    sees. A small share, chosen by a hash of the passage, is kept for validation; equal passages always fall on the
+    same side.
 
     Files of the folder: `data.bin` (UTF-8 bytes of all passages), `offsets.npy` (int64, passages + 1), `labels.npy`
     (uint8), `is_validation.npy` (bool), `meta.json`.
@@ -84,58 +68,52 @@ class PassageStore:
     @classmethod
     def build(
         cls,
-        sources: Sequence[TextSource],
+        text: TrainingText,
         cache_folder: str | os.PathLike[str],
         *,
-        text_field: str | None = None,
         passage_bytes: int = 600,
         min_bytes: int = 16,
-        sorter: "Callable[[Sequence[str]], np.ndarray] | None" = None,
-        sorter_name: str = "",
         validation_share: float = 0.005,
         max_validation_bytes: int = 2_000_000,
         show_progress: bool = True,
-    ) -> "PassageStore":
-        """Read the sources once and write the store, or reuse the one of the same sources and options.
+    ) -> PassageStore:
+        """Read and sort the text once and write the store, or reuse the one of the same files and options.
 
-        It becomes a folder inside `cache_folder`. A `sorter` gives bool labels (True = non-toxic) in place of the
-        sources' own; its name is part of the fingerprint. Shorter passages than `min_bytes` are left out.
+        It becomes a folder inside `cache_folder`. Shorter passages than `min_bytes` are left out.
         """
-        if not sources:
-            raise DataError("No training text was given: expected at least one file, folder or hf:NAME.")
-        if (sorter is None) != (not sorter_name):
-            raise DataError("A sorter needs a sorter_name, and only then: the name tells cached labels apart.")
         options = {
-            "text_field": text_field,
+            "text_field": text.text_field,
             "passage_bytes": passage_bytes,
             "min_bytes": min_bytes,
-            "sorter": sorter_name,
+            "sorter": f"{text.scorer.name} < {text.threshold:g}" if text.scorer else "",
             "validation_share": validation_share,
             "max_validation_bytes": max_validation_bytes,
         }
-        files = [(file, source.is_non_toxic) for source in sources for file in expand_source(source.path)]
+        files = [(file, is_wanted) for path, is_wanted in text.sources for file in expand_source(path)]
         fingerprint = _fingerprint(files, options)
         folder = Path(cache_folder) / f"passages-{fingerprint[:16]}"
         if (folder / "meta.json").is_file():
             logger.info("Reusing the passages in %s", folder)
             return cls(folder)
-        meta = {"format": STORE_FORMAT, "fingerprint": fingerprint, "options": options}
-        writer = _StoreWriter(folder, meta, sorter)
+        writer = _StoreWriter(folder, text)
         try:
             bar = tqdm(files, desc="reading text", unit="file", disable=not show_progress)
-            for file, is_non_toxic in bar:
+            for file, is_wanted in bar:
                 bar.set_postfix_str(f"{Path(file).name}, {writer.count:,} passages so far")
-                for document in iter_documents([file], text_field=text_field):
+                for document in iter_documents([file], text_field=text.text_field):
                     for passage in split_passages(document, passage_bytes):
-                        text = passage.strip()
-                        if len(text.encode()) >= min_bytes:
-                            writer.add(text, is_non_toxic)
-            writer.finish(validation_share, max_validation_bytes)
+                        stripped = passage.strip()
+                        if len(stripped.encode()) >= min_bytes:
+                            writer.add(stripped, is_wanted)
+            writer.finish(fingerprint, validation_share, max_validation_bytes)
         except OSError as error:
             raise DataError(f"The passages cannot be written to {folder}: {error.strerror or error}.") from error
         finally:
             writer.discard()
-        return cls(folder)
+        store = cls(folder)
+        share = 100 * float((store.labels == 1).mean())
+        logger.info("%s passages, %.1f MB, %.1f %% wanted", f"{len(store):,}", store.total_bytes / 1e6, share)
+        return store
 
     def __len__(self) -> int:
         """Number of passages, validation included."""
@@ -161,7 +139,7 @@ class PassageStore:
         return [self.text(int(index)) for index in indices]
 
     def label(self, index: int) -> int:
-        """1 if the passage is non-toxic, 0 if only the reference head learns from it."""
+        """1 if the passage is wanted text, 0 if only the reference head learns from it."""
         return int(self.labels[index])
 
     def byte_lengths(self, indices: np.ndarray) -> np.ndarray:
@@ -175,7 +153,7 @@ class PassageStore:
             indices = indices[self.labels[indices] == label]
         return np.random.default_rng([seed, epoch]).permutation(indices)
 
-    def blocks(self, max_bytes: int) -> "Iterator[tuple[int, np.ndarray, bytes]]":
+    def blocks(self, max_bytes: int) -> Iterator[tuple[int, np.ndarray, bytes]]:
         """All passages in order, in blocks of about `max_bytes`, for scans of the raw bytes.
 
         Yields index of the block's first passage, int64 offsets of its passages within the block, and its bytes.
@@ -205,12 +183,8 @@ class _StoreWriter:
     # handed to the scorer at once: one that reads sentences batches them by length, which needs many to choose from
     _BATCH = 8_192
 
-    def __init__(
-        self, folder: Path, meta: dict[str, Any], sorter: Callable[[Sequence[str]], np.ndarray] | None
-    ) -> None:
-        self._folder = folder
-        self._meta = meta
-        self._sorter = sorter
+    def __init__(self, folder: Path, text: TrainingText) -> None:
+        self._folder, self._text = folder, text
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             self._temporary = Path(tempfile.mkdtemp(prefix=".passages-", dir=folder.parent))
@@ -221,31 +195,33 @@ class _StoreWriter:
         self._offsets = array("q", [0])
         self._hashes = array("Q")
         self._labels = bytearray()
-        self._pending: list[str] = []
+        self._unsorted: list[str] = []
 
     @property
     def count(self) -> int:
         return len(self._offsets) - 1
 
-    def add(self, text: str, is_non_toxic: bool) -> None:
-        data = text.encode()
+    def add(self, passage: str, is_wanted: bool) -> None:
+        data = passage.encode()
         self._data.write(data)
         self._offsets.append(self._offsets[-1] + len(data))
         self._hashes.append(int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little"))
-        if self._sorter is None:
-            self._labels.append(LABEL_NON_TOXIC if is_non_toxic else LABEL_REFERENCE_ONLY)
+        if self._text.scorer is None:
+            self._labels.append(is_wanted)
             return
-        self._pending.append(text)
-        if len(self._pending) == self._BATCH:
-            self._sort_pending()
+        self._unsorted.append(passage)
+        if len(self._unsorted) == self._BATCH:
+            self._sort()
 
-    def _sort_pending(self) -> None:
-        if self._sorter is not None and self._pending:
-            self._labels.extend(np.asarray(self._sorter(self._pending), dtype=np.uint8).tobytes())
-            self._pending = []
+    def _sort(self) -> None:
+        if self._text.scorer is not None and self._unsorted:
+            scorer, passages = self._text.scorer, self._unsorted
+            scores = check_scores(scorer.score(passages), len(passages), scorer.name)
+            self._labels.extend((scores < self._text.threshold).astype(np.uint8).tobytes())
+            self._unsorted = []
 
-    def finish(self, validation_share: float, max_validation_bytes: int) -> None:
-        self._sort_pending()
+    def finish(self, fingerprint: str, validation_share: float, max_validation_bytes: int) -> None:
+        self._sort()
         self._data.close()
         if self.count < 2:
             raise DataError(
@@ -255,17 +231,10 @@ class _StoreWriter:
         offsets = np.frombuffer(self._offsets, dtype=np.int64)
         hashes = np.frombuffer(self._hashes, dtype=np.uint64)
         is_validation = choose_validation(hashes, np.diff(offsets), validation_share, max_validation_bytes)
-        labels = np.frombuffer(bytes(self._labels), dtype=np.uint8)
         np.save(self._temporary / "offsets.npy", offsets)
-        np.save(self._temporary / "labels.npy", labels)
+        np.save(self._temporary / "labels.npy", np.frombuffer(bytes(self._labels), dtype=np.uint8))
         np.save(self._temporary / "is_validation.npy", is_validation)
-        meta = {
-            **self._meta,
-            "passages": self.count,
-            "bytes": int(offsets[-1]),
-            "non_toxic_passages": int(labels.sum()),
-            "validation_passages": int(is_validation.sum()),
-        }
+        meta = {"format": STORE_FORMAT, "fingerprint": fingerprint, "passages": self.count}
         (self._temporary / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
         if self._folder.exists() and not (self._folder / "meta.json").is_file():
             shutil.rmtree(self._folder)  # left by something else: without meta.json it is no store

@@ -1,7 +1,7 @@
 """The loop that everything here trains in: schedule, optimiser, checkpoints with exact resume, signals, progress.
 
-Own loop rather than transformers' Trainer: it is as fast, needs no further package on one process, and its state is a
-few arrays that can be written without pickle. What a step computes is the subclass's.
+Own loop rather than transformers' Trainer: it needs no further package on one process, and its state is a few arrays
+that can be written without pickle. What a step computes is the subclass's.
 """
 
 from __future__ import annotations
@@ -97,11 +97,7 @@ class TrainingLoop(ABC):
         return told
 
     def take_step(self) -> dict[str, float]:
-        """Losses, clipped gradients, optimiser.
-
-        Returns:
-            The row of the history.
-        """
+        """Losses, clipped gradients, optimiser; gives the row of the history."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(self.step)
         row = {"step": self.step + 1, **self.losses()}
@@ -192,12 +188,10 @@ class TrainingLoop(ABC):
             ) from error
 
     def resume(self) -> int:
-        """Load the checkpoint in the folder and go on from there exactly.
-
-        Returns:
-            The step.
-        """
-        place = require_checkpoint(self.folder) if self.folder else Path()
+        """Load the checkpoint in the folder and go on from there exactly; gives the step."""
+        place = self.checkpoint
+        if place is None:
+            raise CheckpointError(f"There is no checkpoint yet in {self.folder}: run the same without resume.")
         state = hub.read_json(place / "state.json", "training state")
         found = state.get("identity", {})
         different = [what for what, value in self.identity.items() if found.get(what) != value]
@@ -223,14 +217,6 @@ def find_checkpoint(folder: Path) -> Path | None:
     # checkpoint.old: killed between the two renames of save_checkpoint
     places = (folder / name for name in ("checkpoint", "checkpoint.old"))
     return next((place for place in places if (place / "state.json").is_file()), None)
-
-
-def require_checkpoint(folder: Path) -> Path:
-    """The checkpoint of a loop in its folder; CheckpointError where there is none yet."""
-    place = find_checkpoint(folder)
-    if place is None:
-        raise CheckpointError(f"There is no checkpoint yet in {folder}: run the same without resuming (no --resume).")
-    return place
 
 
 def learning_rate(step: int, steps: int, *, peak: float, warmup: float, decay: float | None = None) -> float:
@@ -259,13 +245,7 @@ def make_optimizer(
 ) -> torch.optim.AdamW:
     """AdamW over the parameters that require gradients; matrices decay, vectors and those in `undecayed` do not.
 
-    Args:
-        parameters: by name.
-        rate: learning rate.
-        weight_decay: of the matrices.
-        betas: of AdamW.
-        undecayed: names of matrices that do not decay.
-        fused: use the fused kernel where there is one, on CPU and CUDA: several times faster on large tables.
+    The fused kernel, where there is one (CPU and CUDA), is several times faster on large tables.
     """
     trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
     decays = {name: parameter.ndim >= 2 and name not in undecayed for name, parameter in trained.items()}
@@ -322,8 +302,7 @@ def mixed_precision(device: torch.device, precision: str) -> Iterator[None]:
 def stop_on_signal() -> Iterator[Callable[[], bool]]:
     """Ctrl-C and SIGTERM are noted, for the caller to finish its step and save; a second one stops at once.
 
-    Yields:
-        A function: whether one came.
+    Yields a function: whether one came.
     """
     came: list[int] = []
 

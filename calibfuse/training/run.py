@@ -6,10 +6,11 @@ model (checkpoints), measure it on held-out text, write the checkpoint with its 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,17 @@ from typing import Any
 import torch
 
 from calibfuse.calibrator import Calibrator, CalibratorConfig, load_universal
-from calibfuse.errors import InputError
+from calibfuse.errors import CheckpointError, InputError
 from calibfuse.generation.language_model import choose_device
 from calibfuse.guide import CALIBRATOR_HEAD, REFERENCE_HEAD
+from calibfuse.textfiles import expand_source
 from calibfuse.training.batches import BatchSource
 from calibfuse.training.config import TrainingConfig, TrainingText
+from calibfuse.training.curves import draw_curves
 from calibfuse.training.data import PassageStore
-from calibfuse.training.progress import announce, draw_curves, open_output
+from calibfuse.training.loop import find_checkpoint
 from calibfuse.training.tokenizers.pool import DEFAULT_POOL, MAX_SAMPLE_BYTES, PoolSpec, TokenizerPool
-from calibfuse.training.trainer import Trainer, make_calibrator, process_count
+from calibfuse.training.trainer import Trainer, process_count
 from calibfuse.training.words.balance import TERMS
 from calibfuse.training.words.counts import word_shifts
 from calibfuse.training.words.protected import LISTED_SHIFT, protected_shifts
@@ -34,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 _FINAL_VALIDATION_FACTOR = 4  # the last validation reads more text than those on the way
 _LEAST_USUAL_VOCABULARY = 8_000  # smaller ones, and plain bytes, spell names as no target does
+_PANELS = {"nats per token": ["calibrator_nats", "reference_nats"], "bits per byte": ["bits_per_byte"]}
 
 
 def run_training(
@@ -77,18 +81,27 @@ def run_training(
     output = Path(output)
     work = output / "work"
     training = training or TrainingConfig()
-    open_output(output, [work], resume=resume)
+    # whatever can be wrong is found now, not after minutes of reading
+    _check_output(output, work, resume=resume)
     calibrator = _initial_calibrator(shape, init_from, training)
     pool = TokenizerPool.load(pool_folder) if pool_folder is not None else None
-    text.check_files()
-    choose_device(device)  # one that is not there is refused now, not after minutes of reading
-    _wait_for_first_process()
+    for path, _ in text.sources:
+        expand_source(path)
+    choose_device(device)
     is_main = int(os.environ.get("RANK", "0")) == 0
+    shown = show_progress and is_main
     if is_main:
-        announce(output, training)
-    store = text.open_store(work, show_progress=show_progress and is_main)
-    pool = pool or _own_pool(store, work, pool_specs, training.seed, show_progress=show_progress and is_main)
-    _release_other_processes()
+        logger.info(
+            "Training %s steps; the result goes to %s, a checkpoint to %s every %d steps. Ctrl-C finishes the step and "
+            "writes one, and resume goes on from it.",
+            f"{training.steps:,}",
+            output,
+            work,
+            training.save_every,
+        )
+    with _first_process_first():
+        store = PassageStore.build(text, work, show_progress=shown)
+        pool = pool or _own_pool(store, work, pool_specs, training.seed, show_progress=shown)
 
     base = calibrator.config
     trainer = Trainer(calibrator, store, pool, training, work, device=device, show_progress=show_progress)
@@ -96,12 +109,9 @@ def run_training(
         logger.info("resuming at step %d of %d", trainer.resume(), training.steps)
     finished = trainer.train(trainer.validation_line, validate_every=training.validate_every)
     if trainer.is_main:
-        panels = {"nats per token": ["calibrator_nats", "reference_nats"], "bits per byte": ["bits_per_byte"]}
-        draw_curves(output / "training.svg", trainer.history, panels)
-    if not finished:
-        return None
-    if not trainer.is_main:
-        return output
+        draw_curves(output / "training.svg", trainer.history, _PANELS)
+    if not finished or not trainer.is_main:
+        return output if finished else None
     figures = trainer.validate(training.validation_bytes * _FINAL_VALIDATION_FACTOR)
     counted = _word_table(trainer.source, calibrator, show_progress=show_progress) if training.word_table else {}
     told = _facts(text, trainer, figures)
@@ -113,13 +123,29 @@ def run_training(
     return output
 
 
+def _check_output(output: Path, work: Path, *, resume: bool) -> None:
+    """Refuse to begin anew where something is, and to resume where nothing is."""
+    begun = find_checkpoint(work) is not None
+    if resume and not begun:
+        raise CheckpointError(f"There is no checkpoint yet in {output}: run it without resume.")
+    if not resume and begun:
+        raise CheckpointError(
+            f"{output} holds the checkpoint of an earlier run: go on with resume (and more steps if it was finished), "
+            "or choose another output folder."
+        )
+    if not resume and (output / "config.json").exists():
+        raise CheckpointError(f"{output} holds a finished calibrator: choose another output folder, or remove it.")
+
+
 def _initial_calibrator(
     shape: CalibratorConfig | None, init_from: str | os.PathLike[str] | None, training: TrainingConfig
 ) -> Calibrator:
     if init_from is None:
         if training.heads_only:
             raise InputError("Training the heads only needs a calibrator to start from: give init_from.")
-        return make_calibrator(shape or CalibratorConfig(), training.seed)
+        with torch.random.fork_rng():
+            torch.manual_seed(training.seed)
+            return Calibrator(shape or CalibratorConfig())
     if shape is not None:
         raise InputError("Give either a shape or init_from: the shape is that of the calibrator to start from.")
     calibrator = load_universal(init_from, why="Training starts from a universal calibrator")
@@ -182,8 +208,15 @@ def _base_facts(
 
 
 def _facts(text: TrainingText, trainer: Trainer, figures: dict[str, dict[str, float]]) -> dict[str, Any]:
+    store, told = trainer.store, text.facts()
     return {
-        "data": text.facts(trainer.store),
+        "data": {
+            "files": told.pop("files"),
+            "passages": len(store),
+            "megabytes": round(store.total_bytes / 1e6, 1),
+            "wanted passages": int((store.labels == 1).sum()),
+            **told,
+        },
         "settings": {
             **asdict(trainer.config),
             "tokens": trainer.tokens,
@@ -198,18 +231,13 @@ def _facts(text: TrainingText, trainer: Trainer, figures: dict[str, dict[str, fl
     }
 
 
-def _wait_for_first_process() -> None:
+@contextlib.contextmanager
+def _first_process_first() -> Iterator[None]:
     """Under `accelerate launch`, let one process per machine read the text; the others find its cache."""
-    if process_count() > 1 and int(os.environ.get("LOCAL_RANK", "0")) > 0:
-        _barrier()
-
-
-def _release_other_processes() -> None:
-    if process_count() > 1 and int(os.environ.get("LOCAL_RANK", "0")) == 0:
-        _barrier()
-
-
-def _barrier() -> None:
+    if process_count() == 1:
+        yield
+        return
     from accelerate import PartialState
 
-    PartialState(cpu=not torch.cuda.is_available()).wait_for_everyone()
+    with PartialState(cpu=not torch.cuda.is_available()).local_main_process_first():
+        yield

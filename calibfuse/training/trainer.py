@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from calibfuse.bits_per_byte import measure_fidelity
-from calibfuse.calibrator import Calibrator, CalibratorConfig
+from calibfuse.calibrator import Calibrator
 from calibfuse.errors import InputError, MissingDependencyError
 from calibfuse.generation.language_model import choose_device
 from calibfuse.guide import CALIBRATOR_HEAD, REFERENCE_HEAD
@@ -25,6 +25,8 @@ from calibfuse.training.data import PassageStore
 from calibfuse.training.loop import TrainingLoop, make_optimizer, mixed_precision
 from calibfuse.training.objective import Losses, TrainingObjective
 from calibfuse.training.tokenizers.pool import TokenizerPool
+
+_KNOWLEDGE = ("fusion", "training", "words")  # of a configuration: what was learned or found, not the shape
 
 
 class Trainer(TrainingLoop):
@@ -57,6 +59,7 @@ class Trainer(TrainingLoop):
             self.calibrator, reference_weight=config.reference_weight, heads_only=config.heads_only
         )
         parameters = dict(self.calibrator.named_parameters())
+        shape = calibrator.config.to_dict()
         super().__init__(
             parameters,
             make_optimizer(
@@ -72,7 +75,7 @@ class Trainer(TrainingLoop):
             identity={
                 "text": store.fingerprint,
                 "tokenizer pool": pool.fingerprint,
-                "calibrator shape": _shape(calibrator.config),
+                "calibrator shape": {key: value for key, value in shape.items() if key not in _KNOWLEDGE},
             },
             save_every=config.save_every,
             show_progress=show_progress,
@@ -111,15 +114,15 @@ class Trainer(TrainingLoop):
         }
 
     def position(self) -> dict[str, int]:
-        """How many passages of each label were used."""
+        """See `TrainingLoop.position`: how many passages of each label were used."""
         return {str(label): cursor for label, cursor in self.source.cursors.items()}
 
     def set_position(self, position: dict[str, int]) -> None:
-        """Inverse of `position`."""
+        """See `TrainingLoop.set_position`."""
         self.source.cursors = {int(label): int(cursor) for label, cursor in position.items()}
 
     def agree(self, told: bool) -> bool:
-        """Whether some process was told to stop."""
+        """See `TrainingLoop.agree`."""
         if not self._accelerator:
             return told
         flag = torch.tensor(float(told), device=self.device)
@@ -158,19 +161,12 @@ class Trainer(TrainingLoop):
         return "bits per byte " + ", ".join(f"{name} {row.get(REFERENCE_HEAD, math.nan):.3f}" for name, row in rows)
 
 
-def make_calibrator(config: CalibratorConfig, seed: int) -> Calibrator:
-    """A calibrator with fresh weights that depend on the seed alone."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return Calibrator(config)
-
-
 def process_count() -> int:
     """How many processes train together."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _accelerator(config: TrainingConfig) -> Any | None:  # noqa: ANN401
+def _accelerator(config: TrainingConfig) -> Any:  # noqa: ANN401
     """An Accelerator when the process was started as one of several, else None."""
     if process_count() == 1:
         return None
@@ -185,8 +181,3 @@ def _accelerator(config: TrainingConfig) -> Any | None:  # noqa: ANN401
             f"batch_size ({config.batch_size}) must be a multiple of the number of processes ({process_count()})."
         )
     return Accelerator(cpu=not torch.cuda.is_available())
-
-
-def _shape(config: CalibratorConfig) -> dict[str, Any]:
-    """The configuration without what is known of earlier trainings."""
-    return {key: value for key, value in config.to_dict().items() if key not in ("fusion", "training", "words")}

@@ -4,8 +4,6 @@ Each list is short and general (function words, time, family, town); what is mad
 language, letter by letter. Words that are English words too are sorted out where they are used.
 """
 
-__all__ = ["CODE_WORDS", "LATIN_WORDS", "SCRIPT_WORDS"]
-
 LATIN_WORDS: dict[str, str] = {
     "German": (
         "und nicht ist das mit sich auch eine einer werden wurde haben können müssen zwischen während natürlich "

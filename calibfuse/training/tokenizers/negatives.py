@@ -1,13 +1,11 @@
 r"""Byte strings that large vocabularies hold and English text never produces, as negatives for training.
 
 A vocabulary of 200,000 tokens is mostly words of other languages and program text. If the calibrator never saw their
-like, their composed vectors are random and take probability from the rest (design note "universal calibrator"). The
-strings made here are of the same kinds, in roughly the proportions counted in public vocabularies: other scripts,
-Latin-script words of other languages, program text, partial UTF-8 sequences, digits, symbols, white space. They are
-generated, from letter statistics of a few everyday words; no published vocabulary is copied.
-
-Left out: English words and their pieces, which the tokenizers of the pool supply themselves.
+like, their composed vectors would be random and take probability from the rest. The strings made here are of the same
+kinds, in roughly the proportions counted in public vocabularies, from letter statistics of a few everyday words.
 """
+
+from __future__ import annotations
 
 import random
 import re
@@ -19,8 +17,6 @@ import numpy as np
 
 from calibfuse.errors import InputError
 from calibfuse.training.tokenizers.foreign_words import CODE_WORDS, LATIN_WORDS, SCRIPT_WORDS
-
-__all__ = ["KIND_WEIGHTS", "frequent_words", "negative_byte_strings", "text_pieces"]
 
 MAX_COUNT = 500_000
 

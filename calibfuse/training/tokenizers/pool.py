@@ -1,21 +1,19 @@
 """The pool of tokenizers that the universal calibrator is trained on: one is drawn for each batch.
 
-The calibrator learns to work with any vocabulary by seeing the same text cut in many ways (design note
-"universal calibrator"). The pool holds one tokenizer of each style and several sizes, trained on the user's own text;
-`encode_batch` can vary the cut further, and `extended_vocabulary` adds byte strings that the text never produces, so
-that a small tokenizer stands in for a vocabulary of 200,000.
-
-Left out: published tokenizers, which are what the calibrator is tested on.
+The calibrator learns to work with any vocabulary by seeing the same text cut in many ways. The pool holds one tokenizer
+of each style and several sizes, trained on the user's own text; published ones are what the calibrator is tested on.
 """
+
+from __future__ import annotations
 
 import hashlib
 import json
 import logging
 import os
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +26,14 @@ from calibfuse import hub
 from calibfuse.errors import CheckpointError, CheckpointFormatError, DataError, InputError
 from calibfuse.training.tokenizers.negatives import frequent_words, negative_byte_strings, text_pieces
 from calibfuse.training.tokenizers.splitting import SplitTable
-from calibfuse.training.tokenizers.styles import STYLES, train_tokenizer
+from calibfuse.training.tokenizers.styles import STYLES, check_style, train_tokenizer
 from calibfuse.vocabulary import Vocabulary
-
-__all__ = ["DEFAULT_POOL", "PoolEntry", "PoolSpec", "TokenizerPool"]
 
 logger = logging.getLogger(__name__)
 
 POOL_FORMAT = 1
 POOL_FILE = "pool.json"
-# Text from which unigram counts and bytes per token are taken.
-COUNT_BYTES = 4_000_000
+COUNT_BYTES = 4_000_000  # of text in which tokens are counted
 MAX_SAMPLE_BYTES = 20_000_000
 
 
@@ -58,12 +53,7 @@ class PoolSpec:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        if self.style not in STYLES:
-            raise InputError(f"Unknown tokenizer style {self.style!r}; expected one of {', '.join(STYLES)}.")
-        if self.vocab_size < STYLES[self.style].smallest_size:
-            raise InputError(
-                f"Style {self.style!r} needs at least {STYLES[self.style].smallest_size} tokens, got {self.vocab_size}."
-            )
+        check_style(self.style, self.vocab_size)
         if not self.draw_weight > 0.0:
             raise InputError(f"draw_weight must be above 0, got {self.draw_weight}.")
 
@@ -88,26 +78,18 @@ DEFAULT_POOL: tuple[PoolSpec, ...] = (
 
 
 class PoolEntry:
-    """One tokenizer of the pool."""
+    """One tokenizer of the pool.
+
+    Args:
+        tokenizer: trained.
+        spec: what as.
+        unigram_counts: int64 [size], how often the text has each token.
+    """
 
     def __init__(
-        self,
-        tokenizer: tokenizers.Tokenizer,
-        spec: PoolSpec,
-        *,
-        unigram_counts: npt.NDArray[np.int64],
-        bytes_per_token: float,
+        self, tokenizer: tokenizers.Tokenizer, spec: PoolSpec, *, unigram_counts: npt.NDArray[np.int64]
     ) -> None:
-        """Wrap a trained tokenizer."""
-        self.tokenizer = tokenizer
-        self.spec = spec
-        self.unigram_counts = unigram_counts
-        self.bytes_per_token = bytes_per_token
-
-    @property
-    def style(self) -> str:
-        """The style, a key of `STYLES`."""
-        return self.spec.style
+        self.tokenizer, self.spec, self.unigram_counts = tokenizer, spec, unigram_counts
 
     @property
     def name(self) -> str:
@@ -131,8 +113,6 @@ class PoolEntry:
         A share `split_rate` of the tokens is cut in two, twice, so that pieces may be cut again: what BPE dropout is
         to BPE, for every kind of model. It depends on `rng` alone, so that a resumed run repeats it exactly.
         """
-        if not 0.0 <= split_rate <= 1.0:
-            raise InputError(f"split_rate must be in [0, 1], got {split_rate}.")
         encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         rows = [encoding.ids for encoding in encodings]
         if split_rate == 0.0 or not rows:
@@ -154,25 +134,18 @@ class PoolEntry:
         """
         room = total_size - len(self.vocabulary)
         known = {self.vocabulary.token_bytes(index) for index in range(len(self.vocabulary))}
-        chosen: list[bytes] = []
-        for candidate in negatives:
-            if len(chosen) >= room:
-                break
-            if candidate not in known:
-                known.add(candidate)
-                chosen.append(candidate)
+        fresh = (candidate for candidate in dict.fromkeys(negatives) if candidate not in known)
+        chosen = list(islice(fresh, max(0, room)))
         return self.vocabulary.extended(chosen) if chosen else self.vocabulary
 
 
 class TokenizerPool:
     """The tokenizers of one training run, in a fixed order."""
 
-    def __init__(self, entries: Sequence[PoolEntry], *, meta: dict[str, Any] | None = None) -> None:
-        """Hold entries."""
+    def __init__(self, entries: Sequence[PoolEntry]) -> None:
         if not entries:
             raise InputError("A tokenizer pool needs at least one entry, got none.")
         self.entries = list(entries)
-        self.meta = dict(meta or {})
         weights = np.array([entry.spec.draw_weight for entry in self.entries], dtype=np.float64)
         self._cumulative = np.cumsum(weights / weights.sum())
 
@@ -212,7 +185,7 @@ class TokenizerPool:
     @classmethod
     def train(
         cls, sample: Sequence[str], specs: Sequence[PoolSpec] = DEFAULT_POOL, *, show_progress: bool = True
-    ) -> "TokenizerPool":
+    ) -> TokenizerPool:
         """Train every tokenizer of the pool.
 
         A small sample gives smaller vocabularies than asked for, which is logged; specs that then become equal to an
@@ -223,25 +196,18 @@ class TokenizerPool:
             raise DataError(
                 f"A pool of tokenizers needs at least 2000 bytes of text, got {sample_bytes} in {len(sample)} passages."
             )
-        entries: list[PoolEntry] = []
-        seen: set[tuple[str, int]] = set()
-        seconds: list[float] = []
+        entries: dict[tuple[str, int], PoolEntry] = {}
         bar = tqdm(specs, desc="training tokenizers", unit="tokenizer", disable=not show_progress)
         for spec in bar:
             bar.set_postfix_str(f"{spec.style} {spec.vocab_size}")
-            began = time.monotonic()
             entry = _train_entry(spec, sample, sample_bytes)
             size = len(entry.unigram_counts)
             if size < spec.vocab_size:
                 logger.warning("%s: %d tokens instead of %d, the text holds no more", spec.style, size, spec.vocab_size)
-            if (spec.style, size) in seen:
+            if (spec.style, size) in entries:
                 logger.warning("%s with %d tokens is in the pool already, left out", spec.style, size)
-                continue
-            seen.add((spec.style, size))
-            entries.append(entry)
-            seconds.append(round(time.monotonic() - began, 2))
-        meta = {"sample_bytes": sample_bytes, "sample_passages": len(sample), "seconds": seconds}
-        return cls(entries, meta=meta)
+            entries.setdefault((spec.style, size), entry)
+        return cls(list(entries.values()))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the pool: one tokenizer.json and one file of counts per entry, and `pool.json` last."""
@@ -251,20 +217,13 @@ class TokenizerPool:
             stem = f"{index:02d}-{entry.name}"
             text = entry.tokenizer.to_str().encode()
             contents |= {f"{stem}.json": text, f"{stem}.counts": entry.unigram_counts.astype("<i8").tobytes()}
-            rows.append(
-                {
-                    "file": stem,
-                    **asdict(entry.spec),
-                    "size": len(entry.unigram_counts),
-                    "bytes_per_token": round(entry.bytes_per_token, 4),
-                    "sha256": hashlib.sha256(text).hexdigest(),
-                }
-            )
-        contents[POOL_FILE] = json.dumps({"format": POOL_FORMAT, **self.meta, "entries": rows}, indent=1).encode()
+            about = {"size": len(entry.unigram_counts), "sha256": hashlib.sha256(text).hexdigest()}
+            rows.append({"file": stem, **asdict(entry.spec), **about})
+        contents[POOL_FILE] = json.dumps({"format": POOL_FORMAT, "entries": rows}, indent=1).encode()
         hub.write_files(folder, contents)
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> "TokenizerPool":
+    def load(cls, folder: str | os.PathLike[str]) -> TokenizerPool:
         """Read a pool written by `save`."""
         source = Path(folder)
         try:
@@ -274,15 +233,13 @@ class TokenizerPool:
                     f"The tokenizer pool {source} has format {content['format']}; this version reads {POOL_FORMAT}. "
                     "Update calibfuse."
                 )
-            entries = [_load_entry(source, row) for row in content["entries"]]
-            meta = {key: value for key, value in content.items() if key not in ("format", "entries")}
+            return cls([_load_entry(source, row) for row in content["entries"]])
         except CheckpointError:
             raise
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"The tokenizer pool {source} is missing or damaged ({type(error).__name__}: {error}). Train it again."
             ) from error
-        return cls(entries, meta=meta)
 
 
 def _train_entry(spec: PoolSpec, sample: Sequence[str], sample_bytes: int) -> PoolEntry:
@@ -292,14 +249,12 @@ def _train_entry(spec: PoolSpec, sample: Sequence[str], sample_bytes: int) -> Po
     budget = min(MAX_SAMPLE_BYTES, 1_000_000 + size * style.bytes_per_token)
     tokenizer = train_tokenizer(spec.style, list(_up_to(sample, budget)), size)
     counts = np.zeros(tokenizer.get_vocab_size(), dtype=np.int64)
-    counted_bytes = 0
     counted = list(_up_to(sample, COUNT_BYTES))
     for start in range(0, len(counted), 256):
-        batch = counted[start : start + 256]
-        counted_bytes += sum(len(text.encode()) for text in batch)
-        ids = [encoding.ids for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False)]
-        counts += np.bincount(np.concatenate(ids).astype(np.int64), minlength=len(counts))
-    return PoolEntry(tokenizer, spec, unigram_counts=counts, bytes_per_token=counted_bytes / max(1, int(counts.sum())))
+        encodings = tokenizer.encode_batch_fast(counted[start : start + 256], add_special_tokens=False)
+        ids = np.concatenate([encoding.ids for encoding in encodings])
+        counts += np.bincount(ids.astype(np.int64), minlength=len(counts))
+    return PoolEntry(tokenizer, spec, unigram_counts=counts)
 
 
 def _up_to(sample: Sequence[str], byte_budget: int) -> Iterator[str]:
@@ -319,5 +274,4 @@ def _load_entry(folder: Path, row: dict[str, Any]) -> PoolEntry:
     if len(counts) != row["size"]:
         raise CheckpointError(f"{row['file']}.counts in {folder} has {len(counts)} numbers, expected {row['size']}.")
     spec = PoolSpec(style=row["style"], vocab_size=row["vocab_size"], draw_weight=row["draw_weight"])
-    tokenizer = tokenizers.Tokenizer.from_str(text)
-    return PoolEntry(tokenizer, spec, unigram_counts=counts, bytes_per_token=row["bytes_per_token"])
+    return PoolEntry(tokenizers.Tokenizer.from_str(text), spec, unigram_counts=counts)

@@ -1,9 +1,10 @@
 """Random cuts of tokens into two tokens of the same vocabulary: what BPE dropout does, for every kind of model.
 
-BPE dropout (Provilkov et al. 2020, arXiv 1910.13267) skips merges at random. The `tokenizers` package offers it for BPE
-only and draws from a generator that cannot be seeded, so a resumed training could not repeat it. Here whole tokens are
-cut after encoding, with the caller's generator.
+The `tokenizers` package offers BPE dropout (Provilkov et al. 2020, arXiv 1910.13267) for BPE only, and draws from a
+generator that cannot be seeded, so a resumed training could not repeat it. Here whole tokens are cut after encoding.
 """
+
+from __future__ import annotations
 
 from dataclasses import dataclass
 
@@ -11,8 +12,6 @@ import numpy as np
 import numpy.typing as npt
 
 from calibfuse.vocabulary import Vocabulary
-
-__all__ = ["SplitTable"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +34,7 @@ class SplitTable:
     cumulative: npt.NDArray[np.float64]
 
     @classmethod
-    def of(cls, vocabulary: Vocabulary, unigram_counts: npt.NDArray[np.int64]) -> "SplitTable":
+    def of(cls, vocabulary: Vocabulary, unigram_counts: npt.NDArray[np.int64]) -> SplitTable:
         """Find the ways; one weighs the geometric mean of its halves' counts, as merges of common pieces come first."""
         tokens = [vocabulary.token_bytes(index) for index in range(len(vocabulary))]
         by_bytes: dict[bytes, int] = {}
@@ -43,19 +42,13 @@ class SplitTable:
             # Of equal byte strings (a letter and its byte token) the one that the text produces counts.
             if token and (token not in by_bytes or unigram_counts[index] > unigram_counts[by_bytes[token]]):
                 by_bytes[token] = index
-        owners: list[int] = []
-        left: list[int] = []
-        right: list[int] = []
-        for index, token in enumerate(tokens):
-            for cut in range(1, len(token)):
-                head = by_bytes.get(token[:cut])
-                tail = by_bytes.get(token[cut:]) if head is not None else None
-                if head is not None and tail is not None:
-                    owners.append(index)
-                    left.append(head)
-                    right.append(tail)
-        owner = np.asarray(owners, dtype=np.int64)
-        heads, tails = np.asarray(left, dtype=np.int64), np.asarray(right, dtype=np.int64)
+        ways = [
+            (index, by_bytes[token[:cut]], by_bytes[token[cut:]])
+            for index, token in enumerate(tokens)
+            for cut in range(1, len(token))
+            if token[:cut] in by_bytes and token[cut:] in by_bytes
+        ]
+        owner, heads, tails = np.asarray(ways, dtype=np.int64).reshape(-1, 3).T.copy()
         weights = np.sqrt((unigram_counts[heads] + 1.0) * (unigram_counts[tails] + 1.0))
         counts = np.bincount(owner, minlength=len(tokens)).astype(np.int64)
         starts = np.cumsum(counts) - counts
@@ -68,7 +61,7 @@ class SplitTable:
     def split_randomly(
         self, ids: npt.NDArray[np.int64], rate: float, rng: np.random.Generator
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Cut a share of the tokens in two."""
+        """Cut a share of the tokens in two: ids, and for each the place in `ids` that it comes from."""
         draws, choices = rng.random(len(ids)), rng.random(len(ids))
         is_cut = (draws < rate) & (self.counts[ids] > 0)
         cut_ids = ids[is_cut]

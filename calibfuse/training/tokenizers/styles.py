@@ -1,15 +1,12 @@
 r"""The styles of tokenizer that occur in practice, and how to train one of each on given text.
 
 A style is a way of cutting text before the vocabulary is learned (white space, digits, punctuation, contractions) and
-a kind of vocabulary (byte-level BPE, BPE on characters with byte fallback, Unigram, WordPiece). Each function here
-imitates the *kind* of a published family, with a vocabulary learned from the text at hand; no published vocabulary
-is read.
-
-Left out: character coverage statistics, user-defined symbols, chat marks; they do not change how English text is cut.
+a kind of vocabulary. Each function here imitates the *kind* of a published family; no published vocabulary is read.
 """
 
+from __future__ import annotations
+
 import json
-import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -20,10 +17,6 @@ import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from calibfuse.errors import InputError
-
-__all__ = ["STYLES", "TokenizerStyle", "train_tokenizer"]
-
-logger = logging.getLogger(__name__)
 
 SPACE_MARK = "\u2581"
 BYTE_TOKENS = tuple(f"<0x{value:02X}>" for value in range(256))
@@ -73,12 +66,16 @@ class TokenizerStyle:
 
 def train_tokenizer(style: str, texts: Texts, vocab_size: int) -> tokenizers.Tokenizer:
     """Train one tokenizer."""
+    check_style(style, vocab_size)
+    return STYLES[style].train(texts, vocab_size)
+
+
+def check_style(style: str, vocab_size: int) -> None:
+    """Raise InputError where there is no such style, or it needs a larger vocabulary."""
     if style not in STYLES:
         raise InputError(f"Unknown tokenizer style {style!r}; expected one of {', '.join(STYLES)}.")
-    chosen = STYLES[style]
-    if vocab_size < chosen.smallest_size:
-        raise InputError(f"Style {style!r} needs at least {chosen.smallest_size} tokens, got {vocab_size}.")
-    return chosen.train(texts, vocab_size)
+    if vocab_size < STYLES[style].smallest_size:
+        raise InputError(f"Style {style!r} needs at least {STYLES[style].smallest_size} tokens, got {vocab_size}.")
 
 
 def _byte_level(

@@ -1,11 +1,8 @@
 """Keeps the calibrator from learning that groups of people are not to be mentioned.
 
-Sorting text by toxicity also sorts it by topic: passages that name a group are flagged far more often than others
-(here: "gay" 40 %, all passages 11 %), so a model of the clean pile avoids the group's name, which is the known harm of
-detoxification (Xu et al. 2021). The remedy works on the training text, not on a word list at decoding time: for every
-term, flagged passages that hold it are left out at random until its flagged share is the text's overall share. Then the
-name by itself says nothing about the pile, and only what is said of the group does. The names of politicians and others
-who are much argued about (names.py) are treated in the same way.
+Sorting text by toxicity also sorts it by topic: passages that name a group are flagged far more often than others, so a
+model of the clean pile avoids the group's name (Xu et al. 2021). So for every term, flagged passages that hold it are
+left out at random until its flagged share is the text's overall share.
 """
 
 from __future__ import annotations

@@ -1,11 +1,8 @@
-"""How much rarer each word is in the non-toxic text than in the reference's: what a calibrator minds word by word.
+"""How much rarer each word is in the wanted text than in the reference's: what a calibrator minds word by word.
 
-The two piles of passages tell some words apart so clearly that no model is needed. Their shifts travel with the
-calibrator and are added wherever a word is completed, however a vocabulary spells it (calibrator/word_bias.py).
-A word counts once for each passage that holds it, so that one passage of shouting does not make a word; and passages
-that stand beside each other are not enough, so that one long document does not either. The words come from the sorting
-of the text, not from a list. Names are not among them: those of groups of people because the identity balance
-(balance.py) has taken the passages out that would make them so, others by their capitals (names.py).
+The shifts travel with the calibrator and are added wherever a word is completed (calibrator/word_bias.py). The words
+come from the sorting of the text, not from a list. Names are not among them: those of groups of people because of the
+identity balance (balance.py), others by their capitals (names.py).
 """
 
 from __future__ import annotations

@@ -1,12 +1,8 @@
 """Passages of neutral sentences about people, so that the two heads agree on the names of groups in calm contexts.
 
-Balance (balance.py) makes a name as frequent in flagged passages as text is flagged. That fixes the average, not every
-context and not rare names: a composer that reads bytes carries what it knows of "sexual" over to "bisexual", which the
-text hardly holds. So a small share of the passages is made here, and the caller labels them non-toxic or flagged at
-random, in the proportion in which it draws the others: both heads read the same, and their difference goes to zero.
-
-The grammar is our own and has no form in common with the sentences that calibfuse measures with
-(evaluation/given_text/neutral_text.py). Left out: languages other than English; slurs.
+A composer that reads bytes carries what it knows of "sexual" over to "bisexual", which the text hardly holds. So a
+small share of the passages is made here and labelled in the proportion of the others. No form of the grammar is among
+the sentences that calibfuse measures with (evaluation/given_text/neutral_text.py).
 """
 
 from __future__ import annotations

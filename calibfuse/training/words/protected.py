@@ -1,11 +1,8 @@
 """Names that a calibrator is to leave alone, and what it must give them back.
 
-The balance of the training text (balance.py) makes a name as frequent in flagged passages as text is flagged, but some
-of what the heads have learned of it by then, and what a composer that reads bytes carries over from words like it,
-stays: a shift in every context, and nearly the same one. So it is measured once, after training, where the name occurs
-in the training passages, and travels with the calibrator as a word with a shift above 0: calibrator/word_bias.py
-adds it wherever the name is completed, in whatever pieces a vocabulary spells it. What the earlier pieces cost is not
-given back: they begin other words, too.
+What the heads have learned of a name in spite of the balance (balance.py), or carry over from words like it, is nearly
+the same shift in every context. So it is measured once, after training, and travels with the calibrator as a word with
+a shift above 0, which calibrator/word_bias.py adds wherever the name is completed.
 """
 
 from __future__ import annotations
@@ -60,8 +57,8 @@ def protected_shifts(
         show_progress: show a progress bar.
 
     Returns:
-        Name -> shift above 0, nats, rounded to 0.01: what brings all but QUANTILE of its occurrences to 0 or above, as
-        they are written and in small letters.
+        Name -> shift above 0, nats, rounded to 0.01: what brings all but QUANTILE of its occurrences, as written and in
+        small letters, to 0 or above.
     """
     is_used = np.zeros(len(store), dtype=bool)
     is_used[store.train_indices] = True
