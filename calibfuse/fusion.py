@@ -25,7 +25,10 @@ _NEWTON_STEPS = 6
 _MAX_PENALTY = 1e18  # its square is still a float32
 _LEAST_NU = 1e-3  # no candidate is raised by more than its inverse
 _TINY = 1e-30
-_MAX_GAIN = 0.5  # what the head "value" adds to a candidate beside the contrast, at most
+_MAX_GAIN, _MAX_LOSS = (
+    0.5,
+    0.65,
+)  # of a candidate by the head "value", nats: alone it halves none, over a text it adds up
 _LEAST_DOUBT = 1e-6  # R is never taken for exactly 1
 _MOST_LOWERED = 8  # tokens named for each row of a step
 _DISTRIBUTION_HEADS = ("calibrator", "reference")  # log-probabilities up to a constant; the value head's are log R
@@ -53,7 +56,7 @@ class FusionConfig:
         mass_to_others: of one-sided contrast: the mass that a candidate loses goes to the others, and none of it comes
             back by renormalisation, however certain it was.
         value_weight: of contrast with a guide that has the head "value": strength of that head as a part of alpha. It
-            lowers a candidate by max_shift at most and raises it by half a nat at most. 0: it is not asked.
+            lowers a candidate by 0.65 nats at most and raises it by 0.5 at most. 0: it is not asked.
         harm_threshold: of contrast with value_weight: the probability of harm at which half of a disagreement counts.
         hidden_temperature: of mode embedding. True: as published, the target's hidden state gets the weight 1 - alpha,
             which also acts as a temperature of 1 / (1 - alpha). False: it keeps weight 1.
@@ -247,7 +250,7 @@ def _contrast(
         log_r = guide["value"]
         disagreement = disagreement * _harmful_share(log_r, config.harm_threshold)
         worth = alpha * config.value_weight * _relative(log_r, target, layout)
-        target = layout.normalise(target + worth.clamp(-config.max_shift, _MAX_GAIN))
+        target = layout.normalise(target + worth.clamp(-_MAX_LOSS, _MAX_GAIN))
     shift = (alpha * disagreement).clamp(-config.max_shift, 0.0 if config.one_sided else config.max_shift)
     return _give_to_others(target, shift, layout) if config.mass_to_others and config.one_sided else target + shift
 
@@ -309,6 +312,16 @@ def _give_to_others(target: Tensor, shift: Tensor, layout: Layout) -> Tensor:
         slope = layout.sum(probability * share * share)
         nu = (nu + total * (total - 1.0) / slope.clamp(min=_TINY)).clamp(_LEAST_NU, 1.0)
     return target - (nu + penalty).log()
+
+
+def _without_gain(before: Tensor, after: Tensor, chosen: Tensor, layout: Layout) -> Tensor:
+    """The chosen candidates at what they had at most; the others share what that frees in proportion."""
+    capped = torch.where(chosen, torch.minimum(before, after), after)
+    others = layout.sum(torch.where(chosen, 0.0, after.exp()))
+    freed = layout.sum(after.exp() - capped.exp())
+    return torch.where(
+        others > _TINY, torch.where(chosen, capped, after + (freed / others.clamp(min=_TINY)).log1p()), after
+    )
 
 
 _OF_CONTRAST = ("candidates", "one_sided", "margin", "max_shift", "mass_to_others", "value_weight", "harm_threshold")
@@ -378,6 +391,7 @@ def fuse(
     keep_scale: bool = False,
     alone: Tensor | None = None,
     observe: Callable[[Moved], None] | None = None,
+    protected: Tensor | None = None,
 ) -> Tensor:
     """Fuse next-token scores with a guide.
 
@@ -398,6 +412,8 @@ def fuse(
         keep_scale: give each row the logsumexp that it had instead of 0, for processors behind that look at logits.
         alone: bool [...], rows that are left as they are (for instance those of `unjudgeable`).
         observe: called with what was done, once; where rows were left `alone`, what it says of them means nothing.
+        protected: bool [the guide's vocabulary], names, which one-sided contrast never raises: what the words beside
+            them lose goes to others.
 
     Returns:
         Log-probabilities, float32, shape and device of `scores`, nats, normalised unless `keep_scale`. Tokens that the
@@ -423,7 +439,7 @@ def fuse(
     # the same for every token of a row, so its best one tells
     scale = raw.float().amax(dim=-1, keepdim=True) - log_probs.amax(dim=-1, keepdim=True) if keep_scale else None
     if alpha is not None or config.alpha != 0.0:
-        log_probs = _fuse(log_probs, guide_scores, covers, config, always, pick, alpha, observe)
+        log_probs = _fuse(log_probs, guide_scores, covers, config, always, pick, alpha, observe, protected)
     if scale is not None:
         log_probs = log_probs + scale
     return log_probs if alone is None else torch.where(alone[..., None], scores.float(), log_probs)
@@ -444,6 +460,7 @@ def _fuse(
     pick: Callable[[str, Tensor, Tensor], Tensor] | None,
     alpha: Tensor | None,
     observe: Callable[[Moved], None] | None,
+    protected: Tensor | None,
 ) -> Tensor:
     """The fusion of rows that can be judged; writes into `log_probs` where autograd does not need it."""
     mode, vocab_size = MODES[config.mode], log_probs.shape[-1]
@@ -475,6 +492,11 @@ def _fuse(
     guide = {head: layout.normalise(each) if head in _DISTRIBUTION_HEADS else each for head, each in raw.items()}
     strength: Strength = config.alpha if alpha is None else layout.of_rows(alpha.to(log_probs.device, torch.float32))
     fused = layout.normalise(mode.fuse(target, guide, layout, strength, config)) + mass
+    if protected is not None and config.mode == "contrast" and config.one_sided:
+        is_name = (
+            _fit(protected, vocab_size) if token_ids is None else protected[token_ids.clamp(max=len(protected) - 1)]
+        )
+        fused = _without_gain(values, fused, is_name, layout)
     if layout.fixed is not None:
         fused = torch.where(layout.fixed, values, fused)
     if observe is not None:

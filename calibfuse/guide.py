@@ -198,6 +198,11 @@ class Guide(ABC):
         """Ids below `vocab_size` that are candidates in any case, int64 [n]; None: there are none."""
         return None
 
+    @property
+    def protected(self) -> Tensor | None:
+        """Bool [target_vocab_size], True for tokens that contrast never raises (names); None: there are none."""
+        return None
+
     def misfit(self, width: int) -> str:
         """Why a head of `width` scores cannot be that of the tokenizer; empty where it can.
 

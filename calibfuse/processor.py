@@ -431,6 +431,7 @@ class CalibFusion(LogitsProcessor):
             return fuse(
                 scores, said.log_scores, guide.covers, self.config, guide.always_candidates(scores.shape[-1]),
                 pick=said.log_scores_at, alone=alone, observe=None if account is None else observe,
+                protected=guide.protected,
             )  # fmt: skip
         raw = scores if alone is None else scores.masked_fill(alone[..., None], 0.0)
         plain = raw.float().log_softmax(-1)

@@ -305,6 +305,7 @@ class CalibFusionProcessor(V1LogitsProcessor, V2LogitsProcessor):  # type: ignor
             keep_scale=True,
             alone=alone,
             observe=observe,
+            protected=self._guide.protected,
         )
         if scores is logits:
             logits.copy_(fused)

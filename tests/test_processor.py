@@ -52,7 +52,7 @@ class TestOneCall:
         ids, scores = random_ids(), random_scores()
         config = FusionConfig(alpha=2.0, candidates=0)
         heads = {"calibrator": bound.log_probs(ids)[:, -1], "reference": bound.reference_log_probs(ids)[:, -1]}
-        expected = fuse(scores, lambda head, _: heads[head], bound.covers, config)
+        expected = fuse(scores, lambda head, _: heads[head], bound.covers, config, protected=bound.protected)
         result = CalibFusion(bound, config)(ids, scores)
         torch.testing.assert_close(result, expected, atol=1e-4, rtol=1e-4)
 

@@ -19,7 +19,9 @@ KEYS = ("a", "b", "c", "d", "e")
 
 @pytest.fixture(scope="module")
 def bound():
-    return make_bound(words={"aa": -2.0, "ab": -1.0, "k": 0.5})
+    """With a head that has a block of its own, whose state is the second half of what is compared."""
+    heads = ("calibrator", "reference", "value")
+    return make_bound(words={"aa": -2.0, "ab": -1.0, "k": 0.5}, heads=heads, value_layer_count=1)
 
 
 @pytest.fixture(autouse=True)
@@ -152,7 +154,7 @@ def test_a_long_prompt_is_read_only_as_far_back_as_the_body_sees(bound, monkeypa
     monkeypatch.setattr(type(bound.calibrator.body), "step", counted)
     session, texts = bound.session(), {"long": ids_of(4_000), "short": ids_of(6, 1), "middle": ids_of(8, 2)}
     check(bound, session, texts)
-    assert sorted(fed) == [(1, 7), (2, bound.reach + 1)]
+    assert sorted(fed) == [(1, bound.reach + 1), (2, 9)]
     fed.clear()
     texts = {key: [*ids, 7] for key, ids in texts.items()}
     check(bound, session, texts)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -142,6 +143,14 @@ class BoundCalibrator(Guide):
             ids = ids[: np.searchsorted(ids, vocab_size)]
             self._always_candidates[vocab_size] = torch.from_numpy(ids).to(self.device) if len(ids) else None
         return self._always_candidates[vocab_size]
+
+    @cached_property
+    def protected(self) -> Tensor | None:
+        """See `Guide.protected`: the tokens that are a protected name, or a beginning of one, behind a space."""
+        names = self._words.whole()
+        chosen = torch.zeros(self.target_vocab_size, dtype=torch.bool, device="cpu")
+        chosen[torch.from_numpy(names.token_ids[names.shifts > 0.0])] = True
+        return chosen.to(self.device) if bool(chosen.any()) else None
 
     def say(self, hidden: Tensor, last_ids: Sequence[Sequence[int]]) -> GuideStates:
         """What is said after some texts: body states [rows, width], and the last REACH ids of each text."""

@@ -178,14 +178,28 @@ class Block(nn.Module):
 
 
 class Body(nn.Module):
-    """The stack of blocks; see CalibratorConfig for the sizes."""
+    """The stack of blocks; see CalibratorConfig for the sizes.
 
-    def __init__(self, *, width: int, layer_count: int, head_count: int, hidden_width: int, window: int) -> None:
+    A state is the stream after `layer_count` blocks, followed by what any further ones make of it.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        layer_count: int,
+        head_count: int,
+        hidden_width: int,
+        window: int,
+        value_layer_count: int = 0,
+    ) -> None:
         super().__init__()
         self.window = window
+        self.layer_count = layer_count
+        self.state_width = width * (2 if value_layer_count else 1)
         self.head_width = width // head_count
         self._tables: tuple[Tensor, Tensor] | None = None
-        blocks = [Block(width, head_count, hidden_width) for _ in range(layer_count)]
+        blocks = [Block(width, head_count, hidden_width) for _ in range(layer_count + value_layer_count)]
         self.blocks = nn.ModuleList(blocks)
         for block in blocks:
             for linear in (block.qkv, block.attention_out, block.up, block.down):
@@ -207,13 +221,15 @@ class Body(nn.Module):
         return tables
 
     def forward(self, states: Tensor, starts: Tensor) -> Tensor:
-        """Run whole rows [rows, slots, width] through all blocks; `starts`: int64 [rows], the slots of boundaries."""
+        """Run whole rows [rows, slots, width] through all blocks; `starts`: int64 [rows], the slots of boundaries.
+
+        Returns:
+            States [rows, slots, state_width].
+        """
         slots = states.shape[1]
         cosines, sines = (table[:slots].to(states.dtype) for table in self._rotary(slots, states))
         attend = partial(_attend_in_windows, starts=starts, window=self.window)
-        for block in self.blocks:
-            states = block(states, cosines, sines, attend)
-        return states
+        return self._through(states, lambda _, block, states: block(states, cosines, sines, attend))
 
     def step(
         self, states: Tensor, ring: KeyValueRing, rows: Sequence[int], slots: Sequence[int], counts: Sequence[int]
@@ -229,16 +245,24 @@ class Body(nn.Module):
             counts: how many new ones each row has.
 
         Returns:
-            States [rows, new, width]; those behind a row's count mean nothing.
+            States [rows, new, state_width]; those behind a row's count mean nothing.
         """
         step = RingStep(ring, rows, slots, counts, states.device)
         tables = self._rotary(max(slots) + states.shape[1], states)
         cosines, sines = (
             functional.embedding(step.positions, table[:, 0, 0])[:, :, None, None].to(states.dtype) for table in tables
         )
+        return self._through(
+            states, lambda layer, block, states: block(states, cosines, sines, partial(step.attend, layer))
+        )
+
+    def _through(self, states: Tensor, run: Callable[[int, nn.Module, Tensor], Tensor]) -> Tensor:
+        shared = states
         for layer, block in enumerate(self.blocks):
-            states = block(states, cosines, sines, partial(step.attend, layer))
-        return states
+            states = run(layer, block, states)
+            if layer + 1 == self.layer_count:
+                shared = states
+        return states if len(self.blocks) == self.layer_count else torch.cat([shared, states], dim=-1)
 
 
 def _attend_in_windows(queries: Tensor, keys: Tensor, values: Tensor, *, starts: Tensor, window: int) -> Tensor:

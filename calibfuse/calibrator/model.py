@@ -44,7 +44,9 @@ class CalibratorConfig:
         head_count: attention heads.
         hidden_width: hidden width of the body's MLPs.
         window: tokens that attention looks back, the current one included.
+        value_layer_count: further blocks, which the head "value" alone reads, beside the body's state.
         adapter_width: hidden width of each head's adapter.
+        value_adapter_width: that of the head "value"; None: adapter_width.
         heads: names of the heads, in the order of the bias columns.
         words: word -> bias in nats, below 0 for rude words, above 0 for protected names; see word_bias.py.
         fusion: recommended fusion options (keys of FusionConfig).
@@ -60,7 +62,9 @@ class CalibratorConfig:
     head_count: int = 4
     hidden_width: int = 768
     window: int = 128
+    value_layer_count: int = 0
     adapter_width: int = 192
+    value_adapter_width: int | None = None
     heads: tuple[str, ...] = (CALIBRATOR_HEAD, REFERENCE_HEAD)
     words: Mapping[str, float] = field(default_factory=dict)
     fusion: Mapping[str, Any] = field(default_factory=dict)
@@ -70,7 +74,7 @@ class CalibratorConfig:
         """Validate."""
         for item in fields(self):
             value = getattr(self, item.name)
-            if item.type == "int" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            if item.type == "int" and (type(value) is not int or value < (item.name != "value_layer_count")):
                 raise InputError(f"CalibratorConfig.{item.name} must be a positive integer, got {value!r}.")
         for word, shift in self.words.items():
             is_number = isinstance(shift, int | float) and not isinstance(shift, bool)
@@ -92,9 +96,15 @@ class CalibratorConfig:
                 "because rotary positions turn pairs of channels."
             )
 
+    @property
+    def value_layers(self) -> range:
+        """Numbers of the blocks that the head "value" alone reads."""
+        return range(self.layer_count, self.layer_count + self.value_layer_count)
+
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready dictionary."""
-        return {**asdict(self), "heads": list(self.heads)}
+        """JSON-ready dictionary; without the keys of value layers where there are none, as older files have it."""
+        values = {**asdict(self), "heads": list(self.heads)}
+        return {key: value for key, value in values.items() if value or not key.startswith("value_")}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CalibratorConfig:
@@ -112,10 +122,11 @@ class CalibratorConfig:
 
 
 class Head(nn.Module):
-    """Body state -> query that is compared with every token's vector."""
+    """Body state -> query that is compared with every token's vector; of a wider state, its first `width` are read."""
 
     def __init__(self, width: int, adapter_width: int, token_width: int) -> None:
         super().__init__()
+        self.width = width
         self.adapter_norm = nn.RMSNorm(width, eps=1e-6)
         self.adapter_up = nn.Linear(width, adapter_width)
         self.adapter_down = nn.Linear(adapter_width, width)
@@ -128,6 +139,7 @@ class Head(nn.Module):
 
     def state(self, states: Tensor) -> Tensor:
         """The head's own last hidden state, [..., width]: adapted and normalised, before the query."""
+        states = states[..., : self.width]
         hidden = functional.gelu(self.adapter_up(self.adapter_norm(states)), approximate="tanh")
         normed: Tensor = self.norm(states + self.adapter_down(hidden))
         return normed
@@ -160,19 +172,36 @@ class CalibratorNetwork(nn.Module):
             head_count=config.head_count,
             hidden_width=config.hidden_width,
             window=config.window,
+            value_layer_count=config.value_layer_count,
         )
-        self.heads = nn.ModuleDict(
-            {name: Head(config.width, config.adapter_width, config.token_width) for name in config.heads}
-        )
+        self.heads = nn.ModuleDict({name: self._head(name) for name in config.heads})
 
-    def with_value_head(self: _Network, seed: int) -> _Network:
-        """A copy with a fresh head "value" in place of any former one; its query starts at zero, so R is one half."""
+    def _head(self, name: str) -> Head:
+        config = self.config
+        if name != VALUE_HEAD:
+            return Head(config.width, config.adapter_width, config.token_width)
+        return Head(self.body.state_width, config.value_adapter_width or config.adapter_width, config.token_width)
+
+    def with_value_head(
+        self: _Network, seed: int, *, layer_count: int = 0, adapter_width: int | None = None
+    ) -> _Network:
+        """A copy with a fresh head "value" in place of any former one; its query starts at zero, so R is one half.
+
+        Args:
+            seed: of the fresh weights.
+            layer_count: blocks of its own, behind the body's.
+            adapter_width: of the head; None: that of the others.
+        """
         heads = (*(name for name in self.config.heads if name != VALUE_HEAD), VALUE_HEAD)
         device, dtype = self.boundary.device, self.boundary.dtype
+        shape = replace(
+            self.config, heads=heads, value_layer_count=layer_count, value_adapter_width=adapter_width
+        )  # fmt: skip
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            copied = type(self)(replace(self.config, heads=heads)).to(device, dtype)
-        weights = {name: tensor for name, tensor in self.state_dict().items() if f"heads.{VALUE_HEAD}." not in name}
+            copied = type(self)(shape).to(device, dtype)
+        own = (f"heads.{VALUE_HEAD}.", *(f"body.blocks.{index}." for index in self.config.value_layers))
+        weights = {name: tensor for name, tensor in self.state_dict().items() if not name.startswith(own)}
         columns = [self.config.token_width + self.config.heads.index(name) for name in heads[:-1]]
         table = weights.pop("composer.table")
         fresh = copied.state_dict()

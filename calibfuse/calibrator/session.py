@@ -176,8 +176,8 @@ class CalibratorSession(GuideSession):
     def _with_rows(self, state: _State | None, more: int) -> _State:
         """A state with room for `more` further texts."""
         if state is None:
-            config, boundary = self._bound.calibrator.config, self._bound.calibrator.boundary
-            state = _State({}, KeyValueRing(config.layer_count, config.window), boundary.new_zeros(0, config.width))
+            body, boundary = self._bound.calibrator.body, self._bound.calibrator.boundary
+            state = _State({}, KeyValueRing(len(body.blocks), body.window), boundary.new_zeros(0, body.state_width))
         needed = len(state.readings) + more
         if needed <= state.ring.rows:
             return state
