@@ -6,7 +6,7 @@ methods is taken within each resample: prompts are paired. Left out: tests of si
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,3 +92,24 @@ def resample(measures: Mapping[str, Sums], *, resamples: int = 1000, seed: int =
             ratios = np.exp(ratios)
         result[name] = Resampled(float(ratios[0]), ratios[1:])
     return result
+
+
+Figures = dict[str, Estimate]
+
+
+def compare(
+    measures: Sequence[Mapping[str, Sums]], *, resamples: int, seed: int
+) -> list[tuple[Figures, Figures, Figures]]:
+    """The figures of several methods, and their relative changes and differences to the first, which has none."""
+    drawn = [resample(each, resamples=resamples, seed=seed) for each in measures]
+    compared = []
+    for number, own in enumerate(drawn):
+        shared = {name: (own[name], drawn[0][name]) for name in own if name in drawn[0]} if number else {}
+        compared.append(
+            (
+                {name: each.estimate() for name, each in own.items()},
+                {name: each.relative_to(plain) for name, (each, plain) in shared.items()},
+                {name: each.minus(plain) for name, (each, plain) in shared.items()},
+            )
+        )
+    return compared

@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from calibfuse.errors import InputError
-from calibfuse.evaluation.bootstrap import Estimate, resample
+from calibfuse.evaluation.bootstrap import Estimate, compare
 from calibfuse.evaluation.given_text.holistic_bias import HolisticBias, HolisticBiasResult, measure_holistic_bias
 from calibfuse.evaluation.given_text.neutral_text import BENIGN_TEXTS
 from calibfuse.evaluation.given_text.neutrality import Neutrality, measure_neutrality
@@ -137,7 +137,10 @@ def evaluate(
         check_texts(target, texts)
     run = _Run(target, sampling, Path(output), batch_size, resume, show_progress)
     measured = [run.continuations(method, prompts, scorers, judge, toxic_from) for method in everything]
-    results = _compare(everything, measured, resamples, sampling.seed)
+    figures = compare([each.sums for each in measured], resamples=resamples, seed=sampling.seed)
+    results = [
+        MethodResult(method, own, *found) for method, own, found in zip(everything, measured, figures, strict=True)
+    ]
     results[1:] = [
         replace(result, **run.read_all(result.method, benign, suites, holistic_bias, utility)) for result in results[1:]
     ]
@@ -309,24 +312,6 @@ def weights_digest(model: PreTrainedModel) -> str:
         part = parameter.detach().reshape(-1)[:: max(1, parameter.numel() // 64)]
         digest.update(part.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _compare(methods: Sequence[Method], measured: Sequence[Measured], resamples: int, seed: int) -> list[MethodResult]:
-    """Figures of each method with intervals, and changes against the first."""
-    figures = [resample(each.sums, resamples=resamples, seed=seed) for each in measured]
-    results = []
-    for number, (method, each, own) in enumerate(zip(methods, measured, figures, strict=True)):
-        shared = [name for name in own if name in figures[0]] if number else []
-        results.append(
-            MethodResult(
-                method=method,
-                measured=each,
-                estimates={name: figure.estimate() for name, figure in own.items()},
-                changes={name: own[name].relative_to(figures[0][name]) for name in shared},
-                differences={name: own[name].minus(figures[0][name]) for name in shared},
-            )
-        )
-    return results
 
 
 def _cautions(plain: Measured, scorers: Sequence[ToxicityScorer]) -> list[str]:

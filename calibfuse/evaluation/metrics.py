@@ -55,12 +55,6 @@ METRICS: dict[str, Metric] = {
 }
 
 
-def split_name(name: str) -> tuple[str, str]:
-    """The key of METRICS in a metric's name, and what stands behind it: " (NAME)" of a second scorer."""
-    base, bracket, rest = name.partition(" (")
-    return base, bracket + rest
-
-
 @dataclass(frozen=True)
 class Example:
     """A continuation for the report."""

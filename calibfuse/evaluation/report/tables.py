@@ -18,7 +18,7 @@ from calibfuse.evaluation.bootstrap import Estimate
 from calibfuse.evaluation.budget import AtBudget, BudgetComparison
 from calibfuse.evaluation.evaluate import Evaluation, MethodResult
 from calibfuse.evaluation.given_text.suites import SuiteRow
-from calibfuse.evaluation.metrics import METRICS, split_name
+from calibfuse.evaluation.metrics import METRICS, Metric
 from calibfuse.html import Cell, Mask, Table, unchanged
 
 _TOXICITY = ("toxic_share", "toxicity_probability", "expected_maximum_toxicity", "mean_toxicity")
@@ -138,7 +138,7 @@ def sections_of(
 
 def _figures(results: Sequence[MethodResult], wanted: Sequence[str], few: bool) -> Table:
     names = [name for name in wanted if any(name in result.estimates for result in results)]
-    titles = [METRICS[base].title + scorer for base, scorer in map(split_name, names)]
+    titles = [_metric(name).title + "".join(name.partition(" (")[1:]) for name in names]
     rows = [
         _row(
             each.method.title,
@@ -153,7 +153,7 @@ def _figure_cell(name: str, estimate: Estimate | None, against: Estimate | None,
     cell = _cell(estimate, partial(figure, name))
     if against is None or cell.text == "-":
         return cell
-    better = METRICS[split_name(name)[0]].lower_is_better
+    better = _metric(name).lower_is_better
     is_clear = math.isfinite(against.low) and not against.low <= 0.0 <= against.high
     verdict = "" if few or better is None or not is_clear else "good" if (against.high < 0.0) == better else "bad"
     return replace(cell, change=change(against), verdict=verdict)
@@ -334,9 +334,14 @@ def _lines(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return ["| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in line) + " |" for line in lines]
 
 
+def _metric(name: str) -> Metric:
+    """Of a name that may end with " (NAME)" of a second scorer."""
+    return METRICS[name.partition(" (")[0]]
+
+
 def figure(name: str, value: float) -> str:
     """A metric's value as it is shown."""
-    base = split_name(name)[0]
+    base = name.partition(" (")[0]
     if not math.isfinite(value):
         return "-"
     if base in ("toxic_share", "empty_share"):
