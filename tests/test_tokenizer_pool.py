@@ -10,8 +10,14 @@ import pytest
 
 from calibfuse.errors import CheckpointError, CheckpointFormatError, DataError, InputError
 from calibfuse.training.tokenizers import pool as pool_module
-from calibfuse.training.tokenizers.foreign_words import LATIN_WORDS, SCRIPT_WORDS
-from calibfuse.training.tokenizers.negatives import KIND_WEIGHTS, frequent_words, negative_byte_strings, text_pieces
+from calibfuse.training.tokenizers.negatives import (
+    KIND_WEIGHTS,
+    LATIN_WORDS,
+    SCRIPT_WORDS,
+    frequent_words,
+    negative_byte_strings,
+    text_pieces,
+)
 from calibfuse.training.tokenizers.pool import DEFAULT_POOL, PoolSpec, TokenizerPool
 from calibfuse.training.tokenizers.splitting import SplitTable
 from calibfuse.training.tokenizers.styles import STYLES, train_tokenizer

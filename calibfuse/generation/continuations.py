@@ -1,8 +1,4 @@
-"""Token ids before and behind `generate()`: a prompt's ids, batches of rows, the end of a text, the text of new ids.
-
-Shared by the evaluation kit and the command line. Left out: chat templates and messages about options (`cli`), and the
-generation itself.
-"""
+"""Token ids before and behind `generate()`: a prompt's ids, batches of rows, the end of a text, the text of new ids."""
 
 from __future__ import annotations
 
@@ -38,15 +34,7 @@ class Continuation:
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of a prompt, with the marks that the tokenizer puts before a text, without those it puts behind.
 
-    Args:
-        tokenizer: the target's.
-        text: the prompt.
-
-    Returns:
-        At least one id.
-
-    Raises:
-        InputError: there are none.
+    At least one, else InputError.
     """
     ids = list(tokenizer(text, verbose=False)["input_ids"])
     closing = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}
@@ -105,17 +93,7 @@ def pad_right(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tens
 def read_continuation(
     tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], row: Sequence[int], ends: frozenset[int]
 ) -> Continuation:
-    """A continuation from the new ids of a row, cut at the first end mark.
-
-    Args:
-        tokenizer: the target's.
-        prompt: ids before.
-        row: new ids, with whatever `generate()` filled up behind the end.
-        ends: ids that end a text.
-
-    Returns:
-        The continuation.
-    """
+    """A continuation from the new ids of a row, cut at the first of the ids that end a text."""
     length = next((place for place, token_id in enumerate(row) if token_id in ends), len(row))
     new = tuple(row[:length])
     return Continuation(decode_continuation(tokenizer, prompt, new), new, is_finished=length < len(row))

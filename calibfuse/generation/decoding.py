@@ -58,11 +58,7 @@ class Decoding:
     system: str | None = None
 
     def __post_init__(self) -> None:
-        """Validate.
-
-        Raises:
-            InputError: a value is out of range, or two options exclude each other.
-        """
+        """Validate."""
         for name in ("samples", "max_new_tokens", "num_beams"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -104,16 +100,7 @@ class Decoding:
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool = False, system: str | None = None
 ) -> list[int]:
-    """Token ids of a prompt, with the marks that the tokenizer puts before a text.
-
-    Args:
-        tokenizer: the target's.
-        prompt: the text, or with `chat` what the user says.
-        chat: put it into the tokenizer's chat template.
-        system: what the template's system message says; implies `chat`.
-
-    Returns:
-        At least one id.
+    """Token ids of a prompt, with the marks that the tokenizer puts before a text; at least one.
 
     Raises:
         InputError: the tokenizer has no chat template, or one without a system message; or the prompt has no tokens.
@@ -138,16 +125,9 @@ def encode_prompt(
 def check_lengths(
     model: PreTrainedModel | PretrainedConfig, rows: Sequence[Sequence[int]], max_new_tokens: int, what: str
 ) -> None:
-    """Refuse rows of ids that leave no room for what follows.
+    """Refuse (InputError) rows of ids that leave no room for `max_new_tokens` more; `what` they are, for the message.
 
-    Args:
-        model: that reads them, or its configuration.
-        rows: token ids.
-        max_new_tokens: how many may follow; 0: the rows are only read.
-        what: they are, for the message.
-
-    Raises:
-        InputError: a row with what follows is longer than the model's positions; tells which.
+    `model` is the one that reads them, or its configuration.
     """
     limit = position_limit(model)
     for number, ids in enumerate(rows if limit is not None else (), start=1):
@@ -213,22 +193,10 @@ def continue_prompts(
     seed: int | None = None,
     streamer: BaseStreamer | None = None,
 ) -> list[list[Continuation]]:
-    """Continue a batch of prompts with torch's draws.
+    """Continue a batch of prompts with torch's draws; arguments as of `generate_tokens`.
 
-    Args:
-        target: the model.
-        prompts: token ids; padded on the left.
-        decoding: how.
-        processors: of the scores; without any: the plain model.
-        seed: of torch's generators, set before the call; None: that of `decoding`. The same seed gives the plain and
-            the guided model the same draws.
-        streamer: gets the tokens as they come; one prompt and one continuation only.
-
-    Returns:
-        The continuations of each prompt, `decoding.samples` of them.
-
-    Raises:
-        InputError: rows need padding, and the tokenizer has no special token for it.
+    `seed` is set before the call (None: that of `decoding`): the same one gives the plain and the guided model the same
+    draws. Each prompt gets `decoding.samples` continuations.
     """
     import torch
 

@@ -99,11 +99,7 @@ def load_tokenizer(name: str, *, gguf_file: str | None = None, **options: Any) -
 
 
 def read_tokenizer(source: str, **options: Any) -> PreTrainedTokenizerBase:  # noqa: ANN401
-    """A tokenizer from where `locate` found it; options of transformers that are None are left out.
-
-    Raises:
-        CheckpointError: there is none, or it is damaged.
-    """
+    """A tokenizer from where `locate` found it, or CheckpointError; options that are None are left out."""
     if not Path(source).exists() and _REPO_ID.fullmatch(source):
         check_repository(
             source, revision=options.get("revision"), local_files_only=bool(options.get("local_files_only"))
@@ -121,11 +117,7 @@ def read_tokenizer(source: str, **options: Any) -> PreTrainedTokenizerBase:  # n
 
 
 def read_model(source: str, *, device: torch.device | str, dtype: str, **options: Any) -> PreTrainedModel:  # noqa: ANN401
-    """A causal language model in evaluation mode, from where `locate` found it; options as in `read_tokenizer`.
-
-    Raises:
-        CheckpointError: there is none, it is damaged, or does not fit into memory.
-    """
+    """A causal language model in evaluation mode, from where `locate` found it; see `read_tokenizer`."""
     quiet_transformers()
     from transformers import AutoModelForCausalLM
 
@@ -138,11 +130,7 @@ def read_model(source: str, *, device: torch.device | str, dtype: str, **options
 
 
 def read_config(source: str, **options: Any) -> PretrainedConfig:  # noqa: ANN401
-    """A model's configuration, from where `locate` found it; options as in `read_tokenizer`.
-
-    Raises:
-        CheckpointError: there is none, or it is damaged.
-    """
+    """A model's configuration, from where `locate` found it; see `read_tokenizer`."""
     quiet_transformers()
     from transformers import AutoConfig
 
@@ -158,13 +146,7 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def locate(name: str | None, gguf_file: str | None = None, revision: str | None = None) -> tuple[str, str | None]:
-    """What transformers is to load: a folder or Hub id, and the GGUF file in it.
-
-    Raises:
-        CheckpointError: no folder, and no id that the Hub could have; or a folder without a model.
-        InputError: a revision or a GGUF file that does not fit.
-        MissingDependencyError: a GGUF file without the package `gguf`.
-    """
+    """What transformers is to load: a folder or Hub id, and the GGUF file in it; errors of `load_language_model`."""
     if name is None:
         if gguf_file is not None or revision is not None:
             raise InputError("A GGUF file or a revision was given without a model; name its folder or Hub id as well.")
@@ -207,11 +189,7 @@ def _check_folder(folder: Path, gguf_file: str | None) -> None:
 
 
 def choose_device(device: str | None) -> torch.device:
-    """The device of a name, or for None the best there is: CUDA, else MPS, else CPU.
-
-    Raises:
-        InputError: torch does not know it, or it is not there.
-    """
+    """The device of a name (InputError where it is not there), or for None the best: CUDA, else MPS, else CPU."""
     import torch
 
     if device is None:

@@ -1,13 +1,7 @@
 """Sampling as a logits processor: truncation and a draw whose randomness belongs to the row, not to the batch.
 
-`generate(do_sample=True)` draws all rows from one generator, so a continuation depends on its neighbours in the batch
-and a resumed run differs from an uninterrupted one. Here the last processor of the list draws by the Gumbel-max trick
-(argmax of log-probability plus Gumbel noise is an exact sample; Gumbel 1954, Maddison et al. 2014) with noise that is a
-hash of row key, step and token id, and leaves `generate(do_sample=False)` only the chosen token. Two methods that give
-nearly the same distribution then mostly choose the same token, which narrows the intervals of paired differences.
-
-Left out: beams. Sums are rounded differently in batches of different size, so that of many thousands of draws a few may
-still differ between batch sizes.
+`generate(do_sample=True)` draws all rows from one generator, so a continuation depends on its neighbours. Here the last
+processor draws by the Gumbel-max trick (Maddison et al. 2014) with noise that is a hash of row key, step and token id.
 """
 
 from __future__ import annotations
@@ -63,16 +57,7 @@ def row_key(seed: int, prompt_id: str, text: str, sample: int) -> int:
 
 
 def gumbel_noise(keys: Tensor, step: int, token_ids: Tensor) -> Tensor:
-    """Standard Gumbel noise as a pure function of row, step and token.
-
-    Args:
-        keys: int64 [n], of the row that each entry belongs to.
-        step: which new token of the row is drawn.
-        token_ids: int64 [n].
-
-    Returns:
-        float64 [n].
-    """
+    """Standard Gumbel noise as a pure function of row key (int64 [n]), step and token (int64 [n]): float64 [n]."""
     steps = torch.full_like(keys, step) * _INCREMENT  # tensors wrap around where Python's numbers grow
     mixed = _mix(_mix(keys + steps) + token_ids * _INCREMENT)
     uniform = (_shift(mixed, 11).double() + 0.5) * 2.0**-53
@@ -108,17 +93,9 @@ class SeededSampling(LogitsProcessor):
         self._decoding = decoding
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Choose.
+        """Choose: 0 for the token drawn, -inf for all others, float32 [rows, vocabulary].
 
-        Args:
-            input_ids: int64 [rows, length].
-            scores: float [rows, vocabulary], logits or log-probabilities; not modified.
-
-        Returns:
-            float32 [rows, vocabulary]: 0 for the token drawn, -inf for all others.
-
-        Raises:
-            InputError: the rows are not those of the keys (beams, or another batch).
+        `scores` are logits or log-probabilities. Rows that are not those of the keys (beams) are an InputError.
         """
         if len(self._keys) != scores.shape[0]:
             raise InputError(f"Sampling was set up for {len(self._keys)} rows, but got scores of {scores.shape[0]}.")

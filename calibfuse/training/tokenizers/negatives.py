@@ -7,18 +7,26 @@ kinds, in roughly the proportions counted in public vocabularies, from letter st
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence, Set
 from itertools import accumulate
+from pathlib import Path
 
 import numpy as np
 
 from calibfuse.errors import InputError
-from calibfuse.training.tokenizers.foreign_words import CODE_WORDS, LATIN_WORDS, SCRIPT_WORDS
 
 MAX_COUNT = 500_000
+
+# Everyday words of other languages, by language and by script, and names common in program text: what is made from them
+# only has to look like the language, letter by letter.
+_SEEDS = json.loads(Path(__file__).with_name("seed_words.json").read_text(encoding="utf-8"))
+LATIN_WORDS: dict[str, str] = _SEEDS["latin"]
+SCRIPT_WORDS: dict[str, str] = _SEEDS["scripts"]
+CODE_WORDS: str = _SEEDS["code"]
 
 KIND_WEIGHTS: dict[str, float] = {
     "Cyrillic": 0.09,
