@@ -5,6 +5,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 from markdown_blocks import calibfuse_commands, read_blocks
 
-from calibfuse.cli.main import build_parser
+from calibfuse.cli import main as cli
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
@@ -36,7 +37,7 @@ def test_code_is_valid_whether_it_is_run_or_not(block):
         for command in calibfuse_commands(block.code):
             if "--help" not in command:
                 try:
-                    build_parser(command[0] if command else None).parse_args(command)
+                    cli.build_parser(command[0] if command else None).parse_args(command)
                 except SystemExit:
                     pytest.fail(f"{block}: the command line refuses {command}")
 
@@ -61,6 +62,12 @@ def test_the_first_program_of_a_page_runs_as_it_is_pasted(name, tmp_path, monkey
     exec(compile(code, name, "exec"), {"__name__": "__main__"})
 
 
+def evaluations(code):
+    """The arguments of a block that holds nothing but calls of `calibfuse evaluate`, which need no process each."""
+    commands = [shlex.split(line) for line in code.replace("\\\n", " ").splitlines() if line.strip()]
+    return [command[1:] for command in commands] if all(c[:2] == ["calibfuse", "evaluate"] for c in commands) else None
+
+
 @pytest.mark.slow
 @every_page
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
@@ -75,6 +82,8 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
         if block.language == "python":
             # the line numbers of a traceback are then those of the page
             exec(compile("\n" * (block.line - 1) + block.code, str(page), "exec"), names)
+        elif (commands := evaluations(block.code)) is not None:
+            assert [cli.main(command) for command in commands] == [0] * len(commands), f"{block}"
         else:
             result = subprocess.run(
                 ["bash", "-euo", "pipefail", "-c", block.code], env=bash, capture_output=True, text=True, timeout=600

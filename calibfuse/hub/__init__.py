@@ -1,11 +1,6 @@
 """Where a checkpoint lies, which files it has, and how they are read and written; it knows none of the classes.
 
-A checkpoint is a folder with `config.json` (what it is, with a format name and version), `model.safetensors` (the
-weights) and optionally further JSON files and a `README.md`. It is found in the package (bundled), in a local folder,
-in the Hub's cache or on the Hub. Nothing but safetensors, JSON and `README.md` is ever downloaded, read or uploaded,
-so a checkpoint cannot run code.
-
-Left out on purpose: other weight formats, several weight files, and remote code.
+Nothing but safetensors, JSON and `README.md` is ever downloaded, read or uploaded: a checkpoint cannot run code.
 """
 
 from calibfuse.hub.files import (

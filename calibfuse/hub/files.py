@@ -70,18 +70,9 @@ def read_config(
 ) -> dict[str, Any]:
     """Read the configuration of a checkpoint and make sure that it is one of ours, in a format this version knows.
 
-    Args:
-        folder: the checkpoint.
-        filename: its configuration.
-        format_name: what the entry "format" must be, e.g. "calibfuse-calibrator".
-        supported_version: the newest "format_version", 1 or more, that the caller reads.
-
-    Returns:
-        The whole configuration, "format" and "format_version" (1 to `supported_version`) included.
-
     Raises:
         CheckpointError: missing, no JSON, or the configuration of something else.
-        CheckpointFormatError: written in a newer format.
+        CheckpointFormatError: written in a newer format than `supported_version`.
     """
     path = Path(folder) / filename
     config = read_json(path, f"configuration of a {format_name}")
@@ -104,29 +95,20 @@ def read_tensors(
     path: str | os.PathLike[str],
     *,
     expected: Mapping[str, tuple[int, ...]] | None = None,
-    device: str | torch.device = "cpu",
 ) -> dict[str, Tensor]:
-    """Read a safetensors file, and nothing but that.
+    """Read a safetensors file, and nothing but that: tensors by name, in the dtypes of the file.
 
-    Files written by `write_checkpoint` carry a fingerprint of their contents, which is compared: a flipped bit in the
-    weights is found, not only a damaged header.
-
-    Args:
-        path: the file.
-        expected: name and shape of every tensor that must be there; None accepts any.
-        device: where the tensors go.
-
-    Returns:
-        The tensors by name, in the dtypes of the file.
+    The fingerprint that `write_checkpoint` leaves is compared: a flipped bit in the weights is found, not only a
+    damaged header.
 
     Raises:
-        CheckpointError: missing, truncated, damaged, another kind of file, or not the expected tensors.
+        CheckpointError: missing, truncated, damaged, another kind of file, or not the `expected` names and shapes.
     """
     name = os.fspath(path)
     try:
         with safetensors.safe_open(name, framework="pt", device="cpu") as file:
             fingerprint = (file.metadata() or {}).get(FINGERPRINT_KEY)
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+            tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
     except FileNotFoundError:
         raise CheckpointError(f"Expected weights in {name!r}, but there is no such file.") from None
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
@@ -139,7 +121,7 @@ def read_tensors(
         )
     if expected is not None:
         _check_shapes(tensors, expected, name)
-    return {key: tensor.to(device) for key, tensor in tensors.items()}
+    return tensors
 
 
 def _check_shapes(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], name: str) -> None:
@@ -163,21 +145,14 @@ def write_checkpoint(
     tensors: Mapping[str, Tensor],
     files: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a checkpoint so that it is either whole or absent.
+    """Write a checkpoint, its weights and further text files, so that it is either whole or absent.
 
     All files are first written under temporary names, then renamed, the configuration last. If the disk fills up, an
     older checkpoint in the folder stays as it was; if the machine stops between two renames, there is no configuration,
     so that new weights never stand beside an old one.
 
-    Args:
-        folder: made if it does not exist.
-        config: what goes to `config.json`; must have "format" and "format_version".
-        tensors: the weights, on any device; two that share memory are stored twice.
-        files: further text files by name, e.g. {"README.md": "..."}.
-
     Raises:
-        InputError: the configuration has no format, or holds what JSON cannot; or a tensor has a dtype that has no
-            place in the format.
+        InputError: the configuration has no "format" and "format_version", or something cannot be stored.
         CheckpointError: the files could not be written; nothing half-written is left.
     """
     if "format" not in config or "format_version" not in config:
@@ -205,13 +180,8 @@ def write_tensors(
         path: its folder is made if it does not exist.
         tensors: on any device; two that share memory are stored twice.
         fingerprint: store one, for `read_tensors` to compare: about 1 ms for each megabyte, at both ends.
-        durable: wait until the disk has the file. Without it, a machine that loses power may leave a damaged file: good
-            enough for what can be made again.
+        durable: wait until the disk has the file; not needed for what can be made again.
         alignment: bytes, a multiple of 8; the data begin at a multiple of it, for files that are mapped into memory.
-
-    Raises:
-        InputError: a tensor of a dtype that has no place in the format.
-        CheckpointError: the file could not be written; nothing half-written is left.
     """
     target = Path(path)
     writer = _tensor_writer(tensors, fingerprint=fingerprint, alignment=alignment)
@@ -221,14 +191,7 @@ def write_tensors(
 def write_files(folder: str | os.PathLike[str], contents: Mapping[str, bytes]) -> None:
     """Write several files of one folder under temporary names, then rename them in the given order.
 
-    Args:
-        folder: made if it does not exist.
-        contents: bytes by file name; the last one is the mark that all are there: an old one is removed before the
-            first rename.
-
-    Raises:
-        CheckpointError: the folder or a file could not be written; no temporary file is left, and no file is changed
-            unless the disk fails while files are renamed.
+    The last one is the mark that all are there: an old one is removed before the first rename.
     """
     _write_whole(folder, {name: _bytes_writer(data) for name, data in contents.items()}, durable=True)
 

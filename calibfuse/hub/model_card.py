@@ -66,13 +66,6 @@ def calibrator_card(known: Mapping[str, Any]) -> str:
     Returns:
         Markdown with YAML metadata, ending with a newline. The numbers among the figures are metadata as well
         (`model-index`), which the Hub shows and searches.
-
-    Example:
-        >>> card = calibrator_card({"bits_per_byte": {"byte-level": 1.4142}})
-        >>> card.splitlines()[-1].startswith("- ")
-        True
-        >>> "| byte-level | 1.414 |" in card
-        True
     """
     rest = dict(known)
     name = str(rest.pop("name", None) or "calibrator")

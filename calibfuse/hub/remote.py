@@ -27,20 +27,17 @@ def resolve_checkpoint(
     default: str = "default-calibrator",
     allow_patterns: Sequence[str] = ALLOWED_FILES,
 ) -> Path:
-    """Find the folder of a checkpoint, downloading it from the Hub if it is not here yet.
+    """Find the folder of a checkpoint, downloading it from the Hub if it is not here yet; its files are not checked.
 
     Args:
         name_or_path: a local folder, a Hub id (`name` or `organisation/name`), or None for a bundled checkpoint.
             A folder that exists wins over a Hub id of the same spelling.
         revision: branch, tag or commit on the Hub; None is the main branch. Not for local or bundled checkpoints.
         cache_dir: where downloads are kept; None is the Hub's own cache.
-        local_files_only: True to use the cache alone, without any network access.
+        local_files_only: never touch the network.
         token: a Hub token; True for the one of the login, False for none, None to use it where there is one.
         default: name of the bundled checkpoint that stands for None.
         allow_patterns: which files are downloaded.
-
-    Returns:
-        The folder. That its files are whole is not checked here.
 
     Raises:
         InputError: a revision was given for a local or bundled checkpoint.
@@ -63,49 +60,29 @@ def resolve_checkpoint(
         )
     if not isinstance(name_or_path, str) or not _REPO_ID.fullmatch(name):
         raise CheckpointError(f"There is no checkpoint folder {name!r}, and it cannot be the id of a Hub repository.")
-    return download_folder(
-        name,
-        revision=revision,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-        token=token,
-        allow_patterns=list(allow_patterns),
-    )
+    from huggingface_hub import snapshot_download
+
+    try:
+        downloaded = snapshot_download(
+            name,
+            revision=revision,
+            cache_dir=None if cache_dir is None else Path(cache_dir),
+            local_files_only=local_files_only,
+            token=token,
+            allow_patterns=list(allow_patterns),
+        )
+    # The client raises errors of its own, of its HTTP library (another one in each major version) and of the file
+    # system; whatever it is, the checkpoint could not be fetched.
+    except Exception as error:
+        at = "" if revision is None else f" at revision {revision!r}"
+        raise CheckpointError(f"Cannot get the checkpoint {name!r}{at}: {_hub_reason(error)}.") from error
+    return Path(downloaded)
 
 
 def _without_revision(folder: Path, revision: str | None) -> Path:
     if revision is not None:
         raise InputError(f"Revision {revision!r} was given, but the checkpoint is the local folder {str(folder)!r}.")
     return folder
-
-
-def download_folder(
-    repo_id: str,
-    *,
-    revision: str | None,
-    cache_dir: str | os.PathLike[str] | None,
-    local_files_only: bool,
-    token: str | bool | None,
-    allow_patterns: list[str],
-) -> Path:
-    """Download the allowed files of a Hub repository into the Hub's cache, with a progress bar; gives their folder."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = snapshot_download(
-            repo_id,
-            revision=revision,
-            cache_dir=None if cache_dir is None else Path(cache_dir),
-            local_files_only=local_files_only,
-            token=token,
-            allow_patterns=allow_patterns,
-        )
-    # The client raises errors of its own, of its HTTP library (another one in each major version) and of the file
-    # system; whatever it is, the checkpoint could not be fetched.
-    except Exception as error:
-        at = "" if revision is None else f" at revision {revision!r}"
-        raise CheckpointError(f"Cannot get the checkpoint {repo_id!r}{at}: {_hub_reason(error)}.") from error
-    return Path(folder)
 
 
 def check_repository(repo_id: str, *, revision: str | None = None, local_files_only: bool = False) -> None:
@@ -121,7 +98,7 @@ def check_repository(repo_id: str, *, revision: str | None = None, local_files_o
         return  # whether the cache has all of it is the loader's to say, without a request
     try:
         HfApi().model_info(repo_id, revision=revision, timeout=10.0)
-    except Exception as error:  # as in download_folder
+    except Exception as error:  # as in resolve_checkpoint
         at = "" if revision is None else f" at revision {revision!r}"
         reason = "there is no such folder here, it is not in the Hub's cache, and the Hub was not reached"
         if isinstance(error, errors.HfHubHTTPError | errors.HFValidationError):
@@ -170,14 +147,6 @@ def upload_folder(
 ) -> str:
     """Upload a checkpoint folder to the Hub, making the repository and the branch where they do not exist.
 
-    Args:
-        folder: a whole checkpoint.
-        repo_id: `organisation/name`; a bare `name` goes to the account of the token.
-        private: for a new repository; an existing one keeps its visibility. None is the account's default.
-        revision: the branch; None is the main one.
-        commit_message: None for a plain one.
-        token: a Hub token; None or True for the one of the login.
-
     Returns:
         The address of the repository.
 
@@ -202,6 +171,6 @@ def upload_folder(
             commit_message=commit_message or "Upload checkpoint with calibfuse",
             allow_patterns=list(ALLOWED_FILES),
         )
-    except Exception as error:  # as in download_folder
+    except Exception as error:  # as in resolve_checkpoint
         raise CheckpointError(f"Cannot push to {repo_id!r}: {_hub_reason(error)}.") from error
     return str(repository)
