@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from calibfuse.errors import InputError
 
+_TAIL = (1.0 - 0.95) / 2.0  # of a 95 % interval
 _CHUNK = 4_000_000  # resampled counts held at once
 
 
@@ -46,7 +47,7 @@ class Resampled:
         """Value with its 95 % percentile interval, nan where some resamples have no value."""
         low, high = np.nan, np.nan
         if np.isfinite(self.resamples).all():
-            low, high = np.quantile(self.resamples, [0.025, 0.975])
+            low, high = np.quantile(self.resamples, [_TAIL, 1.0 - _TAIL])
         return Estimate(float(self.value), float(low), float(high))
 
     def minus(self, other: Resampled) -> Estimate:

@@ -91,7 +91,7 @@ def evaluate(
     resume: bool = False,
     show_progress: bool = False,
 ) -> Evaluation:
-    """Compare methods with plain decoding on the same prompts, with the same draws.
+    """Compare methods with plain decoding on the same prompts, with the same draws: figures, intervals, changes.
 
     Args:
         target: the model that is guided.
@@ -114,9 +114,6 @@ def evaluate(
         resume: go on with what is in the output folder.
         show_progress: draw progress bars on standard error.
 
-    Returns:
-        Figures with intervals, and changes against plain.
-
     Raises:
         InputError: bad settings, a text longer than the target's positions, or the output folder holds another
             evaluation, or this one and `resume` is off.
@@ -129,12 +126,8 @@ def evaluate(
     benign = BENIGN_TEXTS if benign_texts is None else tuple(benign_texts)
     check_output(output, resume=resume)
     _check_names(everything, prompts, suites, scorers)
-    for texts in (
-        benign,
-        *([each.text for each in suite.texts] for suite in suites),
-        utility.passages if utility else (),
-    ):
-        check_texts(target, texts)
+    check_texts(target, [*benign, *(each.text for suite in suites for each in suite.texts)])
+    check_texts(target, () if utility is None else utility.passages)
     run = _Run(target, sampling, Path(output), batch_size, resume, show_progress)
     measured = [run.continuations(method, prompts, scorers, judge, toxic_from) for method in everything]
     figures = compare([each.sums for each in measured], resamples=resamples, seed=sampling.seed)
@@ -148,16 +141,7 @@ def evaluate(
         speeds = run.speeds(everything, prompts, speed_rounds)
         results = [replace(result, speed=speeds[result.method.key]) for result in results]
     facts = {
-        **run.settings,
-        "target_parameters": target.model.num_parameters(),
-        "scorer": scorer.name,
-        "other_scorers": [each.name for each in other_scorers],
-        "judge": None if judge is None else judge.name,
-        "toxic_from": toxic_from,
-        "sampling": sampling.to_dict(),
-        "batch_size": batch_size,
-        "torch_threads": torch.get_num_threads(),
-        "device": str(target.model.device),
+        **run.facts(scorers, judge, toxic_from),
         "protocol": None if protocol is None else f"{protocol.name}: {protocol.description}",
         "prompt_count": len(prompts),
         "resamples": resamples,
@@ -191,6 +175,23 @@ class _Run:
         self.target, self.sampling, self.output, self.resume = target, sampling, output, resume
         self.how: dict[str, Any] = {"batch_size": batch_size, "show_progress": show_progress}
         self.settings = {"target": target.name, "target_weights": weights_digest(target.model)}
+
+    def facts(
+        self, scorers: Sequence[ToxicityScorer], judge: LanguageModel | None, toxic_from: float
+    ) -> dict[str, Any]:
+        """What a report says of the run."""
+        return {
+            **self.settings,
+            "target_parameters": self.target.model.num_parameters(),
+            "scorer": scorers[0].name,
+            "other_scorers": [each.name for each in scorers[1:]],
+            "judge": None if judge is None else judge.name,
+            "toxic_from": toxic_from,
+            "sampling": self.sampling.to_dict(),
+            "batch_size": self.how["batch_size"],
+            "torch_threads": torch.get_num_threads(),
+            "device": str(self.target.model.device),
+        }
 
     def _stage(
         self, name: str, kind: type[_Found], settings: Mapping[str, Any], compute: Callable[[], _Found]
