@@ -92,17 +92,7 @@ def pack_corpus(
 ) -> PackedCorpus:
     """Tokenize documents and pack them into blocks.
 
-    Args:
-        documents: any iterable of texts.
-        tokenizer: the model's.
-        block_length: tokens of a block.
-        held_out_share: of the documents, in [0, 0.5]; 0: none.
-        keep: which of some documents to train on, bool [documents]; it does not see held-out ones. None: all.
-        show_progress: draw a progress bar on standard error.
-
-    Raises:
-        InputError: a length or share out of range.
-        DataError: less text than one block.
+    A share of the documents (in [0, 0.5]) is held out; `keep` says of the others which to train on, bool [documents].
     """
     if block_length < 2:
         raise InputError(f"A block needs at least 2 tokens, got block_length {block_length}.")

@@ -20,16 +20,10 @@ from calibfuse.errors import InputError
 
 
 def constrained_log_probs(base_log_probs: Tensor, log_r: Tensor) -> Tensor:
-    """Log q = log_softmax(log p + log R).
+    """Log q = log_softmax(log p + log R), float [..., vocab], nats; -inf where p is 0.
 
     With exact R the normaliser is R(x_<i) itself; normalising over the vocabulary gives a distribution for any R.
-
-    Args:
-        base_log_probs: float [..., vocab], log p in nats (logits will do: a constant per row cancels).
-        log_r: float [..., vocab], log R of each next token; multiply it to change the strength.
-
-    Returns:
-        float [..., vocab], normalised, nats; -inf where p is 0.
+    Logits will do for log p (a constant per row cancels); multiply log R to change the strength.
 
     Example:
         >>> import torch
@@ -46,14 +40,9 @@ def constrained_log_probs(base_log_probs: Tensor, log_r: Tensor) -> Tensor:
 
 
 def constrained_kl(log_q: Tensor, log_p: Tensor) -> Tensor:
-    """KL(q || p) of next-token distributions, in closed form.
+    """KL(q || p) of next-token log-probabilities [..., vocab], in closed form: float [...], nats.
 
-    Args:
-        log_q: float [..., vocab], log-probabilities in nats; -inf where q is 0, which contributes 0.
-        log_p: float [..., vocab], likewise, of the model that learns.
-
-    Returns:
-        float [...], nats, at least 0 up to rounding; differentiable in `log_p`.
+    -inf where q is 0 contributes 0; differentiable in `log_p`.
 
     Example:
         >>> import torch
@@ -73,10 +62,7 @@ def constrained_kl(log_q: Tensor, log_p: Tensor) -> Tensor:
 def continuation_positions(lengths: Tensor, prompt_lengths: Tensor, length: int) -> Tensor:
     """Where the next token is one of the continuation: bool [rows, length - 1], entry i speaks of token i + 1.
 
-    Args:
-        lengths: int [rows], tokens of prompt and continuation.
-        prompt_lengths: int [rows], tokens of the prompt, at least 1.
-        length: columns of the padded rows.
+    `lengths` are those of prompt and continuation, `prompt_lengths` of the prompt, both int [rows].
 
     Example:
         >>> import torch

@@ -64,11 +64,9 @@ class RoleRunner:
         self._show_progress = show_progress
 
     def run(self, job: Job) -> dict[str, Any]:
-        """Make the product of a job.
+        """Make the product of a job; gives its record, which stands in the product's role.json too.
 
-        Returns:
-            What also stands in the product's role.json: role, step, what it read, device, threads, wall time from
-            `began` (seconds since the epoch) for `seconds`, and the role's figures.
+        `seconds` is wall time from `began`, seconds since the epoch.
         """
         make = {SAMPLES: self._make_samples, AUXILIARY: self._make_auxiliary, MODEL: self._make_model}[job.role]
         began, clock = time.time(), time.perf_counter()

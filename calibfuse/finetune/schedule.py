@@ -25,13 +25,10 @@ SCHEDULES = (SEQUENTIAL, PARALLEL)
 
 @dataclass(frozen=True)
 class Job:
-    """One role of one step.
+    """One role of one step: whose product it makes.
 
-    Attributes:
-        role: "samples", "auxiliary" or "model".
-        step: whose product it makes.
-        reads: kind of product -> step in which it was made. "model" of step 0 or below is the user's model;
-            "auxiliary" is missing where there is none yet.
+    `reads` gives for each kind of product the step in which it was made. "model" of step 0 or below is the user's;
+    "auxiliary" is missing where there is none yet.
     """
 
     role: str

@@ -122,9 +122,8 @@ def tune(
         show_progress: draw a progress bar on standard error.
 
     Returns:
-        "corpus_nats" and "kl_nats" (cross-entropy per corpus token and KL(q || p_theta) per continuation token, means
-        over the last quarter of the optimiser steps; the KL is nan without a constraint), "first_kl_nats" (mean over
-        the first eighth: how far the model was from q), "corpus_tokens" and "sample_tokens" (read).
+        "corpus_nats", "kl_nats" (nan without a constraint) per token over the last quarter of the steps,
+        "first_kl_nats" over the first eighth, "corpus_tokens" and "sample_tokens" read.
     """
     check_corpus(corpus, config)
     loop = _TuningLoop(model, optimizer, corpus, config, iteration, iterations, constraint, show_progress=show_progress)

@@ -37,8 +37,8 @@ class PassageStore:
     sees. A small share, chosen by a hash of the passage, is kept for validation; equal passages always fall on the
     same side.
 
-    Files of the folder: `data.bin` (UTF-8 bytes of all passages), `offsets.npy` (int64, passages + 1), `labels.npy`
-    (uint8), `is_validation.npy` (bool), `meta.json`.
+    Files: `data.bin` (UTF-8 bytes of all passages), `offsets.npy` (int64, passages + 1), `labels.npy` (uint8),
+    `is_validation.npy` (bool), `meta.json`.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:

@@ -82,14 +82,9 @@ class AuxiliaryModel(nn.Module):
         self.to(calibrator.boundary.device)
 
     def states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Read whole texts.
+        """Read whole texts: queries [batch, length + 1, token_width]; slot 0 speaks of the first token.
 
-        Args:
-            input_ids: int64 [batch, length], the target's ids; padding may be on either side.
-            attention_mask: [batch, length], 0 for padding.
-
-        Returns:
-            Queries [batch, length + 1, token_width]; slot 0 speaks of the first token.
+        `input_ids` int64 [batch, length] are the target's; `attention_mask` is 0 for padding, on either side.
         """
         size = len(self.vocabulary)
         padded = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, size)
@@ -214,16 +209,13 @@ class AuxiliaryModel(nn.Module):
 def make_auxiliary_model(
     target: PreTrainedModel, tokenizer: TokenizerLike, *, seed: int, calibrator: Calibrator | None = None
 ) -> AuxiliaryModel:
-    """A fresh auxiliary model for a target.
+    """A fresh auxiliary model for a target, in float32, on the target's device, in training mode.
 
     Args:
         target: whose R it is to learn.
         tokenizer: the target's.
         seed: of the fresh head.
         calibrator: gets the value head, in a copy; None: the bundled one.
-
-    Returns:
-        The model in float32, on the target's device, in training mode.
 
     Raises:
         VocabularyError: no usable tokenizer.

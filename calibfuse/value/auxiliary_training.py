@@ -90,22 +90,19 @@ def train_auxiliary(
         base: the model p that drew the samples, or towards which their weights lead.
         samples: labelled; those whose label is nan are left out, and counted.
         config: how.
-        folder: gets `checkpoint/`; where there is one, training goes on from it, and comes to the same as without the
-            stop. It must be of the same samples and settings.
+        folder: gets `checkpoint/`; where there is one, of the same samples and settings, training goes on from it, and
+            comes to the same as without the stop.
         save_every: steps between writing it.
         show_progress: draw a progress bar on standard error.
 
     Returns:
-        Figures: "samples" and "left_out" (counts), "effective_samples" (Kish's count under the weights),
-        "mean_satisfaction" (weighted), "held_out_bce" and "prior_bce" (nats per position of the held-out samples,
-        under the model and under the mean alone), "consistency_gap" (mean |sum_y R p - R| there; nan with
-        consistency_weight 0), "loss" (mean of the last tenth of the steps).
+        "samples" and "left_out" (counts), "effective_samples" (Kish's count under the weights), "mean_satisfaction"
+        (weighted), "held_out_bce" and "prior_bce" (nats per position of the held-out samples, under the model and under
+        the mean alone), "consistency_gap" (mean |sum_y R p - R| there, or nan), "loss" (of the last tenth of steps).
 
     Raises:
         ScorerError: no sample has a label.
         DataError: too few samples.
-        CheckpointError: the checkpoint is damaged, of another model, or cannot be written.
-        InputError: the loss is not finite any more.
         KeyboardInterrupt: Ctrl-C; with a folder, after a checkpoint was written.
     """
     auxiliary.to(base.device)

@@ -151,18 +151,9 @@ def draw_samples(
     seed: int,
     show_progress: bool = True,
 ) -> SampleSet:
-    """Draw continuations of prompts from a model's whole distribution.
+    """Continuations of prompts, drawn from a model's whole distribution: on the CPU, in the prompts' order, unlabelled.
 
-    Args:
-        model: causal language model in evaluation mode, on its device.
-        tokenizer: its tokenizer; it need not have a padding token.
-        prompts: at least one.
-        plan: how.
-        seed: of all draws.
-        show_progress: draw a progress bar on standard error.
-
-    Returns:
-        The samples on the CPU, in the order of the prompts; not labelled yet.
+    The model is in evaluation mode; its tokenizer need not have a padding token.
 
     Raises:
         DataError: there are no prompts.
@@ -260,14 +251,6 @@ def label_samples(
     show_progress: bool = False,
 ) -> SampleSet:
     """The same samples, each with the oracle's label; nan where it could not label a text.
-
-    Args:
-        samples: drawn from the tokenizer's model.
-        tokenizer: turns them into text, without special tokens.
-        oracle: of the constraint.
-        continuation_only: show the oracle the continuation alone; else prompt and continuation.
-        batch_size: texts the oracle is shown at a time.
-        show_progress: draw a progress bar on standard error.
 
     Raises:
         ScorerError: the oracle failed, or could not label more than half of the texts.

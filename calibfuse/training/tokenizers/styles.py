@@ -112,10 +112,7 @@ def _split(pattern: str) -> pre_tokenizers.PreTokenizer:
 
 
 def _frequent_characters(texts: Texts, normalizer: normalizers.Normalizer, limit: int) -> list[str]:
-    """The characters of the normalised text, most frequent first.
-
-    The trainers can limit the alphabet themselves, but choose at random among equally frequent characters.
-    """
+    """The characters of the normalised text, most frequent first; trainers choose at random among equal ones."""
     raw: Counter[str] = Counter()
     for text in texts:
         raw.update(text)

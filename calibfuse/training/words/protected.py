@@ -48,7 +48,7 @@ def protected_shifts(
     """Measure calibrator minus reference where names occur.
 
     Args:
-        bound: the trained calibrator without words of its own, bound to the entry's vocabulary; with both heads.
+        bound: the trained calibrator without words of its own, bound to the entry's vocabulary.
         entry: tokenizer of the pool.
         store: labelled passages.
         holders: lower-case name -> passages that hold it.
@@ -57,8 +57,7 @@ def protected_shifts(
         show_progress: show a progress bar.
 
     Returns:
-        Name -> shift above 0, nats, rounded to 0.01: what brings all but QUANTILE of its occurrences, as written and in
-        small letters, to 0 or above.
+        Name -> shift above 0, nats, rounded to 0.01: what brings all but QUANTILE of its occurrences to 0 or above.
     """
     is_used = np.zeros(len(store), dtype=bool)
     is_used[store.train_indices] = True
