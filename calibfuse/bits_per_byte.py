@@ -26,21 +26,13 @@ Candidates = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Fidelity:
-    """How well a head predicts text.
+    """How well a head predicts text."""
 
-    Attributes:
-        nats: total negative log-likelihood.
-        bytes: of the scored tokens.
-        tokens: scored.
-        skipped: tokens without bytes.
-        restricted_nats: the same sum with every distribution renormalised over candidates, which are all that fusion
-            asks for; None: not asked for.
-    """
-
-    nats: float
-    bytes: int
-    tokens: int
-    skipped: int
+    nats: float  # total negative log-likelihood
+    bytes: int  # of the scored tokens
+    tokens: int  # scored
+    skipped: int  # without bytes
+    # The same sum with every distribution renormalised over candidates, which are all that fusion asks for.
     restricted_nats: float | None = None
 
     @property

@@ -26,20 +26,14 @@ _BLOCK = 16  # entries of a row that are searched as one
 
 
 class Candidates(NamedTuple):
-    """The candidates of some rows.
+    """The candidates of some rows."""
 
-    Attributes:
-        token_ids: int64 [..., k], in no order; with `places` int64 [n], those of one row after those of another. None:
-            all tokens were looked at, and the last axis is the vocabulary.
-        log_probs: float32, the target's, of these tokens; same shape.
-        is_candidate: bool, likewise; None: all are.
-        places: int64 [n], the row of each, counted over all leading axes; None: the rows have axes of their own.
-    """
-
+    # int64 [..., k], in no order; with `places` int64 [n], those of one row after those of another. None: all tokens
+    # were looked at, and the last axis is the vocabulary.
     token_ids: Tensor | None
-    log_probs: Tensor
-    is_candidate: Tensor | None
-    places: Tensor | None = None
+    log_probs: Tensor  # float32, the target's, of these tokens; same shape
+    is_candidate: Tensor | None  # bool, likewise; None: all are
+    places: Tensor | None = None  # int64 [n], the row of each over all leading axes; None: rows have axes of their own
 
 
 def choose_candidates(

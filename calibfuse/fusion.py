@@ -210,24 +210,16 @@ class _List(Layout):
 
 @dataclass(frozen=True)
 class Mode:
-    """One way of fusing.
+    """One way of fusing."""
 
-    Attributes:
-        fuse: (target log-probabilities, guide scores by head, layout, strength, config) -> new scores of the
-            candidates. None: the mode fuses hidden states, and needs the target's output head (embedding/fusion.py).
-        heads: heads of the guide that it needs.
-        max_alpha: upper end of alpha.
-        default_alpha: alpha where none is given.
-        below_max: alpha must be less than `max_alpha`.
-        options: the options of FusionConfig, besides alpha, that this mode reads.
-    """
-
+    # (target log-probabilities, guide scores by head, layout, strength, config) -> new scores of the candidates. None:
+    # the mode fuses hidden states, and needs the target's output head (embedding/fusion.py).
     fuse: Callable[[Tensor, Mapping[str, Tensor], Layout, Strength, FusionConfig], Tensor] | None
-    heads: tuple[str, ...]
+    heads: tuple[str, ...]  # of the guide that it needs
     max_alpha: float
     default_alpha: float = 1.0
-    below_max: bool = False
-    options: tuple[str, ...] = ("candidates",)
+    below_max: bool = False  # alpha must be less than `max_alpha`
+    options: tuple[str, ...] = ("candidates",)  # of FusionConfig, besides alpha, that this mode reads
 
     def allows(self, alpha: float) -> bool:
         """Whether a number is a strength of this mode."""

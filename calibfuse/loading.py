@@ -10,10 +10,10 @@ import importlib
 import os
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -47,37 +47,14 @@ class Source:
         return hub.resolve_checkpoint(self.name_or_path, **given, **options)
 
 
-class CalibratorMetadata(Protocol):
-    """The config of a calibrator, as far as all of them have it."""
-
-    @property
-    def heads(self) -> tuple[str, ...]:
-        """Names of the heads."""
-        ...
-
-    @property
-    def fusion(self) -> Mapping[str, Any]:
-        """Recommended fusion options."""
-        ...
-
-    @property
-    def training(self) -> Mapping[str, Any]:
-        """What is known of the training."""
-        ...
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready dictionary."""
-        ...
-
-
 class PretrainedCalibrator(ABC):
     """What every calibrator offers, whatever its format: binding, files, metadata.
 
     Attributes:
-        config: its shape, recommended fusion options and training.
+        config: has `heads`, `fusion` (recommended options), `training` (what is known of it) and `to_dict`.
     """
 
-    config: CalibratorMetadata
+    config: Any
 
     @classmethod
     def from_pretrained(

@@ -31,10 +31,10 @@ FEATURES = Fields(
     *("bucket_bits", "char_min", "char_max"),
     seed="hash_seed",
 )
-TRAINING = Fields(
-    "calibfuse.scorers.training:TrainingOptions",
-    *("windows", "iterations", "seed"),
-)
+TRAINING = Fields("calibfuse.scorers.training:TrainingOptions", "windows", "iterations", "seed")
+_FILES = ("data", "pairs", "realtoxicityprompts", "exclude")
+_FIELDS = ("text_field", "label_field", "distrust_lowercase")
+_ADDED = ("identity_terms", "ambiguous_words", "strong_words")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,22 +93,12 @@ def run(args: argparse.Namespace) -> int:
     if args.fold != "1/1" and not args.realtoxicityprompts:
         raise InputError("--fold takes a part of --realtoxicityprompts; give both.")
     options = TrainingOptions(features=FeatureConfig(**FEATURES.values(args)), l2=2e-5, **TRAINING.values(args))
-    conditions = dict(_condition(text) for text in args.where)
     background = [text for path in args.non_toxic for text in _sample(path, args.non_toxic_limit, options.seed)]
     source = ScorerData(
-        data=args.data,
-        pairs=args.pairs,
-        realtoxicityprompts=args.realtoxicityprompts,
+        **{name: getattr(args, name) for name in (*_FILES, *_FIELDS, *_ADDED)},
         fold=Fold.parse(args.fold),
-        exclude=args.exclude,
         background=background,
-        text_field=args.text_field,
-        label_field=args.label_field,
-        where=conditions,
-        distrust_lowercase=args.distrust_lowercase,
-        identity_terms=args.identity_terms,
-        ambiguous_words=args.ambiguous_words,
-        strong_words=args.strong_words,
+        where=dict(map(_condition, args.where)),
         seed=options.seed,
     )
     gathered = gather(source)
@@ -140,7 +130,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _condition(text: str) -> tuple[str, str]:
-
     field, sign, value = text.partition("=")
     if not sign or not field:
         raise InputError(f"--where expects FIELD=VALUE, got {text!r}")
