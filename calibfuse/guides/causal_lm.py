@@ -69,13 +69,12 @@ class CausalLMCalibrator(PretrainedCalibrator):
 
     Args:
         model: a transformers causal LM; used as it is, in evaluation mode.
-        tokenizer: its tokenizer, a transformers tokenizer or a `tokenizers.Tokenizer`; None: it has none, and `bind`
-            says so.
+        tokenizer: its own, a transformers tokenizer or a `tokenizers.Tokenizer`; without one it cannot be bound.
         reference: the model of the head "reference"; of the same vocabulary.
         name: for messages.
 
     Raises:
-        InputError: a model is no decoder-only LM, or the reference has another number of embeddings.
+        InputError: the reference has another number of embeddings.
     """
 
     config: CausalLMConfig
@@ -92,12 +91,6 @@ class CausalLMCalibrator(PretrainedCalibrator):
         self.models = {HEADS[0]: model.eval()}  # type: ignore[no-untyped-call]
         if reference is not None:
             self.models[HEADS[1]] = reference.eval()  # type: ignore[no-untyped-call]
-        for each in self.models.values():
-            if each.config.is_encoder_decoder:
-                raise InputError(
-                    f"The model {each.config.model_type!r} of {name} is an encoder-decoder model; a calibrator must "
-                    "be a decoder-only causal language model."
-                )
         if reference is not None and embeddings_of(reference) != embeddings_of(model):
             raise InputError(
                 f"The reference has {embeddings_of(reference)} token embeddings, the calibrator {name} "

@@ -21,6 +21,7 @@ from calibfuse.prefix_cache import shared_length
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+_FAILURES = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)  # of a model that reads otherwise
 _SLACK = 64  # masked slots that are put up with besides one per slot that counts
 
 
@@ -229,12 +230,12 @@ def try_reading(model: PreTrainedModel, name: str) -> Reading:
     def works(attempt: Any, *arguments: list[int]) -> bool:  # noqa: ANN401
         try:
             return bool(attempt(*arguments))
-        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, NotImplementedError):
+        except _FAILURES:
             return False
 
     try:
         expected = feed(CachedLM(model), [0, 1, 2, 3, 4], [0, 1, 2, 3, 4], [1] * 5, keep=5)
-    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, NotImplementedError) as error:
+    except _FAILURES as error:
         raise InputError(
             f"The language model {name} cannot be followed token by token ({type(error).__name__})."
         ) from error

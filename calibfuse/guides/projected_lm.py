@@ -128,16 +128,9 @@ class ProjectedStates(NextTokenScores):
         """See `NextTokenScores.log_scores`."""
         if head not in self._logs:
             masses = self._projection.token_masses(self._marginals[head])
-            self._logs[head] = self._projection.log_by_id(masses, split_copies=True)
+            self._logs[head] = self._projection.log_by_id(masses)
         logs = self._logs[head]
         return logs if token_ids is None else logs.gather(-1, token_ids.clamp(0, logs.shape[-1] - 1))
-
-    def log_marginals(self, head: str) -> Tensor:
-        """Log-probability that the text goes on with the bytes of each token, up to a constant per row.
-
-        Unlike `log_scores`, " th" holds here all of " the", even where both are tokens.
-        """
-        return self._projection.log_by_id(self._marginals[head], split_copies=False)
 
 
 class ProjectedSequence(NextTokenScores):

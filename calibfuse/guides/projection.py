@@ -184,14 +184,14 @@ class Projection:
         longer.index_add_(-1, self._shorter_target, marginals)
         return torch.maximum(marginals - longer[..., :-1], marginals * _LEAST_SHARE)
 
-    def log_by_id(self, masses: Tensor, *, split_copies: bool) -> Tensor:
-        """Masses [..., target strings] -> log, float32 [..., target ids]; finite, without meaning for special ids.
+    def log_by_id(self, masses: Tensor) -> Tensor:
+        """Masses [..., target strings] -> log, float32 [..., target ids]; ids of the same bytes share their mass.
 
-        With `split_copies`, ids of the same bytes share the mass; else each gets all of it.
+        Finite, and without meaning for special ids.
         """
         masses = masses / masses.sum(dim=-1, keepdim=True).clamp(min=_LEAST_TOTAL)
         logs = torch.nn.functional.pad(masses, (0, 1)).clamp(min=_LEAST_MASS).log()[..., self.target_place]
-        return (logs - self._log_copies if split_copies else logs).float()
+        return (logs - self._log_copies).float()
 
     def _crossing(self, word: bytes) -> Crossing:
         """Of the own strings that begin with `word` and are longer."""

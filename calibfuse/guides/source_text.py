@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 from calibfuse.vocabulary import Vocabulary
@@ -100,49 +101,33 @@ class SourceText:
     def _spell(self, word: bytes) -> Spelling:
         """Own tokens of a word, in the tokenizer's own way where that spells it, else longest match first."""
         whole, rest = _whole_characters(word)
-        ids: Sequence[int] | None = None
         if whole is not None:
             spelled = word[: len(word) - len(rest)]
             for text in (whole, whole[1:]) if whole.startswith(" ") else (whole,):
                 found = self._encode(text)
                 if b"".join(self._bytes[each] for each in found) == spelled:
-                    ids = found
-                    break
-            else:
-                if self._match(spelled)[1]:
-                    # Not even byte by byte: a tokenizer that loses text. Its own spelling is what the model knows.
-                    return Spelling(tuple(self._encode(whole)), (), b"")
-        else:
-            rest = b""
-        if ids is None:
-            ids, left = self._match(word)
-            return self._spelling(word, ids, left)
-        more, left = self._match(rest)
-        return self._spelling(word, [*ids, *more], left)
+                    return self._spelling(word, [*found, *self._match(rest)])
+            if self._spelling(spelled, self._match(spelled)).rest:
+                # Not even byte by byte: a tokenizer that loses text. Its own spelling is what the model knows.
+                return Spelling(tuple(self._encode(whole)), (), b"")
+        return self._spelling(word, self._match(word))
 
-    def _spelling(self, word: bytes, ids: Sequence[int], rest: bytes) -> Spelling:
-        ends, end = [], 0
-        for each in ids:
-            end += len(self._bytes[each])
-            ends.append(end)
-        if end + len(rest) != len(word):
-            return Spelling(tuple(ids), (), b"")
-        return Spelling(tuple(ids), tuple(ends), rest)
+    def _spelling(self, word: bytes, ids: Sequence[int]) -> Spelling:
+        ends = tuple(accumulate(len(self._bytes[each]) for each in ids))
+        return Spelling(tuple(ids), ends, word[ends[-1] if ends else 0 :])
 
-    def _match(self, text: bytes) -> tuple[list[int], bytes]:
-        """Longest match first; what is left when nothing matches."""
+    def _match(self, text: bytes) -> list[int]:
+        """Longest match first, as far as there is one."""
         ids: list[int] = []
         at = 0
         while at < len(text):
-            for length in range(min(self._longest, len(text) - at), 0, -1):
-                token_id = self._ids.get(text[at : at + length])
-                if token_id is not None:
-                    ids.append(token_id)
-                    at += length
-                    break
-            else:
-                return ids, text[at:]
-        return ids, b""
+            lengths = range(min(self._longest, len(text) - at), 0, -1)
+            length = next((length for length in lengths if text[at : at + length] in self._ids), None)
+            if length is None:
+                break
+            ids.append(self._ids[text[at : at + length]])
+            at += length
+        return ids
 
     def _encode(self, text: str) -> list[int]:
         if not text:
