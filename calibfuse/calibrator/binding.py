@@ -77,8 +77,7 @@ class BoundCalibrator(Guide):
         self.vectors = vectors
         self._biases = biases
         # One entry more than ids: whatever lies beyond the vocabulary (a padded head) counts as special.
-        self._is_special = torch.ones(len(vocabulary) + 1, dtype=torch.bool, device="cpu")
-        self._is_special[:-1] = torch.from_numpy(vocabulary.is_special.copy())
+        self._is_special = torch.from_numpy(np.append(vocabulary.is_special, True)).to(vectors.device)
         self._words = WordBias(calibrator.config.words, vocabulary) if words is None else words
         self._always_candidates: dict[int, Tensor | None] = {}
 
@@ -87,15 +86,9 @@ class BoundCalibrator(Guide):
         device = torch.device(device)
         if device == self.device and device == self.calibrator.boundary.device:
             return self
-        moved = BoundCalibrator(
-            copy.deepcopy(self.calibrator).to(device),
-            self.vocabulary,
-            self.vectors.to(device),
-            self._biases.to(device),
-            self._words,
-        )
-        moved._is_special = self._is_special.to(device)
-        return moved
+        calibrator = copy.deepcopy(self.calibrator).to(device)
+        tables = self.vectors.to(device), self._biases.to(device)
+        return BoundCalibrator(calibrator, self.vocabulary, *tables, self._words)
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -160,10 +153,7 @@ class BoundCalibrator(Guide):
     def leading_specials(self, ids: Sequence[int]) -> int:
         """How many ids at the beginning of a text are special or unknown."""
         special, size = self.vocabulary.is_special, len(self.vocabulary)
-        for count, token in enumerate(ids):
-            if 0 <= token < size and not special[token]:
-                return count
-        return len(ids)
+        return next((at for at, each in enumerate(ids) if 0 <= each < size and not special[each]), len(ids))
 
     def spelled(self, rows: Sequence[Sequence[int]]) -> Spelled | None:
         """What would complete a word after each token of some rows; places are (row, position). None: nothing."""
