@@ -91,14 +91,8 @@ def run_training(
     is_main = int(os.environ.get("RANK", "0")) == 0
     shown = show_progress and is_main
     if is_main:
-        logger.info(
-            "Training %s steps; the result goes to %s, a checkpoint to %s every %d steps. Ctrl-C finishes the step and "
-            "writes one, and resume goes on from it.",
-            f"{training.steps:,}",
-            output,
-            work,
-            training.save_every,
-        )
+        logger.info("Training %s steps; a checkpoint goes to %s every %d.", training.steps, work, training.save_every)
+        logger.info("Ctrl-C finishes the step and writes one, and resume goes on from it.")
     with _first_process_first():
         store = PassageStore.build(text, work, show_progress=shown)
         pool = pool or _own_pool(store, work, pool_specs, training.seed, show_progress=shown)
