@@ -23,7 +23,13 @@ LAYERS = (
     ("__main__",),
     ("cli",),
     ("playground",),
-    ("inspection", "finetune", "lm_eval", "vllm"),  # inspection explains what a processor did; adapters of engines
+    (
+        "inspection",
+        "finetune",
+        "llama_cpp",
+        "lm_eval",
+        "vllm",
+    ),  # inspection explains what a processor did; adapters of engines
     ("value",),
     ("processor", "training", "evaluation"),
     ("embedding", "bits_per_byte", "account"),
