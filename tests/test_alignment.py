@@ -14,7 +14,6 @@ from calibfuse.cli.main import main
 from calibfuse.embedding import training as alignment_training
 from calibfuse.embedding.alignment import (
     Alignment,
-    AlignmentMetadata,
     alignment_folders,
     common_tokens,
     find_alignment,
@@ -31,7 +30,7 @@ from calibfuse.errors import (
 from calibfuse.processor import CalibFusion
 
 VOCAB, HIDDEN = 400, 24
-QUICK = {"epochs": 1, "batch_size": 64}
+QUICK = {"epochs": 1}
 
 
 def make_target(seed=0, vocab=VOCAB, hidden=HIDDEN):
@@ -73,10 +72,12 @@ def linear_target(bound, embeddings):
 
 
 @pytest.mark.parametrize("embeddings", ["input", "output"])
-def test_a_linear_relation_is_learned_and_holds_for_tokens_never_trained_on(bound, embeddings):
+def test_a_linear_relation_is_learned_and_holds_for_tokens_never_trained_on(bound, embeddings, monkeypatch):
     """Inner products favour long vectors, so even the right map does not find every token among all."""
+    monkeypatch.setattr(alignment_training, "BATCH_SIZE", 16)
+    monkeypatch.setattr(alignment_training, "HELD_OUT", 0.2)
     target = linear_target(bound, embeddings)
-    alignment = train_alignment(bound, target, embeddings=embeddings, epochs=30, batch_size=16, held_out=0.2)
+    alignment = train_alignment(bound, target, embeddings=embeddings, epochs=30)
     metadata = alignment.metadata
     assert metadata.common_tokens == VOCAB - 3
     assert metadata.held_out_tokens == math.ceil(0.2 * (VOCAB - 3))
@@ -86,15 +87,17 @@ def test_a_linear_relation_is_learned_and_holds_for_tokens_never_trained_on(boun
     assert metadata.retrieval[str(VOCAB - 3)] > 0.2  # chance: 0.003
 
 
-def test_unrelated_embeddings_are_not_retrieved(bound, target):
-    metadata = train_alignment(bound, target, held_out=0.5, epochs=3).metadata
+def test_unrelated_embeddings_are_not_retrieved(bound, target, monkeypatch):
+    monkeypatch.setattr(alignment_training, "HELD_OUT", 0.5)
+    metadata = train_alignment(bound, target, epochs=3).metadata
     # 199 tokens, chance 1/11: a share of 0.19 is 5 standard deviations up
     assert metadata.retrieval["11"] < 0.19
     assert metadata.held_out_loss > math.log(11) - 0.3
 
 
-def test_the_start_is_near_the_loss_of_guessing(bound, target):
-    alignment = train_alignment(bound, target, learning_rate=1e-9, epochs=1)
+def test_the_start_is_near_the_loss_of_guessing(bound, target, monkeypatch):
+    monkeypatch.setattr(alignment_training, "LEARNING_RATE", 1e-9)
+    alignment = train_alignment(bound, target, epochs=1)
     assert alignment.metadata.loss_curve[-1][1] == pytest.approx(math.log(11), abs=0.05)
 
 
@@ -135,13 +138,14 @@ def test_the_negatives_are_never_the_token_itself():
     assert torch.equal(others, torch.tensor([7, 5]).repeat(50)[:, None].expand(-1, 3))
 
 
-def test_held_out_tokens_do_not_touch_the_matrix(bound):
+def test_held_out_tokens_do_not_touch_the_matrix(bound, monkeypatch):
     """Their target embeddings may be anything: positives and negatives are drawn from the others."""
     first, second = make_target(seed=1), make_target(seed=1)
     order = torch.randperm(VOCAB - 3, generator=torch.Generator().manual_seed(9))
     held = order[: math.ceil(0.3 * (VOCAB - 3))] + 3  # ids 0 to 2 are special
     target_embeddings(second, "input")[held] *= -7.0
-    matrices = [train_alignment(bound, each, seed=9, held_out=0.3, **QUICK).matrix for each in (first, second)]
+    monkeypatch.setattr(alignment_training, "HELD_OUT", 0.3)
+    matrices = [train_alignment(bound, each, seed=9, **QUICK).matrix for each in (first, second)]
     assert torch.equal(*matrices)
 
 
@@ -176,12 +180,7 @@ def test_a_head_wider_than_the_tokenizer_and_a_narrower_one(bound):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"negatives": 0}, "negatives must be a positive integer, got 0"),
         ({"epochs": 1.5}, "epochs must be a positive integer, got 1.5"),
-        ({"batch_size": True}, "batch_size must be a positive integer"),
-        ({"learning_rate": 0.0}, "learning_rate must be a positive number"),
-        ({"learning_rate": float("nan")}, "learning_rate must be a positive number"),
-        ({"held_out": 1.0}, "held_out must be a share"),
         ({"embeddings": "both"}, "must be 'input' or 'output', got 'both'"),
     ],
 )
@@ -190,15 +189,11 @@ def test_bad_options_are_refused(bound, target, options, message):
         train_alignment(bound, target, **options)
 
 
-def test_without_held_out_tokens_nothing_is_claimed(bound, target):
-    metadata = train_alignment(bound, target, held_out=0.0, **QUICK).metadata
-    assert (metadata.held_out_tokens, metadata.held_out_loss, metadata.retrieval) == (0, None, {})
-
-
 @pytest.mark.parametrize("learning_rate", [100.0, 1e37])
-def test_divergence_is_an_error(bound, target, learning_rate):
-    with pytest.raises(InputError, match="diverged.*use a learning rate below 1"):
-        train_alignment(bound, target, learning_rate=learning_rate)
+def test_divergence_is_an_error(bound, target, learning_rate, monkeypatch):
+    monkeypatch.setattr(alignment_training, "LEARNING_RATE", learning_rate)
+    with pytest.raises(InputError, match="diverged"):
+        train_alignment(bound, target)
 
 
 def test_too_few_common_tokens_are_refused(target):
@@ -212,7 +207,7 @@ def test_quantised_embeddings_are_refused(bound):
 
     target = make_target()
     target.set_output_embeddings(Quantised())
-    with pytest.raises(InputError, match="output embeddings of LlamaForCausalLM are quantised"):
+    with pytest.raises(InputError, match="output embeddings of LlamaForCausalLM cannot be read .*quantised"):
         train_alignment(bound, target, embeddings="output")
 
 
@@ -259,9 +254,7 @@ def test_a_flipped_bit_is_an_error(alignment, tmp_path):
         ({"format_version": 2}, CheckpointFormatError, "install a newer calibfuse"),
         ({"format": "calibfuse-calibrator"}, CheckpointError, "Expected the configuration of a calibfuse-alignment"),
         ({"width": 7}, CheckpointError, "do not belong together"),
-        ({"width": 0}, CheckpointError, "'width' of an alignment must be a positive integer"),
-        ({"loss_curve": [[1]]}, CheckpointError, "metadata of the alignment in .* are not valid"),
-        ({"surprise": 1}, CheckpointError, "Unknown or missing metadata of an alignment: surprise"),
+        ({"loss_curve": [[1]]}, CheckpointError, "do not belong together"),
     ],
 )
 def test_wrong_facts_are_an_error(alignment, tmp_path, change, error, message):
@@ -320,16 +313,8 @@ def test_another_model_of_the_same_shape_gets_none(alignment, bound, tmp_path):
 def test_an_alignment_of_older_weights_is_not_used(alignment, bound, target, tmp_path):
     metadata = dataclasses.replace(alignment.metadata, calibrator_fingerprint="0" * 64)
     dataclasses.replace(alignment, metadata=metadata).save(tmp_path)
-    with pytest.raises(MissingHeadError, match="belongs to other weights of the calibrator"):
+    with pytest.raises(MissingHeadError, match="with the weights that it has now"):
         find_alignment([tmp_path], bound, target, calibrator="C")
-
-
-def test_a_damaged_one_does_not_hide_a_whole_one(alignment, bound, target, tmp_path):
-    broken = tmp_path / "alignments" / "0000"
-    broken.mkdir(parents=True)
-    (broken / "alignment.json").write_text("{")
-    alignment.save(tmp_path)
-    assert torch.equal(find_alignment([tmp_path], bound, target, calibrator="C").matrix, alignment.matrix)
 
 
 def test_the_ones_own_matrix_damaged_is_an_error(alignment, bound, target, tmp_path):
@@ -357,12 +342,13 @@ def test_a_causal_lm_as_calibrator_is_refused(saved, capsys):
         CalibFusion.from_pretrained(str(saved / "target"), target=load(saved), mode="embedding")
 
 
-def test_facts_round_trip_and_refuse_what_is_missing(alignment):
-    values = json.loads(json.dumps(alignment.metadata.to_dict()))
-    assert AlignmentMetadata.from_dict(values) == alignment.metadata
+def test_missing_facts_are_an_error(alignment, tmp_path):
+    path = alignment.save(tmp_path) / "alignment.json"
+    values = json.loads(path.read_text())
     del values["seed"]
-    with pytest.raises(InputError, match="missing metadata of an alignment: seed"):
-        AlignmentMetadata.from_dict(values)
+    path.write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match="do not belong together .'seed'"):
+        Alignment.load(path.parent)
 
 
 # ---- from the command line to generate()
@@ -420,7 +406,7 @@ def test_align_reports_as_json_and_keeps_its_seed(saved, capsys):
     assert records[0] == records[1]
     assert (records[0]["embeddings"], records[0]["seed"]) == ("output", 3)
     folder = records[0].pop("folder")
-    assert Alignment.load(folder).metadata.to_dict() == records[0]
+    assert json.loads(json.dumps(dataclasses.asdict(Alignment.load(folder).metadata))) == records[0]
 
 
 def test_where_the_calibrators_folder_is_not_ours_the_cache_is_used(saved, capsys, monkeypatch):

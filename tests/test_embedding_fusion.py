@@ -187,6 +187,13 @@ def inside_log_probs(target, bound, alignment, input_ids, mix):
         return target(input_ids).logits.float().log_softmax(dim=-1)
 
 
+def linear(weight):
+    """A head of this weight, without bias."""
+    made = torch.nn.Linear(*reversed(weight.shape), bias=False)
+    made.weight.data = weight
+    return made
+
+
 def make_fusion(target, bound, **options):
     hidden_size = target.get_output_embeddings().weight.shape[1]
     config = FusionConfig(**{"mode": "embedding", "alpha": ALPHA} | options)
@@ -209,7 +216,7 @@ def test_whole_sequences_equal_fusion_inside_the_model(target, bound):
     ids = random_ids()
     fusion = make_fusion(target, bound)
     logits = target(ids).logits
-    alignment = make_alignment(bound, fusion._embedding.head.hidden_size)
+    alignment = make_alignment(bound, fusion._embedding.head.linear.in_features)
     expected = inside_log_probs(target, bound, alignment, ids, published(ALPHA))
     fused = fusion.fuse_logits(ids, logits)
     assert_close(fused, expected, tolerance=1e-4 if fusion._embedding.head.soft_cap else 1e-5)
@@ -222,7 +229,7 @@ def test_greedy_generation_with_a_cache_equals_fusion_inside_the_model(target, b
     """Every step recomputed from scratch, with the fusion in the model, against generate() with both caches."""
     ids, new = random_ids(), 12
     fusion = make_fusion(target, bound)
-    alignment = make_alignment(bound, fusion._embedding.head.hidden_size)
+    alignment = make_alignment(bound, fusion._embedding.head.linear.in_features)
     expected, scores = ids, []
     for _ in range(new):
         scores.append(inside_log_probs(target, bound, alignment, expected, published(ALPHA))[:, -1])
@@ -240,7 +247,7 @@ def test_greedy_generation_with_a_cache_equals_fusion_inside_the_model(target, b
 def test_without_hidden_temperature_the_targets_state_keeps_weight_one(target, bound):
     ids = random_ids()
     fusion = make_fusion(target, bound, hidden_temperature=False)
-    alignment = make_alignment(bound, fusion._embedding.head.hidden_size)
+    alignment = make_alignment(bound, fusion._embedding.head.linear.in_features)
     expected = inside_log_probs(target, bound, alignment, ids, lambda h, g: h + ALPHA / (1 - ALPHA) * g)
     tolerance = 1e-4 if fusion._embedding.head.soft_cap else 1e-5
     assert_close(fusion.fuse_logits(ids, target(ids).logits), expected, tolerance=tolerance)
@@ -267,7 +274,7 @@ def test_naive_formula_on_logits():
     t, matrix = torch.randn(3, generator=generator), torch.randn(3, 4, generator=generator)
     mapped = t @ matrix
     g = (mapped - mapped.mean()) / (mapped.var(unbiased=False) + 1e-5).sqrt()
-    head = OutputHead(affine=lambda states: states @ weight.T, hidden_size=4)
+    head = OutputHead(linear(weight))
     options = {"matrix": matrix, "head": head, "alpha": 0.1}
     assert_close(EmbeddingFusion(**options)(weight @ h, t), (weight @ (0.9 * h + 0.1 * g)).log_softmax(dim=0), 1e-6)
     cold = EmbeddingFusion(hidden_temperature=False, **options)(weight @ h, t)
@@ -356,29 +363,22 @@ def test_half_precision_target(bound):
 # ---- what the head is
 
 
-def test_the_heads_factor_and_cap_are_measured(target):
+def test_the_heads_factor_and_cap_are_found(target):
     name = type(target).__name__
     head = find_output_head(target)
     assert head.soft_cap == {"Gemma2ForCausalLM": 8.0, "RecurrentGemmaForCausalLM": 9.0}.get(name)
     scale = {"CohereForCausalLM": 0.25, "GraniteForCausalLM": 1 / 3}.get(name, 1.0)
     assert head.scale == pytest.approx(scale, rel=1e-6)
-    assert (head.bias is not None) == (name == "PhiForCausalLM")
+    assert (head.linear.bias is not None) == (name == "PhiForCausalLM")
 
 
-def test_heads_of_other_families_are_measured_too():
-    t5 = transformers.T5Config(
-        vocab_size=VOCAB, d_model=32, d_kv=16, d_ff=48, num_layers=1, num_heads=2, decoder_start_token_id=PAD
-    )  # scales the hidden state before its tied head: h is what the head receives
-    falcon = transformers.FalconH1Config(
+def test_a_head_with_a_factor_of_another_name():
+    config = transformers.FalconH1Config(
         **shape(mamba_d_ssm=32, mamba_n_heads=2, mamba_d_head=16, mamba_d_state=8, lm_head_multiplier=0.3)
     )
-    for model_class, config, scale in (
-        (transformers.T5ForConditionalGeneration, t5, 1.0),
-        (transformers.FalconH1ForCausalLM, falcon, 0.3),
-    ):
-        head = find_output_head(build(model_class, config))
-        assert (head.hidden_size, head.soft_cap, head.bias) == (32, None, None)
-        assert head.scale == pytest.approx(scale, rel=1e-6)
+    head = find_output_head(build(transformers.FalconH1ForCausalLM, config))
+    assert (head.linear.in_features, head.soft_cap, head.linear.bias) == (32, None, None)
+    assert head.scale == pytest.approx(0.3, rel=1e-6)
 
 
 @torch.no_grad()
@@ -393,7 +393,7 @@ def test_undo_and_redo_are_inverse(name):
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("build_target", [lambda: gemma2(6.0), cohere, granite], ids=["soft cap", "factor", "divisor"])
-def test_factor_and_cap_are_measured_in_half_precision(build_target, dtype):
+def test_factor_and_cap_are_found_in_half_precision(build_target, dtype):
     target = build_target()
     precise, half = find_output_head(target), find_output_head(target.to(dtype))
     assert half.soft_cap == precise.soft_cap
@@ -401,7 +401,7 @@ def test_factor_and_cap_are_measured_in_half_precision(build_target, dtype):
 
 
 def test_saturated_scores_are_not_infinite():
-    head = OutputHead(affine=lambda states: states, hidden_size=4, soft_cap=5.0)
+    head = OutputHead(linear(torch.eye(4)), soft_cap=5.0)
     scores = torch.tensor([[5.0, -5.0, 4.9999995, 0.0]])
     logits = head.undo(scores)
     assert logits.isfinite().all()
@@ -435,7 +435,7 @@ def test_scores_beyond_a_soft_cap_are_refused(bound):
     scores = target(ids).logits[:, -1].clone()
     scores[0, 7] = -11.5
     fusion = make_fusion(target, bound)
-    with pytest.raises(InputError, match="a score is 11.5"):
+    with pytest.raises(InputError, match="soft-caps its logits at 8.*another processor"):
         fusion(ids, scores)
 
 
@@ -447,7 +447,7 @@ def test_a_target_that_changes_its_logits_otherwise_is_refused(bound):
             return output
 
     target = build(Squared, transformers.LlamaConfig(**shape()))
-    with pytest.raises(InputError, match="neither a constant factor nor a soft cap"):
+    with pytest.raises(InputError, match="neither a factor nor a soft cap"):
         find_output_head(target)
 
 
@@ -512,6 +512,6 @@ def test_aligned_states_have_mean_zero_and_variance_one():
 
 
 def test_embedding_fusion_checks_its_parts():
-    head = OutputHead(affine=lambda states: states, hidden_size=4)
+    head = OutputHead(linear(torch.eye(4)))
     with pytest.raises(InputError, match="below 1"):
         EmbeddingFusion(torch.zeros(3, 4), head, 1.0)

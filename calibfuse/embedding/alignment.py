@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -25,7 +24,6 @@ from calibfuse.calibrator.binding import BoundCalibrator, GuideStates
 from calibfuse.calibrator.bound_files import cache_folder
 from calibfuse.errors import (
     CheckpointError,
-    CheckpointFormatError,
     InputError,
     MissingHeadError,
     VocabularyMismatchError,
@@ -38,8 +36,6 @@ if TYPE_CHECKING:
 
     from calibfuse.guide import Guide, NextTokenScores
     from calibfuse.vocabulary import Vocabulary
-
-logger = logging.getLogger(__name__)
 
 FORMAT_NAME = "calibfuse-alignment"
 FORMAT_VERSION = 1
@@ -77,27 +73,6 @@ class AlignmentMetadata:
     # embedding has the largest inner product; empty without such tokens.
     retrieval: Mapping[str, float]
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready dictionary."""
-        return {**asdict(self), "loss_curve": [list(pair) for pair in self.loss_curve]}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> AlignmentMetadata:
-        """Inverse of `to_dict`.
-
-        Raises:
-            InputError: keys are missing or unknown, or sizes are no positive numbers.
-        """
-        if wrong := sorted(set(values) ^ {item.name for item in fields(cls)}):
-            raise InputError(f"Unknown or missing metadata of an alignment: {', '.join(wrong)}.")
-        for name in ("width", "hidden_size"):
-            if type(values[name]) is not int or values[name] < 1:
-                raise InputError(
-                    f"The entry {name!r} of an alignment must be a positive integer, got {values[name]!r}."
-                )
-        curve = tuple((int(step), float(loss)) for step, loss in values["loss_curve"])
-        return cls(**{**values, "loss_curve": curve})
-
 
 @dataclass(frozen=True, eq=False)
 class Alignment:
@@ -125,7 +100,7 @@ class Alignment:
         place = Path(folder).expanduser() / FOLDER / self.key
         tensors = {"matrix": self.matrix.contiguous(), "sketch": self.sketch.contiguous()}
         weights = safetensors.torch.save(tensors, {"format": "pt", FINGERPRINT_KEY: hub.weights_fingerprint(tensors)})
-        values = {"format": FORMAT_NAME, "format_version": FORMAT_VERSION, **self.metadata.to_dict()}
+        values = {"format": FORMAT_NAME, "format_version": FORMAT_VERSION, **asdict(self.metadata)}
         text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         hub.write_files(place, {WEIGHTS_FILE: weights, METADATA_FILE: text.encode("utf-8")})
         return place
@@ -138,24 +113,24 @@ class Alignment:
             CheckpointError: missing, damaged, or no alignment.
             CheckpointFormatError: written by a newer calibfuse.
         """
-        metadata = _read_metadata(Path(folder))
+        values = hub.read_config(Path(folder), METADATA_FILE, format_name=FORMAT_NAME, supported_version=FORMAT_VERSION)
         tensors = hub.read_tensors(Path(folder) / WEIGHTS_FILE)
-        matrix, sketch = tensors.get("matrix"), tensors.get("sketch")
-        if matrix is None or sketch is None or matrix.shape != (metadata.width, metadata.hidden_size):
-            found = "none" if matrix is None else tuple(matrix.shape)
+        try:
+            known = {item.name: values[item.name] for item in fields(AlignmentMetadata)}
+            curve = tuple((step, loss) for step, loss in values["loss_curve"])
+            metadata = AlignmentMetadata(**{**known, "loss_curve": curve})
+            matrix, sketch = (tensors[name].float() for name in ("matrix", "sketch"))
+            if matrix.shape != (metadata.width, metadata.hidden_size):
+                raise ValueError(f"a matrix of shape {tuple(matrix.shape)}")
+        except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f"Expected a matrix of shape {(metadata.width, metadata.hidden_size)} and a sketch in the alignment in "
-                f"{str(folder)!r}, found {found}: its two files do not belong together. Make it anew with "
-                "`calibfuse align-embedding`."
-            )
-        return cls(matrix.float(), sketch.float(), metadata)
+                f"The two files of the alignment in {str(folder)!r} do not belong together ({error}); make it anew "
+                "with `calibfuse align-embedding`."
+            ) from error
+        return cls(matrix, sketch, metadata)
 
     def check(self, bound: BoundCalibrator) -> None:
-        """Make sure that it was made for a bound calibrator.
-
-        Raises:
-            VocabularyMismatchError: it was made for other weights or another vocabulary.
-        """
+        """Make sure that it was made for a bound calibrator, else raise a VocabularyMismatchError."""
         for what, made_for, found in (
             ("calibrator", self.metadata.calibrator_fingerprint, bound.calibrator.fingerprint),
             ("vocabulary", self.metadata.vocabulary_fingerprint, bound.vocabulary.fingerprint),
@@ -170,18 +145,9 @@ class Alignment:
         """Cosine of a target's sketch with that of the target it was made for: 1 the same, about 0 another model."""
         rows = target_embeddings(target, self.metadata.embeddings)
         sketch = sketch_of(rows, common_tokens(vocabulary, rows))
-        if sketch.shape != self.sketch.shape:
+        if (sketch.shape, rows.shape[1]) != (self.sketch.shape, self.metadata.hidden_size):
             return 0.0
         return float(torch.nn.functional.cosine_similarity(sketch.flatten(), self.sketch.flatten(), dim=0))
-
-
-def _read_metadata(folder: Path) -> AlignmentMetadata:
-    values = hub.read_config(folder, METADATA_FILE, format_name=FORMAT_NAME, supported_version=FORMAT_VERSION)
-    values = {key: value for key, value in values.items() if key not in ("format", "format_version")}
-    try:
-        return AlignmentMetadata.from_dict(values)
-    except (InputError, TypeError, ValueError) as error:
-        raise CheckpointError(f"The metadata of the alignment in {str(folder)!r} are not valid: {error}") from error
 
 
 def alignment_folders(calibrator_folder: Path | None, calibrator_fingerprint: str) -> tuple[Path, ...]:
@@ -189,15 +155,6 @@ def alignment_folders(calibrator_folder: Path | None, calibrator_fingerprint: st
     cache = cache_folder()
     cached = None if cache is None else cache / "aligned" / calibrator_fingerprint[:24]
     return tuple(folder for folder in (calibrator_folder, cached) if folder is not None)
-
-
-def _alignments_in(folder: Path) -> list[Path]:
-    """The alignments beside a calibrator or in the cache; none, with a warning, in a folder that cannot be read."""
-    try:
-        return sorted(path.parent for path in (folder / FOLDER).glob(f"*/{METADATA_FILE}"))
-    except OSError as error:
-        logger.warning("Not looking for alignments in %s, which cannot be read: %s", folder, error)
-        return []
 
 
 def find_alignment(folders: Sequence[Path], guide: Guide, target: PreTrainedModel, *, calibrator: str) -> Alignment:
@@ -211,36 +168,25 @@ def find_alignment(folders: Sequence[Path], guide: Guide, target: PreTrainedMode
 
     Raises:
         MissingHeadError: there is none.
-        CheckpointError: there is one, but it is damaged.
+        CheckpointError: one of those there is damaged.
     """
     bound = alignable(guide)
-    fingerprint = bound.calibrator.fingerprint
     found: list[tuple[float, bool, Alignment]] = []
-    outdated, hidden_size = False, target_embeddings(target, "input").shape[1]
-    for place in (place for folder in folders for place in _alignments_in(folder)):
-        try:
-            metadata = _read_metadata(place)
-        except CheckpointFormatError:
-            raise
-        except CheckpointError as error:
-            # Nobody can tell whose it is; if it is this target's, the message below says what to do.
-            logger.warning("Ignoring an alignment: %s", error)
-            continue
-        if metadata.vocabulary_fingerprint != bound.vocabulary.fingerprint or metadata.hidden_size != hidden_size:
-            continue
-        if metadata.calibrator_fingerprint != fingerprint:
-            outdated = True
-            continue
+    for place in (path.parent for folder in folders for path in sorted((folder / FOLDER).glob(f"*/{METADATA_FILE}"))):
         alignment = Alignment.load(place)
-        similarity = alignment.similarity(target, bound.vocabulary)
-        if similarity >= _SAME_MODEL:
-            found.append((round(similarity, 3), metadata.embeddings == "input", alignment))
+        metadata = alignment.metadata
+        if (metadata.calibrator_fingerprint, metadata.vocabulary_fingerprint) == (
+            bound.calibrator.fingerprint,
+            bound.vocabulary.fingerprint,
+        ):
+            similarity = alignment.similarity(target, bound.vocabulary)
+            if similarity >= _SAME_MODEL:
+                found.append((round(similarity, 3), metadata.embeddings == "input", alignment))
     if not found:
         name = getattr(target, "name_or_path", "") or type(target).__name__
-        why = "the one there is belongs to other weights of the calibrator" if outdated else "there is none"
         raise MissingHeadError(
-            f"Mode 'embedding' needs an alignment of the calibrator with the target {name!r}, but {why}. Make it with "
-            f"`calibfuse align-embedding --calibrator {calibrator} --model {name}`."
+            f"Mode 'embedding' needs an alignment of the calibrator, with the weights that it has now, with the target "
+            f"{name!r}. Make it with `calibfuse align-embedding --calibrator {calibrator} --model {name}`."
         )
     return max(found, key=lambda entry: entry[:2])[2]
 
@@ -271,13 +217,10 @@ def target_embeddings(target: PreTrainedModel, embeddings: Embeddings) -> Tensor
     model: Any = target  # transformers types these methods in some versions only
     module = model.get_input_embeddings() if embeddings == "input" else model.get_output_embeddings()
     weight = getattr(module, "weight", None)
-    name = type(target).__name__
-    if not isinstance(weight, Tensor) or weight.ndim != 2:
-        raise InputError(f"{name} has no matrix of {embeddings} embeddings to align with.")
-    if not weight.is_floating_point() or weight.device.type == "meta":
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.device.type == "meta":
         raise InputError(
-            f"The {embeddings} embeddings of {name} are quantised or offloaded ({weight.dtype}, {weight.device}); load "
-            "the model without that, or align with the other embeddings."
+            f"The {embeddings} embeddings of {type(target).__name__} cannot be read (there are none, or they are "
+            "quantised or offloaded); load the model without that, or align with the other embeddings."
         )
     return weight.detach()
 

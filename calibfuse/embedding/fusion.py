@@ -51,10 +51,10 @@ class EmbeddingFusion:
 
     def __post_init__(self) -> None:
         """Check that the parts fit."""
-        if self.matrix.shape[-1] != self.head.hidden_size:
+        if self.matrix.shape[-1] != self.head.linear.in_features:
             raise VocabularyMismatchError(
                 f"The alignment maps to {self.matrix.shape[-1]} channels, but the target's output head takes "
-                f"{self.head.hidden_size}. Make one for this target with `calibfuse align-embedding`."
+                f"{self.head.linear.in_features}. Make one for this target with `calibfuse align-embedding`."
             )
         if not 0.0 <= self.alpha < 1.0:
             raise InputError(f"alpha must be at least 0 and below 1 in mode 'embedding', got {self.alpha!r}.")
@@ -77,5 +77,5 @@ class EmbeddingFusion:
         if self.hidden_temperature:
             fused = (1.0 - self.alpha) * target + self.alpha * self.head.logits(aligned, width)
         else:
-            fused = target + self.alpha / (1.0 - self.alpha) * self.head.unbiased_logits(aligned, width)
+            fused = target + self.alpha / (1.0 - self.alpha) * self.head.logits(aligned, width, bias=False)
         return self.head.redo(fused).log_softmax(dim=-1)

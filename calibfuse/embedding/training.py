@@ -35,7 +35,11 @@ from calibfuse.guide import CALIBRATOR_HEAD, Guide
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-RETRIEVAL_CHOICES = (11, 1000)
+NEGATIVES = 10  # K, random other tokens for each token
+BATCH_SIZE = 32  # tokens
+LEARNING_RATE = 1e-3  # of Adam
+HELD_OUT = 0.05  # share of the common tokens kept from training, by which retrieval is measured
+RETRIEVAL_CHOICES = (1 + NEGATIVES, 1000)
 _START_SCALE = 0.1  # spread of the first inner products
 _CURVE_POINTS = 100
 _EVALUATION_BLOCK = 64
@@ -59,12 +63,8 @@ def train_alignment(
     guide: Guide,
     target: PreTrainedModel,
     *,
-    negatives: int = 10,
     epochs: int = 5,
-    batch_size: int = 32,
-    learning_rate: float = 1e-3,
     seed: int = 0,
-    held_out: float = 0.05,
     embeddings: Embeddings = "input",
     progress: bool = False,
 ) -> Alignment:
@@ -73,12 +73,8 @@ def train_alignment(
     Args:
         guide: a universal calibrator, bound to the target's vocabulary.
         target: the model whose hidden states are to be fused; not changed. The fit runs where its embeddings are.
-        negatives: K, random other tokens for each token; 1 or more.
         epochs: passes over the training tokens; 1 or more.
-        batch_size: tokens per step; 1 or more.
-        learning_rate: of Adam, positive.
         seed: of the start, the order, the negatives and the choice of held-out tokens.
-        held_out: share of the common tokens kept from training and used to measure retrieval, in [0, 1).
         embeddings: "input" as published, or "output".
         progress: show a bar on standard error.
 
@@ -89,7 +85,10 @@ def train_alignment(
         InputError: no universal calibrator, an option is out of range, the target's embeddings cannot be read, too
             few tokens are common, or the fit diverged.
     """
-    _check_options(negatives, epochs, batch_size, learning_rate, held_out, embeddings)
+    if type(epochs) is not int or epochs < 1:
+        raise InputError(f"epochs must be a positive integer, got {epochs!r}.")
+    if embeddings not in EMBEDDINGS:
+        raise InputError(f"embeddings must be 'input' or 'output', got {embeddings!r}.")
     bound, rows = alignable(guide), target_embeddings(target, embeddings)
     ids = common_tokens(bound.vocabulary, rows)
     if len(ids) < _FEWEST_TOKENS:
@@ -100,11 +99,10 @@ def train_alignment(
     pairs = _Pairs(source.to(rows.device), rows, ids.to(rows.device))
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(ids), generator=generator)
-    held = order[: math.ceil(held_out * len(ids))]
+    held = order[: math.ceil(HELD_OUT * len(ids))]
     train = order[len(held) :]
-    options = {"negatives": negatives, "epochs": epochs, "batch_size": batch_size}
-    matrix, curve = _fit(pairs, train, generator, learning_rate=learning_rate, progress=progress, **options)
-    held_out_loss, retrieval = _evaluate(pairs, matrix, held, generator) if len(held) else (None, {})
+    matrix, curve = _fit(pairs, train, generator, epochs=epochs, progress=progress)
+    held_out_loss, retrieval = _evaluate(pairs, matrix, held, generator)
     metadata = AlignmentMetadata(
         target=_name_of(target),
         calibrator_fingerprint=bound.calibrator.fingerprint,
@@ -114,12 +112,14 @@ def train_alignment(
         embeddings=embeddings,
         common_tokens=len(ids),
         held_out_tokens=len(held),
-        learning_rate=learning_rate,
+        negatives=NEGATIVES,
+        epochs=epochs,
+        batch_size=BATCH_SIZE,
+        learning_rate=LEARNING_RATE,
         seed=seed,
         loss_curve=curve,
         held_out_loss=held_out_loss,
         retrieval=retrieval,
-        **options,
     )
     return Alignment(matrix.cpu(), sketch_of(rows, ids), metadata)
 
@@ -139,47 +139,25 @@ def _name_of(target: PreTrainedModel) -> str:
     return Path(name).resolve().name if Path(name).is_dir() else name
 
 
-def _check_options(
-    negatives: int, epochs: int, batch_size: int, learning_rate: float, held_out: float, embeddings: str
-) -> None:
-    for name, value in (("negatives", negatives), ("epochs", epochs), ("batch_size", batch_size)):
-        if type(value) is not int or value < 1:
-            raise InputError(f"{name} must be a positive integer, got {value!r}.")
-    if not 0.0 < learning_rate < math.inf:
-        raise InputError(f"learning_rate must be a positive number, got {learning_rate!r}.")
-    if not 0.0 <= held_out < 1.0:
-        raise InputError(f"held_out must be a share from 0 to below 1, got {held_out!r}.")
-    if embeddings not in EMBEDDINGS:
-        raise InputError(f"embeddings must be 'input' or 'output', got {embeddings!r}.")
-
-
 def _fit(
-    pairs: _Pairs,
-    train: Tensor,
-    generator: torch.Generator,
-    *,
-    negatives: int,
-    epochs: int,
-    batch_size: int,
-    learning_rate: float,
-    progress: bool,
+    pairs: _Pairs, train: Tensor, generator: torch.Generator, *, epochs: int, progress: bool
 ) -> tuple[Tensor, tuple[tuple[int, float], ...]]:
     """Adam on the cross-entropy; the matrix and its loss curve."""
     device = pairs.rows.device
     norms = pairs.source.norm(dim=-1).mean() * pairs.target(train[:1024].to(device)).norm(dim=-1).mean()
     start = torch.randn(pairs.source.shape[1], pairs.rows.shape[1], generator=generator)
     matrix = (start.to(device) * (_START_SCALE / norms.clamp(min=1e-12))).requires_grad_()
-    optimizer = torch.optim.Adam([matrix], lr=learning_rate)
-    steps = epochs * math.ceil(len(train) / batch_size)
+    optimizer = torch.optim.Adam([matrix], lr=LEARNING_RATE)
+    steps = epochs * math.ceil(len(train) / BATCH_SIZE)
     every = max(1, steps // _CURVE_POINTS)
     curve: list[tuple[int, float]] = []
     total, counted, step = torch.zeros((), device=device), 0, 0
     with tqdm(total=steps, desc="aligning", unit="step", disable=not progress) as bar, torch.enable_grad():
         for _ in range(epochs):
             shuffled = train[torch.randperm(len(train), generator=generator)]
-            for first in range(0, len(train), batch_size):
-                batch = shuffled[first : first + batch_size]
-                others = _other_tokens(batch, train, negatives, generator)
+            for first in range(0, len(train), BATCH_SIZE):
+                batch = shuffled[first : first + BATCH_SIZE]
+                others = _other_tokens(batch, train, NEGATIVES, generator)
                 loss = _loss(pairs, matrix, batch.to(device), others.to(device))
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -190,10 +168,10 @@ def _fit(
                     total, counted = torch.zeros((), device=device), 0
                     bar.set_postfix(loss=f"{curve[-1][1]:.3f}", refresh=False)
                 bar.update()
-    # Far worse than guessing is as useless as nan.
-    if not curve[-1][1] < 10 * math.log(1 + negatives) or not bool(matrix.isfinite().all()):
+    if not curve[-1][1] < 10 * math.log(1 + NEGATIVES):  # far worse than guessing is as useless as nan
         raise InputError(
-            f"The alignment diverged (loss {curve[-1][1]:g}): use a learning rate below {learning_rate:g}."
+            f"The alignment diverged (loss {curve[-1][1]:g}): the target's embeddings are far larger than usual; align "
+            "with its other embeddings."
         )
     return matrix.detach(), tuple(curve)
 

@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     seconds = time.perf_counter() - start
     folder = alignment.save(_place(args, calibrator))
     if args.json:
-        print(json.dumps({**alignment.metadata.to_dict(), "folder": str(folder), "seconds": round(seconds, 2)}))
+        print(json.dumps({**asdict(alignment.metadata), "folder": str(folder), "seconds": round(seconds, 2)}))
     else:
         _show(alignment, folder, seconds)
     return 0
@@ -97,11 +98,10 @@ def _show(alignment: Alignment, folder: Path, seconds: float) -> None:
     every = max(1, len(facts.loss_curve) // _CURVE_LINES)
     points = [*facts.loss_curve[: every * (_CURVE_LINES - 1) : every], facts.loss_curve[-1]]
     terminal.table(("step", "loss (nats)"), [(f"{step:,}", f"{loss:.3f}") for step, loss in dict(points).items()])
-    if facts.held_out_loss is not None:
-        terminal.write()
-        rows = [("loss (nats)", f"{facts.held_out_loss:.3f}", f"{math.log(11):.3f}")]  # the own token and ten others
-        for choices, share in facts.retrieval.items():
-            rows.append((f"first of {int(choices):,}", f"{100 * share:.1f} %", f"{100 / int(choices):.1f} %"))
-        terminal.table((f"{facts.held_out_tokens:,} held-out tokens", "value", "chance"), rows)
+    terminal.write()
+    rows = [("loss (nats)", f"{facts.held_out_loss:.3f}", f"{math.log(11):.3f}")]  # the own token and ten others
+    for choices, share in facts.retrieval.items():
+        rows.append((f"first of {int(choices):,}", f"{100 * share:.1f} %", f"{100 / int(choices):.1f} %"))
+    terminal.table((f"{facts.held_out_tokens:,} held-out tokens", "value", "chance"), rows)
     terminal.write()
     terminal.write(f"written to {folder}")
