@@ -65,3 +65,30 @@ def reason_of(error: BaseException) -> str:
             break
         reason += ". " + sentence
     return reason.rstrip(".:")
+
+
+def check_ranges(settings: object, **ranges: str | tuple[str, ...]) -> None:
+    """Refuse (InputError) a field that is outside its interval, such as "(0, 1]", or none of its choices; None passes.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> check_ranges(SimpleNamespace(steps=0), steps="[1, inf)")
+        Traceback (most recent call last):
+        calibfuse.errors.InputError: steps must be at least 1, got 0.
+    """
+    for name, allowed in ranges.items():
+        value = getattr(settings, name)
+        if value is None:
+            continue
+        if isinstance(allowed, tuple):
+            holds, told = value in allowed, " or ".join(map(repr, allowed))
+        else:
+            low, high = (float(end) for end in allowed[1:-1].split(", "))  # nan fails every comparison
+            holds = (low < value if allowed[0] == "(" else low <= value) and (
+                value < high if allowed[-1] == ")" else value <= high
+            )
+            told = f"above {low:g}" if allowed[0] == "(" else f"at least {low:g}"
+            if high < float("inf"):
+                told += f" and {'below' if allowed[-1] == ')' else 'at most'} {high:g}"
+        if not holds:
+            raise InputError(f"{name} must be {told}, got {value!r}.")

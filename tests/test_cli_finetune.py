@@ -156,12 +156,11 @@ def test_sequential_run_leaves_products_and_report(model_folder, sample_lines, t
     for step in (1, 2):
         for role in ("samples", "auxiliary", "model"):
             assert (tmp_path / "work" / f"step-{step}" / role / "role.json").is_file()
-        assert (tmp_path / "work" / f"step-{step}" / "step.json").is_file()
     figures = result.report["steps"][1]["roles"]
     assert 0 < figures["samples"]["figures"]["mean_satisfaction"] < 1
     assert figures["samples"]["reads"] == {"model": 1}
     assert figures["model"]["figures"]["kl_nats"] is not None
-    assert result.corpus_perplexity == figures["model"]["figures"]["corpus_perplexity"]
+    assert result.report["corpus_perplexity"]["after"] == figures["model"]["figures"]["corpus_perplexity"]
     assert not list((tmp_path / "work").rglob("*.tmp"))
 
 
@@ -180,7 +179,7 @@ def test_a_run_stopped_in_the_middle_gives_the_same_as_one_that_was_not(model_fo
 
     with pytest.raises(KeyboardInterrupt):
         run_finetuning(config, sample_lines, PROMPTS, tmp_path / "cut", oracle=Interrupting(), device="cpu")
-    assert (tmp_path / "cut" / "work" / "step-1" / "step.json").is_file()
+    assert (tmp_path / "cut" / "work" / "step-1" / "model" / "config.json").is_file()
     assert not (tmp_path / "cut" / "work" / "step-2" / "samples").exists()
     assert not list((tmp_path / "cut" / "work").rglob("*.tmp"))
     run_finetuning(config, [], PROMPTS, tmp_path / "cut", oracle=NoLetterE(), resume=True, device="cpu")
@@ -215,7 +214,7 @@ def failing(model_folder, texts, capsys, *options, output="out"):
     ("options", "expected"),
     [
         ((), "--kl-weight above 0 needs --oracle"),
-        (("--oracle", "bundled", "--kl-weight", "-1"), "must be a number of at least 0, got -1.0"),
+        (("--oracle", "bundled", "--kl-weight", "-1"), "must be at least 0, got -1.0"),
         (("--kl-weight", "0", "--filter-corpus", "0.5"), "--filter-corpus needs --oracle"),
         (("--oracle", "bundled", "--filter-corpus", "2"), "--filter-corpus must be above 0 and at most 1"),
         (("--kl-weight", "0", "--save-adapter"), "--save-adapter needs --lora"),
@@ -256,12 +255,12 @@ def test_products_of_another_run_are_not_mixed_in(model_folder, sample_lines, tm
     tuning = TuningConfig(steps=1, batch_size=2, kl_weight=0.0)
     config = make_config(model_folder, tuning=tuning, oracle=None, iterations=1)
     run_finetuning(config, sample_lines, [], tmp_path, device="cpu")
-    with pytest.raises(CheckpointError, match="holds the products of an earlier fine-tuning: go on with resume"):
+    with pytest.raises(CheckpointError, match="holds the work of an earlier run: go on with resume"):
         run_finetuning(config, sample_lines, [], tmp_path, device="cpu")
     other = make_config(model_folder, tuning=tuning, oracle=None, iterations=2)
-    with pytest.raises(InputError, match=r"made with other settings \(iterations\)"):
+    with pytest.raises(CheckpointError, match=r"begun with other settings \(iterations\)"):
         run_finetuning(other, sample_lines, [], tmp_path, resume=True, device="cpu")
-    with pytest.raises(InputError, match=r"other settings \(prompts, corpus\)"):
+    with pytest.raises(CheckpointError, match=r"other settings \(corpus, prompts\)"):
         run_finetuning(config, sample_lines, ["x"], tmp_path, corpus_name="y", resume=True, device="cpu")
 
 

@@ -257,7 +257,7 @@ def test_a_missing_prompts_file_is_named(tmp_path):
         ),
         (["a", "--temperature", "nan"], "--temperature"),
         (["a", "--top-p", "1.5"], "--top-p must be above 0"),
-        (["a", "--top-k", "-1"], "--top-k must be 0"),
+        (["a", "--top-k", "-1"], "--top-k must be at least 0"),
         (["a", "--seed", "-1"], "--seed must lie"),
         (["a", "--words", "./no-such-words.txt"], "Cannot read words"),
         (["a", "--device", "toaster"], "Unknown device 'toaster'"),

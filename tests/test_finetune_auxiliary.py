@@ -379,11 +379,11 @@ def test_a_rate_that_diverges(target):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"steps": 0}, "steps of the auxiliary training must be at least 1"),
-        ({"learning_rate": 0.0}, "learning_rate of the auxiliary training must be above 0"),
-        ({"consistency_weight": -1.0}, "consistency_weight of the auxiliary training must be at least 0"),
+        ({"steps": 0}, "steps must be at least 1"),
+        ({"learning_rate": 0.0}, "learning_rate must be above 0"),
+        ({"consistency_weight": -1.0}, "consistency_weight must be at least 0"),
         ({"consistency_share": 0.0}, "consistency_share must be above 0"),
-        ({"held_out_share": 1.0}, r"held_out_share must be in \[0, 1\)"),
+        ({"held_out_share": 1.0}, "held_out_share must be at least 0 and below 1"),
     ],
 )
 def test_bad_settings(options, message):

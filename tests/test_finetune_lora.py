@@ -12,9 +12,9 @@ from calibfuse.finetune.lora import LoraSettings, add_adapter, import_peft, load
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 0}, "rank of a LoRA adapter must be at least 1, got 0"),
-        ({"alpha": 0.0}, "alpha of a LoRA adapter must be above 0"),
-        ({"dropout": 1.0}, r"dropout of a LoRA adapter must be in \[0, 1\), got 1.0"),
+        ({"rank": 0}, "rank must be at least 1, got 0"),
+        ({"alpha": 0.0}, "alpha must be above 0"),
+        ({"dropout": 1.0}, r"dropout must be at least 0 and below 1, got 1.0"),
     ],
 )
 def test_shapes_out_of_range_are_refused(options, message):

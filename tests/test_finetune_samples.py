@@ -172,8 +172,8 @@ def test_sets_of_different_lengths_can_be_put_together(model, tokenizer):
         ({"per_prompt": 0}, "per_prompt must be at least 1"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"temperature": 0.0}, "temperature must be a number above 0"),
-        ({"temperature": math.nan}, "temperature must be a number above 0"),
+        ({"temperature": 0.0}, "temperature must be above 0"),
+        ({"temperature": math.nan}, "temperature must be above 0"),
         ({"max_new_tokens": 300}, "has 256 positions; leave long prompts out"),
     ],
 )

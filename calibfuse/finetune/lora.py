@@ -12,35 +12,23 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from calibfuse.errors import CheckpointError, InputError, MissingDependencyError
+from calibfuse.errors import CheckpointError, InputError, MissingDependencyError, check_ranges
 
 ADAPTER = "adapter"
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSettings:
-    """The shape of an adapter.
+    """The shape of an adapter."""
 
-    Attributes:
-        rank: of the two matrices.
-        alpha: the product of the matrices is scaled by alpha / rank.
-        dropout: on the input of the matrices, in [0, 1).
-        targets: names of the layers that get one, as peft matches them; empty: all linear layers but the output head.
-    """
-
-    rank: int = 8
-    alpha: float = 16.0
-    dropout: float = 0.0
-    targets: tuple[str, ...] = ()
+    rank: int = 8  # of the two matrices
+    alpha: float = 16.0  # the product of the matrices is scaled by alpha / rank
+    dropout: float = 0.0  # on the input of the matrices
+    targets: tuple[str, ...] = ()  # layers that get one, as peft matches them; empty: all linear ones but the head
 
     def __post_init__(self) -> None:
         """Validate."""
-        if self.rank < 1:
-            raise InputError(f"The rank of a LoRA adapter must be at least 1, got {self.rank}.")
-        if not self.alpha > 0:
-            raise InputError(f"The alpha of a LoRA adapter must be above 0, got {self.alpha}.")
-        if not 0.0 <= self.dropout < 1.0:
-            raise InputError(f"The dropout of a LoRA adapter must be in [0, 1), got {self.dropout}.")
+        check_ranges(self, rank="[1, inf)", alpha="(0, inf)", dropout="[0, 1)")
         object.__setattr__(self, "targets", tuple(self.targets))  # lists, as JSON has them
 
 

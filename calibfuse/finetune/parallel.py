@@ -90,7 +90,7 @@ class ParallelRunner:
 
 def _run_job(work: Path, place: Place, job: Job) -> dict[str, Any]:
     torch.set_num_threads(place.threads)
-    return _runner(work, place.device).run(job)
+    return _runner(work, place.device).make(job)
 
 
 @functools.cache

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,26 +22,20 @@ from calibfuse import hub
 from calibfuse.errors import InputError, ScorerError
 from calibfuse.finetune.corpus import PackedCorpus, corpus_perplexity
 from calibfuse.finetune.lora import ADAPTER, add_adapter, load_adapter, merge_adapter
-from calibfuse.finetune.products import (
-    CORPUS_NAME,
-    OPTIMIZER_NAME,
-    PROMPTS_NAME,
-    RECORD_NAME,
-    SETTINGS_NAME,
-    new_folder,
-    product_folder,
-    write_json,
-)
-from calibfuse.finetune.schedule import AUXILIARY, MODEL, SAMPLES, Job
+from calibfuse.finetune.schedule import AUXILIARY, MODEL, SAMPLES, Job, product_folder
 from calibfuse.finetune.settings import FinetuneConfig
 from calibfuse.finetune.tuning import Constraint, tune, tuning_optimizer
 from calibfuse.generation.language_model import read_model, read_tokenizer
 from calibfuse.training.loop import load_optimizer, optimizer_tensors
+from calibfuse.training.work_folder import SETTINGS_NAME, new_folder, write_json
 from calibfuse.value.auxiliary import AuxiliaryModel, make_auxiliary_model
 from calibfuse.value.auxiliary_training import train_auxiliary
 from calibfuse.value.oracle import Oracle, load_oracle
 from calibfuse.value.samples import SampleSet
 
+CORPUS_NAME = "corpus.safetensors"
+RECORD_NAME = "role.json"
+OPTIMIZER_NAME = "optimizer.safetensors"
 _SATISFIED = 0.5
 
 
@@ -48,7 +43,7 @@ class RoleRunner:
     """Runs jobs of a run in this process.
 
     Args:
-        work: the run's folder of products, with its settings, prompts and packed corpus.
+        work: the run's folder of products, with its settings and packed corpus.
         device: where models run.
         oracle: in place of the one that the settings name; only for runs in one process.
         show_progress: draw progress bars on standard error.
@@ -58,18 +53,22 @@ class RoleRunner:
         self, work: Path, device: torch.device | str, *, oracle: Oracle | None = None, show_progress: bool = False
     ) -> None:
         self.work = work
-        self.config = FinetuneConfig.from_dict(hub.read_json(work / SETTINGS_NAME, "settings of a fine-tuning run"))
+        settings = hub.read_json(work / SETTINGS_NAME, "settings of a fine-tuning run")
+        self.prompts: list[str] = settings.pop("prompts")
+        settings.pop("corpus")
+        self.config = FinetuneConfig.from_dict(settings)
         self.device = torch.device(device)
         self._given_oracle = oracle
         self._show_progress = show_progress
 
-    def run(self, job: Job) -> dict[str, Any]:
-        """Make the product of a job; gives its record, which stands in the product's role.json too.
+    def run(self, jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
+        """Run jobs, one after the other; the record of each role."""
+        return {job.role: self.make(job) for job in jobs}
 
-        `seconds` is wall time from `began`, seconds since the epoch.
-        """
+    def make(self, job: Job) -> dict[str, Any]:
+        """Make the product of a job; gives its record, which stands in the product's role.json too."""
         make = {SAMPLES: self._make_samples, AUXILIARY: self._make_auxiliary, MODEL: self._make_model}[job.role]
-        began, clock = time.time(), time.perf_counter()
+        began, clock = time.time(), time.perf_counter()  # seconds since the epoch, wall time
         try:
             final = product_folder(self.work, job.role, job.step)
             with new_folder(final, f"the product of role {job.role!r}") as folder:
@@ -122,9 +121,13 @@ class RoleRunner:
     def _make_samples(self, job: Job, folder: Path) -> dict[str, float]:
         seed = self.config.seed_of(SAMPLES, job.step)
         oracle = self.oracle  # before the work, so that a bad one fails at once
-        prompts = hub.read_json(self.work / PROMPTS_NAME, "prompts of a fine-tuning run")["prompts"]
         samples = self.config.sampling.draw(
-            self._model(job.reads[MODEL]), self.tokenizer, prompts, oracle, seed=seed, show_progress=self._show_progress
+            self._model(job.reads[MODEL]),
+            self.tokenizer,
+            self.prompts,
+            oracle,
+            seed=seed,
+            show_progress=self._show_progress,
         )
         labels = samples.satisfaction[~samples.satisfaction.isnan()]
         if not len(labels):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from calibfuse.errors import InputError
 
@@ -23,7 +24,12 @@ SEQUENTIAL, PARALLEL = "sequential", "parallel"
 SCHEDULES = (SEQUENTIAL, PARALLEL)
 
 
-@dataclass(frozen=True)
+def product_folder(work: Path, role: str, step: int) -> Path:
+    """Where the product of a role and step lies; it is there if and only if it is complete."""
+    return work / f"step-{step}" / role
+
+
+@dataclass(frozen=True, eq=False)
 class Job:
     """One role of one step: whose product it makes.
 
@@ -36,7 +42,7 @@ class Job:
     reads: Mapping[str, int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Stage:
     """Jobs of one step that run at the same time; stages run one after the other."""
 

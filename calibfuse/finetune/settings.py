@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from calibfuse.errors import InputError
+from calibfuse.errors import InputError, check_ranges
 from calibfuse.finetune.lora import LoraSettings
 from calibfuse.finetune.schedule import ROLES, SEQUENTIAL, plan_stages
 from calibfuse.finetune.tuning import TuningConfig
@@ -19,26 +19,17 @@ from calibfuse.value.samples import SamplingPlan
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSource:
-    """Where the model comes from.
+    """Where the model comes from."""
 
-    Attributes:
-        name: folder or Hub id.
-        dtype: of the weights while they learn: "float32", "bfloat16", "float16", or "auto", the checkpoint's own.
-        revision: branch, tag or commit on the Hub.
-        local_files_only: never touch the network.
-        trust_remote_code: run Python code that the model brings along.
-    """
-
-    name: str
-    dtype: str = "float32"
-    revision: str | None = None
-    local_files_only: bool = False
-    trust_remote_code: bool = False
+    name: str  # folder or Hub id
+    dtype: str = "float32"  # of the weights while they learn; "auto": the checkpoint's own
+    revision: str | None = None  # branch, tag or commit on the Hub
+    local_files_only: bool = False  # never touch the network
+    trust_remote_code: bool = False  # run Python code that the model brings along
 
     def __post_init__(self) -> None:
         """Validate."""
-        if self.dtype not in DTYPES:
-            raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
+        check_ranges(self, dtype=DTYPES)
 
     def options(self) -> dict[str, Any]:
         """Arguments of transformers' `from_pretrained`."""
@@ -57,44 +48,27 @@ class OracleSource:
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig:
-    """A whole run, but for its texts.
-
-    Attributes:
-        model: what is tuned.
-        oracle: the constraint; may be missing where the KL weight is 0.
-        schedule: "sequential" or "parallel".
-        iterations: how often the model is tuned, each time on a newer auxiliary model.
-        tuning: one iteration of it.
-        sampling: one draw of samples.
-        keep_satisfied: share of the samples with C of at least 0.5 that is kept, with weights that make up for it; all
-            others are kept. Below 1 the later roles spend their time on what the oracle refuses, which is rare.
-        auxiliary: training of the model of R in each step; its seed is replaced by one of the run and the step.
-        lora: an adapter in place of full fine-tuning.
-        block_length: tokens of a corpus block.
-        held_out_share: of the corpus's documents.
-        held_out_blocks: for the corpus perplexity after each iteration, at most.
-    """
+    """A whole run, but for its texts."""
 
     model: ModelSource
-    oracle: OracleSource | None = None
-    schedule: str = SEQUENTIAL
-    iterations: int = 3
+    oracle: OracleSource | None = None  # the constraint; may be missing where the KL weight is 0
+    schedule: str = SEQUENTIAL  # "sequential" or "parallel"
+    iterations: int = 3  # how often the model is tuned, each time on a newer auxiliary model
     tuning: TuningConfig = field(default_factory=TuningConfig)
     sampling: SamplingPlan = field(default_factory=SamplingPlan)
-    keep_satisfied: float = 1.0
-    auxiliary: AuxiliaryTrainingConfig = field(default_factory=AuxiliaryTrainingConfig)
-    lora: LoraSettings | None = None
-    block_length: int = 128
-    held_out_share: float = 0.05
-    held_out_blocks: int = 200
+    # All samples with C below 0.5 are kept, and weights make up for the others: below 1 the later roles spend their
+    # time on what the oracle refuses, which is rare.
+    keep_satisfied: float = 1.0  # share of the samples with C of at least 0.5 that is kept
+    auxiliary: AuxiliaryTrainingConfig = field(default_factory=AuxiliaryTrainingConfig)  # the run gives each its seed
+    lora: LoraSettings | None = None  # an adapter in place of full fine-tuning
+    block_length: int = 128  # tokens of a corpus block
+    held_out_share: float = 0.05  # of the corpus's documents
+    held_out_blocks: int = 200  # for the corpus perplexity after each iteration, at most
 
     def __post_init__(self) -> None:
         """Validate."""
         plan_stages(self.schedule, self.iterations)
-        if self.held_out_blocks < 1:
-            raise InputError(f"held_out_blocks must be at least 1, got {self.held_out_blocks}.")
-        if not 0.0 < self.keep_satisfied <= 1.0:
-            raise InputError(f"keep_satisfied must be above 0 and at most 1, got {self.keep_satisfied}.")
+        check_ranges(self, held_out_blocks="[1, inf)", keep_satisfied="(0, 1]")
 
     @property
     def is_constrained(self) -> bool:

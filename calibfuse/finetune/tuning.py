@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from calibfuse.errors import InputError
+from calibfuse.errors import InputError, check_ranges
 from calibfuse.finetune.corpus import PackedCorpus
 from calibfuse.finetune.objective import constrained_kl, constrained_log_probs, continuation_positions, corpus_loss
 from calibfuse.training.loop import TrainingLoop, learning_rate, make_optimizer, mixed_precision
@@ -27,50 +27,25 @@ from calibfuse.value.samples import SampleSet
 
 @dataclass(frozen=True, kw_only=True)
 class TuningConfig:
-    """How to fine-tune.
+    """How to fine-tune."""
 
-    Attributes:
-        steps: optimiser steps of one iteration.
-        batch_size: corpus blocks per optimiser step.
-        sample_batch_size: samples per optimiser step, for the KL.
-        kl_weight: weight of KL(q || p_theta), nats per continuation token against nats per corpus token; 0: plain
-            fine-tuning.
-        strength: q is p * R ** strength; 1: the closest distribution to p that satisfies the constraint.
-        learning_rate: peak.
-        warmup: share of all optimiser steps (of all iterations) in which the rate rises from 0; then it falls to 0.
-        weight_decay: of matrices.
-        max_gradient_norm: longer gradients are shortened to this.
-        precision: "fp32", or "bf16" for autocast; weights stay as they were loaded.
-        seed: of the order of blocks and samples, and of dropout.
-    """
-
-    steps: int = 200
-    batch_size: int = 8
-    sample_batch_size: int = 32
-    kl_weight: float = 1.0
-    strength: float = 1.0
-    learning_rate: float = 1e-4
-    warmup: float = 0.05
-    weight_decay: float = 0.0
-    max_gradient_norm: float = 1.0
-    precision: str = "fp32"
-    seed: int = 0
+    steps: int = 200  # optimiser steps of one iteration
+    batch_size: int = 8  # corpus blocks per optimiser step
+    sample_batch_size: int = 32  # samples per optimiser step, for the KL
+    kl_weight: float = 1.0  # weight of KL(q || p_theta), nats per token; 0: plain fine-tuning
+    strength: float = 1.0  # q is p * R ** strength; 1: the closest distribution to p that satisfies the constraint
+    learning_rate: float = 1e-4  # peak
+    warmup: float = 0.05  # share of the steps of all iterations in which the rate rises from 0; then it falls to 0
+    weight_decay: float = 0.0  # of matrices
+    max_gradient_norm: float = 1.0  # longer gradients are shortened to this
+    precision: str = "fp32"  # "fp32", or "bf16" for autocast; weights stay as they were loaded
+    seed: int = 0  # of the order of blocks and samples, and of dropout
 
     def __post_init__(self) -> None:
         """Validate."""
-        for name in ("steps", "batch_size", "sample_batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("learning_rate", "strength", "max_gradient_norm"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise InputError(f"{name} must be a positive number, got {getattr(self, name)}.")
-        for name in ("kl_weight", "weight_decay"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise InputError(f"{name} must be a number of at least 0, got {getattr(self, name)}.")
-        if not 0.0 <= self.warmup <= 1.0:
-            raise InputError(f"warmup must be in [0, 1], got {self.warmup}.")
-        if self.precision not in ("fp32", "bf16"):
-            raise InputError(f"precision must be 'fp32' or 'bf16', got {self.precision!r}.")
+        check_ranges(self, **dict.fromkeys(("steps", "batch_size", "sample_batch_size"), "[1, inf)"))
+        check_ranges(self, **dict.fromkeys(("learning_rate", "strength", "max_gradient_norm"), "(0, inf)"))
+        check_ranges(self, kl_weight="[0, inf)", weight_decay="[0, inf)", warmup="[0, 1]", precision=("fp32", "bf16"))
 
     def rate_at(self, step: int, iterations: int) -> float:
         """Learning rate of an optimiser step counted over all iterations: rises, then falls linearly to 0."""

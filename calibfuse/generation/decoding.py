@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from calibfuse.errors import InputError
+from calibfuse.errors import InputError, check_ranges
 from calibfuse.generation.continuations import (
     Continuation,
     encode,
@@ -31,43 +31,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Decoding:
-    """How continuations are decoded.
+    """How continuations are decoded."""
 
-    Attributes:
-        samples: continuations per prompt.
-        max_new_tokens: longest continuation, in tokens.
-        top_p: draw from the smallest set of tokens with this probability, in (0, 1]; 1 is off.
-        top_k: draw from so many best tokens; 0 is off.
-        temperature: of the draw, above 0.
-        seed: of all draws.
-        do_sample: draw tokens; else the best token, or the best beam.
-        num_beams: beam search with so many beams (beam sampling with a draw); 1 is off.
-        chat: put each prompt into the tokenizer's chat template.
-        system: system message of the chat template; implies `chat`.
-    """
-
-    samples: int = 1
-    max_new_tokens: int = 20
-    top_p: float = 0.9
-    top_k: int = 0
-    temperature: float = 1.0
-    seed: int = 0
-    do_sample: bool = True
-    num_beams: int = 1
-    chat: bool = False
-    system: str | None = None
+    samples: int = 1  # continuations per prompt
+    max_new_tokens: int = 20  # longest continuation, in tokens
+    top_p: float = 0.9  # draw from the smallest set of tokens with this probability; 1 is off
+    top_k: int = 0  # draw from so many best tokens; 0 is off
+    temperature: float = 1.0  # of the draw
+    seed: int = 0  # of all draws
+    do_sample: bool = True  # draw tokens; else the best token, or the best beam
+    num_beams: int = 1  # beam search with so many beams (beam sampling with a draw); 1 is off
+    chat: bool = False  # put each prompt into the tokenizer's chat template
+    system: str | None = None  # system message of the chat template; implies `chat`
 
     def __post_init__(self) -> None:
         """Validate."""
-        for name in ("samples", "max_new_tokens", "num_beams"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        check_ranges(self, **dict.fromkeys(("samples", "max_new_tokens", "num_beams"), "[1, inf)"))
         if not 0.0 < self.temperature < float("inf"):
             raise InputError(f"temperature must be above 0, got {self.temperature}; for no randomness decode greedily.")
-        if not 0.0 < self.top_p <= 1.0:
-            raise InputError(f"top_p must be above 0 and at most 1, got {self.top_p}.")
-        if self.top_k < 0:
-            raise InputError(f"top_k must be 0 (off) or positive, got {self.top_k}.")
+        check_ranges(self, top_p="(0, 1]", top_k="[0, inf)")
         if not 0 <= self.seed < 2**63:
             raise InputError(f"seed must lie in 0..2**63-1, got {self.seed}.")
         if not self.do_sample and self.samples > self.num_beams:

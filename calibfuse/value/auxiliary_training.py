@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from calibfuse.errors import DataError, InputError, ScorerError
+from calibfuse.errors import DataError, ScorerError, check_ranges
 from calibfuse.training.loop import TrainingLoop, learning_rate, make_optimizer
 from calibfuse.value.auxiliary import AuxiliaryModel
 from calibfuse.value.samples import SampleSet
@@ -32,45 +32,24 @@ _CLOSEST = -1e-7  # log R is kept this far below 0, so that log(1 - R) is finite
 
 @dataclass(frozen=True, kw_only=True)
 class AuxiliaryTrainingConfig:
-    """How an auxiliary model learns.
+    """How an auxiliary model learns."""
 
-    Attributes:
-        steps: optimiser steps.
-        batch_size: samples of a step.
-        learning_rate: peak; it rises over the first twentieth of the steps and falls linearly to 0.
-        consistency_weight: of the forward consistency; 0 leaves it (and the base model's forward passes) out.
-        consistency_share: share of a batch's samples at whose positions it is asked for, in (0, 1]. It costs a forward
-            pass of the base model and all scores of the vocabulary; the labels need neither.
-        weight_decay: of the matrices.
-        held_out_share: share of the prompts (of the samples where there are few prompts) that only measures.
-        max_gradient_norm: gradients are scaled down to this norm.
-        seed: of the held-out draw and the order of the samples.
-    """
-
-    steps: int = 300
-    batch_size: int = 32
-    learning_rate: float = 1e-3
-    consistency_weight: float = 0.5
-    consistency_share: float = 0.25
-    weight_decay: float = 0.01
-    held_out_share: float = 0.1
-    max_gradient_norm: float = 1.0
-    seed: int = 0
+    steps: int = 300  # optimiser steps
+    batch_size: int = 32  # samples of a step
+    learning_rate: float = 1e-3  # peak; it rises over the first twentieth of the steps and falls linearly to 0
+    consistency_weight: float = 0.5  # of the forward consistency; 0 leaves it (and its cost) out
+    # It costs a forward pass of the base model and all scores of the vocabulary; the labels need neither.
+    consistency_share: float = 0.25  # share of a batch's samples at whose positions it is asked for
+    weight_decay: float = 0.01  # of the matrices
+    held_out_share: float = 0.1  # share of the prompts (of the samples where there are few prompts) that only measures
+    max_gradient_norm: float = 1.0  # gradients are scaled down to this norm
+    seed: int = 0  # of the held-out draw and the order of the samples
 
     def __post_init__(self) -> None:
         """Validate."""
-        for name, least in (("steps", 1), ("batch_size", 1), ("consistency_weight", 0), ("weight_decay", 0)):
-            if not least <= getattr(self, name) < math.inf:
-                raise InputError(
-                    f"{name} of the auxiliary training must be at least {least}, got {getattr(self, name)}."
-                )
-        for name in ("learning_rate", "max_gradient_norm"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise InputError(f"{name} of the auxiliary training must be above 0, got {getattr(self, name)}.")
-        if not 0.0 < self.consistency_share <= 1.0:
-            raise InputError(f"consistency_share must be above 0 and at most 1, got {self.consistency_share}.")
-        if not 0.0 <= self.held_out_share < 1.0:
-            raise InputError(f"held_out_share must be in [0, 1), got {self.held_out_share}.")
+        check_ranges(self, steps="[1, inf)", batch_size="[1, inf)", learning_rate="(0, inf)")
+        check_ranges(self, consistency_weight="[0, inf)", weight_decay="[0, inf)", max_gradient_norm="(0, inf)")
+        check_ranges(self, consistency_share="(0, 1]", held_out_share="[0, 1)")
 
 
 def train_auxiliary(

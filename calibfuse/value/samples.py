@@ -7,7 +7,6 @@ of a sample, p_base / p_sampling of its continuation, undoes a temperature (Meng
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from calibfuse import hub
-from calibfuse.errors import CheckpointError, DataError, InputError, ScorerError
+from calibfuse.errors import CheckpointError, DataError, InputError, ScorerError, check_ranges
 from calibfuse.generation.continuations import decode_continuation, end_ids, find_padding_id
 from calibfuse.generation.decoding import check_lengths, encode_prompt, generate_tokens
 from calibfuse.value.oracle import Oracle
@@ -33,33 +32,20 @@ _MOST_FAILED = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingPlan:
-    """How continuations are drawn and labelled.
+    """How continuations are drawn and labelled."""
 
-    Attributes:
-        per_prompt: continuations drawn of each prompt.
-        max_new_tokens: length of the continuations, in tokens; an end mark ends one earlier, and counts.
-        temperature: of the draw; above 1 draws rarer continuations, and their weights undo it.
-        batch_size: rows per forward pass of the target while sampling.
-        continuation_only: show the oracle the continuation without its prompt.
-        chat: put each prompt into the tokenizer's chat template; the oracle then sees the continuation alone.
-        system: system message of the chat template; implies `chat`.
-    """
-
-    per_prompt: int = 4
-    max_new_tokens: int = 20
-    temperature: float = 1.0
-    batch_size: int = 64
-    continuation_only: bool = False
-    chat: bool = False
-    system: str | None = None
+    per_prompt: int = 4  # continuations drawn of each prompt
+    max_new_tokens: int = 20  # length of the continuations, in tokens; an end mark ends one earlier, and counts
+    temperature: float = 1.0  # of the draw; above 1 draws rarer continuations, and their weights undo it
+    batch_size: int = 64  # rows per forward pass of the target while sampling
+    continuation_only: bool = False  # show the oracle the continuation without its prompt
+    chat: bool = False  # put each prompt into the tokenizer's chat template; the oracle sees the continuation alone
+    system: str | None = None  # system message of the chat template; implies `chat`
 
     def __post_init__(self) -> None:
         """Validate."""
-        for name in ("per_prompt", "max_new_tokens", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise InputError(f"The sampling temperature must be a number above 0, got {self.temperature}.")
+        check_ranges(self, **dict.fromkeys(("per_prompt", "max_new_tokens", "batch_size"), "[1, inf)"))
+        check_ranges(self, temperature="(0, inf)")
 
     def draw(
         self,

@@ -38,19 +38,12 @@ _HASHED_ELEMENTS = 100_000
 
 @dataclass(frozen=True, kw_only=True)
 class GuideConfig(SamplingPlan):
-    """How to make a value guide.
+    """How to make a value guide."""
 
-    Attributes:
-        per_prompt: continuations drawn of each prompt.
-        alpha: strength that the guide recommends; 1 is the q of the theory.
-        training: of the auxiliary model; its seed is replaced by the run's.
-        seed: of draws and fresh weights.
-    """
-
-    per_prompt: int = 16
-    alpha: float = 1.0
-    training: AuxiliaryTrainingConfig = field(default_factory=AuxiliaryTrainingConfig)
-    seed: int = 0
+    per_prompt: int = 16  # continuations drawn of each prompt
+    alpha: float = 1.0  # strength that the guide recommends; 1 is the q of the theory
+    training: AuxiliaryTrainingConfig = field(default_factory=AuxiliaryTrainingConfig)  # its seed becomes the run's
+    seed: int = 0  # of draws and fresh weights
 
     def __post_init__(self) -> None:
         """Validate."""

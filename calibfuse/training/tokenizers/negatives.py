@@ -21,91 +21,14 @@ from calibfuse.errors import InputError
 
 MAX_COUNT = 500_000
 
-# Everyday words of other languages, by language and by script, and names common in program text: what is made from them
-# only has to look like the language, letter by letter.
-_SEEDS = json.loads(Path(__file__).with_name("seed_words.json").read_text(encoding="utf-8"))
-LATIN_WORDS: dict[str, str] = _SEEDS["latin"]
-SCRIPT_WORDS: dict[str, str] = _SEEDS["scripts"]
-CODE_WORDS: str = _SEEDS["code"]
-
-KIND_WEIGHTS: dict[str, float] = {
-    "Cyrillic": 0.09,
-    "Han": 0.07,
-    "Arabic": 0.045,
-    "Hangul": 0.03,
-    "Kana": 0.025,
-    "Greek": 0.015,
-    "Hebrew": 0.015,
-    "Devanagari": 0.015,
-    "Thai": 0.015,
-    "other scripts": 0.02,
-    "latin": 0.27,
-    "mark and word": 0.12,
-    "camel case": 0.07,
-    "snake case": 0.03,
-    "upper case": 0.035,
-    "punctuation": 0.06,
-    "white space": 0.01,
-    "digits": 0.015,
-    "partial utf-8": 0.025,
-    "symbols": 0.02,
-    "entities": 0.005,
-}
-"""Share of each kind."""
-
-# Letters of scripts without a word list: (first, last) code point.
-_OTHER_SCRIPTS = (
-    (0x0985, 0x09B9),  # Bengali
-    (0x0A05, 0x0A39),  # Gurmukhi
-    (0x0A85, 0x0AB9),  # Gujarati
-    (0x0B85, 0x0BB9),  # Tamil
-    (0x0C05, 0x0C39),  # Telugu
-    (0x0C85, 0x0CB9),  # Kannada
-    (0x0D05, 0x0D39),  # Malayalam
-    (0x0D85, 0x0DC6),  # Sinhala
-    (0x0E81, 0x0EB0),  # Lao
-    (0x1000, 0x1021),  # Myanmar
-    (0x10D0, 0x10F0),  # Georgian
-    (0x0531, 0x0556),  # Armenian, upper
-    (0x0561, 0x0586),  # Armenian, lower
-    (0x1200, 0x1240),  # Ethiopic
-    (0x1780, 0x17A2),  # Khmer
-    (0x0250, 0x02A8),  # phonetic letters
-    (0x1F00, 0x1F07),  # Greek with breathings
-)
-# Letters of the scripts with a word list that the lists do not hold: drawn now and then.
-_SCRIPT_RANGES = {
-    "Cyrillic": (0x0400, 0x045F),
-    "Greek": (0x0391, 0x03CE),
-    "Arabic": (0x0621, 0x06D3),
-    "Hebrew": (0x05D0, 0x05EA),
-    "Devanagari": (0x0904, 0x094D),
-    "Hangul": (0xAC00, 0xD7A3),
-    "Kana": (0x3041, 0x30FA),
-    "Han": (0x4E00, 0x9FA5),
-    "Thai": (0x0E01, 0x0E4E),
-}
-_SYMBOL_RANGES = (
-    (0x00A1, 0x00BF),
-    (0x2010, 0x205E),
-    (0x20A0, 0x20BF),
-    (0x2190, 0x21FF),
-    (0x2200, 0x22FF),
-    (0x2500, 0x25FF),
-    (0x2600, 0x27BF),
-    (0x3000, 0x3011),
-    (0xFF01, 0xFF1F),
-    (0x1F300, 0x1F5FF),
-    (0x1F600, 0x1F64F),
-    (0x1F680, 0x1F6C5),
-    (0x1F900, 0x1F9FF),
-)
-_MARKS = "._(-/\\=$#@<[{\"'>:,*&+!|\t?;~^%`"
-_RUNS = tuple(
-    "=> -> :: != == === && || ++ += << >> /* */ // /// <!-- --> </ /> ${ #{ {{ }} [] [[ ]] () ()) [: :] ]; '] \"] ') "
-    '") ", \', ": \': =" =\' (" (\' @@ ## $$ %% ~~ \\\\ \\n \\t /** ?> <? %} {% .* |- --'.split()
-) + (");\n", "();\n", "});\n", "}\n\n", ");\n\n", "{\n", "{\r\n", ";\r\n", "}\r\n", " */\n")
-_ENTITIES = "amp nbsp quot lt gt copy reg times eacute ndash mdash hellip laquo raquo apos sup2 deg trade euro".split()
+# Everyday words of other languages, by language and by script, names common in program text (what is made of them only
+# has to look like the language, letter by letter), ranges of code points, punctuation, and the share of each kind.
+_DATA = json.loads(Path(__file__).with_name("negatives.json").read_text(encoding="utf-8"))
+LATIN_WORDS: dict[str, str] = _DATA["latin"]
+SCRIPT_WORDS: dict[str, str] = _DATA["scripts"]
+KIND_WEIGHTS: dict[str, float] = _DATA["shares of the kinds"]
+_MARKS: str = _DATA["marks"]
+_RUNS: list[str] = _DATA["runs"]
 
 Maker = Callable[[random.Random], str | bytes]
 
@@ -189,9 +112,9 @@ def _makers(source: random.Random, words: list[str]) -> dict[str, Maker]:
     """One function for each kind."""
     chains = {script: _LetterChain(text.split()) for script, text in SCRIPT_WORDS.items()}
     latin = [_LetterChain(text.split()) for text in LATIN_WORDS.values()]
-    code = sorted(set(CODE_WORDS.split()))
+    code = sorted(set(_DATA["code"].split()))
     makers: dict[str, Maker] = {name: _script_maker(source, name, chain) for name, chain in chains.items()}
-    alphabets = [_shuffled(source, first, last) for first, last in _OTHER_SCRIPTS]
+    alphabets = [_shuffled(source, letters) for letters in _DATA["other scripts"].values()]
 
     def part(draw: random.Random) -> str:
         return draw.choice(code) if draw.random() < 0.6 or not words else _zipf(draw, words)
@@ -208,6 +131,10 @@ def _makers(source: random.Random, words: list[str]) -> dict[str, Maker]:
             return word if draw.random() < 0.7 else " " + word
         word = word.capitalize() if draw.random() < 0.2 else word
         return _spaced(draw, word, 0.7)
+
+    def mark_and_word(draw: random.Random) -> str:
+        mark, word = draw.choice(_MARKS), part(draw)
+        return mark + (word.capitalize() if draw.random() < 0.3 else word) + draw.choice(("", "", "", *"(=_["))
 
     def camel_case(draw: random.Random) -> str:
         parts = [part(draw) for _ in range(draw.choice((2, 2, 2, 3, 3, 4)))]
@@ -228,9 +155,7 @@ def _makers(source: random.Random, words: list[str]) -> dict[str, Maker]:
         {
             "other scripts": other_script,
             "latin": latin_word,
-            "mark and word": lambda draw: (
-                draw.choice(_MARKS) + _cased(draw, part(draw)) + draw.choice(("", "", "", "(", "=", "_", "["))
-            ),
+            "mark and word": mark_and_word,
             "camel case": camel_case,
             "snake case": snake_case,
             "upper case": upper_case,
@@ -241,7 +166,7 @@ def _makers(source: random.Random, words: list[str]) -> dict[str, Maker]:
             "symbols": _symbols,
             "entities": lambda draw: (
                 draw.choice(("&", "&", "&amp;", "<", "</", "#"))
-                + draw.choice((*_ENTITIES, *code))
+                + draw.choice((*_DATA["entities"], *code))
                 + draw.choice((";", ";", ">"))
             ),
         }
@@ -276,7 +201,7 @@ class _LetterChain:
 
 
 def _script_maker(source: random.Random, name: str, chain: _LetterChain) -> Maker:
-    letters = _shuffled(source, *_SCRIPT_RANGES[name])
+    letters = _shuffled(source, _DATA["letters of the scripts"][name])
     is_syllabic = name in ("Han", "Hangul", "Kana")
     lengths = (1, 1, 1, 2, 2, 3) if is_syllabic else (1, 1, 2, 2, 3, 3, 4, 5, 7)
     space_share = 0.15 if name in ("Han", "Kana", "Thai") else 0.5
@@ -336,8 +261,8 @@ def _digits(draw: random.Random) -> str:
 
 
 def _symbols(draw: random.Random) -> str:
-    first, last = draw.choice(_SYMBOL_RANGES)
-    text = chr(draw.randint(first, last))
+    first, last = draw.choice(_DATA["symbols"])
+    text = chr(draw.randint(int(first, 16), int(last, 16)))
     if draw.random() < 0.25:
         text = text * draw.randint(2, 8)
     elif draw.random() < 0.2:
@@ -345,17 +270,14 @@ def _symbols(draw: random.Random) -> str:
     return _spaced(draw, text, 0.3)
 
 
-def _cased(draw: random.Random, word: str) -> str:
-    return word.capitalize() if draw.random() < 0.3 else word
-
-
 def _spaced(draw: random.Random, text: str, share: float) -> str:
     """The text with a leading space in a share of cases."""
     return " " + text if draw.random() < share else text
 
 
-def _shuffled(source: random.Random, first: int, last: int) -> str:
-    letters = [chr(value) for value in range(first, last + 1)]
+def _shuffled(source: random.Random, ends: Sequence[str]) -> str:
+    """The characters from one code point to another, both in hexadecimal."""
+    letters = [chr(value) for value in range(int(ends[0], 16), int(ends[1], 16) + 1)]
     source.shuffle(letters)
     return "".join(letters)
 

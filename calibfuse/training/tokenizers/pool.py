@@ -23,7 +23,7 @@ import tokenizers
 from tqdm import tqdm
 
 from calibfuse import hub
-from calibfuse.errors import CheckpointError, CheckpointFormatError, DataError, InputError
+from calibfuse.errors import CheckpointError, CheckpointFormatError, DataError, InputError, check_ranges
 from calibfuse.training.tokenizers.negatives import frequent_words, negative_byte_strings, text_pieces
 from calibfuse.training.tokenizers.splitting import SplitTable
 from calibfuse.training.tokenizers.styles import STYLES, check_style, train_tokenizer
@@ -39,23 +39,16 @@ MAX_SAMPLE_BYTES = 20_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class PoolSpec:
-    """What to train: style, size, and how often to draw it.
+    """What to train: style, size, and how often to draw it."""
 
-    Attributes:
-        style: key of `calibfuse.training.tokenizers.styles.STYLES`.
-        vocab_size: the most tokens, special ones included.
-        draw_weight: relative frequency of being drawn, above 0.
-    """
-
-    style: str
-    vocab_size: int
-    draw_weight: float = 1.0
+    style: str  # key of STYLES
+    vocab_size: int  # the most tokens, special ones included
+    draw_weight: float = 1.0  # relative frequency of being drawn
 
     def __post_init__(self) -> None:
-        """Check the values."""
+        """Validate."""
         check_style(self.style, self.vocab_size)
-        if not self.draw_weight > 0.0:
-            raise InputError(f"draw_weight must be above 0, got {self.draw_weight}.")
+        check_ranges(self, draw_weight="(0, inf)")
 
 
 DEFAULT_POOL: tuple[PoolSpec, ...] = (
