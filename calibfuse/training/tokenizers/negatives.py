@@ -112,7 +112,7 @@ def _makers(source: random.Random, words: list[str]) -> dict[str, Maker]:
     """One function for each kind."""
     chains = {script: _LetterChain(text.split()) for script, text in SCRIPT_WORDS.items()}
     latin = [_LetterChain(text.split()) for text in LATIN_WORDS.values()]
-    code = sorted(set(_DATA["code"].split()))
+    code: list[str] = sorted(set(_DATA["code"].split()))
     makers: dict[str, Maker] = {name: _script_maker(source, name, chain) for name, chain in chains.items()}
     alphabets = [_shuffled(source, letters) for letters in _DATA["other scripts"].values()]
 
