@@ -134,7 +134,9 @@ def _makers(source: random.Random, words: list[str]) -> dict[str, Maker]:
 
     def mark_and_word(draw: random.Random) -> str:
         mark, word = draw.choice(_MARKS), part(draw)
-        return mark + (word.capitalize() if draw.random() < 0.3 else word) + draw.choice(("", "", "", *"(=_["))
+        return (
+            mark + (word.capitalize() if draw.random() < 0.3 else word) + draw.choice(("", "", "", "(", "=", "_", "["))
+        )
 
     def camel_case(draw: random.Random) -> str:
         parts = [part(draw) for _ in range(draw.choice((2, 2, 2, 3, 3, 4)))]
