@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from calibfuse.guide import Request
+from calibfuse.guides.kv_cache import RaggedReader
 from calibfuse.guides.projected_lm import ProjectedLM
 from calibfuse.guides.projection import GOES_ON, Marginals, Projection, SortedStrings
 from calibfuse.guides.source_text import MAX_WORD, SourceText
@@ -123,10 +124,11 @@ def say(guide, ids):
     return guide.session().step([Request(0, ids)])
 
 
-def log_marginals(said):
+def log_marginals(guide, ids):
     """Of each token, up to a constant; here " th" holds all of " the"."""
-    masses = torch.nn.functional.pad(said._marginals["calibrator"], (0, 1))
-    return masses.clamp(min=1e-300).log()[..., said._projection.target_place]
+    marginals = guide.marginals(RaggedReader(guide.models), [0], [guide.prefix(None, list(ids))])["calibrator"]
+    masses = torch.nn.functional.pad(marginals, (0, 1))
+    return masses.clamp(min=1e-300).log()[..., guide.projection.target_place]
 
 
 def covered(logs, target):
@@ -144,7 +146,7 @@ def distances(model, ids, tokenizer=None, **options):
     in_order = torch.zeros(len(guide.projection.target), dtype=torch.float64)
     in_order[places] = exact
     masses = guide.projection.token_masses(in_order)[places]
-    found = covered(log_marginals(said), TARGET), covered(said.log_scores("calibrator"), TARGET)
+    found = covered(log_marginals(guide, ids), TARGET), covered(said.log_scores("calibrator"), TARGET)
     return [float((got - want / want.sum()).abs().sum() / 2) for got, want in zip(found, (exact, masses), strict=True)]
 
 
@@ -159,7 +161,7 @@ def test_byte_tokens_are_exact():
     model = model_of(len(own), spread=12.0)
     for text in (b"", b" tha", b"a"):
         ids = [target.index(bytes([each])) for each in text]
-        got = covered(log_marginals(say(guide_of(model, own, target), ids)), target)
+        got = covered(log_marginals(guide_of(model, own, target), ids), target)
         exact = torch.tensor([exact_marginal(model, own, text + each) for each in target if each]).double()
         assert torch.allclose(got, exact / exact.sum(), atol=1e-6)
 
@@ -175,7 +177,7 @@ def test_improbable_words_without_spaces_are_exact_too():
         text += target[ids[-1]]
     after = [float(probs_after(model, (0, *ids[:at]))[ids[at]]) for at in range(40)]
     assert math.prod(after) < 1e-60
-    got = covered(log_marginals(say(guide_of(model, own, target), ids)), target)
+    got = covered(log_marginals(guide_of(model, own, target), ids), target)
     exact = torch.tensor(
         [exact_marginal(model, own, text + each, (0, *ids), text) for each in target if each], dtype=torch.float64
     )
@@ -217,7 +219,7 @@ def test_masses_add_up_and_copies_share():
     target = [None, *(bytes([each]) for each in b" abhnt"), b"th", b"th", b"tha"]
     guide = guide_of(model_of(len(OWN)), target=target)
     said = say(guide, [6, 1])
-    marginals = log_marginals(said)[0].exp()
+    marginals = log_marginals(guide, [6, 1])[0].exp()
     scores = said.log_scores("calibrator")[0].exp()
     assert torch.isclose(marginals[7], marginals[8])
     assert torch.isclose(scores[7], scores[8])

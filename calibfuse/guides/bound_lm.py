@@ -8,6 +8,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from calibfuse.guide import Guide, GuideSession, NextTokenScores, Request, isolated
 from calibfuse.guides.kv_cache import RaggedReader
@@ -52,8 +53,18 @@ class BoundCausalLM(Guide):
         """A text as the models read it; `known` is a former text of the same key with its prefix."""
 
     @abstractmethod
-    def read(self, reader: RaggedReader, keys: Sequence[Hashable], prefixes: Sequence[Any]) -> NextTokenScores:
+    def read(self, reader: RaggedReader, keys: Sequence[Hashable], prefixes: Sequence[Any]) -> LMLogits:
         """Read what is new of some texts."""
+
+    def left_out(self, length: int) -> int:
+        """How many tokens at the beginning of a text of `length` tokens are not read, its start token not counted.
+
+        The number moves by half the length that the models read at a time, so that the cache stays of use.
+        """
+        if self.max_length is None or length <= self.max_length:
+            return 0
+        stride = max(1, self.max_length // 2)
+        return -(-(length - self.max_length) // stride) * stride
 
     @property
     def heads(self) -> tuple[str, ...]:
@@ -127,6 +138,26 @@ class LMSession(GuideSession):
         self._known = {key: (ids, prefixes[key]) for key, ids in texts.items()}
         self._reader, self._last = reader, (keys, said)
         return said
+
+
+class LMLogits(NextTokenScores):
+    """`NextTokenScores` of a causal LM: float32 [..., width of the head] by head."""
+
+    def __init__(self, logits: Mapping[str, Tensor], target_vocab_size: int) -> None:
+        self._logits = logits
+        self._size = target_vocab_size
+
+    def positions(self, start: int, stop: int) -> LMLogits:
+        """See `NextTokenScores.positions`."""
+        return LMLogits({name: each[:, start:stop] for name, each in self._logits.items()}, self._size)
+
+    def log_scores(self, head: str, token_ids: Tensor | None = None) -> Tensor:
+        """See `NextTokenScores.log_scores`."""
+        logits = self._logits[head]
+        if token_ids is not None:
+            return logits.gather(-1, token_ids.clamp(0, min(self._size, logits.shape[-1]) - 1))
+        missing = self._size - logits.shape[-1]
+        return torch.nn.functional.pad(logits, (0, missing)) if missing > 0 else logits[..., : self._size]
 
 
 def moved_model(

@@ -194,18 +194,13 @@ class CausalLMCalibrator(PretrainedCalibrator):
         own = Vocabulary.from_tokenizer(self.tokenizer)
         models = {head: moved_model(model, dtype, device) for head, model in self.models.items()}
         start_id = self._start_id(own)
-        readings = [try_reading(model, self.name) for model in models.values()]
-        holes = all(each.holes for each in readings)
-        if same_ids(own, target):
-            return LockStepLM(self, models, target, start_id=start_id, holes=holes)
-        if not holes:
-            raise InputError(
-                f"The language model {self.name} cannot be read with masked slots in the middle of a text, so it can "
-                f"follow only targets of its own vocabulary, not {target.name}."
-            )
+        is_same = same_ids(own, target)
+        for model in models.values():
+            try_reading(model, self.name, side_by_side=not is_same and further > 0)
+        if is_same:
+            return LockStepLM(self, models, target, start_id=start_id)
         readable = min(map(embeddings_of, models.values()))
         text = SourceText(self.tokenizer, own, start_id, readable=readable)
-        further = further if all(each.side_by_side for each in readings) else 0
         bound = ProjectedLM(self, models, text, target, further=further)
         if bound.max_length is not None and bound.max_length < _LEAST_LENGTH:
             raise InputError(

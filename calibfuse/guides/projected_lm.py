@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calibfuse.guide import NextTokenScores, Request
-from calibfuse.guides.bound_lm import BoundCausalLM
+from calibfuse.guide import Request
+from calibfuse.guides.bound_lm import BoundCausalLM, LMLogits
 from calibfuse.guides.kv_cache import RaggedReader
 from calibfuse.guides.projection import Projection
 from calibfuse.guides.source_text import SourcePrefix, SourceText, Spelling
@@ -71,11 +71,20 @@ class ProjectedLM(BoundCausalLM):
         size = len(self.vocabulary)
         return self.projection.spelled[token_ids.clamp(0, size - 1)] & (token_ids >= 0) & (token_ids < size)
 
-    def read_sequence(self, input_ids: Tensor, masked: Tensor | None) -> ProjectedSequence:
-        """See `Guide.read_sequence`; computed when asked for, token by token."""
-        if masked is not None:
-            input_ids = input_ids.masked_fill(masked, len(self.vocabulary))
-        return ProjectedSequence(self, input_ids, range(input_ids.shape[1]))
+    def read_sequence(self, input_ids: Tensor, masked: Tensor | None) -> LMLogits:
+        """See `Guide.read_sequence`; token by token."""
+        rows = (input_ids if masked is None else input_ids.masked_fill(masked, len(self.vocabulary))).tolist()
+        session = self.session()
+        steps = [
+            session.step([Request(row, ids[: at + 1]) for row, ids in enumerate(rows)])
+            for at in range(input_ids.shape[1])
+        ]
+        nothing = torch.zeros(len(rows), 0, len(self.vocabulary), device=self.device)
+        logs = {
+            head: torch.cat([nothing, *(step.log_scores(head)[:, None] for step in steps)], dim=1)
+            for head in self.heads
+        }
+        return LMLogits(logs, len(self.vocabulary))
 
     def prefix(self, known: tuple[Sequence[int], SourcePrefix] | None, ids: list[int]) -> SourcePrefix:
         """The text in the LM's own tokens; gone on from what is known where the ids go on."""
@@ -86,19 +95,20 @@ class ProjectedLM(BoundCausalLM):
         return self.source_text.extend(prefix, [self._bytes[each] if 0 <= each < size else b"" for each in ids[start:]])
 
     def _context(self, prefix: SourcePrefix, extra: int) -> list[int]:
-        """The finished own tokens that the models read when `extra` more follow: the last ones, where all are too many.
+        """The finished own tokens that the models read when `extra` more follow."""
+        tokens = prefix.closed
+        return [self.start_id, *tokens[1 + min(self.left_out(len(tokens) + extra), len(tokens) - 1) :]]
 
-        What is dropped changes only once in a while, so that the cache stays of use.
-        """
-        tokens = list(prefix.closed)
-        if self.max_length is None or len(tokens) + extra <= self.max_length:
-            return tokens
-        stride = max(1, self.max_length // 2)
-        over = len(tokens) + extra - self.max_length
-        return [self.start_id, *tokens[1 + min(-(-over // stride) * stride, len(tokens) - 1) :]]
-
-    def read(self, reader: RaggedReader, keys: Sequence[Hashable], prefixes: Sequence[SourcePrefix]) -> ProjectedStates:
+    def read(self, reader: RaggedReader, keys: Sequence[Hashable], prefixes: Sequence[SourcePrefix]) -> LMLogits:
         """See `BoundCausalLM.read`."""
+        marginals, projection = self.marginals(reader, keys, prefixes), self.projection
+        logs = {head: projection.log_by_id(projection.token_masses(each)) for head, each in marginals.items()}
+        return LMLogits(logs, len(self.vocabulary))
+
+    def marginals(
+        self, reader: RaggedReader, keys: Sequence[Hashable], prefixes: Sequence[SourcePrefix]
+    ) -> dict[str, Tensor]:
+        """Read what is new of some texts; marginals of the target's strings, float64 [texts, strings] by head."""
         spellings = [self.source_text.spell(prefix.word) for prefix in prefixes]
         contexts = [self._context(prefix, len(each.ids) + 1) for prefix, each in zip(prefixes, spellings, strict=True)]
         # The last finished token is read with the open word, so that a distribution after it is at hand.
@@ -109,57 +119,7 @@ class ProjectedLM(BoundCausalLM):
             news = reader.restart(finished)
         logits = reader.read(news, openings, keep=max(map(len, openings)))
         probs = {name: each.softmax(dim=-1) for name, each in logits.items()}
-        return ProjectedStates(self, _OpenWords(self, prefixes, spellings, probs).marginals(reader))
-
-
-class ProjectedStates(NextTokenScores):
-    """`NextTokenScores` of a projected LM: marginals, float64 [..., target strings] by head."""
-
-    def __init__(self, guide: ProjectedLM, marginals: Mapping[str, Tensor]) -> None:
-        self._projection = guide.projection
-        self._marginals = marginals
-        self._logs: dict[str, Tensor] = {}
-
-    def positions(self, start: int, stop: int) -> ProjectedStates:
-        """Never asked for: of whole sequences, `ProjectedSequence` speaks."""
-        raise NotImplementedError
-
-    def log_scores(self, head: str, token_ids: Tensor | None = None) -> Tensor:
-        """See `NextTokenScores.log_scores`."""
-        if head not in self._logs:
-            masses = self._projection.token_masses(self._marginals[head])
-            self._logs[head] = self._projection.log_by_id(masses)
-        logs = self._logs[head]
-        return logs if token_ids is None else logs.gather(-1, token_ids.clamp(0, logs.shape[-1] - 1))
-
-
-class ProjectedSequence(NextTokenScores):
-    """`NextTokenScores` of some positions of whole sequences [rows, length], computed when asked for."""
-
-    def __init__(self, guide: ProjectedLM, input_ids: Tensor, positions: range) -> None:
-        self._guide = guide
-        self._ids = input_ids
-        self._range = positions
-        self._states: list[NextTokenScores] | None = None
-
-    def positions(self, start: int, stop: int) -> ProjectedSequence:
-        """See `NextTokenScores.positions`."""
-        return ProjectedSequence(self._guide, self._ids, self._range[start:stop])
-
-    def log_scores(self, head: str, token_ids: Tensor | None = None) -> Tensor:
-        """See `NextTokenScores.log_scores`."""
-        if self._states is None:
-            rows, session = self._ids.tolist(), self._guide.session()
-            self._states = [
-                session.step([Request(row, ids[: at + 1]) for row, ids in enumerate(rows)]) for at in self._range
-            ]
-        if not self._states:
-            width = len(self._guide.vocabulary) if token_ids is None else token_ids.shape[-1]
-            return torch.zeros(self._ids.shape[0], 0, width, device=self._ids.device)
-        wanted = [None if token_ids is None else token_ids[:, at] for at in range(len(self._states))]
-        return torch.stack(
-            [state.log_scores(head, ids) for state, ids in zip(self._states, wanted, strict=True)], dim=1
-        )
+        return _OpenWords(self, prefixes, spellings, probs).marginals(reader)
 
 
 class _OpenWords:

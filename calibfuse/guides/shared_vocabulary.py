@@ -8,32 +8,20 @@ length at a time, so that the cache stays of use.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
 
-from calibfuse.guide import NextTokenScores, isolated
-from calibfuse.guides.bound_lm import BoundCausalLM, embeddings_of
+from calibfuse.guide import isolated
+from calibfuse.guides.bound_lm import BoundCausalLM, LMLogits, embeddings_of
 from calibfuse.guides.kv_cache import RaggedReader
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from calibfuse.vocabulary import Vocabulary
 
 
 class LockStepLM(BoundCausalLM):
-    """Models that share the target's ids; `holes`: rows of different length may be read in one forward."""
+    """Models that share the target's ids."""
 
     lock_step = True
-
-    def __init__(
-        self, calibrator: Any, models: Mapping[str, PreTrainedModel], target: Vocabulary, *, start_id: int, holes: bool  # noqa: ANN401
-    ) -> None:  # fmt: skip
-        self.holes = holes
-        super().__init__(calibrator, models, target, start_id=start_id)
 
     def make_tables(self) -> None:
         """See `BoundCausalLM.make_tables`."""
@@ -49,26 +37,17 @@ class LockStepLM(BoundCausalLM):
 
     def prefix(self, known: object, ids: Sequence[int]) -> list[int]:
         """A start token, and what comes after the leading special tokens."""
-        ids = ids[self._first_read(len(ids)) :]
+        ids = ids[self.left_out(1 + len(ids)) :]
         size = len(self._special)
         lead = next((at for at, each in enumerate(ids) if 0 <= each < size and not self._special[each]), len(ids))
         return [self.start_id, *(each if 0 <= each < self._readable else self.start_id for each in ids[lead:])]
-
-    def _first_read(self, length: int) -> int:
-        """The first token that is read of a text of `length` tokens."""
-        if self.max_length is None or length + 1 <= self.max_length:
-            return 0
-        stride = max(1, self.max_length // 2)
-        return -(-(length + 1 - self.max_length) // stride) * stride
 
     def read(self, reader: RaggedReader, keys: Sequence[Hashable], prefixes: Sequence[list[int]]) -> LMLogits:
         """See `BoundCausalLM.read`."""
         # The last token is always read, so that a distribution after it is at hand.
         news = reader.arrange(keys, [prefix[:-1] for prefix in prefixes])
         news = [[*new, prefix[-1]] for new, prefix in zip(news, prefixes, strict=True)]
-        count = max(map(len, news))
-        has_hole = any(read and len(new) < count for read, new in zip(reader.tokens, news, strict=True))
-        if (has_hole and not self.holes) or reader.is_wasteful(count, max(map(len, prefixes))):
+        if reader.is_wasteful(max(map(len, news)), max(map(len, prefixes))):
             news = reader.restart(prefixes)
         logits = reader.read(news, keep=1)
         return LMLogits({name: each[:, -1] for name, each in logits.items()}, len(self.vocabulary))
@@ -80,7 +59,7 @@ class LockStepLM(BoundCausalLM):
         logits: dict[str, list[Tensor]] = {
             name: [torch.zeros(len(rows), 0, len(self.vocabulary), device=self.device)] for name in self.models
         }
-        for _, group in itertools.groupby(range(input_ids.shape[1]), lambda at: self._first_read(at + 1)):
+        for _, group in itertools.groupby(range(input_ids.shape[1]), lambda at: self.left_out(at + 2)):
             positions = list(group)
             first, stop = positions[0], positions[-1] + 1
             prefixes = [self.prefix(None, ids[:stop]) for ids in rows]
@@ -96,23 +75,3 @@ class LockStepLM(BoundCausalLM):
         return LMLogits(
             {name: torch.cat(each[1:] or each, dim=1) for name, each in logits.items()}, len(self.vocabulary)
         )
-
-
-class LMLogits(NextTokenScores):
-    """`NextTokenScores` of a lock-step LM: float32 [..., width of the head] by head."""
-
-    def __init__(self, logits: Mapping[str, Tensor], target_vocab_size: int) -> None:
-        self._logits = logits
-        self._size = target_vocab_size
-
-    def positions(self, start: int, stop: int) -> LMLogits:
-        """See `NextTokenScores.positions`."""
-        return LMLogits({name: each[:, start:stop] for name, each in self._logits.items()}, self._size)
-
-    def log_scores(self, head: str, token_ids: Tensor | None = None) -> Tensor:
-        """See `NextTokenScores.log_scores`."""
-        logits = self._logits[head]
-        if token_ids is not None:
-            return logits.gather(-1, token_ids.clamp(0, min(self._size, logits.shape[-1]) - 1))
-        missing = self._size - logits.shape[-1]
-        return torch.nn.functional.pad(logits, (0, missing)) if missing > 0 else logits[..., : self._size]
