@@ -413,20 +413,6 @@ def test_python_written_transformers_tokenizer():
     assert vocabulary.is_special.sum() == 3 + 4
 
 
-def test_tiktoken_encoding_by_what_it_offers():
-    class Encoding:
-        name, n_vocab, special_tokens_set = "tiny", 5, frozenset({"<|end|>"})
-
-        def encode_single_token(self, token):
-            return {"<|end|>": 4}[token]
-
-        def decode_single_token_bytes(self, token):
-            return {0: b"a", 1: b" b", 2: b"\xff", 4: b"<|end|>"}[token]
-
-    vocabulary = Vocabulary.from_tokenizer(Encoding())
-    assert [vocabulary.token_bytes(i) for i in range(5)] == [b"a", b" b", b"\xff", b"", b""]
-
-
 @pytest.mark.parametrize("thing", [None, 7, object(), {"a": 0}, ["a"], b"gpt2", len])
 def test_what_is_no_tokenizer_is_refused_with_its_type(thing):
     with pytest.raises(VocabularyError, match=f"Expected .* got {type(thing).__name__}"):
@@ -555,19 +541,6 @@ def test_tiktoken_file(tmp_path):
         Vocabulary.from_tokenizer(path)
 
 
-def test_tekken_file(tmp_path):
-    tokens = [b"a", b" b", b"\xff", b"beyond the size"]
-    content = {
-        "config": {"default_vocab_size": 5, "default_num_special_tokens": 2},
-        "vocab": [
-            {"rank": i, "token_bytes": base64.b64encode(t).decode(), "token_str": None} for i, t in enumerate(tokens)
-        ],
-    }
-    (tmp_path / "tekken.json").write_text(json.dumps(content))
-    vocabulary = Vocabulary.from_tokenizer(tmp_path)
-    assert [vocabulary.token_bytes(i) for i in range(len(vocabulary))] == [b"", b"", b"a", b" b", b"\xff"]
-
-
 def test_word_piece_list_keeps_odd_line_separators_as_tokens(tmp_path):
     lines = ["[PAD]", "[UNK]", "the", "##ing", "\u2028", "##\x85", ","]
     (tmp_path / "vocab.txt").write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
@@ -627,7 +600,6 @@ def test_control_tokens_named_beside_a_tokenizer_json(byte_level_tokenizer, tmp_
         ("model.safetensors", b"\x00\x01\x02\x03" * 50, "is no tokenizer file"),
         ("tok.bin", b"\x07\x00\x00\x00" + b"\xff" * 12, "is no tokenizer file"),
         ("readme.txt", b"Just some text.\nOf two lines.\n", "is no tokenizer file"),
-        ("tekken.json", b'{"config": {}, "vocab": [{"rank": 0, "token_bytes": "YQ=="}]}', "is damaged"),
         ("x.tiktoken", b"YQ== 0\nYg==\n", "Line 2"),
     ],
 )

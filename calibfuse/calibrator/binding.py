@@ -220,7 +220,7 @@ class GuideStates(NextTokenScores):
         query = self._query(head).flatten(0, -2)
         if self._chosen is None or self._chosen[0] is not token_ids:
             known = token_ids.clamp(0, bound.target_vocab_size - 1)
-            self._chosen = (token_ids, known, _product_of(bound.vectors, places, known, len(query)))
+            self._chosen = (token_ids, known, _product_of(bound.vectors, places, known))
         _, known, product = self._chosen
         scores = product(query).float() + bound._biases[known, bound.heads.index(head)]
         if self._spelled is not None and head == CALIBRATOR_HEAD:
@@ -250,26 +250,14 @@ class GuideStates(NextTokenScores):
         return self._picked[1:]
 
 
-def _product_of(vectors: Tensor, places: Tensor, token_ids: Tensor, rows: int) -> Callable[[Tensor], Tensor]:
-    """The cheapest way to multiply queries [rows, width] with the vectors of a list of tokens, those of a row together.
-
-    Costs in microseconds, measured on a CPU: 0.3 to gather a vector, 0.1 to stream past one, 0.0064 for each product.
-    """
-    count, size = len(token_ids), len(vectors)
-    row_by_row = 0.4 * count
-    if size * (0.1 + 0.0064 * rows) < row_by_row:
-        return lambda query: (query @ vectors.to(query.dtype).T)[places, token_ids]
-    used = torch.zeros(size, dtype=torch.bool, device=vectors.device)
-    used[token_ids] = True
-    distinct = used.nonzero()[:, 0]
-    if len(distinct) * (0.3 + 0.0064 * rows) < row_by_row:
-        column = torch.empty(size, dtype=torch.int64, device=vectors.device)
-        column[distinct] = torch.arange(len(distinct), device=vectors.device)
-        columns, table = column[token_ids], functional.embedding(distinct, vectors)
-        return lambda query: (query @ table.to(query.dtype).T)[places, columns]
-    parts = torch.bincount(places, minlength=rows).tolist()
-    picked = [functional.embedding(part, vectors) for part in torch.split(token_ids, parts)]
-    return lambda query: torch.cat([each.to(row.dtype) @ row for each, row in zip(picked, query, strict=True)])
+def _product_of(vectors: Tensor, places: Tensor, token_ids: Tensor) -> Callable[[Tensor], Tensor]:
+    """Queries [rows, width] times the vectors of a list of tokens, of each distinct one or of all there are."""
+    if len(token_ids) <= 2 * len(vectors):  # beyond, finding out costs more than it saves
+        distinct, columns = torch.unique(token_ids, return_inverse=True)
+        if 2 * len(distinct) <= len(vectors):
+            table = functional.embedding(distinct, vectors)
+            return lambda query: (query @ table.to(query.dtype).T)[places, columns]
+    return lambda query: (query @ vectors.to(query.dtype).T)[places, token_ids]
 
 
 def _blocks(vectors: Tensor, query: Tensor) -> int:

@@ -130,9 +130,11 @@ def encode_tokens(table: TokenTable) -> tuple[list[bytes], npt.NDArray[np.bool_]
         VocabularyError: a token holds a lone surrogate that stands for no byte.
     """
     spelling = spelling_of(table)
-    ids = range(len(table.tokens))
-    fallbacks = [_is_fallback(table, token_id, spelling) for token_id in ids]
-    return [_to_bytes(table, token_id, spelling) for token_id in ids], np.array(fallbacks, dtype=np.bool_)
+    tokens = [_to_bytes(table, token_id, spelling) for token_id in range(len(table.tokens))]
+    is_fallback = np.zeros(len(tokens), dtype=np.bool_)
+    if spelling.metaspace or spelling.continuation_prefix is not None:
+        is_fallback[:] = [_is_fallback(table, token_id, spelling) for token_id in range(len(tokens))]
+    return tokens, is_fallback
 
 
 def _to_bytes(table: TokenTable, token_id: int, spelling: Spelling) -> bytes:
@@ -169,11 +171,10 @@ def _is_fallback(table: TokenTable, token_id: int, spelling: Spelling) -> bool:
     token, prefix = table.tokens[token_id], spelling.continuation_prefix
     if not isinstance(token, str) or token_id in table.special or token_id in table.literal:
         return False
-    if spelling.metaspace:
+    if prefix is None:
         return BYTE_TOKEN.fullmatch(token) is not None
-    if prefix is None or not token.startswith(prefix) or token == prefix or _is_control(token, spelling):
-        return False
-    return _stands_without_space(token[len(prefix)])
+    inner = token.startswith(prefix) and token != prefix and not _is_control(token, spelling)
+    return inner and _stands_without_space(token[len(prefix)])
 
 
 def _is_control(token: str, spelling: Spelling) -> bool:

@@ -17,7 +17,6 @@ from calibfuse.vocabulary.tokenizer_objects import read_object
 _SELF_CONTAINED = (
     "tokenizer.json",
     "tokenizer.model",
-    "tekken.json",
     "tiktoken.model",
     "*.tiktoken",
     "vocab.txt",

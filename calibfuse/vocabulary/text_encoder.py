@@ -1,7 +1,4 @@
-"""Cuts text into the ids of whatever a user calls a tokenizer, for reports on text; `Vocabulary` knows bytes alone.
-
-Left out: files that no installed library can encode with (.tiktoken ranks and tekken.json).
-"""
+"""Cuts text into the ids of whatever a user calls a tokenizer, for reports on text; `Vocabulary` knows bytes alone."""
 
 from __future__ import annotations
 
@@ -34,7 +31,6 @@ def text_encoder(
     Raises:
         InputError: a file that lists tokens without saying how text becomes tokens.
         DataError: the file is damaged.
-        VocabularyError: a list of words that is no WordPiece vocabulary.
         MissingDependencyError: a SentencePiece model, and the package sentencepiece is not installed.
     """
     if isinstance(tokenizer, tokenizers.Tokenizer):
@@ -51,20 +47,22 @@ def _library_encoder(tokenizer: tokenizers.Tokenizer) -> TextEncoder:
 def _file_encoder(path: Path) -> TextEncoder:
     try:
         with path.open("rb") as file:
-            head = file.read(4096)
+            head = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")
     except OSError as error:
         raise DataError(f"Cannot read the tokenizer file {path}: {error.strerror or error}.") from error
-    if head.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"{":
-        try:
+    try:
+        if head[:1] == b"{":
             return _library_encoder(tokenizers.Tokenizer.from_file(str(path)))
-        except Exception as error:  # the library raises bare Exceptions
-            raise DataError(
-                f"{str(path)!r} cannot cut a text into tokens ({reason_of(error)}); a tokenizer.json is expected."
-            ) from error
-    if head[:1] == b"\x0a":
-        return _sentencepiece_encoder(path)
+        if path.suffix == ".model":
+            return _sentencepiece_encoder(path)
+    except MissingDependencyError:
+        raise
+    except Exception as error:  # the libraries raise many kinds
+        raise DataError(f"{str(path)!r} is a damaged tokenizer file: {reason_of(error)}.") from error
     if path.suffix == ".txt":
-        return _word_piece_encoder(path)
+        tokens = [str(token) for token in read_file(path).tokens]
+        cased = any(token[:1].isalpha() and token != token.lower() for token in tokens)
+        return _library_encoder(tokenizers.BertWordPieceTokenizer(str(path), lowercase=not cased))
     raise InputError(
         f"{str(path)!r} lists tokens, but does not say how a text is cut into them; give the folder of the tokenizer, "
         "its tokenizer.json, SentencePiece .model or vocab.txt, or leave the text out."
@@ -79,15 +77,5 @@ def _sentencepiece_encoder(path: Path) -> TextEncoder:
             f"Cutting a text with the SentencePiece model {str(path)!r} needs the package sentencepiece: "
             "pip install sentencepiece."
         ) from error
-    try:
-        processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (OSError, RuntimeError) as error:
-        raise DataError(f"{str(path)!r} is a damaged SentencePiece model: {reason_of(error)}.") from error
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
     return lambda texts: [list(processor.encode(text)) for text in texts]
-
-
-def _word_piece_encoder(path: Path) -> TextEncoder:
-    tokens = [str(token) for token in read_file(path).tokens]
-    cased = any(token[:1].isalpha() and token != token.lower() for token in tokens)
-    tokenizer = tokenizers.BertWordPieceTokenizer(str(path), lowercase=not cased)
-    return lambda texts: [encoding.ids for encoding in tokenizer.encode_batch(texts, add_special_tokens=False)]

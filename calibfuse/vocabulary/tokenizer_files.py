@@ -14,9 +14,9 @@ from typing import Any
 
 from calibfuse.errors import VocabularyError
 from calibfuse.vocabulary.sentencepiece import PieceType, read_pieces
-from calibfuse.vocabulary.token_table import MAX_VOCABULARY_SIZE, Hints, TokenTable, decoder_hints, table_from_ids
+from calibfuse.vocabulary.token_table import Hints, TokenTable, decoder_hints, table_from_ids
 
-TOKENIZER_KINDS = "tokenizer.json, a SentencePiece .model, .tiktoken, tekken.json, a WordPiece vocab.txt or vocab.json"
+TOKENIZER_KINDS = "tokenizer.json, a SentencePiece .model, .tiktoken, a WordPiece vocab.txt or vocab.json"
 # Ten times the largest tokenizer.json in use: a model's weights, given by mistake, are not read into memory.
 _MAX_FILE_SIZE = 400_000_000
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]{1,10}")
@@ -75,12 +75,10 @@ def _parse_json(data: bytes, name: str) -> dict[str, Any]:
 
 
 def _from_json(content: dict[str, Any], name: str, side: _Side) -> TokenTable:
-    model, entries = content.get("model"), content.get("vocab")
+    model = content.get("model")
     try:
         if isinstance(model, dict) and isinstance(model.get("vocab"), (dict, list)):
             return _from_tokenizer_json(content, model, name)
-        if isinstance(entries, list) and "token_bytes" in entries[0]:
-            return _from_tekken(content, entries, name)
     except VocabularyError:
         raise
     except (AttributeError, LookupError, TypeError, ValueError, OverflowError) as error:
@@ -100,15 +98,6 @@ def _from_tokenizer_json(content: dict[str, Any], model: dict[str, Any], name: s
     added = {entry["id"]: (str(entry["content"]), bool(entry.get("special"))) for entry in entries}
     hints = decoder_hints(model, content.get("decoder"), content.get("pre_tokenizer"))
     return table_from_ids(items, added, [] if unknown is None else [unknown], name=name, hints=hints)
-
-
-def _from_tekken(content: dict[str, Any], entries: list[dict[str, Any]], name: str) -> TokenTable:
-    """Mistral's tekken.json: control tokens first, then byte strings by rank, cut to the configured size."""
-    control = int(content["config"]["default_num_special_tokens"])
-    size = int(content["config"]["default_vocab_size"])
-    items = [(base64.b64decode(entry["token_bytes"]), int(entry["rank"]) + control) for entry in entries]
-    added = {token_id: (f"<control {token_id}>", True) for token_id in range(min(control, size, MAX_VOCABULARY_SIZE))}
-    return table_from_ids([item for item in items if item[1] < size], added, name=name)
 
 
 def _from_tiktoken(data: bytes, name: str, side: _Side) -> TokenTable:

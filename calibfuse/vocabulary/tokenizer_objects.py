@@ -1,7 +1,4 @@
-"""Token tables of tokenizers in memory: `tokenizers.Tokenizer`, transformers tokenizers, tiktoken encodings.
-
-The latter two are told apart by what they can do, never by the name of their class, so neither library is imported.
-"""
+"""Token tables of tokenizers in memory: a `tokenizers.Tokenizer`, or what does what a transformers tokenizer does."""
 
 import json
 import re
@@ -17,7 +14,6 @@ _UNKNOWN_ID = re.compile(rb'"unk_id":\s*(\d+)')
 # Every role but padding: an ordinary word that a user lent as padding ("!" in GPT-2) keeps its text.
 _CONTROL_ROLES = ("bos", "eos", "unk", "sep", "cls", "mask")
 _TRANSFORMERS = ("all_special_ids", "pad_token_id", "get_vocab", "convert_ids_to_tokens")
-_TIKTOKEN = ("name", "n_vocab", "special_tokens_set", "encode_single_token", "decode_single_token_bytes")
 
 
 def read_object(tokenizer: Any) -> TokenTable:  # noqa: ANN401
@@ -26,8 +22,6 @@ def read_object(tokenizer: Any) -> TokenTable:  # noqa: ANN401
         return _from_library(tokenizer, "the given tokenizers.Tokenizer")
     if all(hasattr(tokenizer, name) for name in _TRANSFORMERS):
         return _from_transformers(tokenizer)
-    if all(hasattr(tokenizer, name) for name in _TIKTOKEN):
-        return _from_tiktoken(tokenizer)
     raise VocabularyError(
         "Expected a transformers tokenizer, a tokenizers.Tokenizer, a path or a Hub id, "
         f"got {type(tokenizer).__name__}."
@@ -112,14 +106,3 @@ def _from_python(tokenizer: Any, added: dict[int, tuple[str, bool]], special: se
         if token not in controls:  # for a real hole, many give their unknown token
             table.tokens[token_id] = token
     return table
-
-
-def _from_tiktoken(encoding: Any) -> TokenTable:  # noqa: ANN401
-    special = frozenset(encoding.encode_single_token(token) for token in encoding.special_tokens_set)
-    tokens: list[str | bytes | None] = []
-    for token_id in range(encoding.n_vocab):
-        try:
-            tokens.append(encoding.decode_single_token_bytes(token_id))
-        except KeyError:
-            tokens.append(None)
-    return TokenTable(tokens, special, frozenset(), f"the tiktoken encoding {encoding.name}")

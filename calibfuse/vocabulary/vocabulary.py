@@ -187,9 +187,9 @@ class Vocabulary:
         """The bytes of every id of a tokenizer.
 
         Args:
-            tokenizer: a transformers tokenizer (fast or slow), a `tokenizers.Tokenizer`, a tiktoken encoding, a path (a
-                folder, or a file: tokenizer.json, SentencePiece .model, .tiktoken, tekken.json, vocab.txt, vocab.json),
-                a Hub id, or a Vocabulary, which is returned as it is.
+            tokenizer: a transformers tokenizer (fast or slow), a `tokenizers.Tokenizer`, a path (a folder, or a file:
+                tokenizer.json, SentencePiece .model, .tiktoken, vocab.txt, vocab.json), a Hub id, or a Vocabulary,
+                which is returned as it is.
             revision: branch, tag or commit, where `tokenizer` is a Hub id.
             local_files_only: do not go to the network for a Hub id; use what is cached.
 
