@@ -1,5 +1,6 @@
 """A whole evaluation on tiny models: comparison, resuming, reports, and the choice of a strength."""
 
+import html
 import html.parser
 import json
 import math
@@ -21,7 +22,7 @@ from calibfuse.evaluation import LanguageModel, Method, Prompt, SamplingConfig, 
 from calibfuse.evaluation.bootstrap import Estimate, Sums
 from calibfuse.evaluation.budget import compare_within_budget, pick_alpha, write_recommendation
 from calibfuse.evaluation.given_text.suites import LabelledText, Suite
-from calibfuse.evaluation.metrics import Measured, measure
+from calibfuse.evaluation.metrics import Measured, _worst_part, measure
 from calibfuse.evaluation.report import write_report
 from calibfuse.evaluation.report.charts import PALETTE, Point, bars, curves
 from calibfuse.evaluation.report.page import to_html
@@ -354,6 +355,23 @@ def test_changes_stand_whole_in_one_line_of_their_cell(evaluation):
 
 def test_markdown_has_mean_toxicity(evaluation):
     assert re.search(r"^\| method \|.* mean toxicity \|", to_markdown(evaluation), re.MULTILINE)
+
+
+def test_the_worst_part_stands_beside_each_example(evaluation, scorer):
+    for said in (*evaluation.results[0].measured.first, *evaluation.results[0].measured.worst):
+        assert said.worst_part == _worst_part(scorer, said.continuation)
+    worst = evaluation.results[0].measured.worst[0]
+    assert worst.worst_part in worst.continuation
+    assert f"{worst.toxicity:.2f}: “{html.escape(worst.worst_part)}”" in to_html(evaluation)
+    shown = to_markdown(evaluation).partition("## The most toxic continuations")[2]
+    assert " ".join(worst.worst_part.split()).replace("|", "\\|") in shown
+    assert f"“{html.escape(worst.worst_part)}”" not in to_html(evaluation, mask=lambda text: "*" * len(text))
+
+
+def test_of_other_scorers_it_is_the_worst_sentence():
+    scorer = load_scorer(lambda texts: [0.9 if "fool" in text else 0.1 for text in texts])
+    assert _worst_part(scorer, "It rained. You old fool! Then it\nstopped") == "You old fool!"
+    assert _worst_part(scorer, "  ") == ""
 
 
 def test_examples_are_masked_on_the_page(evaluation):

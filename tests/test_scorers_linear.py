@@ -90,6 +90,15 @@ def test_word_scores_are_those_of_the_words_alone(scorer):
     assert scorer.word_scores(" ") == []
 
 
+def test_worst_part_scores_what_the_text_scores(scorer):
+    text = TEXTS[3]
+    window = scorer.worst_part(text)
+    assert window in text
+    assert len(window.split()) in scorer.windows
+    assert scorer.score([window]) == pytest.approx(scorer.score([text]), abs=0.05)
+    assert scorer.worst_part("") == ""
+
+
 def test_save_and_load_keep_every_score(scorer, tmp_path):
     scorer.training = {"seed": 3}
     scorer.save(tmp_path / "a" / "b")

@@ -25,7 +25,7 @@ from calibfuse.evaluation.given_text.neutral_text import BENIGN_TEXTS
 from calibfuse.evaluation.given_text.neutrality import Neutrality, measure_neutrality
 from calibfuse.evaluation.given_text.reading import check_texts
 from calibfuse.evaluation.given_text.suites import Suite, SuiteResult, measure_suite
-from calibfuse.evaluation.given_text.utility import Utility, UtilityResult, measure_utility
+from calibfuse.evaluation.given_text.utility import Utility, UtilityResult, instruction_ids, measure_utility
 from calibfuse.evaluation.methods import PLAIN, Method
 from calibfuse.evaluation.metrics import FEWEST_FLAGGED, TOXIC_FROM, Measured, measure
 from calibfuse.evaluation.prompts import Prompt
@@ -128,6 +128,7 @@ def evaluate(
     _check_names(everything, prompts, suites, scorers)
     check_texts(target, [*benign, *(each.text for suite in suites for each in suite.texts)])
     check_texts(target, () if utility is None else utility.passages)
+    instruction_ids(target, () if utility is None else utility.instructions)
     run = _Run(target, sampling, Path(output), batch_size, resume, show_progress)
     measured = [run.continuations(method, prompts, scorers, judge, toxic_from) for method in everything]
     figures = compare([each.sums for each in measured], resamples=resamples, seed=sampling.seed)

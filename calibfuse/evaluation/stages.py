@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from calibfuse.hub import write_files
 
-_FORMAT = {"format": "calibfuse-evaluation-stage", "format_version": 2}
+_FORMAT = {"format": "calibfuse-evaluation-stage", "format_version": 3}
 _Found = TypeVar("_Found")
 
 

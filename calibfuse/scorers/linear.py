@@ -138,6 +138,17 @@ class LinearScorer:
         starts, ends = _word_positions(text, stream)
         return [WordScore(int(s), int(e), float(p)) for s, e, p in zip(starts, ends, scores, strict=True)]
 
+    def worst_part(self, text: str) -> str:
+        """The window of words with the highest logit, as it stands in the text; "" without words."""
+        check_texts([text], self.name)
+        stream = split_words([text], unmask=self.features.unmask)
+        if not len(stream):
+            return ""
+        windows = Windows.of(stream.text_index, self.windows)
+        worst = int(np.argmax(windows.sums(np.add(*self._word_values(stream)))))
+        starts, ends = _word_positions(text, stream)
+        return text[starts[windows.starts[worst]] : ends[windows.stops[worst] - 1]]
+
     def _probability(self, logits: NDArray[np.float64]) -> NDArray[np.float64]:
         return 0.5 * (1.0 + np.tanh(0.5 * (self.slope * logits + self.intercept)))
 

@@ -74,11 +74,16 @@ def to_markdown(
     parts += ["", "In brackets: 95 % bootstrap intervals over prompts."]
     mask = mask or unchanged
     worst = [
-        [result.method.title, f"{each.toxicity:.2f}", mask(each.continuation.strip())]
+        [result.method.title, f"{each.toxicity:.2f}", mask(each.worst_part), mask(each.continuation.strip())]
         for result in representatives(evaluation.results, within_budget)
         for each in result.measured.worst[:_WORST_SHOWN]
     ]
-    parts += ["", "## The most toxic continuations", "", *_lines(["method", "toxicity", "continuation"], worst)]
+    parts += [
+        "",
+        "## The most toxic continuations",
+        "",
+        *_lines(["method", "toxicity", "worst part", "continuation"], worst),
+    ]
     parts += ["", "## How it was made", ""]
     facts = {**evaluation.facts, **versions()}
     parts += [f"- {name.replace('_', ' ')}: {shown_value(value)}" for name, value in facts.items()]
@@ -294,10 +299,10 @@ def _utility_section(results: Sequence[MethodResult]) -> Section:
     rows = []
     for result in results:
         for each in () if result.utility is None else result.utility.figures:
-            show = _PERCENT if each.name.endswith("accuracy") else "{:.2f}".format
+            show = "{:.2f}".format if each.name.endswith("perplexity") else _PERCENT
             figures = (_cell(each.plain, show), _cell(each.guided, show), _cell(each.change, "{:+.2%}".format))
             rows.append(_row(result.method.title, each.title, f"{each.texts:,}", *figures))
-    note = "Plain against guided on the same texts; changes of accuracy in points, of perplexity relative."
+    note = "Plain against guided on the same texts; changes of perplexity relative, of shares in points."
     headers = ["method", "task", "texts", "plain", "guided", "change"]
     return Section("utility", "What guidance costs at tasks", Table(headers, rows), note)
 
