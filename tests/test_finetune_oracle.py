@@ -78,7 +78,7 @@ def test_any_sequence_of_numbers_will_do(values):
         ([math.inf, 0.5], "returned inf for text 0"),
         (["0.1", "0.2"], "no list of numbers .elements of type str"),
         ("high", "no list of numbers"),
-        (None, "no list of numbers"),
+        (None, r"shape \(\)"),
         (0.5, r"shape \(\)"),
         ([[0.1], [0.2]], r"shape \(2, 1\)"),
     ],
@@ -92,7 +92,7 @@ def test_a_function_that_raises():
     def broken(texts):
         raise KeyError("weights")
 
-    with pytest.raises(ScorerError, match="The oracle 'f' failed on 1 texts with KeyError: 'weights'"):
+    with pytest.raises(ScorerError, match="Scorer 'f' failed on 1 texts with KeyError: 'weights'"):
         FunctionOracle(broken, "f").satisfaction(["a"])
 
 
@@ -130,7 +130,7 @@ def test_a_power_for_a_function(module):
 
 @pytest.mark.parametrize("power", [0.0, -1.0, math.nan, math.inf])
 def test_a_power_that_is_none(power):
-    with pytest.raises(InputError, match="power must be a number above 0"):
+    with pytest.raises(InputError, match="power must be above 0"):
         load_oracle("bundled", power=power)
 
 

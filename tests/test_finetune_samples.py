@@ -139,18 +139,13 @@ def test_saving_and_loading_is_exact(model, tokenizer, tmp_path):
     again = SampleSet.load(tmp_path / "set")
     for name in ("input_ids", "lengths", "prompt_lengths", "log_weights", "satisfaction"):
         assert torch.equal(getattr(again, name), getattr(samples, name))
-    assert sorted(path.name for path in (tmp_path / "set").iterdir()) == ["samples.json", "samples.safetensors"]
+    assert [path.name for path in (tmp_path / "set").iterdir()] == ["samples.safetensors"]
 
 
-def test_samples_that_are_not_there_damaged_or_newer(model, tokenizer, tmp_path):
+def test_samples_that_are_not_there_or_damaged(model, tokenizer, tmp_path):
     with pytest.raises(CheckpointError, match="no such file"):
         SampleSet.load(tmp_path)
     draw(model, tokenizer).save(tmp_path)
-    facts = (tmp_path / "samples.json").read_text()
-    (tmp_path / "samples.json").write_text(facts.replace('"format_version": 1', '"format_version": 2'))
-    with pytest.raises(CheckpointFormatError, match="newer calibfuse"):
-        SampleSet.load(tmp_path)
-    (tmp_path / "samples.json").write_text(facts)
     data = (tmp_path / "samples.safetensors").read_bytes()
     (tmp_path / "samples.safetensors").write_bytes(data[: len(data) // 2])
     with pytest.raises(CheckpointError, match="no whole safetensors file"):

@@ -4,6 +4,7 @@ import copy
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional
@@ -60,7 +61,8 @@ def test_weight_zero_equals_a_plain_loop(tiny_llama, corpus):
     """Written out: AdamW, linear rise and fall, clipped gradients, blocks in the corpus's order."""
     model = tiny_llama(VOCABULARY).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
-    order = corpus.order(5)
+    epochs = (np.random.default_rng([5, 21, epoch]).permutation(len(corpus.train)) for epoch in range(16))
+    order = (row for epoch in epochs for row in epoch.tolist())
     for step in range(8):
         ids = torch.stack([corpus.train[next(order)] for _ in range(2)]).long()
         optimizer.param_groups[0]["lr"] = 1e-2 * min(1.0, step + 1, (8 - step) / 7)

@@ -73,13 +73,6 @@ class PackedCorpus:
         documents, dropped = (int(count) for count in tensors["counts"])
         return cls(tensors["train"], tensors["held_out"], documents, dropped)
 
-    def order(self, seed: int) -> Iterator[int]:
-        """Numbers of training blocks without end: each epoch is a permutation of its own, a function of the seed."""
-        epoch = 0
-        while True:
-            yield from np.random.default_rng([seed, 21, epoch]).permutation(len(self.train)).tolist()
-            epoch += 1
-
 
 def pack_corpus(
     documents: Iterable[str],

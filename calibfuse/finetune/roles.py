@@ -147,7 +147,7 @@ class RoleRunner:
         samples = SampleSet.load(self._product(job, SAMPLES))
         seed = self.config.seed_of(AUXILIARY, job.step)
         if AUXILIARY in job.reads:
-            auxiliary = AuxiliaryModel.from_pretrained(self._product(job, AUXILIARY))
+            auxiliary = AuxiliaryModel.from_pretrained(self._product(job, AUXILIARY), self.device)
         else:
             auxiliary = make_auxiliary_model(base, self.tokenizer, seed=seed)
         training = dataclasses.replace(self.config.auxiliary, seed=seed)
@@ -169,7 +169,7 @@ class RoleRunner:
             load_optimizer(optimizer, parameters, hub.read_tensors(self._product(job, MODEL) / OPTIMIZER_NAME))
         constraint = None
         if AUXILIARY in job.reads:
-            auxiliary = AuxiliaryModel.from_pretrained(self._product(job, AUXILIARY)).to(self.device).eval()
+            auxiliary = AuxiliaryModel.from_pretrained(self._product(job, AUXILIARY), self.device).eval()
             constraint = Constraint(self._model(before), auxiliary, SampleSet.load(self._product(job, SAMPLES)))
         figures |= tune(
             model,

@@ -14,13 +14,14 @@ from itertools import islice
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from calibfuse.errors import InputError, check_ranges
 from calibfuse.finetune.corpus import PackedCorpus
 from calibfuse.finetune.objective import constrained_kl, constrained_log_probs, continuation_positions, corpus_loss
-from calibfuse.training.loop import TrainingLoop, learning_rate, make_optimizer, mixed_precision
+from calibfuse.training.loop import TrainingLoop, endless_batches, learning_rate, make_optimizer, mixed_precision
 from calibfuse.value.auxiliary import AuxiliaryModel
 from calibfuse.value.samples import SampleSet
 
@@ -147,13 +148,19 @@ class _TuningLoop(TrainingLoop):
         self.model, self.corpus, self.config = model, corpus, config
         self.constraint = constraint if config.kl_weight > 0 else None
         self.sample_tokens = 0
-        self._blocks = islice(corpus.order(config.seed), first * config.batch_size, None)
-        self._rows = _sample_batches(self.constraint, config, iteration)
+
+        def batches(count: int, size: int, *seeds: int) -> Iterator[NDArray[np.int64]]:
+            return endless_batches(np.arange(count), size, lambda epoch: np.random.default_rng([*seeds, epoch]))
+
+        self._blocks = islice(batches(len(corpus.train), config.batch_size, config.seed, 21), first, None)
+        if self.constraint is not None:
+            count = len(self.constraint.samples)
+            self._rows = batches(count, config.sample_batch_size, config.seed, 22, iteration)
 
     def losses(self) -> dict[str, float]:
         """See `TrainingLoop.losses`."""
         model, config = self.model, self.config
-        ids = self.corpus.train[list(islice(self._blocks, config.batch_size))].to(model.device, torch.long)
+        ids = self.corpus.train[torch.from_numpy(next(self._blocks))].to(model.device, torch.long)
         with mixed_precision(model.device, config.precision):
             loss = corpus_loss(model(input_ids=ids, use_cache=False).logits, ids)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -161,7 +168,7 @@ class _TuningLoop(TrainingLoop):
         row = {"corpus_loss": float(loss.detach())}
         if self.constraint is not None:
             # a second backward pass: the graphs of corpus and samples are never in memory together
-            row["KL"], positions = _add_kl_gradient(model, self.constraint, next(self._rows), config)
+            row["KL"], positions = _add_kl_gradient(model, self.constraint, torch.from_numpy(next(self._rows)), config)
             self.sample_tokens += positions
         return row
 
@@ -173,19 +180,6 @@ def check_corpus(corpus: PackedCorpus, config: TuningConfig) -> None:
             f"The corpus has {len(corpus.train)} blocks of {corpus.block_length} tokens, fewer than one batch of "
             f"{config.batch_size}. Give more text, or a smaller batch or block length."
         )
-
-
-def _sample_batches(constraint: Constraint | None, config: TuningConfig, iteration: int) -> Iterator[Tensor]:
-    """Row numbers of samples without end, each epoch in an order of its own."""
-    epoch = 0
-    left = np.empty(0, dtype=np.int64)
-    while constraint is not None:
-        while len(left) < config.sample_batch_size:
-            rng = np.random.default_rng([config.seed, 22, iteration, epoch])
-            left = np.concatenate([left, rng.permutation(len(constraint.samples))])
-            epoch += 1
-        yield torch.from_numpy(left[: config.sample_batch_size])
-        left = left[config.sample_batch_size :]
 
 
 def _add_kl_gradient(

@@ -30,8 +30,8 @@ _MANY_PIECES = 2_000  # from here on a progress bar is worth a line
 class FunctionScorer:
     """A user's function, from a list of texts to one probability in [0, 1] for each; what it returns is checked."""
 
-    def __init__(self, function: Callable[[list[str]], Any], name: str) -> None:
-        self._function = function
+    def __init__(self, function: Callable[[list[str]], Any], name: str, *, may_be_nan: bool = False) -> None:
+        self._function, self._may_be_nan = function, may_be_nan
         self.name = name
 
     def score(self, texts: Sequence[str]) -> NDArray[np.float64]:
@@ -43,7 +43,7 @@ class FunctionScorer:
             raise ScorerError(
                 f"Scorer {self.name!r} failed on {len(texts)} texts with {type(error).__name__}: {error}"
             ) from error
-        return check_scores(values, len(texts), self.name)
+        return check_scores(values, len(texts), self.name, may_be_nan=self._may_be_nan)
 
 
 class TransformersScorer:

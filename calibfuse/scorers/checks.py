@@ -44,19 +44,23 @@ def check_texts(texts: Sequence[str], name: str) -> None:
             raise ScorerError(f"Scorer {name!r} expects strings, but text {i} is {type(text).__name__}")
 
 
-def check_scores(values: object, n_texts: int, name: str) -> NDArray[np.float64]:
+def check_scores(values: object, n_texts: int, name: str, *, may_be_nan: bool = False) -> NDArray[np.float64]:
     """Return what a scorer gave for `n_texts` texts as float64 (n_texts,), or refuse it.
 
     Raises:
         ScorerError: not numbers, wrong count, or a value that is not finite or outside [0, 1]; names the first text.
     """
     try:
-        scores = np.asarray(values, dtype=np.float64)
+        scores = np.asarray(values)
+        if scores.dtype.kind in "US":  # digits would be converted in silence
+            raise TypeError("elements of type str")
+        scores = scores.astype(np.float64)
     except (TypeError, ValueError) as error:
         raise ScorerError(f"Scorer {name!r} returned something that is no list of numbers ({error})") from error
     if scores.shape != (n_texts,):
         raise ScorerError(f"Scorer {name!r} was given {n_texts} texts and returned an array of shape {scores.shape}")
-    wrong = np.flatnonzero(~((scores >= 0.0) & (scores <= 1.0)))  # nan fails both comparisons
+    holds = (scores >= 0.0) & (scores <= 1.0)  # nan fails both comparisons
+    wrong = np.flatnonzero(~(holds | np.isnan(scores)) if may_be_nan else ~holds)
     if len(wrong):
         first = int(wrong[0])
         raise ScorerError(

@@ -7,6 +7,7 @@ that can be written without pickle. What a step computes is the subclass's.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -20,7 +21,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -210,6 +213,18 @@ class TrainingLoop(ABC):
         self.set_position(state["position"])
         self.history = list(state["history"])
         return self.step
+
+
+def endless_batches(
+    rows: NDArray[np.int64], size: int, rng_of: Callable[[int], np.random.Generator]
+) -> Iterator[NDArray[np.int64]]:
+    """Batches of row numbers without end, each epoch (from 0) in an order of its own."""
+    left = rows[:0]
+    for epoch in itertools.count():
+        left = np.concatenate([left, rng_of(epoch).permutation(rows)])
+        while len(left) >= size:
+            yield left[:size]
+            left = left[size:]
 
 
 def find_checkpoint(folder: Path) -> Path | None:

@@ -19,10 +19,8 @@ from torch.nn import functional
 
 from calibfuse import hub
 from calibfuse.calibrator import Calibrator, load_universal
-from calibfuse.calibrator.binding import compose_vocabulary
 from calibfuse.calibrator.composer import token_features
 from calibfuse.calibrator.model import Head
-from calibfuse.calibrator.word_bias import WordBias
 from calibfuse.errors import CheckpointError, MissingHeadError, VocabularyMismatchError
 from calibfuse.guide import VALUE_HEAD
 from calibfuse.vocabulary import Vocabulary
@@ -36,7 +34,7 @@ VOCABULARY_FILE = "value-vocabulary.safetensors"
 
 
 class AuxiliaryModel(nn.Module):
-    """Log R over a target's vocabulary; the value head of a calibrator learns, all else is frozen.
+    """Log R over a target's vocabulary, on the calibrator's device; its value head learns, all else is frozen.
 
     Tokens without bytes are neutral: R of them is R of the prefix.
 
@@ -45,12 +43,6 @@ class AuxiliaryModel(nn.Module):
         vocabulary: of the target.
         target_vocab_size: width of the target's output head, at least the size of the vocabulary.
     """
-
-    vectors: Tensor
-    special: Tensor
-    feature_buckets: Tensor
-    feature_weights: Tensor
-    feature_offsets: Tensor
 
     def __init__(self, calibrator: Calibrator, vocabulary: Vocabulary, target_vocab_size: int) -> None:
         super().__init__()
@@ -63,36 +55,26 @@ class AuxiliaryModel(nn.Module):
         self.vocabulary = vocabulary
         self.target_vocab_size = target_vocab_size
         self.head = cast(Head, calibrator.heads[VALUE_HEAD]).requires_grad_(True)
-        config = calibrator.config
+        config, device = calibrator.config, calibrator.boundary.device
         self._column = config.token_width + config.heads.index(VALUE_HEAD)
         # The table is one parameter of all heads; its column of this head learns on its own, and is put back on saving.
         self.bias_table = nn.Parameter(calibrator.composer.table[:, self._column].detach().clone())
-        vectors, _ = compose_vocabulary(calibrator, vocabulary, torch.float32, WordBias({}, vocabulary))
+        self.bound = calibrator.bind(vocabulary, use_disk_cache=False)
+        self.vectors = self.bound.vectors
+        self._has_bytes = torch.from_numpy(~vocabulary.is_special).to(device)
         features = token_features(vocabulary.data, vocabulary.offsets, config.bucket_count)
-        special = torch.ones(len(vocabulary) + 1, dtype=torch.bool)
-        special[:-1] = torch.from_numpy(vocabulary.is_special.copy())
-        for name, tensor in (
-            ("vectors", vectors),
-            ("special", special),
-            ("feature_buckets", torch.from_numpy(features.buckets)),
-            ("feature_weights", torch.from_numpy(features.weights)),
-            ("feature_offsets", torch.from_numpy(features.offsets[:-1]).int()),
-        ):
-            self.register_buffer(name, tensor, persistent=False)
-        self.to(calibrator.boundary.device)
+        self._buckets, self._weights = (
+            torch.from_numpy(part).to(device) for part in (features.buckets, features.weights)
+        )
+        self._offsets = torch.from_numpy(features.offsets[:-1]).int().to(device)
 
     def states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Read whole texts: queries [batch, length + 1, token_width]; slot 0 speaks of the first token.
 
         `input_ids` int64 [batch, length] are the target's; `attention_mask` is 0 for padding, on either side.
         """
-        size = len(self.vocabulary)
-        padded = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, size)
-        ids = functional.pad(padded.clamp(max=size), (1, 0), value=size)
-        is_boundary = self.special[ids]
-        starts = is_boundary[:, 1:].long().cumprod(dim=1).sum(dim=1)  # left padding: what is special so far
-        vectors = functional.embedding(ids.clamp(max=size - 1), self.vectors)
-        queries: Tensor = self.head(self.calibrator.body(self.calibrator.embed(vectors, is_boundary), starts))
+        masked = None if attention_mask is None else attention_mask == 0
+        queries: Tensor = self.head(self.bound.states(input_ids, masked))
         return queries
 
     def of_next(self, states: Tensor, input_ids: Tensor, positions: Tensor) -> Tensor:
@@ -108,7 +90,7 @@ class AuxiliaryModel(nn.Module):
         log_r = functional.logsigmoid((states[:, 1:][positions] @ self.vectors.T + biases).float())
         prefix = self._prefix_log_r(input_ids, states, biases)[positions]
         size = len(self.vocabulary)
-        log_r = torch.where(self.special[:size], prefix[:, None], log_r)
+        log_r = torch.where(self._has_bytes, log_r, prefix[:, None])
         return torch.cat([log_r, prefix[:, None].expand(-1, self.target_vocab_size - size)], dim=1)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -128,27 +110,19 @@ class AuxiliaryModel(nn.Module):
         size = len(self.vocabulary)
         known = input_ids.clamp(0, size - 1)
         own = (queries[:, :-1] * functional.embedding(known, self.vectors)).sum(dim=-1) + biases[known]
-        text = ~self.special[:size]
+        text = self._has_bytes
         average = queries[:, 1:] @ self.vectors[text].mean(dim=0) + biases[text].mean()
         places = torch.arange(input_ids.shape[1], device=input_ids.device)
-        latest = torch.where(self.learns(input_ids), places, -1).cummax(dim=1).values
+        latest = torch.where(self.bound.covers(input_ids), places, -1).cummax(dim=1).values
         scores = torch.where(latest >= 0, own.gather(1, latest.clamp(min=0)), average)
         return functional.logsigmoid(scores.float())
 
     def _token_biases(self) -> Tensor:
         """Of the head "value" for every token of the vocabulary, [len(vocabulary)]."""
         sums = functional.embedding_bag(
-            self.feature_buckets,
-            self.bias_table[:, None],
-            self.feature_offsets,
-            mode="sum",
-            per_sample_weights=self.feature_weights,
+            self._buckets, self.bias_table[:, None], self._offsets, mode="sum", per_sample_weights=self._weights
         )
         return sums[:, 0]
-
-    def learns(self, token_ids: Tensor) -> Tensor:
-        """Bool, same shape: True where the token has an R of its own."""
-        return ~self.special[token_ids.clamp(0, len(self.vocabulary))]
 
     @property
     def is_fresh(self) -> bool:
@@ -157,7 +131,7 @@ class AuxiliaryModel(nn.Module):
 
     def set_prior(self, satisfaction: float) -> None:
         """Make a fresh model say the same R, in (0, 1), everywhere, as closely as a linear map can."""
-        vectors = self.vectors[~self.special[:-1]].double()
+        vectors = self.vectors[self._has_bytes].double()
         gram = vectors.T @ vectors
         ridge = 1e-4 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         direction = torch.linalg.solve(gram + ridge, vectors.sum(dim=0))  # <direction, vector> is about 1
@@ -192,7 +166,7 @@ class AuxiliaryModel(nn.Module):
         return self.calibrator.save_pretrained(folder, dtype=torch.float32)
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str]) -> AuxiliaryModel:
+    def from_pretrained(cls, folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> AuxiliaryModel:
         """Load what `save_pretrained` wrote."""
         tensors = hub.read_tensors(Path(folder) / VOCABULARY_FILE)
         try:
@@ -203,7 +177,7 @@ class AuxiliaryModel(nn.Module):
             size = int(tensors["target_vocab_size"])
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"The auxiliary model in {str(folder)!r} is not whole: {error}.") from error
-        return cls(load_universal(folder), vocabulary, size)
+        return cls(load_universal(folder).to(device), vocabulary, size)
 
 
 def make_auxiliary_model(
@@ -222,19 +196,13 @@ def make_auxiliary_model(
         VocabularyMismatchError: the tokenizer has more tokens than the target has scores.
     """
     vocabulary = Vocabulary.from_tokenizer(tokenizer)
-    size = _head_width(target)
+    output = getattr(target.get_output_embeddings(), "weight", None)  # type: ignore[no-untyped-call]
+    size = int(output.shape[0]) if output is not None else int(target.config.get_text_config().vocab_size)
     last_text = int(np.flatnonzero(~vocabulary.is_special)[-1])  # a model may lack the added marks behind it
     if last_text >= size:
         raise VocabularyMismatchError(
             f"The tokenizer {vocabulary.name} has {len(vocabulary)} ids, but the target scores only {size}; do they "
             "belong together?"
         )
-    source = (calibrator or load_universal()).with_value_head(seed)
-    return AuxiliaryModel(source, vocabulary, max(size, len(vocabulary))).to(target.device).train()
-
-
-def _head_width(target: PreTrainedModel) -> int:
-    """Number of scores that a causal LM gives for the next token."""
-    head = target.get_output_embeddings()  # type: ignore[no-untyped-call]
-    weight = getattr(head, "weight", None)
-    return int(weight.shape[0]) if weight is not None else int(target.config.get_text_config().vocab_size)
+    source = (calibrator or load_universal()).with_value_head(seed).to(target.device)
+    return AuxiliaryModel(source, vocabulary, max(size, len(vocabulary))).train()

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from calibfuse.errors import DataError, ScorerError, check_ranges
-from calibfuse.training.loop import TrainingLoop, learning_rate, make_optimizer
+from calibfuse.training.loop import TrainingLoop, endless_batches, learning_rate, make_optimizer
 from calibfuse.value.auxiliary import AuxiliaryModel
 from calibfuse.value.samples import SampleSet
 
@@ -65,7 +64,7 @@ def train_auxiliary(
     """Teach an auxiliary model what the samples' labels say.
 
     Args:
-        auxiliary: changed in place; left on the base model's device, in evaluation mode.
+        auxiliary: on the base model's device; changed in place, left in evaluation mode.
         base: the model p that drew the samples, or towards which their weights lead.
         samples: labelled; those whose label is nan are left out, and counted.
         config: how.
@@ -84,57 +83,62 @@ def train_auxiliary(
         DataError: too few samples.
         KeyboardInterrupt: Ctrl-C; with a folder, after a checkpoint was written.
     """
-    auxiliary.to(base.device)
     if not len(samples):
         raise DataError("An auxiliary model needs samples to learn from, got none.")
     labelled = ~samples.satisfaction.isnan()
     if not labelled.any():
         raise ScorerError(f"None of the {len(samples)} samples has a label, so there is nothing to learn from.")
     used = samples.rows(labelled)
-    weights = normalised_weights(used.log_weights)
     is_held_out = _held_out(used, config)
     train = torch.nonzero(~is_held_out)[:, 0]
     if not len(train):
         raise DataError(f"{len(used)} labelled samples are too few to train an auxiliary model with.")
-    mean = float((weights * used.satisfaction).mean())
+    loop = _AuxiliaryLoop(auxiliary, base, used, train, config, folder, save_every, show_progress=show_progress)
     auxiliary.train()
     if auxiliary.is_fresh:
-        auxiliary.set_prior(mean)
-    reader = _Reader(auxiliary, base.eval(), mean)  # type: ignore[no-untyped-call]
-    loop = _AuxiliaryLoop(reader, used, weights, train.numpy(), config, folder, save_every, show_progress=show_progress)
+        auxiliary.set_prior(loop.mean)
     if loop.checkpoint:
         loop.resume()
     if not loop.train():
         raise KeyboardInterrupt
     auxiliary.eval()
-    measured = torch.nonzero(is_held_out)[:, 0] if bool(is_held_out.any()) else train
     tail = [row["loss"] for row in loop.history[-max(1, len(loop.history) // 10) :]]
     return {
         "samples": float(len(used)),
         "left_out": float(len(samples) - len(used)),
-        "effective_samples": float(weights.sum() ** 2 / (weights**2).sum()),
-        "mean_satisfaction": mean,
-        **_measure(reader, used, weights, measured, config),
+        "effective_samples": float(loop.weights.sum() ** 2 / (loop.weights**2).sum()),
+        "mean_satisfaction": loop.mean,
+        **loop.measure(torch.nonzero(is_held_out)[:, 0] if bool(is_held_out.any()) else train),
         "loss": sum(tail) / len(tail),
     }
 
 
+@dataclass(frozen=True)
+class _Terms:
+    """Weighted means over the positions of a batch; prior_bce is that of a constant R, gap is |sum_y R p - R|."""
+
+    bce: Tensor
+    prior_bce: Tensor
+    consistency: Tensor
+    gap: Tensor
+
+
 class _AuxiliaryLoop(TrainingLoop):
-    """Steps on batches of samples."""
+    """Steps on batches of samples, which auxiliary and base model read."""
 
     def __init__(
         self,
-        reader: _Reader,
+        auxiliary: AuxiliaryModel,
+        base: PreTrainedModel,
         samples: SampleSet,
-        weights: Tensor,
-        train: np.ndarray,
+        train: Tensor,
         config: AuxiliaryTrainingConfig,
         folder: Path | None,
         save_every: int,
         *,
         show_progress: bool,
     ) -> None:
-        parameters = {name: each for name, each in reader.auxiliary.named_parameters() if each.requires_grad}
+        parameters = {name: each for name, each in auxiliary.named_parameters() if each.requires_grad}
         super().__init__(
             parameters,
             make_optimizer(parameters, rate=config.learning_rate, weight_decay=config.weight_decay),
@@ -147,15 +151,19 @@ class _AuxiliaryLoop(TrainingLoop):
             max_gradient_norm=config.max_gradient_norm,
             show_progress=show_progress,
         )
-        self.reader, self.samples, self.weights, self.config = reader, samples, weights, config
+        self.auxiliary, self.base = auxiliary, base.eval()  # type: ignore[no-untyped-call]
+        self.samples, self.config = samples, config
+        self.weights = normalised_weights(samples.log_weights)
+        self.mean = float((self.weights * samples.satisfaction).mean())
         share = config.consistency_share if config.consistency_weight > 0 else 0.0
         self._consistent = math.ceil(share * config.batch_size)
-        self._batches = _batches(train, config.batch_size, [config.seed, 42])
+        self._trims = "logits_to_keep" in inspect.signature(base.forward).parameters
+        rng = np.random.default_rng([config.seed, 42])
+        self._batches = endless_batches(train.numpy(), config.batch_size, lambda epoch: rng)
 
     def losses(self) -> dict[str, float]:
         """See `TrainingLoop.losses`."""
-        rows = torch.from_numpy(next(self._batches))
-        terms = self.reader.terms(self.samples.rows(rows), self.weights[rows], self._consistent)
+        terms = self.terms(torch.from_numpy(next(self._batches)), self._consistent)
         loss = terms.bce + self.config.consistency_weight * terms.consistency
         loss.backward()  # type: ignore[no-untyped-call]
         return {"loss": float(loss.detach()), "BCE": float(terms.bce.detach())}
@@ -168,6 +176,67 @@ class _AuxiliaryLoop(TrainingLoop):
         """Inverse of `position`, on batches not yet drawn from."""
         for _ in range(position):
             next(self._batches)
+
+    def terms(self, rows: Tensor, consistent: int) -> _Terms:
+        """Loss terms of some samples; the first `consistent` of them are asked for forward consistency."""
+        device, auxiliary, batch = self.base.device, self.auxiliary, self.samples.rows(rows)
+        longest = int(batch.lengths.max())
+        ids = batch.input_ids[:, :longest].to(device)
+        lengths, prompts = batch.lengths.to(device)[:, None], batch.prompt_lengths.to(device)[:, None]
+        places = torch.arange(longest, device=device)
+        mask = (places < lengths).long()
+        weights, labels = self.weights[rows].to(device), batch.satisfaction.to(device)
+        # Entry i speaks of token i + 1: from the last token of the prompt on, whose R is E_p[C | prompt].
+        spoken = (places >= prompts - 2) & (places < lengths - 1)
+        states = auxiliary.states(ids, mask)
+        # R of each prefix x_<=i, where something was said of its last token
+        prefix = torch.zeros_like(ids, dtype=torch.float32)
+        prefix = prefix.masked_scatter(spoken.roll(1, dims=1), auxiliary.of_next(states, ids, spoken))
+        has_prefix = spoken.roll(1, dims=1) & auxiliary.bound.covers(ids)
+        share = (weights[:, None] * has_prefix).sum().clamp(min=1e-6)
+        label = labels[:, None].expand_as(prefix)
+        bce = (weights[:, None] * bernoulli_cross_entropy(label, prefix))[has_prefix].sum() / share
+        constant = torch.full_like(label, math.log(min(max(self.mean, 1e-6), 1 - 1e-6)))
+        prior_bce = (weights[:, None] * bernoulli_cross_entropy(label, constant))[has_prefix].sum() / share
+        zero = torch.zeros((), device=device)
+        if consistent == 0:
+            return _Terms(bce, prior_bce, zero, zero * torch.nan)
+        asked = has_prefix & (places >= prompts - 1) & (places < lengths - 1)
+        asked[consistent:] = False
+        if not bool(asked.any()):  # prompts of one token and continuations of one token
+            return _Terms(bce, prior_bce, zero, zero)
+        summed = (self._base_log_probs(ids, mask, asked) + auxiliary.of_all(states, ids, asked)).logsumexp(dim=-1)
+        known, weight = prefix[asked], weights[:, None].expand_as(prefix)[asked]
+        total = weight.sum().clamp(min=1e-6)
+        consistency = (weight * bernoulli_kl(summed, known)).sum() / total
+        gap = (weight * (summed.exp() - known.exp()).abs()).sum() / total
+        return _Terms(bce, prior_bce, consistency, gap)
+
+    @torch.no_grad()
+    def _base_log_probs(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        """Log p of the base at some positions, float32 [m, vocab]; reads only what they need."""
+        rows = positions.any(dim=1).nonzero()[:, 0]
+        columns = positions.any(dim=0).nonzero()[:, 0]
+        first, stop = int(columns[0]), int(columns[-1]) + 1
+        options = {"logits_to_keep": stop - first} if self._trims else {}
+        logits = self.base(
+            input_ids=ids[rows, :stop], attention_mask=mask[rows, :stop], use_cache=False, **options
+        ).logits[:, first - stop :]
+        log_probs: Tensor = logits[positions[rows, first:stop]].float().log_softmax(dim=-1)
+        return log_probs
+
+    @torch.no_grad()
+    def measure(self, rows: Tensor) -> dict[str, float]:
+        """Held-out figures of `train_auxiliary`, on some samples."""
+        sums, total = np.zeros(3), 0.0
+        for part in torch.split(rows, self.config.batch_size):
+            terms = self.terms(part, len(part) if self.config.consistency_weight > 0 else 0)
+            tokens = self.samples.lengths[part] - self.samples.prompt_lengths[part]
+            share = float((self.weights[part] * tokens).sum())
+            sums += share * np.array([float(terms.bce), float(terms.prior_bce), float(terms.gap)])
+            total += share
+        bce, prior_bce, gap = (sums / max(total, 1e-6)).tolist()
+        return {"held_out_bce": bce, "prior_bce": prior_bce, "consistency_gap": gap}
 
 
 def normalised_weights(log_weights: Tensor) -> Tensor:
@@ -204,88 +273,6 @@ def log_one_minus_exp(values: Tensor) -> Tensor:
     return torch.where(near, torch.log(-torch.expm1(small)), torch.log1p(-torch.exp(large)))
 
 
-@dataclass(frozen=True)
-class _Terms:
-    """Weighted means over the positions of a batch; prior_bce is that of a constant R, gap is |sum_y R p - R|."""
-
-    bce: Tensor
-    prior_bce: Tensor
-    consistency: Tensor
-    gap: Tensor
-
-
-class _Reader:
-    """Reads batches of samples: auxiliary and base model, and the mean of the labels."""
-
-    def __init__(self, auxiliary: AuxiliaryModel, base: PreTrainedModel, mean: float) -> None:
-        self.auxiliary, self.base = auxiliary, base
-        self.log_mean = math.log(min(max(mean, 1e-6), 1 - 1e-6))
-        self._trims = "logits_to_keep" in inspect.signature(base.forward).parameters
-
-    def terms(self, batch: SampleSet, weights: Tensor, consistent: int) -> _Terms:
-        """Loss terms of a batch; its first `consistent` samples are asked for forward consistency."""
-        device, auxiliary = self.base.device, self.auxiliary
-        longest = int(batch.lengths.max())
-        ids = batch.input_ids[:, :longest].to(device)
-        lengths, prompts = batch.lengths.to(device)[:, None], batch.prompt_lengths.to(device)[:, None]
-        places = torch.arange(longest, device=device)
-        mask = (places < lengths).long()
-        weights, labels = weights.to(device), batch.satisfaction.to(device)
-        # Entry i speaks of token i + 1: from the last token of the prompt on, whose R is E_p[C | prompt].
-        spoken = (places >= prompts - 2) & (places < lengths - 1)
-        states = auxiliary.states(ids, mask)
-        # R of each prefix x_<=i, where something was said of its last token
-        prefix = torch.zeros_like(ids, dtype=torch.float32)
-        prefix = prefix.masked_scatter(spoken.roll(1, dims=1), auxiliary.of_next(states, ids, spoken))
-        has_prefix = spoken.roll(1, dims=1) & auxiliary.learns(ids)
-        share = (weights[:, None] * has_prefix).sum().clamp(min=1e-6)
-        label = labels[:, None].expand_as(prefix)
-        bce = (weights[:, None] * bernoulli_cross_entropy(label, prefix))[has_prefix].sum() / share
-        constant = torch.full_like(label, self.log_mean)
-        prior_bce = (weights[:, None] * bernoulli_cross_entropy(label, constant))[has_prefix].sum() / share
-        zero = torch.zeros((), device=device)
-        if consistent == 0:
-            return _Terms(bce, prior_bce, zero, zero * torch.nan)
-        asked = has_prefix & (places >= prompts - 1) & (places < lengths - 1)
-        asked[consistent:] = False
-        if not bool(asked.any()):  # prompts of one token and continuations of one token
-            return _Terms(bce, prior_bce, zero, zero)
-        summed = (self._base_log_probs(ids, mask, asked) + auxiliary.of_all(states, ids, asked)).logsumexp(dim=-1)
-        known, weight = prefix[asked], weights[:, None].expand_as(prefix)[asked]
-        total = weight.sum().clamp(min=1e-6)
-        consistency = (weight * bernoulli_kl(summed, known)).sum() / total
-        gap = (weight * (summed.exp() - known.exp()).abs()).sum() / total
-        return _Terms(bce, prior_bce, consistency, gap)
-
-    @torch.no_grad()
-    def _base_log_probs(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        """Log p of the base at some positions, float32 [m, vocab]; reads only what they need."""
-        rows = positions.any(dim=1).nonzero()[:, 0]
-        columns = positions.any(dim=0).nonzero()[:, 0]
-        first, stop = int(columns[0]), int(columns[-1]) + 1
-        options = {"logits_to_keep": stop - first} if self._trims else {}
-        logits = self.base(
-            input_ids=ids[rows, :stop], attention_mask=mask[rows, :stop], use_cache=False, **options
-        ).logits[:, first - stop :]
-        log_probs: Tensor = logits[positions[rows, first:stop]].float().log_softmax(dim=-1)
-        return log_probs
-
-
-@torch.no_grad()
-def _measure(
-    reader: _Reader, samples: SampleSet, weights: Tensor, rows: Tensor, config: AuxiliaryTrainingConfig
-) -> dict[str, float]:
-    sums, total = np.zeros(3), 0.0
-    for part in torch.split(rows, config.batch_size):
-        batch = samples.rows(part)
-        terms = reader.terms(batch, weights[part], len(part) if config.consistency_weight > 0 else 0)
-        share = float((weights[part] * (batch.lengths - batch.prompt_lengths)).sum())
-        sums += share * np.array([float(terms.bce), float(terms.prior_bce), float(terms.gap)])
-        total += share
-    bce, prior_bce, gap = (sums / max(total, 1e-6)).tolist()
-    return {"held_out_bce": bce, "prior_bce": prior_bce, "consistency_gap": gap}
-
-
 def _held_out(samples: SampleSet, config: AuxiliaryTrainingConfig) -> Tensor:
     """Bool [n]; samples of one prompt stay together where there are at least ten prompts."""
     rng = np.random.default_rng([config.seed, 41])
@@ -298,14 +285,3 @@ def _held_out(samples: SampleSet, config: AuxiliaryTrainingConfig) -> Tensor:
     count = int(numbers.max()) + 1
     chosen = rng.permutation(count)[: int(config.held_out_share * count)]
     return torch.from_numpy(np.isin(numbers, chosen))
-
-
-def _batches(rows: np.ndarray, size: int, seed: list[int]) -> Iterator[np.ndarray]:
-    """Batches of row numbers without end, each epoch in an order of its own."""
-    rng = np.random.default_rng(seed)
-    left = rows[:0]
-    while True:
-        while len(left) < size:
-            left = np.concatenate([left, rng.permutation(rows)])
-        yield left[:size]
-        left = left[size:]

@@ -1,13 +1,11 @@
 """Oracle: whether a whole text satisfies the constraint, as a number C in [0, 1].
 
-It is made of a toxicity scorer (C = 1 - toxicity ** power, or 1 where the toxicity is below a threshold), or it is a
-user's function, whose values are C itself. A function may answer nan for a text that it cannot label; such texts are
-counted and left out by the caller, never taken for a zero.
+It is made of a toxicity scorer, or it is a user's function, whose values are C itself. A function may answer nan for a
+text that it cannot label; such texts are counted and left out by the caller, never taken for a zero.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,9 +14,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from calibfuse.errors import InputError, ScorerError
+from calibfuse.errors import InputError, check_ranges
 from calibfuse.scorers import ToxicityScorer, load_scorer
-from calibfuse.scorers.checks import check_texts
+from calibfuse.scorers.adapters import FunctionScorer
 from calibfuse.scorers.loading import import_object
 
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*")
@@ -47,70 +45,26 @@ class ScorerOracle:
     """
 
     def __init__(self, scorer: ToxicityScorer, *, power: float = 1.0, threshold: float | None = None) -> None:
-        _check_power(power)
-        if threshold is not None and not 0.0 < threshold <= 1.0:
-            raise InputError(f"The oracle's threshold must be above 0 and at most 1, got {threshold}.")
-        self._scorer, self._power, self._threshold = scorer, power, threshold
+        self.scorer, self.power, self.threshold = scorer, power, threshold
+        check_ranges(self, power="(0, inf)", threshold="(0, 1]")
         rule = f"1 - toxicity^{power:g}" if threshold is None else f"toxicity < {threshold:g}"
         self.name = f"{scorer.name} ({rule})"
 
     def satisfaction(self, texts: Sequence[str]) -> NDArray[np.float64]:
         """See `Oracle.satisfaction`."""
-        toxicity = np.asarray(self._scorer.score(texts), dtype=np.float64)
-        if self._threshold is not None:
-            return (toxicity < self._threshold).astype(np.float64)
-        labels: NDArray[np.float64] = 1.0 - toxicity**self._power
+        toxicity = np.asarray(self.scorer.score(texts), dtype=np.float64)
+        if self.threshold is not None:
+            return (toxicity < self.threshold).astype(np.float64)
+        labels: NDArray[np.float64] = 1.0 - toxicity**self.power
         return labels
 
 
 class FunctionOracle:
-    """A user's function as an oracle; what it returns is checked.
-
-    Args:
-        function: list of texts -> one number in [0, 1] for each; nan where it cannot tell.
-        name: what reports call it.
-    """
+    """A user's function as an oracle: list of texts -> one number in [0, 1] for each, nan where it cannot tell."""
 
     def __init__(self, function: Callable[[list[str]], Any], name: str) -> None:
-        self._function = function
         self.name = name
-
-    def satisfaction(self, texts: Sequence[str]) -> NDArray[np.float64]:
-        """See `Oracle.satisfaction`."""
-        check_texts(texts, self.name)
-        try:
-            values = self._function(list(texts))
-        except Exception as error:  # a user's function may raise anything; the cause stays chained
-            raise ScorerError(
-                f"The oracle {self.name!r} failed on {len(texts)} texts with {type(error).__name__}: {error}"
-            ) from error
-        return _check_labels(values, len(texts), self.name)
-
-
-def _check_labels(values: object, n_texts: int, name: str) -> NDArray[np.float64]:
-    """Return labels as float64, or refuse them."""
-    try:
-        labels = np.asarray(values)
-    except (TypeError, ValueError) as error:
-        raise ScorerError(f"The oracle {name!r} returned something that is no list of numbers ({error}).") from error
-    if labels.dtype.kind not in "biuf":  # strings of digits would be converted in silence
-        kind = type(values[0] if isinstance(values, list | tuple) and values else values).__name__
-        raise ScorerError(
-            f"The oracle {name!r} returned something that is no list of numbers (elements of type {kind})."
-        )
-    if labels.shape != (n_texts,):
-        raise ScorerError(
-            f"The oracle {name!r} was given {n_texts} texts and returned an array of shape {labels.shape}; it must "
-            "return one number for each text."
-        )
-    wrong = np.flatnonzero((labels < 0.0) | (labels > 1.0))
-    if len(wrong):
-        first = int(wrong[0])
-        raise ScorerError(
-            f"The oracle {name!r} returned {labels[first]} for text {first} ({len(wrong)} of {n_texts} texts "
-            "concerned); C is a number in [0, 1], or nan where a text cannot be labelled."
-        )
-    return labels.astype(np.float64)
+        self.satisfaction = FunctionScorer(function, name, may_be_nan=True).score
 
 
 def load_oracle(spec: str, *, power: float = 1.0, threshold: float | None = None, device: str | None = None) -> Oracle:
@@ -134,7 +88,6 @@ def load_oracle(spec: str, *, power: float = 1.0, threshold: float | None = None
         [1.0]
     """
     if not _FUNCTION.fullmatch(spec) or Path(spec).expanduser().exists():
-        _check_power(power)  # before a large scorer is loaded
         return ScorerOracle(load_scorer(spec, device=device), power=power, threshold=threshold)
     if power != 1.0 or threshold is not None:
         raise InputError(
@@ -148,8 +101,3 @@ def load_oracle(spec: str, *, power: float = 1.0, threshold: float | None = None
             f"{type(function).__name__}."
         )
     return FunctionOracle(function, spec)
-
-
-def _check_power(power: float) -> None:
-    if not (math.isfinite(power) and power > 0):
-        raise InputError(f"The oracle's power must be a number above 0, got {power}.")

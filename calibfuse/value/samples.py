@@ -6,7 +6,6 @@ of a sample, p_base / p_sampling of its continuation, undoes a temperature (Meng
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,14 +18,13 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from calibfuse import hub
-from calibfuse.errors import CheckpointError, DataError, InputError, ScorerError, check_ranges
+from calibfuse.errors import DataError, InputError, ScorerError, check_ranges
 from calibfuse.generation.continuations import decode_continuation, end_ids, find_padding_id
 from calibfuse.generation.decoding import check_lengths, encode_prompt, generate_tokens
+from calibfuse.scorers.checks import check_scores
 from calibfuse.value.oracle import Oracle
 
-SAMPLES_FILE, FACTS_FILE = "samples.safetensors", "samples.json"
-_FORMAT = "calibfuse-samples"
-_FORMAT_VERSION = 1
+SAMPLES_FILE = "samples.safetensors"
 _MOST_FAILED = 0.5
 
 
@@ -109,20 +107,15 @@ class SampleSet:
         )
 
     def save(self, folder: Path) -> None:
-        """Write samples.safetensors and, last, samples.json; each under a temporary name first."""
+        """Write samples.safetensors, whole or not at all."""
         tensors = {"input_ids": self.input_ids.to(torch.int32), **{name: getattr(self, name) for name in _COLUMNS}}
         hub.write_tensors(folder / SAMPLES_FILE, tensors)
-        facts = {"format": _FORMAT, "format_version": _FORMAT_VERSION, "samples": len(self)}
-        hub.write_files(folder, {FACTS_FILE: (json.dumps(facts, indent=2) + "\n").encode("utf-8")})
 
     @classmethod
     def load(cls, folder: Path) -> SampleSet:
         """Read what `save` wrote."""
-        facts = hub.read_config(folder, FACTS_FILE, format_name=_FORMAT, supported_version=_FORMAT_VERSION)
         tensors = hub.read_tensors(folder / SAMPLES_FILE)
-        if set(tensors) != {"input_ids", *_COLUMNS} or len(tensors["input_ids"]) != facts.get("samples"):
-            raise CheckpointError(f"The samples in {str(folder)!r} are not whole; delete the folder and draw anew.")
-        return cls(tensors["input_ids"].long(), **{name: tensors[name] for name in _COLUMNS})
+        return cls(tensors.pop("input_ids").long(), **tensors)
 
 
 _COLUMNS = ("lengths", "prompt_lengths", "log_weights", "satisfaction")
@@ -253,12 +246,7 @@ def label_samples(
     with tqdm(total=len(texts), desc="labelling", unit="text", leave=False, disable=not show_progress) as bar:
         for start in range(0, len(texts), batch_size):
             part = texts[start : start + batch_size]
-            answer = np.asarray(oracle.satisfaction(part), dtype=np.float64)
-            if answer.shape != (len(part),):
-                raise ScorerError(
-                    f"The oracle {oracle.name!r} was given {len(part)} texts and returned an array of shape "
-                    f"{answer.shape}."
-                )
+            answer = check_scores(oracle.satisfaction(part), len(part), oracle.name, may_be_nan=True)
             labels[start : start + batch_size] = answer
             bar.update(len(part))
     failed = int(np.isnan(labels).sum())

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from calibfuse import hub
 from calibfuse.calibrator import Calibrator
 from calibfuse.errors import CheckpointError, DataError
 from calibfuse.fusion import FusionConfig
+from calibfuse.training.work_folder import SETTINGS_NAME, is_begun, write_json
 from calibfuse.value.auxiliary import AuxiliaryModel, make_auxiliary_model
 from calibfuse.value.auxiliary_training import AuxiliaryTrainingConfig, train_auxiliary
 from calibfuse.value.oracle import Oracle
@@ -31,7 +31,6 @@ from calibfuse.value.samples import SampleSet, SamplingPlan
 
 logger = logging.getLogger(__name__)
 
-SETTINGS_NAME = "settings.json"
 _PROMPTS_PER_SHARD = 32
 _HASHED_ELEMENTS = 100_000
 
@@ -60,15 +59,10 @@ class GuideConfig(SamplingPlan):
 
 @dataclass(frozen=True)
 class GuideResult:
-    """What a run made.
+    """What a run made."""
 
-    Attributes:
-        output: folder of the guide; `CalibFusion.from_pretrained` loads it.
-        figures: of the training; see `train_auxiliary`.
-    """
-
-    output: Path
-    figures: dict[str, float]
+    output: Path  # folder of the guide; `CalibFusion.from_pretrained` loads it
+    figures: dict[str, float]  # of the training; see `train_auxiliary`
 
 
 def train_guide(
@@ -100,9 +94,6 @@ def train_guide(
         resume: go on with what is in `output`.
         show_progress: progress bars.
 
-    Returns:
-        The folder and the figures.
-
     Raises:
         DataError: there are no prompts, or too few samples.
         InputError: settings that do not fit together, or prompts that the target cannot read.
@@ -112,13 +103,13 @@ def train_guide(
     config = config or GuideConfig()
     place = Path(output)
     work = place / "work"
-    if resume and not (work / SETTINGS_NAME).exists():
-        raise CheckpointError(f"There is nothing to go on from in {str(output)!r} yet: run it without resume.")
     if not prompts:
         raise DataError("A value guide needs prompts to draw samples from, got none.")
     # before the long work: whatever is wrong with the vocabulary
     auxiliary = make_auxiliary_model(target, tokenizer, seed=config.seed, calibrator=calibrator)
-    _open_work(work, _settings(target, prompts, oracle, config, auxiliary), resume=resume)
+    settings = _settings(target, prompts, oracle, config, auxiliary)
+    if not is_begun(work, settings, resume=resume):
+        write_json(work / SETTINGS_NAME, settings)
     logger.info("Samples and checkpoints go to %s; after a stop, resume goes on from them", work)
     samples = _samples(target, tokenizer, prompts, oracle, config, work, show_progress=show_progress)
     training = replace(config.training, seed=config.seed)
@@ -185,25 +176,6 @@ def _samples(
         f", {unlabelled} without a label left out" if unlabelled else "",
     )
     return samples
-
-
-def _open_work(work: Path, settings: dict[str, Any], *, resume: bool) -> None:
-    path = work / SETTINGS_NAME
-    if not path.exists():
-        hub.write_files(work, {SETTINGS_NAME: (json.dumps(settings, indent=2) + "\n").encode("utf-8")})
-        return
-    if not resume:
-        raise CheckpointError(
-            f"{str(work.parent)!r} holds the work of an earlier run: go on with resume, or choose another "
-            "output folder."
-        )
-    former = hub.read_json(path, "settings of a value guide's training")
-    changed = sorted(key for key in {*former, *settings} if former.get(key) != settings.get(key))
-    if changed:
-        raise CheckpointError(
-            f"The work in {str(work.parent)!r} was begun with other settings ({', '.join(changed)}); resume with "
-            "the same ones, or choose another output folder."
-        )
 
 
 def _settings(
