@@ -6,7 +6,7 @@ import pytest
 import torch
 from small_world import LENGTH, PROMPT, SIZE, make_world, softened
 
-from calibfuse.errors import CheckpointError, CheckpointFormatError, DataError, InputError, ScorerError
+from calibfuse.errors import CheckpointError, DataError, InputError, ScorerError
 from calibfuse.value.oracle import FunctionOracle
 from calibfuse.value.samples import SampleSet, SamplingPlan, draw_samples, label_samples
 
