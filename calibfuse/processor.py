@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from calibfuse.account import Account, Ledger, Report
-from calibfuse.calibrator import Calibrator
+from calibfuse.calibrator import BoundCalibrator, Calibrator
 from calibfuse.calibrator.word_bias import LOWERED, PROTECTED
 from calibfuse.embedding.alignment import Alignment, alignable, alignment_folders, find_alignment, last_states
 from calibfuse.embedding.fusion import EmbeddingFusion
@@ -33,7 +33,7 @@ from calibfuse.errors import (
 )
 from calibfuse.fusion import MODES, FusionConfig, Moved, fuse, needed_heads, recommended_config, unjudgeable
 from calibfuse.guide import Guide, NextTokenScores
-from calibfuse.hub import resolve_checkpoint
+from calibfuse.hub import check_tokenizer, resolve_checkpoint
 from calibfuse.prefix_cache import RowSession
 from calibfuse.vocabulary import Vocabulary
 
@@ -168,8 +168,11 @@ class CalibFusion(LogitsProcessor):
         )
         if device is None and target is not None and target.device.type != "meta":  # offloaded: follow the scores
             device = target.device
-        if local_files_only and isinstance(source, str) and not os.path.exists(os.path.expanduser(source)):
-            source = Vocabulary.from_tokenizer(source, local_files_only=True)  # a Hub id, which `bind` would ask for
+        if isinstance(source, str) and not os.path.exists(os.path.expanduser(source)):  # a Hub id
+            if local_files_only:
+                source = Vocabulary.from_tokenizer(source, local_files_only=True)  # `bind` would ask for it
+            else:
+                check_tokenizer(source)  # once: the Hub's client tries again and again where it is not reached
         guide = calibrator.bind(source, dtype=dtype, device=device)
         config = recommended_config(guide.recommended, options)
         alignment = None
@@ -268,12 +271,13 @@ class CalibFusion(LogitsProcessor):
         given = dict.fromkeys([words] if isinstance(words, str) else words, bias)
         if not all(isinstance(word, str) for word in given):
             raise InputError(f"Expected words as strings, got {list(given)!r}.")
-        calibrator = self.guide.calibrator
-        if not isinstance(calibrator, Calibrator):
-            raise InputError(f"Words are a part of universal calibrators, and this is a {type(calibrator).__name__}.")
+        guide = self.guide
+        if not isinstance(guide, BoundCalibrator) or not isinstance(guide.calibrator, Calibrator):
+            kind = type(guide.calibrator).__name__
+            raise InputError(f"Words are a part of universal calibrators, and this is a {kind}.")
         given |= words if isinstance(words, Mapping) else {}
-        with_words = calibrator.with_words({word.lower(): each for word, each in given.items()})
-        self.guide = with_words.bind(self.guide.vocabulary, device=self.guide.device)
+        with_words = guide.calibrator.with_words({word.lower(): each for word, each in given.items()})
+        self.guide = with_words.bind(guide.vocabulary, dtype=guide.vectors.dtype, device=guide.device)
         return self
 
     def reset(self) -> None:

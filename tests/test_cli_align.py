@@ -24,7 +24,7 @@ def tokenizer(wordpiece_tokenizer, wrap_tokenizer):
 @pytest.fixture
 def run(bundle, monkeypatch, command_line, tmp_path):
     """A function: arguments -> (exit code, standard output, standard error)."""
-    monkeypatch.setattr("calibfuse.hub.remote._BUNDLED", bundle)
+    monkeypatch.setattr("calibfuse.hub._BUNDLED", bundle)
     monkeypatch.setenv("CALIBFUSE_CACHE", str(tmp_path / "cache"))
 
     return lambda *arguments: command_line("align", *arguments)

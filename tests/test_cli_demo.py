@@ -18,7 +18,7 @@ from calibfuse.generation.continuations import Continuation
 @pytest.fixture
 def run(bundle, monkeypatch, command_line):
     """A function: arguments -> (exit code, standard output, standard error)."""
-    monkeypatch.setattr("calibfuse.hub.remote._BUNDLED", bundle)
+    monkeypatch.setattr("calibfuse.hub._BUNDLED", bundle)
 
     return lambda *arguments: command_line("demo", *arguments)
 
@@ -117,7 +117,7 @@ def test_bad_input_gives_one_sentence_and_exit_code_2(run, arguments, message):
 
 
 def test_a_missing_bundle_is_told_in_one_sentence(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("calibfuse.hub.remote._BUNDLED", tmp_path)
+    monkeypatch.setattr("calibfuse.hub._BUNDLED", tmp_path)
     assert cli.main(["demo"]) == 2
     assert "is missing from this installation" in capsys.readouterr().err
 

@@ -21,7 +21,7 @@ from calibfuse.processor import CalibFusion
 @pytest.fixture
 def run(bundle, monkeypatch, command_line):
     """A function: arguments of the command line -> (exit code, standard output, standard error)."""
-    monkeypatch.setattr("calibfuse.hub.remote._BUNDLED", bundle)
+    monkeypatch.setattr("calibfuse.hub._BUNDLED", bundle)
 
     return command_line
 

@@ -44,7 +44,7 @@ def bundle(tmp_path_factory, tokenizer, model):
 @pytest.fixture
 def run(bundle, monkeypatch, command_line):
     """A function: arguments -> (exit code, standard output, standard error)."""
-    monkeypatch.setattr("calibfuse.hub.remote._BUNDLED", bundle)
+    monkeypatch.setattr("calibfuse.hub._BUNDLED", bundle)
 
     return lambda *arguments: command_line("inspect", *arguments)
 

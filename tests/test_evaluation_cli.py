@@ -25,7 +25,7 @@ def prompts(tmp_path):
 @pytest.fixture
 def run(bundle, monkeypatch, command_line, prompts, tmp_path):
     """A function: further arguments -> (exit code, standard output, standard error)."""
-    monkeypatch.setattr("calibfuse.hub.remote._BUNDLED", bundle)
+    monkeypatch.setattr("calibfuse.hub._BUNDLED", bundle)
 
     def call(*arguments, bare=False, fast=FAST):
         options = () if "--prompts" in arguments or bare else ("--prompts", str(prompts))

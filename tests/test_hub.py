@@ -19,7 +19,8 @@ import torch
 from loopback_hub import LoopbackHub
 
 from calibfuse import hub
-from calibfuse.errors import CheckpointError, CheckpointFormatError, InputError
+from calibfuse.errors import CheckpointError, CheckpointFormatError, InputError, VocabularyError
+from calibfuse.processor import CalibFusion
 
 CONFIG = {"format": "calibfuse-test", "format_version": 1, "width": 4}
 SHAPES = {"a.weight": (4, 3), "scale": ()}
@@ -45,13 +46,13 @@ def read_config(folder, version=1):
 
 
 def test_nothing_given_means_the_bundled_checkpoint(tmp_path, monkeypatch):
-    monkeypatch.setattr(hub.remote, "_BUNDLED", tmp_path)
+    monkeypatch.setattr(hub, "_BUNDLED", tmp_path)
     (tmp_path / "small").mkdir()
     assert hub.resolve_checkpoint(None, default="small") == tmp_path / "small"
 
 
 def test_a_missing_bundled_checkpoint_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(hub.remote, "_BUNDLED", tmp_path)
+    monkeypatch.setattr(hub, "_BUNDLED", tmp_path)
     with pytest.raises(CheckpointError, match="bundled checkpoint 'large' is missing"):
         hub.resolve_checkpoint(None, default="large")
 
@@ -495,6 +496,21 @@ def test_a_hub_that_cannot_be_reached_is_asked_once_for_a_model(tmp_path):
     client.close()
     assert "not in the Hub's cache, and the Hub was not reached" in answer
     assert time.monotonic() - start < 20.0  # the loaders' retries take a minute
+
+
+def test_a_tokenizer_of_an_unreached_hub_is_asked_for_once(monkeypatch):
+    """The client's own downloads try again and again, for half a minute."""
+    asked = []
+
+    def fail(*arguments, **_):
+        asked.append(arguments)
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", fail)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(VocabularyError, match="'nowhere-at-all': there is no such folder here"):
+        CalibFusion.from_pretrained(tokenizer="nowhere-at-all")
+    assert len(asked) == 1
 
 
 def test_a_pushed_checkpoint_comes_back_the_same(server, push, resolve, checkpoint):

@@ -280,6 +280,10 @@ class TestWords:
             fusion.add_words([3])
         assert fusion.add_words({"darn": -2.0}).guide.calibrator.config.words == {"c": -6.0, "d": 1.0, "darn": -2.0}
 
+    def test_vectors_keep_their_dtype(self):
+        bound = make_calibrator(words={}).bind(make_vocabulary(SIZE), dtype="bfloat16", use_disk_cache=False)
+        assert CalibFusion(bound, FusionConfig()).add_words("darn").guide.vectors.dtype == torch.bfloat16
+
     def test_one_word_alone_is_that_word_and_not_its_letters(self):
         fusion = CalibFusion(make_bound(words={}), FusionConfig()).add_words("darn")
         assert fusion.guide.calibrator.config.words == {"darn": -6.0}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import re
 from typing import TYPE_CHECKING, Any
 
 from calibfuse.cli.options import Fields
@@ -45,18 +43,6 @@ def check_calibrator(name: str | None) -> None:
 
     if name is not None and ("\\" in name or name.count("/") != 1 or name.startswith((".", "/", "~"))):
         resolve_checkpoint(name, local_files_only=True)
-
-
-def check_tokenizer(name: str) -> None:
-    """Ask the Hub once for a tokenizer that is not here; loaders ask again and again where it cannot be reached."""
-    from huggingface_hub import try_to_load_from_cache
-
-    from calibfuse.hub import check_repository
-
-    is_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not os.path.exists(name)
-    files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-    if is_id and not any(isinstance(try_to_load_from_cache(name, file), str) for file in files):
-        check_repository(name)
 
 
 def decoding_of(args: argparse.Namespace) -> Decoding:

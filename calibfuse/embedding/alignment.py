@@ -29,7 +29,7 @@ from calibfuse.errors import (
     VocabularyMismatchError,
 )
 from calibfuse.guide import CALIBRATOR_HEAD
-from calibfuse.hub.files import FINGERPRINT_KEY
+from calibfuse.hub import FINGERPRINT_KEY
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

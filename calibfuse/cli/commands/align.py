@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from calibfuse.cli.loading import check_calibrator, check_tokenizer
+from calibfuse.cli.loading import check_calibrator
 from calibfuse.cli.options import SWITCH, add
 from calibfuse.cli.terminal import Terminal
 from calibfuse.errors import InputError
@@ -54,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
     check_calibrator(args.calibrator)
     # The text is read first: it is the quickest to be found wanting.
     passages = _read_passages(args.text, args.max_bytes) if args.text else []
+    from calibfuse.hub import check_tokenizer
+
     check_tokenizer(args.tokenizer)
     is_report = bool(args.report or args.text or args.json)
     bound, seconds = _bind(args, for_report=is_report)
