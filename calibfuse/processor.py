@@ -328,8 +328,9 @@ class CalibFusion(LogitsProcessor):
         yield self
         if self._fused == before:
             raise FusionNotAppliedError(
-                "The generation finished without calling CalibFusion: the engine dropped `logits_processor`, and the "
-                "text is the plain model's. Use model.generate() without continuous batching or a paged cache."
+                "The generation finished without one step of CalibFusion: the engine dropped `logits_processor` or its "
+                "error, and the text is the plain model's. Use model.generate() without continuous batching or a paged "
+                "cache."
             )
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -360,7 +361,6 @@ class CalibFusion(LogitsProcessor):
         self._calls += 1
         if scores.shape[0] == 0 or self._is_foreign(input_ids, scores.shape[-1]):
             return scores.float()
-        self._fused += 1
         if input_ids.shape[1] == 0:
             self._warn(
                 "The generation begins without token ids (inputs_embeds): the calibrator does not see the prompt, and "
@@ -376,6 +376,7 @@ class CalibFusion(LogitsProcessor):
         has_dead_rows = self._check(values, scores.shape[-1])
         step = self._account if self.on_step is None else Account()
         fused = self._fuse(scores, said, has_dead_rows, step)
+        self._fused += 1  # llama.cpp swallows errors: one that was raised above is none that was applied
         if self.on_step is not None:
             self._ledger.settle()
             self._account.add(step)

@@ -1,5 +1,6 @@
 """llama-cpp-python's side of the fusion: NumPy arrays in and out, and its own tokens where it is installed."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import calibfuse
 from calibfuse import CalibFusion
-from calibfuse.errors import VocabularyMismatchError
+from calibfuse.errors import FusionNotAppliedError, VocabularyMismatchError
 from calibfuse.llama_cpp import logits_processor
 
 TARGET = Path(calibfuse.__file__).parent / "pretrained" / "demo-target"
@@ -56,10 +57,11 @@ def test_arrays_are_fused_as_tensors_are(tokenizer, model):
         ids = [*ids, int(fused.argmax())]
 
 
-def test_logits_of_another_model_are_told_apart(tokenizer):
-    process = logits_processor(CalibFusion.from_pretrained(tokenizer=tokenizer))
-    with pytest.raises(VocabularyMismatchError):
-        process(np.array([99_999], dtype=np.intc), np.zeros(300, dtype=np.float32))
+def test_an_error_that_the_bindings_swallow_is_told_by_required(tokenizer):
+    fusion = CalibFusion.from_pretrained(tokenizer=tokenizer)
+    process = logits_processor(fusion)
+    with pytest.raises(FusionNotAppliedError), fusion.required(), contextlib.suppress(VocabularyMismatchError):
+        process(np.array([99_999], dtype=np.intc), np.zeros(8192, dtype=np.float32))
 
 
 BLOCK = {
@@ -122,15 +124,21 @@ def test_llama_cpp_says_the_tokens_that_transformers_says(tokenizer, model, tmp_
     pytest.importorskip("gguf")
     write_gguf(tmp_path / "target.gguf", model, tokenizer)
     llm = llama_cpp.Llama(str(tmp_path / "target.gguf"), n_ctx=256, n_threads=1, verbose=False)
-    ids = tokenizer(PROMPT)["input_ids"]
     fusion = CalibFusion.from_pretrained(tokenizer=tokenizer, alpha=3.0)
 
-    def tokens(*processors):
+    def tokens(ids, *processors):
         guided = llama_cpp.LogitsProcessorList(list(processors))
-        said = llm.generate(ids, temp=0.0, repeat_penalty=1.0, logits_processor=guided)
-        return [token for token, _ in zip(said, range(16), strict=False)]
+        said = []
+        for token in llm.generate(ids, temp=0.0, repeat_penalty=1.0, logits_processor=guided):
+            said.append(token)
+            if token == tokenizer.eos_token_id or len(said) == 16:
+                return said
 
-    with fusion.required():
-        guided = tokens(logits_processor(fusion))
-    assert guided == fused_by_transformers(model, tokenizer, ids, 16)
-    assert guided != tokens()
+    changed = 0
+    for prompt in (PROMPT, "My neighbour is a", "She told him that", "What the hell"):
+        ids = tokenizer(prompt)["input_ids"]
+        with fusion.required():
+            guided = tokens(ids, logits_processor(fusion))
+        assert guided == fused_by_transformers(model, tokenizer, ids, 16)
+        changed += guided != tokens(ids)
+    assert changed

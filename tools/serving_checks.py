@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1"}
@@ -54,6 +55,7 @@ ENGINES: dict[str, dict[str, Any]] = {
     "chunks": {"max_num_seqs": 5, "max_num_batched_tokens": 64},
     "preempted": {"num_gpu_blocks_override": 24, "block_size": 32},
     "tp2": {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"},
+    "tp3": {"tensor_parallel_size": 3, "distributed_executor_backend": "mp"},
     "v2": {},
     "drafts": {"speculative_config": {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4}},
 }
@@ -92,6 +94,7 @@ def generate(engine: Any, prompts: list[list[int]], strengths: list[Any], **opti
 
 def processor() -> Any:
     """The processor of the engine in this process."""
+    gc.unfreeze()  # the engine hides what there is from the collector
     return next(each for each in gc.get_objects() if type(each).__name__ == "CalibFusionProcessor")
 
 
@@ -104,12 +107,18 @@ def equal(arguments: argparse.Namespace) -> None:
     prompts = some_prompts(tokenizer)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
     known: dict[tuple[int, Any], list[int]] = {}
+    leads: dict[tuple[int, Any], list[float]] = {}
     for number, alpha in {each for strengths in STRENGTHS.values() for each in enumerate(strengths)}:
         fusion = [] if alpha == 0 else [CalibFusion.from_pretrained(tokenizer=tokenizer, alpha=alpha)]
         ids = torch.tensor([prompts[number]])
-        options = {"max_new_tokens": arguments.tokens, "do_sample": False, "pad_token_id": 0}
-        new = model.generate(ids, attention_mask=torch.ones_like(ids), logits_processor=fusion, **options)
-        known[number, alpha] = new[0, ids.shape[1] :].tolist()
+        options = {"max_new_tokens": arguments.tokens, "do_sample": False, "pad_token_id": 0, "output_scores": True}
+        mask = torch.ones_like(ids)
+        said = model.generate(
+            ids, attention_mask=mask, logits_processor=fusion, return_dict_in_generate=True, **options
+        )
+        known[number, alpha] = said.sequences[0, ids.shape[1] :].tolist()
+        best = torch.cat(said.scores).topk(2).values
+        leads[number, alpha] = (best[:, 0] - best[:, 1]).tolist()
     for name in arguments.engines:
         context = multiprocessing.get_context("spawn")
         receiver, sender = context.Pipe(duplex=False)
@@ -125,15 +134,31 @@ def equal(arguments: argparse.Namespace) -> None:
                 plain = [known[number, 0] for number in range(16)]
                 same, moved = (sum(a == b for a, b in zip(wanted, other, strict=True)) for other in (tokens, plain))
                 print(f"{name}: {case}: {same} of 16 equal, {16 - moved} differ from the plain model's", flush=True)
+                for row, alpha in enumerate(STRENGTHS[case]):
+                    ours, theirs = known[row, alpha], tokens[row]
+                    if ours != theirs:
+                        place = next(n for n, pair in enumerate(zip(ours, theirs, strict=False)) if pair[0] != pair[1])
+                        lead = f"{leads[row, alpha][place]:.5f} nats between the two best"
+                        print(f"    row {row} ({len(prompts[row])} tokens), new token {place}: {lead}", flush=True)
         except EOFError:
             print(f"{name}: did not run, see above", flush=True)
         child.join()
 
 
+def _interpret_triton() -> None:
+    """Let the second model runner, which is written for GPUs, run on a CPU: slowly, its kernels interpreted."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    from triton.backends import backends
+
+    backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True), compiler=None)
+
+
 def _tokens_of_engine(sender: Any, name: str, model: str, prompts: list[list[int]], tokens: int) -> None:
     if name in ("v2", "drafts"):
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
-    if name != "tp2":
+        if not torch.cuda.is_available():
+            _interpret_triton()
+    if not name.startswith("tp"):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     engine = start(model, disable_log_stats=False, **ENGINES[name])
     for case, strengths in STRENGTHS.items():
@@ -141,7 +166,7 @@ def _tokens_of_engine(sender: Any, name: str, model: str, prompts: list[list[int
     counted = {each.name: each.value for each in engine.get_metrics() if hasattr(each, "value")}
     told = {each: counted[each] for each in counted if "preempt" in each or "spec_decode" in each}
     print(f"{name}: {told}", flush=True)
-    if name != "tp2":
+    if not name.startswith("tp"):
         print(f"{name}: {processor()._failures} failed steps", flush=True)
     sender.send(None)
 
