@@ -238,7 +238,7 @@ class TestLife:
 
     def test_required_raises_without_a_call(self, fusion):
         fusion(random_ids(), random_scores())  # calls before the block do not count
-        with pytest.raises(FusionNotAppliedError, match="without calling CalibFusion"), fusion.required():
+        with pytest.raises(FusionNotAppliedError, match="without one step of CalibFusion"), fusion.required():
             pass
 
     def test_required_lets_other_errors_through(self, fusion):
