@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calibfuse.errors import DataError, InputError, MissingDependencyError, ScorerError
+from calibfuse.errors import CheckpointError, DataError, InputError, MissingDependencyError, ScorerError
 from calibfuse.textfiles import iter_documents, split_passages
 from calibfuse.training import data as data_module
 from calibfuse.training.config import TrainingText
@@ -350,7 +350,7 @@ def test_full_disk_leaves_nothing_behind(tmp_path: Path, text: TrainingText, mon
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(data_module.np, "save", save)
-    with pytest.raises(DataError, match="cannot be written to .*: No space left on device"):
+    with pytest.raises(CheckpointError, match="Cannot write the passages to .*: No space left on device"):
         build(text, tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 
@@ -362,15 +362,19 @@ def test_bad_file_leaves_no_store_behind(tmp_path: Path, text: TrainingText) -> 
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_second_builder_of_the_same_store_gives_way(tmp_path: Path, text: TrainingText) -> None:
+def test_second_builder_of_the_same_store_gives_way(
+    tmp_path: Path, text: TrainingText, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = build(text, tmp_path / "one")
-    writer = data_module._StoreWriter(tmp_path / "one" / first.folder.name, text)
-    writer.add("a passage that is long enough", True)
-    writer.add("another passage, long enough", True)
-    writer.finish("x", 0.5, 1000)
-    writer.discard()
-    assert [path.name for path in (tmp_path / "one").iterdir()] == [first.folder.name]
-    assert PassageStore(first.folder).fingerprint == first.fingerprint
+    write_store = data_module._write_store
+
+    def with_a_rival(*arguments: object) -> None:
+        shutil.copytree(first.folder, tmp_path / "two" / first.folder.name)
+        write_store(*arguments)
+
+    monkeypatch.setattr(data_module, "_write_store", with_a_rival)
+    assert build(text, tmp_path / "two").fingerprint == first.fingerprint
+    assert [path.name for path in (tmp_path / "two").iterdir()] == [first.folder.name]
 
 
 @pytest.mark.parametrize("name", ["meta.json", "offsets.npy", "labels.npy", "is_validation.npy", "data.bin"])

@@ -33,19 +33,12 @@ Keep = Callable[[Sequence[str]], NDArray[np.bool_]]
 
 @dataclass(frozen=True, eq=False)
 class PackedCorpus:
-    """Blocks of token ids.
+    """Blocks of token ids."""
 
-    Attributes:
-        train: int32 [blocks, block_length].
-        held_out: int32 [held-out blocks, block_length], of documents that `train` does not contain; may be empty.
-        documents: how many documents were read, held-out ones among them.
-        dropped: how many of them `keep` refused.
-    """
-
-    train: Tensor
-    held_out: Tensor
-    documents: int
-    dropped: int = 0
+    train: Tensor  # int32 [blocks, block_length]
+    held_out: Tensor  # int32 [held-out blocks, block_length], of documents that `train` does not contain; may be empty
+    documents: int  # how many were read, held-out ones among them
+    dropped: int = 0  # how many of them `keep` refused
 
     @property
     def block_length(self) -> int:

@@ -55,17 +55,11 @@ class TuningConfig:
 
 @dataclass(frozen=True, eq=False)
 class Constraint:
-    """What the KL term draws the model towards.
+    """What the KL term draws the model towards."""
 
-    Attributes:
-        base: p, frozen, in evaluation mode.
-        auxiliary: R, likewise.
-        samples: whose continuation positions are looked at; labels are not needed here.
-    """
-
-    base: PreTrainedModel
-    auxiliary: AuxiliaryModel
-    samples: SampleSet
+    base: PreTrainedModel  # p, frozen, in evaluation mode
+    auxiliary: AuxiliaryModel  # R, likewise
+    samples: SampleSet  # whose continuation positions are looked at; labels are not needed here
 
 
 def tuning_optimizer(model: PreTrainedModel, config: TuningConfig) -> torch.optim.AdamW:

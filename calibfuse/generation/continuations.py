@@ -18,17 +18,11 @@ _TAIL = 16  # tokens before a continuation that decide how its first token is sp
 
 @dataclass(frozen=True)
 class Continuation:
-    """What a model said after a prompt.
+    """What a model said after a prompt."""
 
-    Attributes:
-        text: without special tokens; starts with a space where the tokens say so.
-        token_ids: new tokens of the target, up to the end mark, which is left out.
-        is_finished: whether the model ended the text itself.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    is_finished: bool
+    text: str  # without special tokens; starts with a space where the tokens say so
+    token_ids: tuple[int, ...]  # new tokens of the target, up to the end mark, which is left out
+    is_finished: bool  # whether the model ended the text itself
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -55,19 +49,14 @@ def position_limit(model: PreTrainedModel | PretrainedConfig) -> int | None:
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Ids that end a text."""
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    if ends is None:
-        ends = tokenizer.eos_token_id
-    if ends is None:
-        return frozenset()
-    return frozenset([ends] if isinstance(ends, int) else ends)
+    ends = tokenizer.eos_token_id if ends is None else ends
+    return frozenset([ends] if isinstance(ends, int) else ends or ())
 
 
 def find_padding_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """A special token to pad with, or None: guides take a leading run of special tokens for no text."""
-    for token_id in (tokenizer.pad_token_id, *sorted(end_ids(model, tokenizer)), tokenizer.bos_token_id):
-        if token_id is not None:
-            return int(token_id)
-    return None
+    candidates = (tokenizer.pad_token_id, *sorted(end_ids(model, tokenizer)), tokenizer.bos_token_id)
+    return next((int(token_id) for token_id in candidates if token_id is not None), None)
 
 
 def pad_left(rows: Sequence[Sequence[int]], padding_id: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -27,19 +27,12 @@ _GGUF = ".gguf"
 
 @dataclass(frozen=True, eq=False)
 class LanguageModel:
-    """A causal language model with its tokenizer: the target, or a judge of fluency.
+    """A causal language model with its tokenizer: the target, or a judge of fluency."""
 
-    Attributes:
-        name: in reports and messages, as the user gave it.
-        model: in evaluation mode, on its device.
-        tokenizer: its tokenizer.
-        is_bundled: whether it is the small demo target that comes with calibfuse.
-    """
-
-    name: str
-    model: PreTrainedModel
+    name: str  # in reports and messages, as the user gave it
+    model: PreTrainedModel  # in evaluation mode, on its device
     tokenizer: PreTrainedTokenizerBase
-    is_bundled: bool = False
+    is_bundled: bool = False  # whether it is the small demo target that comes with calibfuse
 
 
 def load_language_model(
@@ -64,8 +57,7 @@ def load_language_model(
         local_files_only: never touch the network.
         trust_remote_code: run Python code that the model brings along.
 
-    Returns:
-        The model and its tokenizer; the tokenizer pads on the left.
+    The tokenizer pads on the left.
 
     Raises:
         CheckpointError: there is no such model, it is damaged or of another kind, or it does not fit into memory.
@@ -104,45 +96,34 @@ def read_tokenizer(source: str, **options: Any) -> PreTrainedTokenizerBase:  # n
         check_repository(
             source, revision=options.get("revision"), local_files_only=bool(options.get("local_files_only"))
         )
-    quiet_transformers()
-    from transformers import AutoTokenizer
-
-    # transformers, its tokenizers, the Hub's client and torch each raise errors of their own; whatever it is, the
-    # tokenizer could not be loaded.
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **_given(options))
-    except Exception as error:
-        raise CheckpointError(f"Cannot load the tokenizer of {source!r}: {reason_of(error)}.") from error
+    tokenizer: PreTrainedTokenizerBase = _read("AutoTokenizer", "tokenizer of", source, options)
     return tokenizer
 
 
 def read_model(source: str, *, device: torch.device | str, dtype: str, **options: Any) -> PreTrainedModel:  # noqa: ANN401
     """A causal language model in evaluation mode, from where `locate` found it; see `read_tokenizer`."""
-    quiet_transformers()
-    from transformers import AutoModelForCausalLM
-
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **_given(options))
-        loaded: PreTrainedModel = model.to(device).eval()
-    except Exception as error:  # as in read_tokenizer
-        raise CheckpointError(f"Cannot load the model {source!r}: {reason_of(error)}.") from error
-    return loaded
+    model: PreTrainedModel = _read("AutoModelForCausalLM", "model", source, options | {"dtype": dtype}, device)
+    return model
 
 
 def read_config(source: str, **options: Any) -> PretrainedConfig:  # noqa: ANN401
     """A model's configuration, from where `locate` found it; see `read_tokenizer`."""
-    quiet_transformers()
-    from transformers import AutoConfig
-
-    try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(source, **_given(options))
-    except Exception as error:  # as in read_tokenizer
-        raise CheckpointError(f"Cannot load the configuration of {source!r}: {reason_of(error)}.") from error
+    config: PretrainedConfig = _read("AutoConfig", "configuration of", source, options)
     return config
 
 
-def _given(options: dict[str, Any]) -> dict[str, Any]:
-    return {"trust_remote_code": False} | {key: value for key, value in options.items() if value is not None}
+def _read(kind: str, what: str, source: str, options: dict[str, Any], device: torch.device | str | None = None) -> Any:  # noqa: ANN401
+    quiet_transformers()
+    import transformers
+
+    given = {"trust_remote_code": False} | {key: value for key, value in options.items() if value is not None}
+    # transformers, its tokenizers, the Hub's client and torch each raise errors of their own; whatever it is, the
+    # thing could not be loaded.
+    try:
+        loaded = getattr(transformers, kind).from_pretrained(source, **given)
+        return loaded if device is None else loaded.to(device).eval()
+    except Exception as error:
+        raise CheckpointError(f"Cannot load the {what} {source!r}: {reason_of(error)}.") from error
 
 
 def locate(name: str | None, gguf_file: str | None = None, revision: str | None = None) -> tuple[str, str | None]:

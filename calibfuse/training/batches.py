@@ -36,26 +36,15 @@ _NEGATIVES_SAMPLE_BYTES = 8_000_000
 
 @dataclass(frozen=True)
 class TrainingBatch:
-    """One batch.
+    """One batch."""
 
-    Attributes:
-        features: of the tokens that occur in it or are candidates ("local" tokens).
-        inputs: int64 [rows, sequence_length], local token index, or BOUNDARY.
-        targets: int64 [rows, sequence_length], index into `candidates`, or IGNORE where the next slot is a boundary.
-        is_non_toxic: bool [rows, sequence_length], whether the target belongs to a non-toxic passage.
-        candidates: int64 [candidates], local token indices of the softmax.
-        log_weights: float32 [candidates], log of how many tokens of the vocabulary each stands for, plus the log of its
-            share of the probability of its bytes.
-        target_bytes: bytes of all targets.
-    """
-
-    features: TokenFeatures
-    inputs: Tensor
-    targets: Tensor
-    is_non_toxic: Tensor
-    candidates: Tensor
-    log_weights: Tensor
-    target_bytes: int
+    features: TokenFeatures  # of the tokens that occur in it or are candidates ("local" tokens)
+    inputs: Tensor  # int64 [rows, sequence_length], local token index, or BOUNDARY
+    targets: Tensor  # int64 [rows, sequence_length], index into `candidates`, or IGNORE where a boundary follows
+    is_non_toxic: Tensor  # bool [rows, sequence_length], whether the target belongs to a non-toxic passage
+    candidates: Tensor  # int64 [candidates], local token indices of the softmax
+    log_weights: Tensor  # float32 [candidates], added to their scores: see `BatchVocabulary.draw_candidates`
+    target_bytes: int  # of all targets
 
     def rows(self, start: int, stop: int) -> TrainingBatch:
         """The same batch with some of its rows: what one of several processes works on."""

@@ -10,24 +10,25 @@ import hashlib
 import json
 import logging
 import os
-import shutil
-import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from calibfuse.errors import DataError
+from calibfuse.errors import CheckpointError, DataError
 from calibfuse.scorers.checks import check_scores
 from calibfuse.textfiles import HUB_PREFIX, expand_source, iter_documents, split_passages
 from calibfuse.training.config import TrainingText
+from calibfuse.training.work_folder import new_folder
 
 logger = logging.getLogger(__name__)
 
 STORE_FORMAT = 1
+_SORTED_AT_ONCE = 8_192  # a scorer that reads sentences batches them by length, which needs many to choose from
 
 
 class PassageStore:
@@ -95,21 +96,14 @@ class PassageStore:
         if (folder / "meta.json").is_file():
             logger.info("Reusing the passages in %s", folder)
             return cls(folder)
-        writer = _StoreWriter(folder, text)
+        passages = _passages(files, text, passage_bytes, min_bytes, show_progress=show_progress)
         try:
-            bar = tqdm(files, desc="reading text", unit="file", disable=not show_progress)
-            for file, is_wanted in bar:
-                bar.set_postfix_str(f"{Path(file).name}, {writer.count:,} passages so far")
-                for document in iter_documents([file], text_field=text.text_field):
-                    for passage in split_passages(document, passage_bytes):
-                        stripped = passage.strip()
-                        if len(stripped.encode()) >= min_bytes:
-                            writer.add(stripped, is_wanted)
-            writer.finish(fingerprint, validation_share, max_validation_bytes)
-        except OSError as error:
-            raise DataError(f"The passages cannot be written to {folder}: {error.strerror or error}.") from error
-        finally:
-            writer.discard()
+            with new_folder(folder, "the passages") as temporary:
+                _write_store(temporary, passages, text, fingerprint, validation_share, max_validation_bytes)
+        except CheckpointError:
+            # another process may have finished the same store first; its files are equal to ours
+            if not (folder / "meta.json").is_file():
+                raise
         store = cls(folder)
         share = 100 * float((store.labels == 1).mean())
         logger.info("%s passages, %.1f MB, %.1f %% wanted", f"{len(store):,}", store.total_bytes / 1e6, share)
@@ -177,78 +171,54 @@ class PassageStore:
             yield text
 
 
-class _StoreWriter:
-    """Writes a store into a temporary folder beside its place, and moves it there when it is whole."""
+def _passages(
+    files: Sequence[tuple[str, bool]], text: TrainingText, passage_bytes: int, min_bytes: int, *, show_progress: bool
+) -> Iterator[tuple[str, bool]]:
+    """All passages of the files, and whether each was given as wanted."""
+    for file, is_wanted in tqdm(files, desc="reading text", unit="file", disable=not show_progress):
+        for document in iter_documents([file], text_field=text.text_field):
+            for passage in split_passages(document, passage_bytes):
+                stripped = passage.strip()
+                if len(stripped.encode()) >= min_bytes:
+                    yield stripped, is_wanted
 
-    # handed to the scorer at once: one that reads sentences batches them by length, which needs many to choose from
-    _BATCH = 8_192
 
-    def __init__(self, folder: Path, text: TrainingText) -> None:
-        self._folder, self._text = folder, text
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            self._temporary = Path(tempfile.mkdtemp(prefix=".passages-", dir=folder.parent))
-            self._data = (self._temporary / "data.bin").open("wb")
-        except OSError as error:
-            raise DataError(f"The passages cannot be written to {folder.parent}: {error.strerror or error}.") from error
-        # array: 8 bytes a passage, against some 36 in a list of ints
-        self._offsets = array("q", [0])
-        self._hashes = array("Q")
-        self._labels = bytearray()
-        self._unsorted: list[str] = []
-
-    @property
-    def count(self) -> int:
-        return len(self._offsets) - 1
-
-    def add(self, passage: str, is_wanted: bool) -> None:
-        data = passage.encode()
-        self._data.write(data)
-        self._offsets.append(self._offsets[-1] + len(data))
-        self._hashes.append(int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little"))
-        if self._text.scorer is None:
-            self._labels.append(is_wanted)
-            return
-        self._unsorted.append(passage)
-        if len(self._unsorted) == self._BATCH:
-            self._sort()
-
-    def _sort(self) -> None:
-        if self._text.scorer is not None and self._unsorted:
-            scorer, passages = self._text.scorer, self._unsorted
-            scores = check_scores(scorer.score(passages), len(passages), scorer.name)
-            self._labels.extend((scores < self._text.threshold).astype(np.uint8).tobytes())
-            self._unsorted = []
-
-    def finish(self, fingerprint: str, validation_share: float, max_validation_bytes: int) -> None:
-        self._sort()
-        self._data.close()
-        if self.count < 2:
-            raise DataError(
-                f"The training text gives {self.count} passage(s); at least 2 are needed, one of them for validation. "
-                "Give more text."
-            )
-        offsets = np.frombuffer(self._offsets, dtype=np.int64)
-        hashes = np.frombuffer(self._hashes, dtype=np.uint64)
-        is_validation = choose_validation(hashes, np.diff(offsets), validation_share, max_validation_bytes)
-        np.save(self._temporary / "offsets.npy", offsets)
-        np.save(self._temporary / "labels.npy", np.frombuffer(bytes(self._labels), dtype=np.uint8))
-        np.save(self._temporary / "is_validation.npy", is_validation)
-        meta = {"format": STORE_FORMAT, "fingerprint": fingerprint, "passages": self.count}
-        (self._temporary / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
-        if self._folder.exists() and not (self._folder / "meta.json").is_file():
-            shutil.rmtree(self._folder)  # left by something else: without meta.json it is no store
-        try:
-            os.replace(self._temporary, self._folder)
-        except OSError:
-            # Another process finished the same store first; its files are equal to ours.
-            if not (self._folder / "meta.json").is_file():
-                raise
-
-    def discard(self) -> None:
-        """Remove the temporary folder if it is still there; harmless after `finish`."""
-        self._data.close()
-        shutil.rmtree(self._temporary, ignore_errors=True)
+def _write_store(
+    folder: Path,
+    passages: Iterator[tuple[str, bool]],
+    text: TrainingText,
+    fingerprint: str,
+    validation_share: float,
+    max_validation_bytes: int,
+) -> None:
+    # array: 8 bytes a passage, against some 36 in a list of ints
+    offsets, hashes, labels = array("q", [0]), array("Q"), bytearray()
+    with (folder / "data.bin").open("wb") as file:
+        while batch := list(islice(passages, _SORTED_AT_ONCE)):
+            for passage, _ in batch:
+                data = passage.encode()
+                file.write(data)
+                offsets.append(offsets[-1] + len(data))
+                hashes.append(int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little"))
+            if text.scorer is None:
+                labels.extend(is_wanted for _, is_wanted in batch)
+            else:
+                scores = check_scores(text.scorer.score([each for each, _ in batch]), len(batch), text.scorer.name)
+                labels.extend((scores < text.threshold).astype(np.uint8).tobytes())
+    if len(hashes) < 2:
+        raise DataError(
+            f"The training text gives {len(hashes)} passage(s); at least 2 are needed, one of them for validation. "
+            "Give more text."
+        )
+    ends = np.frombuffer(offsets, dtype=np.int64)
+    chosen = choose_validation(
+        np.frombuffer(hashes, dtype=np.uint64), np.diff(ends), validation_share, max_validation_bytes
+    )
+    np.save(folder / "offsets.npy", ends)
+    np.save(folder / "labels.npy", np.frombuffer(bytes(labels), dtype=np.uint8))
+    np.save(folder / "is_validation.npy", chosen)
+    meta = {"format": STORE_FORMAT, "fingerprint": fingerprint, "passages": len(hashes)}
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
 
 def choose_validation(

@@ -19,19 +19,12 @@ from calibfuse.training.batches import BOUNDARY, IGNORE, TrainingBatch
 
 @dataclass(frozen=True)
 class Losses:
-    """Mean cross-entropies in nats per token.
+    """Mean cross-entropies in nats per token."""
 
-    Attributes:
-        total: what is minimised.
-        calibrator: of the non-toxic head on non-toxic passages; 0 where a batch has none.
-        reference: of the reference head on all passages.
-        tokens: number of scored tokens.
-    """
-
-    total: Tensor
-    calibrator: Tensor
-    reference: Tensor
-    tokens: Tensor
+    total: Tensor  # what is minimised
+    calibrator: Tensor  # of the non-toxic head on non-toxic passages; 0 where a batch has none
+    reference: Tensor  # of the reference head on all passages
+    tokens: Tensor  # number of scored tokens
 
 
 class _SummedCrossEntropy(torch.autograd.Function):

@@ -63,21 +63,13 @@ class SamplingPlan:
 
 @dataclass(frozen=True, eq=False)
 class SampleSet:
-    """Continuations of prompts.
+    """Continuations of prompts."""
 
-    Attributes:
-        input_ids: int64 [n, length], prompt then continuation, padded on the right.
-        lengths: int64 [n], tokens of prompt and continuation; an end mark that was drawn counts.
-        prompt_lengths: int64 [n], tokens of the prompt.
-        log_weights: float32 [n], log p_base - log p_sampling of the continuation, nats; 0 where the base itself drew.
-        satisfaction: float32 [n], C in [0, 1]; nan before labelling, and where labelling failed.
-    """
-
-    input_ids: Tensor
-    lengths: Tensor
-    prompt_lengths: Tensor
-    log_weights: Tensor
-    satisfaction: Tensor
+    input_ids: Tensor  # int64 [n, length], prompt then continuation, padded on the right
+    lengths: Tensor  # int64 [n], tokens of prompt and continuation; an end mark that was drawn counts
+    prompt_lengths: Tensor  # int64 [n], tokens of the prompt
+    log_weights: Tensor  # float32 [n], log p_base - log p_sampling of the continuation, nats; 0 where the base drew
+    satisfaction: Tensor  # float32 [n], C in [0, 1]; nan before labelling, and where labelling failed
 
     def __post_init__(self) -> None:
         """Check that the parts fit together."""

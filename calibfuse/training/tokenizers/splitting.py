@@ -16,21 +16,14 @@ from calibfuse.vocabulary import Vocabulary
 
 @dataclass(frozen=True, eq=False)
 class SplitTable:
-    """All ways to cut a token into two tokens of the same vocabulary, with weights.
+    """All ways to cut a token into two tokens of the same vocabulary, with weights."""
 
-    Attributes:
-        counts: int64 [size], number of ways per token.
-        starts: int64 [size], first way of each token in the arrays below.
-        left: int64 [ways], id of the left half.
-        right: int64 [ways], id of the right half.
-        cumulative: float64 [ways], cumulative share of the way within its token, ending at 1; shifted by the token id,
-            so that the whole array rises and one search serves all tokens.
-    """
-
-    counts: npt.NDArray[np.int64]
-    starts: npt.NDArray[np.int64]
-    left: npt.NDArray[np.int64]
-    right: npt.NDArray[np.int64]
+    counts: npt.NDArray[np.int64]  # [size], number of ways per token
+    starts: npt.NDArray[np.int64]  # [size], first way of each token in the arrays below
+    left: npt.NDArray[np.int64]  # [ways], id of the left half
+    right: npt.NDArray[np.int64]  # [ways], id of the right half
+    # [ways], cumulative share of the way within its token, ending at 1; shifted by the token id, so that the whole
+    # array rises and one search serves all tokens
     cumulative: npt.NDArray[np.float64]
 
     @classmethod

@@ -51,17 +51,11 @@ Texts = Sequence[str]
 
 @dataclass(frozen=True)
 class TokenizerStyle:
-    """One way of making a tokenizer.
+    """One way of making a tokenizer."""
 
-    Attributes:
-        train: learns a tokenizer with at most the given number of tokens from texts.
-        smallest_size: the smallest vocabulary that makes sense (alphabet and special tokens).
-        bytes_per_token: how much text the trainer should see for each token of the vocabulary.
-    """
-
-    train: Callable[[Texts, int], tokenizers.Tokenizer]
-    smallest_size: int = 257
-    bytes_per_token: int = 300
+    train: Callable[[Texts, int], tokenizers.Tokenizer]  # with at most the given number of tokens
+    smallest_size: int = 257  # the smallest vocabulary that makes sense (alphabet and special tokens)
+    bytes_per_token: int = 300  # how much text the trainer should see for each token of the vocabulary
 
 
 def train_tokenizer(style: str, texts: Texts, vocab_size: int) -> tokenizers.Tokenizer:

@@ -36,17 +36,10 @@ _CHUNK_BYTES = 16_000_000
 
 @dataclass(frozen=True)
 class Balance:
-    """Which flagged passages are left out.
+    """Which flagged passages are left out."""
 
-    Attributes:
-        excluded: bool [passages].
-        shares: term -> (flagged share before, after); only terms of which passages were left out.
-        holders: term -> sorted indices of the passages that hold it.
-    """
-
-    excluded: NDArray[np.bool_]
-    shares: dict[str, tuple[float, float]]
-    holders: dict[str, NDArray[np.int64]]
+    excluded: NDArray[np.bool_]  # [passages]
+    holders: dict[str, NDArray[np.int64]]  # term -> sorted indices of the passages that hold it
 
 
 def balance_terms(store: PassageStore, seed: int, terms: Sequence[str] | None = None) -> Balance:
@@ -55,7 +48,7 @@ def balance_terms(store: PassageStore, seed: int, terms: Sequence[str] | None = 
     excluded = np.zeros(len(store), dtype=bool)
     base = float(flagged.mean())
     if base in (0.0, 1.0):
-        return Balance(excluded, {}, {})
+        return Balance(excluded, {})
     holders = passages_with_terms(store, sorted({*TERMS, *suspected_names(store)}) if terms is None else terms)
     keep = np.ones(len(store))
     for passages in holders.values():
@@ -65,18 +58,8 @@ def balance_terms(store: PassageStore, seed: int, terms: Sequence[str] | None = 
             wanted = clean * base / (1.0 - base)
             keep[bad] = np.minimum(keep[bad], wanted / len(bad))
     excluded = flagged & (np.random.default_rng([seed, 4]).random(len(store)) >= keep)
-    shares = {}
-    for term, passages in holders.items():
-        left = passages[~excluded[passages]]
-        if len(left) < len(passages):
-            shares[term] = (float(flagged[passages].mean()), float(flagged[left].mean()) if len(left) else 0.0)
-    logger.info(
-        "identity balance: %s of %s flagged passages left out, for %d terms",
-        f"{excluded.sum():,}",
-        f"{flagged.sum():,}",
-        len(shares),
-    )
-    return Balance(excluded, shares, holders)
+    logger.info("identity balance: %s of %s flagged passages left out", f"{excluded.sum():,}", f"{flagged.sum():,}")
+    return Balance(excluded, holders)
 
 
 def passages_with_terms(store: PassageStore, terms: Sequence[str]) -> dict[str, NDArray[np.int64]]:
