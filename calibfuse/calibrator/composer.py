@@ -24,17 +24,11 @@ _MAX_SHAPE_LENGTH = 15
 
 @dataclass(frozen=True)
 class TokenFeatures:
-    """Hashed features of many tokens in compressed-row form.
+    """Hashed features of many tokens in compressed-row form."""
 
-    Attributes:
-        buckets: int32 [total], rows of the table, token after token.
-        weights: float32 [total].
-        offsets: int64 [tokens + 1]; the features of token i are buckets[offsets[i]:offsets[i + 1]].
-    """
-
-    buckets: NDArray[np.int32]
-    weights: NDArray[np.float32]
-    offsets: NDArray[np.int64]
+    buckets: NDArray[np.int32]  # [total], rows of the table, token after token
+    weights: NDArray[np.float32]  # [total]
+    offsets: NDArray[np.int64]  # [tokens + 1]; the features of token i are buckets[offsets[i]:offsets[i + 1]]
 
     def __len__(self) -> int:
         """Number of tokens."""

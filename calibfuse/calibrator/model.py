@@ -32,43 +32,25 @@ _Network = TypeVar("_Network", bound="CalibratorNetwork")
 
 @dataclass(frozen=True, kw_only=True)
 class CalibratorConfig:
-    """Shape of a calibrator, and what travels with it.
+    """Shape of a calibrator, and what travels with it."""
 
-    Attributes:
-        bucket_count: rows of the hashed feature table.
-        token_width: width of a token's composed vector.
-        composer_hidden_width: hidden width of the composer's MLP.
-        max_token_norm: longest that a token's composed vector can be.
-        width: width of the body.
-        layer_count: blocks of the body.
-        head_count: attention heads.
-        hidden_width: hidden width of the body's MLPs.
-        window: tokens that attention looks back, the current one included.
-        value_layer_count: further blocks, which the head "value" alone reads, beside the body's state.
-        adapter_width: hidden width of each head's adapter.
-        value_adapter_width: that of the head "value"; None: adapter_width.
-        heads: names of the heads, in the order of the bias columns.
-        words: word -> bias in nats, below 0 for rude words, above 0 for protected names; see word_bias.py.
-        fusion: recommended fusion options (keys of FusionConfig).
-        training: what is known of the training, for the model card; any JSON values.
-    """
-
-    bucket_count: int = 32_768
-    token_width: int = 128
-    composer_hidden_width: int = 256
-    max_token_norm: float = 20.0
-    width: int = 192
-    layer_count: int = 3
-    head_count: int = 4
-    hidden_width: int = 768
-    window: int = 128
-    value_layer_count: int = 0
-    adapter_width: int = 192
-    value_adapter_width: int | None = None
-    heads: tuple[str, ...] = (CALIBRATOR_HEAD, REFERENCE_HEAD)
+    bucket_count: int = 32_768  # rows of the hashed feature table
+    token_width: int = 128  # of a token's composed vector
+    composer_hidden_width: int = 256  # of the composer's MLP
+    max_token_norm: float = 20.0  # longest that a token's composed vector can be
+    width: int = 192  # of the body
+    layer_count: int = 3  # blocks of the body
+    head_count: int = 4  # attention heads
+    hidden_width: int = 768  # of the body's MLPs
+    window: int = 128  # tokens that attention looks back, the current one included
+    value_layer_count: int = 0  # further blocks, which the head "value" alone reads, beside the body's state
+    adapter_width: int = 192  # hidden width of each head's adapter
+    value_adapter_width: int | None = None  # that of the head "value"; None: adapter_width
+    heads: tuple[str, ...] = (CALIBRATOR_HEAD, REFERENCE_HEAD)  # in the order of the bias columns
+    # Word -> bias in nats, below 0 for rude words, above 0 for protected names; see word_bias.py.
     words: Mapping[str, float] = field(default_factory=dict)
-    fusion: Mapping[str, Any] = field(default_factory=dict)
-    training: Mapping[str, Any] = field(default_factory=dict)
+    fusion: Mapping[str, Any] = field(default_factory=dict)  # recommended options (keys of FusionConfig)
+    training: Mapping[str, Any] = field(default_factory=dict)  # what is known of it, for the model card; JSON values
 
     def __post_init__(self) -> None:
         """Validate."""

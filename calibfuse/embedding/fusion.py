@@ -34,19 +34,13 @@ def aligned_states(states: Tensor, matrix: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class EmbeddingFusion:
-    """Fuses the calibrator's hidden state into the target's, before the target's output head.
+    """Fuses the calibrator's hidden state into the target's, before the target's output head."""
 
-    Attributes:
-        matrix: A, float32 [width, hidden_size].
-        head: of the target.
-        alpha: a in [0, 1); 0 leaves the target as it is.
-        hidden_temperature: True: as published, where the factor 1 - a on the target's own logits is a temperature,
-            whatever the calibrator says. False: h' = h + a / (1 - a) LN(t A), so that the target keeps weight 1.
-    """
-
-    matrix: Tensor
-    head: OutputHead
-    alpha: float
+    matrix: Tensor  # A, float32 [width, hidden_size]
+    head: OutputHead  # of the target
+    alpha: float  # a in [0, 1); 0 leaves the target as it is
+    # True: as published, where the factor 1 - a on the target's own logits is a temperature, whatever the calibrator
+    # says. False: h' = h + a / (1 - a) LN(t A), so that the target keeps weight 1.
     hidden_temperature: bool = True
 
     def __post_init__(self) -> None:
@@ -65,10 +59,6 @@ class EmbeddingFusion:
         Args:
             scores: float [..., target_vocab_size], logits or (unless the target soft-caps them) log-probabilities.
             states: t, float [..., width], leading axes of `scores`.
-
-        Raises:
-            VocabularyMismatchError: the head is narrower than the scores.
-            InputError: the target soft-caps its logits, and the scores are not what its head gave.
         """
         if self.alpha == 0.0:
             return scores.float().log_softmax(dim=-1)

@@ -22,11 +22,7 @@ if TYPE_CHECKING:
 class BoundCausalLM(Guide):
     """A guide: a causal LM over one target vocabulary. Made by `CausalLMCalibrator.bind`.
 
-    Args:
-        calibrator: where it came from.
-        models: by head; all of one vocabulary.
-        target: vocabulary of the ids.
-        start_id: own token before every text.
+    `models`: by head, all of one vocabulary; `start_id`: own token before every text.
     """
 
     missing_head_hint: ClassVar[str] = "; load it with reference= (a model of the same vocabulary)"

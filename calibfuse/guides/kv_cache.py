@@ -39,17 +39,13 @@ class CachedLM:
 
     @torch.no_grad()
     def feed(self, ids: Tensor, positions: Tensor, visible: Tensor, *, keep: int) -> Tensor:
-        """Read tokens into new slots.
+        """Read tokens [rows, new] into new slots; `positions` [rows, new] are those of each token in its own text.
 
-        Args:
-            ids: int64 [rows, new].
-            positions: int64 [rows, new], of each token in its own text.
-            visible: bool [rows, slots + new], slots that count (attention is causal in the order of slots); or
-                bool [rows, new, slots + new], what each new token sees, itself included.
-            keep: of how many of the last new tokens the logits are wanted.
+        Attention is causal in the order of slots; of these count the `visible` ones, bool [rows, slots + new], or what
+        each new token sees, itself included, bool [rows, new, slots + new].
 
         Returns:
-            float32 [rows, keep, width of the head].
+            float32 [rows, keep, width of the head], logits at the last `keep` new tokens.
         """
         mask = visible.long()
         if visible.ndim == 3:

@@ -30,14 +30,9 @@ _MOST_LOG = 500.0
 
 
 class ProjectedLM(BoundCausalLM):
-    """Models of one vocabulary, read for the ids of another one.
+    """Models of one vocabulary, read for the ids of another one; see `BoundCausalLM`.
 
-    Args:
-        calibrator: see `BoundCausalLM`.
-        models: likewise.
-        source_text: spells text in the models' vocabulary.
-        target: see `BoundCausalLM`.
-        further: own tokens per position after which the models are asked once more; 0: none.
+    `further`: own tokens per position after which the models are asked once more; 0: none.
     """
 
     lock_step = False
@@ -125,11 +120,7 @@ class ProjectedLM(BoundCausalLM):
 class _OpenWords:
     """What the models say behind the tokens of the open words of some texts, carried over to the target's strings.
 
-    Args:
-        guide: the models.
-        prefixes: the texts.
-        spellings: of their open words.
-        probs: by head, [rows, slots, own ids]: after the last finished token and after each token of the word.
+    `probs`: by head, [rows, slots, own ids]: after the last finished token and after each token of the word.
     """
 
     def __init__(
@@ -219,10 +210,8 @@ class _OpenWords:
     def _worth_asking(self, row: int) -> list[tuple[int, bytes, int]]:
         """The most probable own tokens of one row that targets go on from.
 
-        Returns:
-            For each: after how many tokens of the open word, the bytes of the word that it still spells, and its place
-            among the own strings. The same for all heads: what one knows better than the other would look like a
-            contrast.
+        Of each: after how many tokens of the open word, the bytes of it that are still to spell, and its place among
+        the own strings. They are the same for all heads: what one knows better would look like a contrast.
         """
         projection, spelling, further = self.guide.projection, self.spellings[row], self.guide.further
         totals = {name: each[row, : len(spelling.ids) + 1].sum() for name, each in self.weights.items()}

@@ -44,21 +44,13 @@ class SourcePrefix:
 class SourceText:
     """Spells text in one vocabulary.
 
-    Args:
-        tokenizer: a transformers tokenizer or a `tokenizers.Tokenizer`.
-        vocabulary: its bytes by id.
-        start_id: own token before every text.
-        readable: ids below this have an embedding; None: all of them do.
+    `tokenizer`: a transformers tokenizer or a `tokenizers.Tokenizer`; `start_id`: own token before every text;
+    `readable`: ids below this have an embedding; None: all of them do.
     """
 
     def __init__(
-        self,
-        tokenizer: Any,  # noqa: ANN401
-        vocabulary: Vocabulary,
-        start_id: int,
-        *,
-        readable: int | None = None,
-    ) -> None:
+        self, tokenizer: Any, vocabulary: Vocabulary, start_id: int, *, readable: int | None = None  # noqa: ANN401
+    ) -> None:  # fmt: skip
         self._tokenizer = tokenizer
         self.vocabulary = vocabulary
         self.start_id = start_id

@@ -82,9 +82,6 @@ def table_from_ids(
         special: further ids of control tokens.
         name: see `TokenTable`.
         hints: likewise.
-
-    Raises:
-        VocabularyError: an id is negative, no integer, or too large to be a token id; or a token is no string.
     """
     pairs, control = list(items), list(special)
     highest = -1

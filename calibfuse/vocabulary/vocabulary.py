@@ -33,25 +33,18 @@ class Vocabulary:
     A word that starts after a space carries that space: b" the", in every family of tokenizers. Several ids may have
     the same bytes. Arrays are read-only.
 
-    Attributes:
-        data: uint8 [total_bytes]. The bytes of all tokens one after the other.
-        offsets: int64 [size + 1]. Token i is data[offsets[i]:offsets[i + 1]].
-        is_special: bool [size]. Control tokens (also added ones that look like it, see `token_table.is_mark`), holes in
-            the id range and empty tokens: they have no bytes.
-        name: where it came from, for messages.
-        is_fallback: bool [size]. Ids that the tokenizer uses only where no other id has the same bytes: byte tokens
-            (`<0x2C>` beside `,`) and WordPiece's inner pieces of punctuation (`##,` beside `,`). Default: no id is one.
-
     Example:
         >>> vocabulary = Vocabulary.from_byte_strings([None, b" the", b"re"])
         >>> len(vocabulary), vocabulary.token_bytes(1), vocabulary.is_special.tolist()
         (3, b' the', [True, False, False])
     """
 
-    data: npt.NDArray[np.uint8]
-    offsets: npt.NDArray[np.int64]
-    is_special: npt.NDArray[np.bool_]
-    name: str
+    data: npt.NDArray[np.uint8]  # [total_bytes], of all tokens one after the other
+    offsets: npt.NDArray[np.int64]  # [size + 1]: token i is data[offsets[i]:offsets[i + 1]]
+    is_special: npt.NDArray[np.bool_]  # [size]: control tokens, holes in the id range and empty tokens; without bytes
+    name: str  # where it came from, for messages
+    # [size]: ids that the tokenizer uses only where no other id has the same bytes: byte tokens (`<0x2C>` beside `,`)
+    # and WordPiece's inner pieces of punctuation (`##,` beside `,`). Default: no id is one.
     is_fallback: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=np.bool_))
 
     def __post_init__(self) -> None:
@@ -74,9 +67,7 @@ class Vocabulary:
         if not len(self.is_fallback):
             object.__setattr__(self, "is_fallback", np.zeros(size, dtype=np.bool_))
         if self.is_fallback.shape != (size,):
-            raise VocabularyError(
-                f"is_fallback of {self.name} must be {size} flags, got shape {self.is_fallback.shape}."
-            )
+            raise VocabularyError(f"is_fallback of {self.name} must be {size} flags, not {self.is_fallback.shape}.")
         for array in (self.data, self.offsets, self.is_special, self.is_fallback):
             array.flags.writeable = False
 
@@ -85,11 +76,7 @@ class Vocabulary:
         return len(self.is_special)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of one token; empty for special tokens.
-
-        Raises:
-            VocabularyError: the id is outside the vocabulary.
-        """
+        """The bytes of one token; empty for special tokens. An id outside the vocabulary is a VocabularyError."""
         if not 0 <= token_id < len(self):
             raise VocabularyError(
                 f"Token id {token_id} is outside the vocabulary of {self.name} (0 to {len(self) - 1})."
@@ -137,20 +124,16 @@ class Vocabulary:
         return [ids for ids in groups.values() if len(ids) > 1]
 
     def extended(self, extra: Sequence[bytes]) -> "Vocabulary":
-        """A new vocabulary with further tokens at the end: the bytes of each, in order.
-
-        Raises:
-            VocabularyError: one of the further tokens is empty.
-        """
+        """A new vocabulary with further tokens, none of them empty, at the end: the bytes of each, in order."""
         if not all(extra):
             raise VocabularyError(f"Tokens that extend {self.name} must not be empty; token {extra.index(b'')} is.")
-        ends = np.cumsum(np.fromiter(map(len, extra), dtype=np.int64, count=len(extra)))
+        added = Vocabulary._laid_out(extra, self.name)
         return Vocabulary(
-            data=np.concatenate([self.data, np.frombuffer(b"".join(extra), dtype=np.uint8)]),
-            offsets=np.concatenate([self.offsets, self.offsets[-1] + ends]),
-            is_special=np.concatenate([self.is_special, np.zeros(len(extra), dtype=np.bool_)]),
+            data=np.concatenate([self.data, added.data]),
+            offsets=np.concatenate([self.offsets, self.offsets[-1] + added.offsets[1:]]),
+            is_special=np.concatenate([self.is_special, added.is_special]),
             name=self.name,
-            is_fallback=np.concatenate([self.is_fallback, np.zeros(len(extra), dtype=np.bool_)]),
+            is_fallback=np.concatenate([self.is_fallback, added.is_fallback]),
         )
 
     @classmethod
