@@ -509,9 +509,3 @@ def test_aligned_states_have_mean_zero_and_variance_one():
     states = aligned_states(torch.randn(5, 8) * 100, torch.randn(8, 16))
     assert_close(states.mean(dim=-1), torch.zeros(5))
     assert_close(states.var(dim=-1, unbiased=False), torch.ones(5), 1e-4)
-
-
-def test_embedding_fusion_checks_its_parts():
-    head = OutputHead(linear(torch.eye(4)))
-    with pytest.raises(InputError, match="below 1"):
-        EmbeddingFusion(torch.zeros(3, 4), head, 1.0)

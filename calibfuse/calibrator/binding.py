@@ -237,7 +237,8 @@ class GuideStates(NextTokenScores):
     def _of_all(self, query: Tensor) -> Tensor:
         # Products in the query's precision: rounded to bfloat16, a score of 10 would be off by 0.03 nats.
         vectors = self.bound.vectors
-        blocks = [query @ block.to(query.dtype).T for block in torch.split(vectors, _blocks(vectors, query))]
+        size = len(vectors) if vectors.dtype == query.dtype else _SCORE_CHUNK
+        blocks = [query @ block.to(query.dtype).T for block in torch.split(vectors, size)]
         return torch.cat(blocks, dim=-1)
 
     def _pick(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -258,7 +259,3 @@ def _product_of(vectors: Tensor, places: Tensor, token_ids: Tensor) -> Callable[
             table = functional.embedding(distinct, vectors)
             return lambda query: (query @ table.to(query.dtype).T)[places, columns]
     return lambda query: (query @ vectors.to(query.dtype).T)[places, token_ids]
-
-
-def _blocks(vectors: Tensor, query: Tensor) -> int:
-    return len(vectors) if vectors.dtype == query.dtype else _SCORE_CHUNK

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from calibfuse.embedding.output_head import OutputHead
-from calibfuse.errors import InputError, VocabularyMismatchError
+from calibfuse.errors import VocabularyMismatchError
 
 
 def aligned_states(states: Tensor, matrix: Tensor) -> Tensor:
@@ -50,8 +50,6 @@ class EmbeddingFusion:
                 f"The alignment maps to {self.matrix.shape[-1]} channels, but the target's output head takes "
                 f"{self.head.linear.in_features}. Make one for this target with `calibfuse align-embedding`."
             )
-        if not 0.0 <= self.alpha < 1.0:
-            raise InputError(f"alpha must be at least 0 and below 1 in mode 'embedding', got {self.alpha!r}.")
 
     def __call__(self, scores: Tensor, states: Tensor) -> Tensor:
         """The fused log-probabilities, float32, shape of `scores`, nats; -inf stays -inf.

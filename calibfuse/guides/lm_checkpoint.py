@@ -59,7 +59,11 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device | str | No
             f"The model {config.model_type!r} in {str(folder)!r} is an encoder-decoder model; a calibrator must be a "
             "decoder-only causal language model."
         )
-    _check_weights(folder)
+    if not any(folder.glob("*.safetensors")):
+        raise CheckpointError(
+            f"Expected weights in the safetensors format in {str(folder)!r} (a pickle can run code: none is loaded); "
+            "save the model with save_pretrained."
+        )
     try:
         with quiet_transformers():
             loading: Any = AutoModelForCausalLM.from_pretrained(
@@ -83,17 +87,6 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device | str | No
         )
     loaded: PreTrainedModel = model.eval().to(device or "cpu")
     return loaded
-
-
-def _check_weights(folder: Path) -> None:
-    if any(folder.glob("*.safetensors")):
-        return
-    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.ckpt") for path in folder.glob(pattern))
-    found = f"only {pickled[0]}, a pickle, which can run code and is not loaded" if pickled else "none"
-    raise CheckpointError(
-        f"Expected weights in the safetensors format in {str(folder)!r}, found {found}; save the model with "
-        "save_pretrained."
-    )
 
 
 def load_tokenizer(folder: Path) -> Any:  # noqa: ANN401

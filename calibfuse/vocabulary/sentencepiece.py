@@ -27,10 +27,6 @@ class Piece(NamedTuple):
     type: PieceType
 
 
-class WireFormatError(ValueError):
-    """The bytes are no protocol buffer message of the expected form."""
-
-
 _VARINT, _BYTES = 0, 2
 _FIXED_SIZES = {1: 8, 5: 4}
 
@@ -39,13 +35,13 @@ def read_pieces(data: bytes) -> list[Piece]:
     """The pieces of a .model file in the order of their ids, at least one; ValueError where it is damaged."""
     pieces = [_piece(value) for number, value in _fields(data) if number == 1]
     if not pieces:
-        raise WireFormatError("the message holds no pieces")
+        raise ValueError("the message holds no pieces")
     return pieces
 
 
 def _piece(value: bytes | int) -> Piece:
     if isinstance(value, int):
-        raise WireFormatError("a piece is a number")
+        raise ValueError("a piece is a number")
     text, kind = "", PieceType.NORMAL
     for number, content in _fields(value):
         if number == 1 and isinstance(content, bytes):
@@ -62,7 +58,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, bytes | int]]:
         key, position = _varint(message, position)
         number, wire_type = key >> 3, key & 7
         if number == 0 or wire_type not in (_VARINT, _BYTES, *_FIXED_SIZES):
-            raise WireFormatError(f"field number {number}, wire type {wire_type}")
+            raise ValueError(f"field number {number}, wire type {wire_type}")
         size = _FIXED_SIZES.get(wire_type, 0)
         if not size:
             size, position = _varint(message, position)
@@ -70,7 +66,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, bytes | int]]:
                 yield number, size
                 continue
         if position + size > len(message):
-            raise WireFormatError("the message ends inside a field")
+            raise ValueError("the message ends inside a field")
         yield number, message[position : position + size]
         position += size
 
@@ -84,4 +80,4 @@ def _varint(message: bytes, position: int) -> tuple[int, int]:
         if byte < 0x80:
             return value, position
         shift += 7
-    raise WireFormatError("the message ends inside a number")
+    raise ValueError("the message ends inside a number")

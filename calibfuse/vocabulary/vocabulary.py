@@ -127,13 +127,13 @@ class Vocabulary:
         """A new vocabulary with further tokens, none of them empty, at the end: the bytes of each, in order."""
         if not all(extra):
             raise VocabularyError(f"Tokens that extend {self.name} must not be empty; token {extra.index(b'')} is.")
-        added = Vocabulary._laid_out(extra, self.name)
+        ends = np.cumsum(np.fromiter(map(len, extra), dtype=np.int64, count=len(extra)))
         return Vocabulary(
-            data=np.concatenate([self.data, added.data]),
-            offsets=np.concatenate([self.offsets, self.offsets[-1] + added.offsets[1:]]),
-            is_special=np.concatenate([self.is_special, added.is_special]),
+            data=np.concatenate([self.data, np.frombuffer(b"".join(extra), dtype=np.uint8)]),
+            offsets=np.concatenate([self.offsets, self.offsets[-1] + ends]),
+            is_special=np.concatenate([self.is_special, np.zeros(len(extra), dtype=np.bool_)]),
             name=self.name,
-            is_fallback=np.concatenate([self.is_fallback, added.is_fallback]),
+            is_fallback=np.concatenate([self.is_fallback, np.zeros(len(extra), dtype=np.bool_)]),
         )
 
     @classmethod
