@@ -26,7 +26,7 @@ _VOCABULARY_FIELDS = ("data", "offsets", "is_special", "is_fallback")
 # cache line are multiplied faster, and to the same last bit as freshly composed ones.
 _VECTORS, _BIASES = "vectors", "vectors.biases"
 _ALIGNMENT = 64
-_LAYOUT = 5  # of the files here, and of what `compose_vocabulary` puts into them
+_LAYOUT = 6  # of the files here, and of what `compose_vocabulary` puts into them
 _CHECKSUM = "zz.checksum"
 _CHECKSUM_START = 0x5CA1AB1E  # not 0, or a file of zeroed pages would be whole
 

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from calibfuse.calibrator.masked_words import LEAST_ADDED, SEPARATORS, SIGNS, MaskedWords, masked_variants
 from calibfuse.errors import InputError
 from calibfuse.vocabulary import Vocabulary
 
@@ -34,7 +35,6 @@ _LEAST_LETTERS = 3  # of a beginning that is given something
 
 _MULTIPLIER = 0x9E3779B97F4A7C15
 _INVERSE = pow(_MULTIPLIER, -1, 1 << 64)
-_LEAST = 0.1  # a completion that adds less is none: "fuck" + "ing" after what "fuck" has cost
 
 
 def read_words(path: str | os.PathLike[str], bias: float = LOWERED) -> dict[str, float]:
@@ -137,10 +137,11 @@ class WordBias:
     """The words of one calibrator (`CalibratorConfig.words`) in one vocabulary."""
 
     def __init__(self, words: Mapping[str, float], vocabulary: Vocabulary) -> None:
-        self._shifts = {word.encode(): float(shift) for word, shift in words.items()}
+        spellings = {**masked_variants(words), **words}
+        self._shifts = {word.encode(): float(shift) for word, shift in spellings.items()}
         self._vocabulary = vocabulary
         self._longest = max(map(len, self._shifts), default=0)
-        self._tails: dict[int, tuple[bytes, bool]] = {}
+        self._tails: dict[int, tuple[bytes, int, bytes]] = {}
 
     def __len__(self) -> int:
         """Number of words."""
@@ -163,28 +164,39 @@ class WordBias:
 
         Special tokens and ids outside the vocabulary end a word.
         """
-        letters = b""
+        letters, before = b"", -1
         for token in reversed(token_ids):
-            tail, is_all = self._tail(token)
+            tail, before, _ = self._tail(token)
             letters = tail + letters
-            if not is_all or len(letters) >= self._longest:
+            if before >= 0 or len(letters) >= self._longest:
                 break
         else:
             if len(token_ids) >= REACH:
                 return None  # where the word begins is out of sight
-        return self._beginnings.get(letters)
+        plain = self._beginnings.get(letters)
+        is_split = before in SEPARATORS and len(letters) < 2 < len(token_ids) and len(self._tail(token_ids[-2])[0]) < 2
+        if is_split or before in SIGNS:
+            text = b"".join(self._tail(token)[2] for token in token_ids)
+            # A digit in place of what is out of sight: what the text begins with then begins no word.
+            if masked := self._masked.after(b"0" + text if len(token_ids) >= REACH else text):
+                return _lowered(plain, masked)
+        return plain
 
-    def _tail(self, token: int) -> tuple[bytes, bool]:
-        """The letters at a token's end, in lower case, and whether it holds nothing else."""
+    def _tail(self, token: int) -> tuple[bytes, int, bytes]:
+        """The letters at a token's end, the byte before them (-1: there is none), and all its text, in lower case."""
         known = self._tails.get(token)
         if known is None:
             inside = 0 <= token < len(self._vocabulary) and not self._vocabulary.is_special[token]
-            text = self._vocabulary.token_bytes(token).lower() if inside else b""
+            text = (self._vocabulary.token_bytes(token).lower() if inside else b"") or b"\n"
             start = len(text)
             while start and 97 <= text[start - 1] <= 122:
                 start -= 1
-            known = self._tails[token] = (text[start:], start == 0 and bool(text))
+            known = self._tails[token] = (text[start:], text[start - 1] if start else -1, text)
         return known
+
+    @cached_property
+    def _masked(self) -> MaskedWords:
+        return MaskedWords(self._shifts, *self._tokens, self._vocabulary)
 
     @cached_property
     def _beginnings(self) -> dict[bytes, Completions]:
@@ -197,11 +209,13 @@ class WordBias:
                 begun = self._shifts.get(beginning, 0.0)
                 # What a beginning of the same kind has brought is not brought again.
                 added = shift - begun if shift * begun > 0.0 else shift
-                if added * shift > 0.0 and abs(added) >= _LEAST:
+                if added * shift > 0.0 and abs(added) >= LEAST_ADDED:
                     found[beginning] += [(token, added) for token in bare.get(word[cut:], ())]
         for reached, shift in self._protected_beginnings.items():
             for cut in range(len(reached)):
                 found[reached[:cut]] += [(token, shift) for token in bare.get(reached[cut:], ())]
+        for beginning, token, shift in self._masked.openings():
+            found[beginning].append((token, shift))
         return {beginning: _completions(pairs) for beginning, pairs in found.items() if pairs}
 
     @cached_property
@@ -236,6 +250,17 @@ def _completions(pairs: Sequence[tuple[int, float]]) -> Completions:
     return Completions(
         np.array([token for token, _ in pairs], dtype=np.int64), np.array([s for _, s in pairs], dtype=np.float32)
     )
+
+
+def _lowered(plain: Completions | None, masked: Mapping[int, float]) -> Completions:
+    """Completions with further ones below 0; of two of a token, the lower one."""
+    shifts: dict[int, float] = defaultdict(float)
+    if plain is not None:
+        for token, shift in zip(plain.token_ids.tolist(), plain.shifts.tolist(), strict=True):
+            shifts[token] += shift
+    for token, shift in masked.items():
+        shifts[token] = min(shift, shifts[token])
+    return _completions(list(shifts.items()))
 
 
 def _letter_runs(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 
-__all__ = ["WordUnmasker", "masked_spellings"]
+__all__ = ["WordUnmasker", "masked_patterns", "masked_spellings"]
 
 MASK_SIGNS = "*#%&^_-+.?~'"
 """Signs that hide a letter, or stand beside one that does; letters may stand on both sides of them."""
@@ -71,14 +71,19 @@ class WordUnmasker:
             return None
         first = LETTERS_OF_SIGN.get(spelling[0], spelling[0])
         candidates = [word for letter in first for word in self._by_first.get(letter, ())]
-        exact = re.compile("".join(map(_letter_pattern, spelling)))
+        exact, loose = masked_patterns(spelling)
         for word in candidates:
             if exact.fullmatch(word):
                 return word
         if len(shown) < _FEWEST_SHOWN or not spelling[-1].isalnum():
             return None
-        loose = re.compile("".join(map(_loose_pattern, _RUNS.findall(spelling))))
         return next((word for word in candidates if loose.fullmatch(word)), None)
+
+
+def masked_patterns(spelling: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """Patterns of the words that a spelling stands for: a letter for each sign, and any number for a run of signs."""
+    exact = re.compile("".join(map(_letter_pattern, spelling)))
+    return exact, re.compile("".join(map(_loose_pattern, _RUNS.findall(spelling))))
 
 
 def _letter_pattern(char: str) -> str:
