@@ -506,6 +506,7 @@ def test_a_tokenizer_of_an_unreached_hub_is_asked_for_once(monkeypatch):
         asked.append(arguments)
         raise ConnectionError("offline")
 
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", fail)
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
     with pytest.raises(VocabularyError, match="'nowhere-at-all': there is no such folder here"):

@@ -1,4 +1,4 @@
-"""Text for terminals: colour where it is wanted, tables, two columns, and nothing that a model's text could abuse.
+"""Text for terminals: colour where it is wanted, tables, two columns, and nothing that a text could abuse or offend by.
 
 Colour is used on a terminal only, never when NO_COLOR is set (https://no-color.org) or TERM is "dumb"; FORCE_COLOR
 turns it on elsewhere. A model can emit escape sequences like any other text, so `printable` takes control characters
@@ -13,8 +13,14 @@ import shutil
 import sys
 import textwrap
 import unicodedata
-from collections.abc import Sequence
-from typing import TextIO
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from calibfuse.scorers import ToxicityScorer
+
+Mask = Callable[[str], str]
 
 _CODES = {
     "bold": "1",
@@ -98,6 +104,17 @@ class Terminal:
                 styled = (self.style(first, "bold"), self.style(second, "bold")) if number == 0 else (first, second)
                 padding = " " * (width - display_width(first))
                 self.write(f"{styled[0]}{padding} {self.style(rule, 'dim')} {styled[1]}".rstrip())
+
+
+def masking(wanted: bool, scorer: ToxicityScorer | None = None) -> Mask:
+    """What turns a text into its form for the screen."""
+    if not wanted:
+        return str
+    from calibfuse.scorers import LinearScorer, load_scorer, mask_offensive
+
+    linear = scorer if isinstance(scorer, LinearScorer) else load_scorer("bundled")
+    assert isinstance(linear, LinearScorer)
+    return lru_cache(maxsize=10_000)(lambda text: mask_offensive(text, linear))
 
 
 def wants_colour(stream: TextIO) -> bool:

@@ -14,7 +14,6 @@ from typing import Any
 PLACEHOLDER = "your-name/your-calibrator"
 """Stands for the repository in a card that was written before one was known."""
 
-_TAGS = ("calibfuse", "detoxification", "controlled-decoding", "text-generation")
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_PREFIX = "hf:"  # of a data set of the Hub among training files: hf:NAME[:[CONFIG:]SPLIT]
 
@@ -70,34 +69,30 @@ def calibrator_card(known: Mapping[str, Any]) -> str:
     rest = dict(known)
     name = str(rest.pop("name", None) or "calibrator")
     repo_id = str(rest.pop("repo_id", None) or PLACEHOLDER)
-    data, base = rest.pop("data", None), rest.pop("base", None)
-    bits_per_byte, figures = rest.pop("bits_per_byte", None), rest.pop("figures", None)
+    data, base, limits, fusion = (rest.pop(key, None) for key in ("data", "base", "limits", "fusion"))
+    bits_per_byte, figures = rest.pop("bits_per_byte", None) or {}, rest.pop("figures", None) or {}
     entries = {
         "license": str(rest.pop("license", None) or "").lower(),
         "language": rest.pop("language", "en"),
         "library_name": "calibfuse",
         "pipeline_tag": "text-generation",
-        "tags": list(_TAGS),
+        "tags": ["calibfuse", "detoxification", "controlled-decoding", "text-generation"],
         "datasets": _datasets(rest.pop("datasets", None), data),
         "base_model": _base_model(rest.pop("base_model", None), base),
         "model-index": _results(name, bits_per_byte, figures),
     }
-    sections = [_INTRODUCTION.format(name=name, repo_id=repo_id)]
-    if data:
-        sections.append("## Training data\n\n" + _list(data))
-    if base:
-        sections.append("## Based on\n\n" + _list(base))
-    limits = _LIMITS + (_list(extra) if (extra := rest.pop("limits", None)) else "")
-    settings = dict(rest.pop("settings", None) or {})
-    fusion = rest.pop("fusion", None)
-    if settings := settings | rest:
-        sections.append("## Settings\n\n" + _list(settings))
-    if fusion:
-        sections.append("## Recommended fusion\n\n" + _list(fusion))
-    if measured := _figures(bits_per_byte, figures):
-        sections.append("## Figures\n\n" + measured)
-    sections.append(limits)
-    return _front_matter(entries) + "\n" + "\n".join(sections)
+    sections = (
+        ("Training data", _list(data)),
+        ("Based on", _list(base)),
+        ("Settings", _list({**(rest.pop("settings", None) or {}), **rest})),
+        ("Recommended fusion", _list(fusion)),
+        ("Figures", "\n".join(filter(None, (_table(bits_per_byte), _list(figures))))),
+    )
+    # Values are written as JSON, which is YAML, so that no entry can break it.
+    front = "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in entries.items() if value)
+    parts = [f"## {title}\n\n{text}" for title, text in sections if text]
+    start = f"---\n{front}---\n\n" + _INTRODUCTION.format(name=name, repo_id=repo_id)
+    return "\n".join([start, *parts, _LIMITS + _list(limits)])
 
 
 def with_metadata(card: str, generated: str) -> str:
@@ -105,12 +100,6 @@ def with_metadata(card: str, generated: str) -> str:
     if re.match(r"\s*---\r?\n", card):
         return card
     return generated[: generated.index("\n---\n") + 5] + "\n" + card
-
-
-def _front_matter(entries: Mapping[str, Any]) -> str:
-    """YAML front matter; values are written as JSON, which is YAML, so that no entry can break it."""
-    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in entries.items() if value]
-    return "---\n" + "\n".join(lines) + "\n---\n"
 
 
 def _datasets(named: object, data: object) -> list[str]:
@@ -128,14 +117,14 @@ def _base_model(named: object, base: object) -> object:
     return next((each for each in candidates if isinstance(each, str) and _REPO_ID.fullmatch(each)), None)
 
 
-def _results(name: str, bits_per_byte: object, figures: object) -> list[dict[str, Any]]:
+def _results(name: str, bits_per_byte: Mapping[str, Any], figures: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The numbers among the figures as the Hub's `model-index`."""
     metrics: list[dict[str, Any]] = []
-    for style, row in (bits_per_byte or {}).items() if isinstance(bits_per_byte, Mapping) else ():
+    for style, row in bits_per_byte.items():
         for head, value in row.items() if isinstance(row, Mapping) else [(None, row)]:
             label = f"Bits per byte ({style})" if head is None else f"Bits per byte ({style}, {_words(head)} head)"
             metrics.append({"type": "bits_per_byte", "name": label, "value": value})
-    for key, value in (figures or {}).items() if isinstance(figures, Mapping) else ():
+    for key, value in figures.items():
         metrics.append({"type": re.sub(r"\W+", "_", str(key)).strip("_").lower(), "name": str(key), "value": value})
     numbers = [each for each in metrics if type(each["value"]) in (int, float)]
     if not numbers:
@@ -147,12 +136,12 @@ def _results(name: str, bits_per_byte: object, figures: object) -> list[dict[str
 
 def _list(value: object) -> str:
     """A Markdown list of a text, a sequence of texts, or a mapping."""
+    if not value:
+        return ""
     if isinstance(value, Mapping):
         entries = [f"{_words(key)}: {_value(entry)}" for key, entry in value.items()]
-    elif isinstance(value, Sequence) and not isinstance(value, str):
-        entries = [_value(entry) for entry in value]
     else:
-        entries = [_value(value)]
+        entries = list(map(_value, [value] if isinstance(value, str) or not isinstance(value, Sequence) else value))
     return "".join(f"- {entry}\n" for entry in entries)
 
 
@@ -175,21 +164,18 @@ def _value(value: object) -> str:
     return re.sub(r"\s+", " ", str(value)).strip()
 
 
-def _figures(bits_per_byte: Mapping[str, Any] | None, figures: Mapping[str, Any] | None) -> str:
-    """The table of bits per byte, one row per tokenizer style, and a list of other measurements."""
-    parts = []
-    if bits_per_byte:
-        heads = list(dict.fromkeys(head for row in bits_per_byte.values() if isinstance(row, Mapping) for head in row))
-        columns = [f"{_words(head)} head" for head in heads] or ["bits per byte"]
-        lines = [
-            "Bits per byte of held-out text (lower is better; comparable across tokenizers):\n",
-            f"| tokenizer style | {' | '.join(columns)} |",
-            "|---|" + "---:|" * len(columns),
-        ]
-        for style, row in bits_per_byte.items():
-            values = [row.get(head) for head in heads] if isinstance(row, Mapping) else [row]
-            lines.append(f"| {style} | {' | '.join('-' if value is None else f'{value:.3f}' for value in values)} |")
-        parts.append("\n".join(lines) + "\n")
-    if figures:
-        parts.append(_list(figures))
-    return "\n".join(parts)
+def _table(bits_per_byte: Mapping[str, Any]) -> str:
+    """The table of bits per byte, one row per tokenizer style."""
+    if not bits_per_byte:
+        return ""
+    heads = list(dict.fromkeys(head for row in bits_per_byte.values() if isinstance(row, Mapping) for head in row))
+    columns = [f"{_words(head)} head" for head in heads] or ["bits per byte"]
+    lines = [
+        "Bits per byte of held-out text (lower is better; comparable across tokenizers):\n",
+        f"| tokenizer style | {' | '.join(columns)} |",
+        "|---|" + "---:|" * len(columns),
+    ]
+    for style, row in bits_per_byte.items():
+        values = [row.get(head) for head in heads] if isinstance(row, Mapping) else [row]
+        lines.append(f"| {style} | {' | '.join('-' if value is None else f'{value:.3f}' for value in values)} |")
+    return "\n".join(lines) + "\n"

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from calibfuse.cli.loading import check_model, load_model
-from calibfuse.cli.masking import Mask, masking
 from calibfuse.cli.options import Fields, add, add_model
 from calibfuse.cli.prompts import bundled_prompts
-from calibfuse.cli.terminal import Terminal, printable
+from calibfuse.cli.terminal import Mask, Terminal, masking, printable
 from calibfuse.errors import InputError
 
 if TYPE_CHECKING:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibfuse.cli.loading import check_calibrator, check_model, load_model
-from calibfuse.cli.masking import masking
 from calibfuse.cli.methods import baseline_methods, bind_calibrator, check_methods, fusion_methods
 from calibfuse.cli.options import SWITCH, Fields, add, add_model
 from calibfuse.cli.prompts import bundled_prompts
+from calibfuse.cli.terminal import masking
 from calibfuse.errors import InputError
 
 if TYPE_CHECKING:

@@ -9,10 +9,9 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from calibfuse.cli.loading import DECODING, check_fusion, check_model, decoding_of, load_fusion, load_model
-from calibfuse.cli.masking import Mask, masking
 from calibfuse.cli.options import SWITCH, add, add_calibrator, add_model
 from calibfuse.cli.prompts import read_prompts
-from calibfuse.cli.terminal import Terminal, printable
+from calibfuse.cli.terminal import Mask, Terminal, masking, printable
 from calibfuse.generation.continuations import Continuation, find_padding_id
 from calibfuse.generation.decoding import Decoding, check_lengths, continue_prompts
 

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibfuse.cli.loading import DECODING, check_fusion, check_model, decoding_of, load_fusion, load_model
-from calibfuse.cli.masking import Mask, masking
 from calibfuse.cli.options import add, add_calibrator, add_model
-from calibfuse.cli.terminal import Terminal, printable
+from calibfuse.cli.terminal import Mask, Terminal, masking, printable
 from calibfuse.errors import InputError
 from calibfuse.generation.decoding import Decoding, check_lengths
 

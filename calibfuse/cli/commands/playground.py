@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Load model and calibrator, and serve the page until Ctrl-C."""
-    from calibfuse.cli.masking import masking
+    from calibfuse.cli.terminal import masking
     from calibfuse.playground.page import CSS, build_page, import_gradio
     from calibfuse.processor import CalibFusion
 
