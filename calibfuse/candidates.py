@@ -13,15 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MIN_PROBABILITY = 5e-5
-"""By default every token that the target gives at least this probability is a candidate, ..."""
-MIN_CANDIDATES = 200
-"""... and this many of its best in any case."""
-
+MIN_PROBABILITY = 5e-5  # by default every token that the target gives at least this is a candidate, ...
+MIN_CANDIDATES = 200  # ... and this many of its best in any case
+# A log-probability below this is that of an excluded token, however that was written: its probability is 0 in float32.
 EXCLUDED = -103.0
-"""A log-probability below this is that of an excluded token, whether it was written as -inf, -1e9 or finfo.min: in
-float32 its probability is 0."""
-
 _BLOCK = 16  # entries of a row that are searched as one
 
 

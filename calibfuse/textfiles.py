@@ -21,11 +21,8 @@ TEXT_FIELDS = ("text", "content", "comment", "sentence", "document")
 """Names under which the text of a .jsonl or .csv row is looked for, in this order, when none is given."""
 
 HUB_PREFIX = "hf:"
-DEFAULT_MAX_BYTES = 65_536
-# A longer line is refused rather than read into memory.
-MAX_ROW_BYTES = 16_777_216
-# How much of a file is looked at to tell text from something else.
-SNIFF_BYTES = 8_192
+MAX_ROW_BYTES = 16_777_216  # a longer line is refused rather than read into memory
+_SNIFF_BYTES = 8_192  # of a file that are looked at to tell text from something else
 
 _OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
 _JSON_ROWS = (".jsonl", ".ndjson")
@@ -42,7 +39,7 @@ def open_text(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     compression = place.suffix.lower()
     try:
         with _OPENERS.get(compression, open)(place, "rb") as stream:
-            head = stream.read(SNIFF_BYTES)
+            head = stream.read(_SNIFF_BYTES)
             if not head:
                 raise DataError(f"{path} is empty (0 bytes of text). Give a file with text.")
             if head.startswith(_UTF16_MARKS):
@@ -65,12 +62,8 @@ def open_text(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 def read_rows(path: str | os.PathLike[str], *, lines_are_rows: bool = False) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows of one file: the objects of a .jsonl file, or the rows of a .csv file under the names of its header.
 
-    Args:
-        path: .jsonl, .ndjson or .csv, also with .gz or .xz; blank lines are skipped.
-        lines_are_rows: take a file of any other extension as well: each of its lines is a row {"text": line}.
-
-    Yields:
-        Number of the line, from 1, and the row. For messages: f"{path}, line {number}".
+    Each comes with the number of its line, from 1; blank lines are skipped. With `lines_are_rows` a file of any other
+    extension will do as well: each of its lines is a row {"text": line}.
     """
     name, kind = os.fspath(path), _kind_of(Path(path))
     if kind not in (*_JSON_ROWS, ".csv") and not lines_are_rows:
@@ -100,7 +93,7 @@ def iter_documents(
     *,
     text_field: str | None = None,
     min_bytes: int = 1,
-    max_bytes: int = DEFAULT_MAX_BYTES,
+    max_bytes: int = 65_536,
 ) -> Iterator[str]:
     r"""The texts of files, one after the other.
 
@@ -249,7 +242,7 @@ def _blocks(stream: IO[bytes], name: str, max_bytes: int) -> Iterator[str]:
     block: list[str] = []
     size = 0
     line_is_open = False
-    for _, text, complete in _pieces(stream, name, max(max_bytes, SNIFF_BYTES)):
+    for _, text, complete in _pieces(stream, name, max(max_bytes, _SNIFF_BYTES)):
         text = text.replace("\r\n", "\n")
         ends = not text.strip() and not line_is_open and complete
         if not ends:
@@ -299,10 +292,9 @@ def _text_of(row: dict[str, Any], text_field: str | None, where: str) -> str:
             f"{where}: expected a text field named {' or '.join(wanted)}, got the fields {shown}. "
             "Name it with text_field."
         )
-    text = row[field]
-    if not isinstance(text, str):
-        raise DataError(f"{where}: expected a string in the field {field!r}, got {type(text).__name__}.")
-    return text.replace("\r\n", "\n")
+    if not isinstance(row[field], str):
+        raise DataError(f"{where}: expected a string in the field {field!r}, got {type(row[field]).__name__}.")
+    return str(row[field]).replace("\r\n", "\n")
 
 
 def _hub_rows(source: str) -> Iterator[dict[str, Any]]:

@@ -7,7 +7,7 @@ Those in FUSION_BASELINES are settings of CalibFusion, or parts of the calibrato
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,6 @@ from calibfuse.cli.loading import words_of
 from calibfuse.errors import InputError
 
 if TYPE_CHECKING:
-    from transformers import LogitsProcessor
-
     from calibfuse.evaluation import Method
     from calibfuse.fusion import FusionConfig
     from calibfuse.generation.language_model import LanguageModel
@@ -96,10 +94,6 @@ def _specs(args: argparse.Namespace) -> list[str]:
     return list(dict.fromkeys([*given, *(name for name in others if name not in named)]))
 
 
-def _is_fusion(spec: str) -> bool:
-    return spec.partition(":")[0] in FUSION_BASELINES
-
-
 def _fusion_strengths(spec: str, *, own: float = 1.0, scan: bool = False) -> tuple[float, ...]:
     """Strengths of `experts:1,2`; of `experts` the paper's (or the calibrator's `own`), with `scan` several."""
     from calibfuse.fusion import FusionConfig
@@ -167,7 +161,7 @@ class BoundFusions:
 
 def bind_calibrator(args: argparse.Namespace, target: LanguageModel) -> BoundFusions | None:
     """The calibrator, bound to the target; None: no method that was asked for needs it."""
-    if args.alpha == [0.0] and not any(map(_is_fusion, _specs(args))):
+    if args.alpha == [0.0] and not any(spec.partition(":")[0] in FUSION_BASELINES for spec in _specs(args)):
         return None
     return BoundFusions(args, target)
 
@@ -228,7 +222,7 @@ def baseline_methods(
         is_asked_for = spec in args.baseline
         if spec == "temperature" and matched is None and not is_asked_for:
             notes.append("'--baseline all' leaves out temperature: there is no fusion whose entropy it could match")
-        elif fusions is None or not _is_fusion(spec):
+        elif fusions is None or spec.partition(":")[0] not in FUSION_BASELINES:
             found += make_baselines(spec, Ingredients(target, guide, matched), scan=scan)
         else:
             try:
@@ -274,27 +268,20 @@ def _method(
     before: float | None = None,
     **settings: Any,  # noqa: ANN401
 ) -> Method:
+    from transformers.generation.logits_process import TopPLogitsWarper
+
     from calibfuse.evaluation import Method
 
+    nucleus = [] if before is None else [TopPLogitsWarper(top_p=before)]
     if fusions.words:
         settings["words"] = fusions.words
     return Method(
         key,
         title,
-        _factory(fusion, before),
+        lambda: [*nucleus, fusion],
         family,
         fusion.config.alpha,
         {**settings, "fusion": fusion.config.to_dict(), "calibrator": fusions.calibrator.fingerprint},
         starts_at_plain=before is None,
         is_default=is_default,
     )
-
-
-def _factory(fusion: CalibFusion, top_p: float | None = None) -> Callable[[], Sequence[LogitsProcessor]]:
-    if top_p is None:
-        return lambda: [fusion]
-    from transformers.generation.logits_process import TopPLogitsWarper
-
-    make: Any = TopPLogitsWarper
-    nucleus = make(top_p=top_p)
-    return lambda: [nucleus, fusion]

@@ -12,6 +12,7 @@ import os
 import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +97,7 @@ def read_config(
 
 
 def read_tensors(
-    path: str | os.PathLike[str],
-    *,
-    expected: Mapping[str, tuple[int, ...]] | None = None,
+    path: str | os.PathLike[str], *, expected: Mapping[str, tuple[int, ...]] | None = None
 ) -> dict[str, Tensor]:
     """Read a safetensors file, and nothing but that: tensors by name, in the dtypes of the file.
 
@@ -123,23 +122,16 @@ def read_tensors(
         raise CheckpointError(
             f"The weights in {name!r} are damaged: they do not match the fingerprint saved with them."
         )
-    if expected is not None:
-        _check_shapes(tensors, expected, name)
-    return tensors
-
-
-def _check_shapes(tensors: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], name: str) -> None:
-    for key, shape in expected.items():
+    for key, shape in (expected or {}).items():
         if key not in tensors:
             raise CheckpointError(f"Expected a tensor {key!r} of shape {tuple(shape)} in {name!r}, but it has none.")
         found = tuple(tensors[key].shape)
         if found != tuple(shape):
             raise CheckpointError(f"Expected shape {tuple(shape)} for the tensor {key!r} in {name!r}, found {found}.")
-    for key, tensor in tensors.items():
-        if key not in expected:
-            raise CheckpointError(
-                f"{name!r} has a tensor {key!r} of shape {tuple(tensor.shape)} that does not belong there."
-            )
+    for key in tensors.keys() - expected.keys() if expected is not None else ():
+        shape = tuple(tensors[key].shape)
+        raise CheckpointError(f"{name!r} has a tensor {key!r} of shape {shape} that does not belong there.")
+    return tensors
 
 
 def write_checkpoint(
@@ -151,9 +143,8 @@ def write_checkpoint(
 ) -> None:
     """Write a checkpoint, its weights and further text files, so that it is either whole or absent.
 
-    All files are first written under temporary names, then renamed, the configuration last. If the disk fills up, an
-    older checkpoint in the folder stays as it was; if the machine stops between two renames, there is no configuration,
-    so that new weights never stand beside an old one.
+    All files are first written under temporary names, then renamed, the configuration last: if the disk fills up, an
+    older checkpoint stays; if the machine stops between two renames, new weights have no old configuration.
 
     Raises:
         InputError: the configuration has no "format" and "format_version", or something cannot be stored.
@@ -165,9 +156,8 @@ def write_checkpoint(
         text = json.dumps(dict(config), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
         raise InputError(f"The configuration cannot be written as JSON: {error}.") from error
-    writers = {WEIGHTS_NAME: _tensor_writer(tensors, fingerprint=True)}
-    writers |= {name: _bytes_writer(value.encode("utf-8")) for name, value in (files or {}).items()}
-    _write_whole(folder, {**writers, CONFIG_NAME: _bytes_writer(text.encode("utf-8"))}, durable=True)
+    texts = {name: value.encode("utf-8") for name, value in {**(files or {}), CONFIG_NAME: text}.items()}
+    _write_whole(folder, {WEIGHTS_NAME: _tensor_writer(tensors, fingerprint=True), **texts}, durable=True)
 
 
 def write_tensors(
@@ -180,12 +170,9 @@ def write_tensors(
 ) -> None:
     """Write one safetensors file, whole or not at all.
 
-    Args:
-        path: its folder is made if it does not exist.
-        tensors: on any device; two that share memory are stored twice.
-        fingerprint: store one, for `read_tensors` to compare: about 1 ms for each megabyte, at both ends.
-        durable: wait until the disk has the file; not needed for what can be made again.
-        alignment: bytes, a multiple of 8; the data begin at a multiple of it, for files that are mapped into memory.
+    Without a `fingerprint` nothing is compared when it is read (1 ms for each megabyte, at both ends); what can be made
+    again need not be `durable`; for files that are mapped into memory, the data begin at a multiple of `alignment`
+    bytes, itself one of 8.
     """
     target = Path(path)
     writer = _tensor_writer(tensors, fingerprint=fingerprint, alignment=alignment)
@@ -197,11 +184,7 @@ def write_files(folder: str | os.PathLike[str], contents: Mapping[str, bytes]) -
 
     The last one is the mark that all are there: an old one is removed before the first rename.
     """
-    _write_whole(folder, {name: _bytes_writer(data) for name, data in contents.items()}, durable=True)
-
-
-def _bytes_writer(data: bytes) -> Callable[[Path], object]:
-    return lambda path: path.write_bytes(data)
+    _write_whole(folder, contents, durable=True)
 
 
 def _tensor_writer(tensors: Mapping[str, Tensor], *, fingerprint: bool, alignment: int = 8) -> Callable[[Path], object]:
@@ -233,26 +216,29 @@ def _tensor_writer(tensors: Mapping[str, Tensor], *, fingerprint: bool, alignmen
 
 
 def _write_whole(
-    folder: str | os.PathLike[str], writers: Mapping[str, Callable[[Path], object]], *, durable: bool
+    folder: str | os.PathLike[str], contents: Mapping[str, bytes | Callable[[Path], object]], *, durable: bool
 ) -> None:
-    """`write_files`, by functions that write one file each."""
+    """`write_files`, of bytes or by functions that write one file each."""
     place = Path(folder).expanduser()
     temporary: dict[Path, Path] = {}
     made: list[Path] = []
     try:
         made = [parent for parent in (place, *place.parents) if not parent.exists()]
         place.mkdir(parents=True, exist_ok=True)
-        for name, write in writers.items():
+        for name, content in contents.items():
             path = temporary[place / name] = place / f".{name}.{uuid.uuid4().hex[:8]}.tmp"
             path.touch(exist_ok=False)
             mode = path.stat().st_mode
-            write(path)
+            if isinstance(content, bytes):
+                path.write_bytes(content)
+            else:
+                content(path)
             path.chmod(mode)  # safetensors makes a file for the user alone
             if durable:
                 with path.open("rb+") as file:
                     os.fsync(file.fileno())
         if len(temporary) > 1:
-            (place / list(writers)[-1]).unlink(missing_ok=True)
+            (place / list(contents)[-1]).unlink(missing_ok=True)
         for target, path in temporary.items():
             os.replace(path, target)
     except OSError as error:
@@ -262,16 +248,9 @@ def _write_whole(
     finally:
         for path in temporary.values():
             path.unlink(missing_ok=True)
-        _remove_if_empty(made)
-
-
-def _remove_if_empty(folders: Sequence[Path]) -> None:
-    """Remove folders made for a checkpoint that could not be written, innermost first; a folder in use stays."""
-    for folder in folders:
-        try:
-            folder.rmdir()
-        except OSError:
-            return
+        with suppress(OSError):  # a folder in use stays, and those around it
+            for each in made:
+                each.rmdir()
 
 
 def resolve_checkpoint(
@@ -286,15 +265,8 @@ def resolve_checkpoint(
 ) -> Path:
     """Find the folder of a checkpoint, downloading it from the Hub if it is not here yet; its files are not checked.
 
-    Args:
-        name_or_path: a local folder, a Hub id (`name` or `organisation/name`), or None for a bundled checkpoint.
-            A folder that exists wins over a Hub id of the same spelling.
-        revision: branch, tag or commit on the Hub; None is the main branch. Not for local or bundled checkpoints.
-        cache_dir: where downloads are kept; None is the Hub's own cache.
-        local_files_only: never touch the network.
-        token: a Hub token; True for the one of the login, False for none, None to use it where there is one.
-        default: name of the bundled checkpoint that stands for None.
-        allow_patterns: which files are downloaded.
+    A folder that exists wins over a Hub id of the same spelling; None stands for the bundled checkpoint `default`. The
+    other arguments are those of huggingface_hub's `snapshot_download`.
 
     Raises:
         InputError: a revision was given for a local or bundled checkpoint.

@@ -13,7 +13,7 @@ from queue import SimpleQueue
 from typing import Any
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from calibfuse.generation.continuations import find_padding_id
@@ -94,25 +94,17 @@ class _Pieces(BaseStreamer):
         """The generation is over."""
 
 
-class _Stopped(StoppingCriteria):
-    """Ends a generation when an event is set."""
-
-    def __init__(self, event: threading.Event) -> None:
-        self._event = event
-
-    def __call__(self, input_ids: Any, scores: Any, **_: object) -> Any:  # noqa: ANN401
-        """Bool [rows]."""
-        return torch.full((input_ids.shape[0],), self._event.is_set(), dtype=torch.bool, device=input_ids.device)
-
-
 def _in_background(work: Callable[[Callable[[Any], None], StoppingCriteriaList], None]) -> Iterator[Any]:
     """Run a generation in a thread and yield what it puts; its error is raised here, closing stops it."""
     queue: SimpleQueue[tuple[str, Any]] = SimpleQueue()
     stop = threading.Event()
 
+    def is_stopped(input_ids: Any, scores: Any, **_: object) -> Any:  # noqa: ANN401
+        return torch.full((input_ids.shape[0],), stop.is_set(), dtype=torch.bool, device=input_ids.device)
+
     def run() -> None:
         try:
-            work(lambda each: queue.put(("item", each)), StoppingCriteriaList([_Stopped(stop)]))
+            work(lambda each: queue.put(("item", each)), StoppingCriteriaList([is_stopped]))
             queue.put(("end", None))
         except BaseException as error:  # whatever it is, the reader must not wait for ever
             queue.put(("error", error))

@@ -228,12 +228,16 @@ def _given_texts(args: argparse.Namespace, seed: int) -> tuple[list[Suite], Holi
     from calibfuse.evaluation import load_holistic_bias, load_suite, load_utility
 
     count = args.suite_count or None
-    folders = [path for path in args.suite if Path(path).expanduser().is_dir()]
+    folders = list(filter(_is_folder, args.suite))
     suites = [load_suite(path, count=count, seed=seed) for path in args.suite if path not in folders]
     names = load_holistic_bias(folders[0], count=count, seed=seed) if folders else None
     files = dict(each.split("=", 1) for each in args.utility)
     utility = load_utility(**files, count=count, seed=seed) if files else None
     return suites, names, utility
+
+
+def _is_folder(path: str | None) -> bool:
+    return path is not None and Path(path).expanduser().is_dir()
 
 
 def _check(args: argparse.Namespace) -> SamplingConfig:
@@ -247,14 +251,14 @@ def _check(args: argparse.Namespace) -> SamplingConfig:
         raise InputError(f"--pick-alpha searches one mode, got {', '.join(args.mode)}.")
     if args.prompts is None and args.max_prompt_toxicity is not None:
         raise InputError("--max-prompt-toxicity chooses among the prompts of --prompts; give both.")
-    if args.pick_alpha and args.output is None and not _is_own_folder(args.calibrator):
+    if args.pick_alpha and args.output is None and not _is_folder(args.calibrator):
         raise InputError(
             "--pick-alpha writes into the calibrator's folder, but the bundled calibrator and those of the Hub are not "
             "yours to change: give --calibrator FOLDER, or --output DIR for a copy."
         )
     if args.pick_alpha and args.alpha == [0.0]:
         raise InputError("--pick-alpha chooses among strengths of the fusion, and --alpha 0 is none.")
-    if len([path for path in args.suite if Path(path).expanduser().is_dir()]) > 1:
+    if sum(map(_is_folder, args.suite)) > 1:
         raise InputError("--suite takes one folder, that of HolisticBias; give labelled sentences as files.")
     for each in args.utility:
         if each.partition("=")[0] not in _TASKS or "=" not in each:
@@ -283,10 +287,6 @@ def _sampling(args: argparse.Namespace) -> SamplingConfig:
                 f"--protocol {protocol.name} draws with {name} {getattr(its, name)}, got {value}; leave it out."
             )
     return its
-
-
-def _is_own_folder(calibrator: str | None) -> bool:
-    return calibrator is not None and Path(calibrator).expanduser().is_dir()
 
 
 def _notes(
@@ -353,7 +353,7 @@ def _pick(args: argparse.Namespace, evaluation: Evaluation) -> str:
     if choice.result is None:
         return f"No alpha was written: {choice.reason}"
     source = resolve_checkpoint(args.calibrator)
-    is_own = _is_own_folder(args.calibrator)
+    is_own = _is_folder(args.calibrator)
     # The bundled calibrator and the Hub's cache are not the user's to change: a copy goes to the output folder.
     folder = source if is_own else Path(args.output or _OUTPUT) / "calibrator"
     fusion = choice.result.method.settings["fusion"]

@@ -64,10 +64,10 @@ AUXILIARY = Fields(
     batch_size="auxiliary_batch_size",
     learning_rate="auxiliary_learning_rate",
 )
-RUN = Fields("calibfuse.finetune.settings:FinetuneConfig", "schedule", "iterations")
-CORPUS = Fields(RUN.source, "block_length", "held_out_share")
-KEPT = Fields(RUN.source, "keep_satisfied")
-_PRECISIONS = {"choices": ("fp32", "bf16")}
+RUN = Fields(
+    "calibfuse.finetune.settings:FinetuneConfig",
+    *("schedule", "iterations", "block_length", "held_out_share", "keep_satisfied"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,7 +83,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     corpus = parser.add_argument_group("corpus")
     files = {"nargs": "+", "required": True, "metavar": "FILE", "help": ".txt, .jsonl, .csv, folders, hf:NAME"}
     add(corpus, "text_field", corpus=files)
-    CORPUS.add(corpus)
     condition = {"type": float, "metavar": "C", "help": "train only on documents that the oracle gives at least C"}
     add(corpus, filter_corpus=condition)
     constraint = parser.add_argument_group("constraint")
@@ -91,13 +90,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(constraint, "prompts", "prompt_count", "min_prompt_toxicity")
     CONSTRAINT.add(constraint)
     run = parser.add_argument_group("run")
-    RUN.add(
-        run, schedule={"choices": ("sequential", "parallel"), "help": "roles in turn, or at once (default: sequential)"}
-    )
-    TUNING.add(run, precision=_PRECISIONS)
-    samples = parser.add_argument_group("samples of an iteration")
-    SAMPLING.add(samples)
-    KEPT.add(samples)
+    schedules = {"choices": ("sequential", "parallel"), "help": "roles in turn, or at once (default: sequential)"}
+    RUN.add(run, schedule=schedules)
+    TUNING.add(run, precision={"choices": ("fp32", "bf16")})
+    SAMPLING.add(parser.add_argument_group("samples of an iteration"))
     AUXILIARY.add(parser.add_argument_group("auxiliary model"))
 
 
@@ -182,8 +178,6 @@ def _config(args: argparse.Namespace) -> FinetuneConfig:
         auxiliary=AuxiliaryTrainingConfig(**AUXILIARY.values(args)),
         lora=None if args.lora is None else LoraSettings(rank=args.lora, alpha=2.0 * args.lora),
         **RUN.values(args),
-        **CORPUS.values(args),
-        **KEPT.values(args),
     )
 
 
