@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from calibfuse import Calibrator, Vocabulary
-from calibfuse.bits_per_byte import measure_fidelity
+from calibfuse.bits_per_byte import iter_scored, measure_fidelity
 from calibfuse.calibrator.binding import BoundCalibrator, GuideStates
 from calibfuse.errors import CalibfuseError
 from calibfuse.textfiles import iter_documents, split_passages
@@ -72,7 +72,7 @@ class FrequentCandidates:
         self._starts = np.searchsorted(owners[kept], np.arange(target_vocab_size + 2))
 
     def __call__(self, previous_ids: Tensor) -> Tensor:
-        """See `Candidates`."""
+        """Ids of the tokens before, [n] (-1: a text begins) -> which tokens are candidates, bool [n, vocabulary]."""
         before = previous_ids.cpu().numpy() + 1
         counts = self._starts[before + 1] - self._starts[before]
         rows = np.repeat(np.arange(len(before)), counts)
@@ -264,6 +264,18 @@ def _unseen(folder: Path) -> Iterable[Tokenizer]:
         yield Tokenizer("unseen", path.name, Vocabulary.from_tokenizer(path), encode)
 
 
+def restricted_nats(
+    bound: BoundCalibrator, sequences: Sequence[Sequence[int]], candidates: FrequentCandidates, *, head: str
+) -> float:
+    """Negative log-likelihood with every distribution renormalised over the candidates and the token that comes."""
+    nats = 0.0
+    for scores, tokens, before in iter_scored(bound, sequences, head=head):
+        mask = candidates(before).scatter_(1, tokens[:, None], True)
+        chosen = scores.gather(1, tokens[:, None])[:, 0]
+        nats += float((scores.masked_fill(~mask, -torch.inf).logsumexp(dim=1) - chosen).double().sum())
+    return nats
+
+
 def _measure(
     calibrator: Calibrator,
     tokenizer: Tokenizer,
@@ -287,14 +299,14 @@ def _measure(
             carried = EqualStrings(source, vocabulary, counts)
     for name, passages in texts.items():
         ids = tokenizer.encode(passages)
-        result = measure_fidelity(bound, ids, head=args.head, candidates=candidates)
+        result = measure_fidelity(bound, ids, head=args.head)
         figures = {
             "all": result.bits_per_byte,
             "bytes per token": result.bytes / result.tokens,
             "skipped": result.skipped / (result.skipped + result.tokens),
         }
-        if result.restricted_bits_per_byte is not None:
-            figures["candidates"] = result.restricted_bits_per_byte
+        if candidates is not None:
+            figures["candidates"] = restricted_nats(bound, ids, candidates, head=args.head) / result.bytes / math.log(2)
         if carried is not None:
             figures["equal strings"] = carried.nats(ids, args.head) / result.bytes / math.log(2)
             figures["equal strings, coverage"] = carried.coverage
