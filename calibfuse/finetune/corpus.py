@@ -87,14 +87,16 @@ def pack_corpus(
     every = round(1.0 / held_out_share) if held_out_share else 0
     train, held_out = array("i"), array("i")
     number = dropped = 0
+    source = iter(documents)
     with tqdm(desc="reading the corpus", unit="document", leave=False, disable=not show_progress) as bar:
-        for texts in _chunks(documents):
-            is_held_out = [every > 0 and (number + place) % every == every - 1 for place in range(len(texts))]
-            is_kept = _kept(texts, is_held_out, keep)
-            for text, held, kept in zip(_encoded(tokenizer, texts), is_held_out, is_kept, strict=True):
+        while texts := list(islice(source, _AT_ONCE)):
+            is_held_out = [every > 0 and place % every == every - 1 for place in range(number, number + len(texts))]
+            asked = [text for text, held in zip(texts, is_held_out, strict=True) if not held]
+            answers = iter(keep(asked).tolist() if keep is not None and asked else [True] * len(asked))
+            for text, held in zip(_encoded(tokenizer, texts), is_held_out, strict=True):
                 if held:
                     held_out.extend(text)
-                elif kept:
+                elif next(answers):
                     train.extend(text)
                 else:
                     dropped += 1
@@ -110,20 +112,6 @@ def pack_corpus(
                 f"filtered out), fewer than one block of {block_length}. Give more text, or a smaller block length."
             )
     return corpus
-
-
-def _chunks(documents: Iterable[str]) -> Iterator[list[str]]:
-    source = iter(documents)
-    while texts := list(islice(source, _AT_ONCE)):
-        yield texts
-
-
-def _kept(texts: Sequence[str], is_held_out: Sequence[bool], keep: Keep | None) -> Sequence[bool]:
-    if keep is None:
-        return [True] * len(texts)
-    asked = [text for text, held in zip(texts, is_held_out, strict=True) if not held]
-    answers = iter(np.asarray(keep(asked), dtype=bool).tolist() if asked else [])
-    return [held or next(answers) for held in is_held_out]
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Iterator[list[int]]:

@@ -42,11 +42,8 @@ _SATISFIED = 0.5
 class RoleRunner:
     """Runs jobs of a run in this process.
 
-    Args:
-        work: the run's folder of products, with its settings and packed corpus.
-        device: where models run.
-        oracle: in place of the one that the settings name; only for runs in one process.
-        show_progress: draw progress bars on standard error.
+    `work` is the run's folder, with its settings and packed corpus. An `oracle` in place of the one that the settings
+    name is only for runs in one process.
     """
 
     def __init__(
@@ -94,7 +91,7 @@ class RoleRunner:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Of the model that is tuned."""
+        """The tokenizer of the model that is tuned."""
         return read_tokenizer(self.config.model.name, **self.config.model.options())
 
     @cached_property

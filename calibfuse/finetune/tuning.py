@@ -81,15 +81,9 @@ def tune(
 ) -> dict[str, float]:
     """Fine-tune a model for one iteration: CE(corpus) + kl_weight * KL(q || p_theta).
 
-    Args:
-        model: changed in place; left in evaluation mode, on its device.
-        optimizer: of `tuning_optimizer`, with the state of the iteration before.
-        corpus: the blocks, at least one batch of them.
-        config: how.
-        iteration: which, from 1; decides where in the corpus to read, and the learning rate.
-        iterations: of the whole run.
-        constraint: p, R and samples, on the model's device; without it, or with KL weight 0, only the corpus counts.
-        show_progress: draw a progress bar on standard error.
+    The model is changed in place, and left in evaluation mode. `optimizer` is of `tuning_optimizer`, with the state of
+    the iteration before; `iteration`, from 1, decides where in the corpus to read, and the learning rate. Without
+    `constraint`, or with KL weight 0, only the corpus counts.
 
     Returns:
         "corpus_nats", "kl_nats" (nan without a constraint) per token over the last quarter of the steps,

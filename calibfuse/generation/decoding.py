@@ -133,19 +133,9 @@ def generate_tokens(
 ) -> Tensor:
     """Decode a batch with the model's own `generate()`.
 
-    Args:
-        model: in evaluation mode.
-        rows: token ids; padded on the left.
-        processors: of the scores, in this order.
-        padding_id: see `find_padding_id`; None: rows must be equally long.
-        streamer: gets the tokens of one row as they come.
-        **options: of `generate`: max_new_tokens, do_sample, ...
-
-    Returns:
-        New tokens, int64 [rows, at most max_new_tokens], on the model's device.
-
-    Raises:
-        InputError: rows need padding, and there is no token for it.
+    Rows are padded on the left with `padding_id` (see `find_padding_id`; None: they must be equally long, else
+    InputError). Processors act in their order; `streamer` gets the tokens of one row as they come; `options` are those
+    of `generate`. Gives the new tokens, int64 [rows, at most max_new_tokens], on the model's device.
     """
     import torch
     from transformers import LogitsProcessorList

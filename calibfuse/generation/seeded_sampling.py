@@ -24,13 +24,9 @@ _INCREMENT = -0x61C8864680B583EB
 def nucleus(log_probs: Tensor, *, top_p: float = 1.0, top_k: int = 0) -> Tensor:
     """The best tokens of each row up to a probability (Holtzman et al. 2020) and a count.
 
-    Args:
-        log_probs: float32 [rows, vocabulary], normalised.
-        top_p: smallest set of best tokens with at least this probability, in (0, 1]; 1 is off.
-        top_k: at most so many; 0 is off.
-
-    Returns:
-        bool, same shape: True inside both sets. Tokens exactly as likely as the last one inside are inside, too.
+    `log_probs` are float32 [rows, vocabulary], normalised. Gives bool, same shape: True inside the smallest set of best
+    tokens with probability `top_p` (1 is off) and among the best `top_k` (0 is off). Tokens exactly as likely as the
+    last one inside are inside, too.
     """
     inside = log_probs > -torch.inf
     if 0 < top_k < log_probs.shape[-1]:
@@ -79,10 +75,8 @@ def _shift(values: Tensor, bits: int) -> Tensor:
 class SeededSampling(LogitsProcessor):
     """Draws the next token of each row; must be the last processor, under `do_sample=False`.
 
-    Args:
-        keys: one key per row, see `row_key`.
-        prompt_length: columns of `input_ids` before the first new token.
-        decoding: its temperature, and the truncation of `nucleus`.
+    `keys` has one key per row, see `row_key`; `prompt_length` counts the columns of `input_ids` before the first new
+    token; of `decoding` temperature and truncation are used.
     """
 
     supports_continuous_batching = False

@@ -49,11 +49,7 @@ class TrainingLoop(ABC):
         rate: from the number of a step, from 0, to its learning rate.
         folder: gets `checkpoint/`; None: nothing is kept, and Ctrl-C stops at once.
         identity: what a checkpoint must share with this run, by what it is called in messages; ready for JSON.
-        save_every: steps between checkpoints.
-        label: of the progress bar.
-        max_gradient_norm: gradients are scaled down to this norm.
         first_step: where the count begins, in a run that goes on in memory.
-        show_progress: show a progress bar.
     """
 
     is_main = True

@@ -38,10 +38,7 @@ class AuxiliaryModel(nn.Module):
 
     Tokens without bytes are neutral: R of them is R of the prefix.
 
-    Args:
-        calibrator: with a head "value".
-        vocabulary: of the target.
-        target_vocab_size: width of the target's output head, at least the size of the vocabulary.
+    `target_vocab_size` is the width of the target's output head, at least the size of the vocabulary.
     """
 
     def __init__(self, calibrator: Calibrator, vocabulary: Vocabulary, target_vocab_size: int) -> None:
@@ -185,15 +182,8 @@ def make_auxiliary_model(
 ) -> AuxiliaryModel:
     """A fresh auxiliary model for a target, in float32, on the target's device, in training mode.
 
-    Args:
-        target: whose R it is to learn.
-        tokenizer: the target's.
-        seed: of the fresh head.
-        calibrator: gets the value head, in a copy; None: the bundled one.
-
-    Raises:
-        VocabularyError: no usable tokenizer.
-        VocabularyMismatchError: the tokenizer has more tokens than the target has scores.
+    A copy of the calibrator (None: the bundled one) gets the value head, fresh from `seed`. A tokenizer with more
+    tokens than the target has scores is a VocabularyMismatchError.
     """
     vocabulary = Vocabulary.from_tokenizer(tokenizer)
     output = getattr(target.get_output_embeddings(), "weight", None)  # type: ignore[no-untyped-call]

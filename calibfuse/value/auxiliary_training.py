@@ -63,15 +63,9 @@ def train_auxiliary(
 ) -> dict[str, float]:
     """Teach an auxiliary model what the samples' labels say.
 
-    Args:
-        auxiliary: on the base model's device; changed in place, left in evaluation mode.
-        base: the model p that drew the samples, or towards which their weights lead.
-        samples: labelled; those whose label is nan are left out, and counted.
-        config: how.
-        folder: gets `checkpoint/`; where there is one, of the same samples and settings, training goes on from it, and
-            comes to the same as without the stop.
-        save_every: steps between writing it.
-        show_progress: draw a progress bar on standard error.
+    The auxiliary model is changed in place, on the base model's device, and left in evaluation mode. Samples whose
+    label is nan are left out, and counted. Where `folder` holds a checkpoint of the same samples and settings, training
+    goes on from it, and comes to the same as without the stop.
 
     Returns:
         "samples" and "left_out" (counts), "effective_samples" (Kish's count under the weights), "mean_satisfaction"

@@ -125,10 +125,6 @@ def draw_samples(
     """Continuations of prompts, drawn from a model's whole distribution: on the CPU, in the prompts' order, unlabelled.
 
     The model is in evaluation mode; its tokenizer need not have a padding token.
-
-    Raises:
-        DataError: there are no prompts.
-        InputError: a prompt has no tokens or leaves no room for its continuation.
     """
     if not prompts:
         raise DataError("Sampling needs prompts, got none.")
@@ -221,11 +217,7 @@ def label_samples(
     batch_size: int = 256,
     show_progress: bool = False,
 ) -> SampleSet:
-    """The same samples, each with the oracle's label; nan where it could not label a text.
-
-    Raises:
-        ScorerError: the oracle failed, or could not label more than half of the texts.
-    """
+    """The same samples, each with the oracle's label; nan where it could not label a text."""
     texts = []
     for ids, length, prompt_length in zip(
         samples.input_ids.tolist(), samples.lengths.tolist(), samples.prompt_lengths.tolist(), strict=True

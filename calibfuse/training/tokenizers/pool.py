@@ -73,10 +73,7 @@ DEFAULT_POOL: tuple[PoolSpec, ...] = (
 class PoolEntry:
     """One tokenizer of the pool.
 
-    Args:
-        tokenizer: trained.
-        spec: what as.
-        unigram_counts: int64 [size], how often the text has each token.
+    `unigram_counts` int64 [size] say how often the text has each token.
     """
 
     def __init__(

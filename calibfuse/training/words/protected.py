@@ -47,14 +47,8 @@ def protected_shifts(
 ) -> dict[str, float]:
     """Measure calibrator minus reference where names occur.
 
-    Args:
-        bound: the trained calibrator without words of its own, bound to the entry's vocabulary.
-        entry: tokenizer of the pool.
-        store: labelled passages.
-        holders: lower-case name -> passages that hold it.
-        excluded: bool [passages], those left out of the training; None: none.
-        seed: of the choice of passages.
-        show_progress: show a progress bar.
+    `bound` is the trained calibrator without words of its own, bound to the entry's vocabulary; `holders` gives for
+    each lower-case name the passages that hold it; `excluded` bool [passages] were left out of the training.
 
     Returns:
         Name -> shift above 0, nats, rounded to 0.01: what brings all but QUANTILE of its occurrences to 0 or above.
