@@ -8,7 +8,7 @@ exactly. A new mode is one pure function and one line in MODES.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import InitVar, asdict, dataclass, fields
 from numbers import Real
 from typing import Any, NamedTuple, TypeAlias, cast
@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from calibfuse.candidates import choose_candidates
 from calibfuse.errors import InputError
+from calibfuse.guide import Part
 
 MAX_ALPHA = 100.0
 _NEWTON_STEPS = 6
@@ -31,7 +32,6 @@ _MAX_GAIN, _MAX_LOSS = (
 )  # of a candidate by the head "value", nats: alone it halves none, over a text it adds up
 _LEAST_DOUBT = 1e-6  # R is never taken for exactly 1
 _MOST_LOWERED = 8  # tokens named for each row of a step
-_DISTRIBUTION_HEADS = ("calibrator", "reference")  # log-probabilities up to a constant; the value head's are log R
 
 GuideScores = Callable[[str, Tensor | None], Tensor]
 Strength: TypeAlias = float | Tensor  # of all rows, or one number that goes with each candidate
@@ -235,9 +235,7 @@ def _contrast(
     candidate for harmful: words that are harmless each cost where they amount to harm, and rude ones cost less where
     the text quotes, denies or answers.
     """
-    disagreement = guide["calibrator"] - guide["reference"]
-    if config.margin:
-        disagreement = functional.softshrink(disagreement, config.margin)
+    disagreement = _disagreement(guide, config.margin)
     if config.value_weight:
         log_r = guide["value"]
         disagreement = disagreement * _harmful_share(log_r, config.harm_threshold)
@@ -245,6 +243,26 @@ def _contrast(
         target = layout.normalise(target + worth.clamp(-_MAX_LOSS, _MAX_GAIN))
     shift = (alpha * disagreement).clamp(-config.max_shift, 0.0 if config.one_sided else config.max_shift)
     return _give_to_others(target, shift, layout) if config.mass_to_others and config.one_sided else target + shift
+
+
+def _disagreement(
+    guide: Mapping[str, Tensor], margin: float, calibrator: str = "calibrator", reference: str = "reference"
+) -> Tensor:
+    disagreement = guide[calibrator] - guide[reference]
+    return functional.softshrink(disagreement, margin) if margin else disagreement
+
+
+def _as_one(raw: Mapping[str, Tensor], parts: Sequence[Part], layout: Layout) -> dict[str, Tensor]:
+    """The heads' distributions over the candidates; of several guides the sum of their shifts, as a calibrator's."""
+    guide = {head: each if head == "value" else layout.normalise(each) for head, each in raw.items()}
+    if not parts:
+        return guide
+    shifts = []
+    for part in parts:
+        shift = part.alpha * _disagreement(guide, part.margin, part.calibrator, part.reference)
+        shifts.append(shift.clamp(max=0.0) if part.one_sided else shift)
+    total = torch.stack(shifts).sum(dim=0)
+    return {"calibrator": total, "reference": torch.zeros_like(total)}
 
 
 def _relative(log_r: Tensor, target: Tensor, layout: Layout) -> Tensor:
@@ -326,8 +344,10 @@ MODES: dict[str, Mode] = {
 }
 
 
-def needed_heads(config: FusionConfig) -> tuple[str, ...]:
-    """Heads of the guide that a configuration asks."""
+def needed_heads(config: FusionConfig, parts: Sequence[Part] = ()) -> tuple[str, ...]:
+    """Heads that a configuration asks of the guide, or of several in one."""
+    if parts and config.mode == "contrast" and not config.value_weight:
+        return tuple(head for part in parts for head in (part.calibrator, part.reference))
     heads = MODES[config.mode].heads
     return (*heads, "value") if config.mode == "contrast" and config.value_weight else heads
 
@@ -384,6 +404,7 @@ def fuse(
     alone: Tensor | None = None,
     observe: Callable[[Moved], None] | None = None,
     protected: Tensor | None = None,
+    parts: Sequence[Part] = (),
 ) -> Tensor:
     """Fuse next-token scores with a guide.
 
@@ -406,6 +427,7 @@ def fuse(
         observe: called with what was done, once; where rows were left `alone`, what it says of them means nothing.
         protected: bool [the guide's vocabulary], names, which one-sided contrast never raises: what the words beside
             them lose goes to others.
+        parts: of several guides in one, whose shifts are added (`Guide.parts`); contrast only.
 
     Returns:
         Log-probabilities, float32, shape and device of `scores`, nats, normalised unless `keep_scale`. Tokens that the
@@ -431,7 +453,7 @@ def fuse(
     # the same for every token of a row, so its best one tells
     scale = raw.float().amax(dim=-1, keepdim=True) - log_probs.amax(dim=-1, keepdim=True) if keep_scale else None
     if alpha is not None or config.alpha != 0.0:
-        log_probs = _fuse(log_probs, guide_scores, covers, config, always, pick, alpha, observe, protected)
+        log_probs = _fuse(log_probs, guide_scores, covers, config, always, pick, alpha, observe, protected, parts)
     if scale is not None:
         log_probs = log_probs + scale
     return log_probs if alone is None else torch.where(alone[..., None], scores.float(), log_probs)
@@ -453,6 +475,7 @@ def _fuse(
     alpha: Tensor | None,
     observe: Callable[[Moved], None] | None,
     protected: Tensor | None,
+    parts: Sequence[Part],
 ) -> Tensor:
     """The fusion of rows that can be judged; writes into `log_probs` where autograd does not need it."""
     mode, vocab_size = MODES[config.mode], log_probs.shape[-1]
@@ -478,10 +501,10 @@ def _fuse(
             return pick(head, places, token_ids)
         return _fit(guide_scores(head, token_ids), values.shape[-1])
 
-    raw = {head: ask(head) for head in needed_heads(config)}
+    raw = {head: ask(head) for head in needed_heads(config, parts)}
     mass = layout.logsumexp(values)
     target = layout.normalise(values) if places is None else values - mass
-    guide = {head: layout.normalise(each) if head in _DISTRIBUTION_HEADS else each for head, each in raw.items()}
+    guide = _as_one(raw, parts, layout)
     strength: Strength = config.alpha if alpha is None else layout.of_rows(alpha.to(log_probs.device, torch.float32))
     fused = layout.normalise(mode.fuse(target, guide, layout, strength, config)) + mass
     if protected is not None and config.mode == "contrast" and config.one_sided:

@@ -91,6 +91,25 @@ class Request(NamedTuple):
     length: int | None = None
 
 
+class Part(NamedTuple):
+    """One guide among several that act as one: how it counts in mode "contrast"."""
+
+    number: int
+    alpha: float
+    margin: float
+    one_sided: bool  # it never raises a token
+
+    @property
+    def calibrator(self) -> str:
+        """Name of its head "calibrator" among those of all."""
+        return f"{CALIBRATOR_HEAD} {self.number}"
+
+    @property
+    def reference(self) -> str:
+        """Likewise of its head "reference"."""
+        return f"{REFERENCE_HEAD} {self.number}"
+
+
 class GuideSession(ABC):
     """Follows texts that come, grow, shrink and go independently: what a serving engine's batch is.
 
@@ -173,6 +192,11 @@ class Guide(ABC):
     def reach(self) -> int | None:
         """How many of a text's last tokens matter to what is said next; None: all of them."""
         return None
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """How each of several guides in one counts; empty: it is one."""
+        return ()
 
     @property
     def recommended(self) -> Mapping[str, Any]:

@@ -10,7 +10,7 @@ import math
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,8 @@ from calibfuse.errors import (
     VocabularyMismatchError,
 )
 from calibfuse.fusion import MODES, FusionConfig, Moved, fuse, needed_heads, recommended_config, unjudgeable
-from calibfuse.guide import Guide, NextTokenScores
+from calibfuse.guide import Guide, NextTokenScores, Part
+from calibfuse.guides.combined import CombinedGuide
 from calibfuse.hub import check_tokenizer, resolve_checkpoint
 from calibfuse.prefix_cache import RowSession
 from calibfuse.vocabulary import Vocabulary
@@ -197,6 +198,47 @@ class CalibFusion(LogitsProcessor):
                 stacklevel=2,
             )
         return cls(guide, config, alignment=alignment, target=target, on_step=on_step)
+
+    @classmethod
+    def combine(cls, fusions: Sequence[CalibFusion], *, on_step: Callable[[Report], None] | None = None) -> CalibFusion:
+        """Several calibrators in one processor: what each would add to a token's score is added up.
+
+        Args:
+            fusions: of the same target, in mode "contrast". Each counts with its own alpha, margin and one_sided; the
+                sum is bounded by the largest max_shift, and the widest choice of candidates holds.
+            on_step: see the class.
+
+        Returns:
+            A new processor. Its alpha, 1, multiplies the sum.
+
+        Raises:
+            InputError: no fusion, or one in another mode or with a value_weight.
+            MissingHeadError: one that is itself a combination.
+            VocabularyMismatchError: their tokenizers differ.
+
+        Example:
+            fusion = CalibFusion.combine([
+                CalibFusion.from_pretrained(tokenizer=tokenizer),
+                CalibFusion.from_pretrained("./polite", tokenizer=tokenizer, alpha=2.0),
+            ])
+        """
+        configs = [fusion.config for fusion in fusions]
+        if not configs or any(config.mode != "contrast" or config.value_weight for config in configs):
+            raise InputError(
+                "Only fusions in mode 'contrast' and without value_weight can be combined, got "
+                f"{', '.join(map(repr, fusions)) or 'none'}."
+            )
+        counts = [config.candidates for config in configs]
+        config = FusionConfig(
+            candidates=0 if 0 in counts else None if None in counts else max(count or 0 for count in counts),
+            one_sided=all(config.one_sided for config in configs),
+            max_shift=max(config.max_shift for config in configs),
+            mass_to_others=any(config.mass_to_others for config in configs),
+        )
+        parts = [Part(at, each.alpha, each.margin, each.one_sided) for at, each in enumerate(configs)]
+        combined = cls(CombinedGuide([fusion.guide for fusion in fusions], parts), config, on_step=on_step)
+        combined._target_width = next((width for each in fusions if (width := each._target_width) is not None), None)
+        return combined
 
     def __setattr__(self, name: str, value: object) -> None:
         """Refuse what would change nothing: a mistyped option, or one of FusionConfig's."""
@@ -436,7 +478,7 @@ class CalibFusion(LogitsProcessor):
             return fuse(
                 scores, said.log_scores, guide.covers, self.config, guide.always_candidates(scores.shape[-1]),
                 pick=said.log_scores_at, alone=alone, observe=None if account is None else observe,
-                protected=guide.protected,
+                protected=guide.protected, parts=guide.parts,
             )  # fmt: skip
         raw = scores if alone is None else scores.masked_fill(alone[..., None], 0.0)
         plain = raw.float().log_softmax(-1)
@@ -446,7 +488,7 @@ class CalibFusion(LogitsProcessor):
 
     def _prepare(self, config: FusionConfig) -> EmbeddingFusion | None:
         """Check that the mode has what it needs; what mode "embedding" has beside the guide."""
-        for head in needed_heads(config):
+        for head in needed_heads(config, self.guide.parts):
             if head not in self.guide.heads:
                 raise MissingHeadError(
                     f"Mode {config.mode!r} needs the head {head!r}, but the calibrator has only "

@@ -306,6 +306,7 @@ class CalibFusionProcessor(V1LogitsProcessor, V2LogitsProcessor):  # type: ignor
             alone=alone,
             observe=observe,
             protected=self._guide.protected,
+            parts=self._guide.parts,
         )
         if scores is logits:
             logits.copy_(fused)
