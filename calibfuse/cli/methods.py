@@ -96,6 +96,7 @@ def _specs(args: argparse.Namespace) -> list[str]:
 
 def _fusion_strengths(spec: str, *, own: float = 1.0, scan: bool = False) -> tuple[float, ...]:
     """Strengths of `experts:1,2`; of `experts` the paper's (or the calibrator's `own`), with `scan` several."""
+    from calibfuse.evaluation.baselines import parse_strengths
     from calibfuse.fusion import FusionConfig
 
     name, colon, rest = spec.partition(":")
@@ -103,13 +104,8 @@ def _fusion_strengths(spec: str, *, own: float = 1.0, scan: bool = False) -> tup
     if not colon:
         default = own if baseline.default is None else baseline.default
         return tuple(sorted({default, *(baseline.scan if scan else ())}))
-    try:
-        strengths = tuple(float(part) for part in rest.split(","))
-    except ValueError as error:
-        raise InputError(f"Expected numbers after {name + ':'!r}, separated by commas, got {rest!r}.") from error
+    strengths = parse_strengths(name, rest)
     for value in strengths:
-        if value == 0.0:
-            raise InputError(f"The strengths of the baseline {name!r} must be above 0, got {rest!r}.")
         FusionConfig(mode=baseline.mode, alpha=value)
     return strengths
 

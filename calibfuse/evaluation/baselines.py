@@ -294,10 +294,15 @@ def parse_baseline(spec: str) -> tuple[str, tuple[float, ...]]:
         return name, BASELINES[name].strengths
     if not BASELINES[name].strengths and name != "temperature":
         raise InputError(f"The baseline {name!r} has no strength, got {spec!r}.")
+    return name, parse_strengths(name, rest)
+
+
+def parse_strengths(name: str, given: str) -> tuple[float, ...]:
+    """The strengths of a baseline, written "1,2.5"; InputError: something else, or none above 0."""
     try:
-        strengths = tuple(float(part) for part in rest.split(","))
+        strengths = tuple(float(part) for part in given.split(","))
     except ValueError as error:
-        raise InputError(f"Expected numbers after {name + ':'!r}, separated by commas, got {rest!r}.") from error
+        raise InputError(f"Expected numbers after {name + ':'!r}, separated by commas, got {given!r}.") from error
     if not all(0.0 < value < math.inf for value in strengths):
-        raise InputError(f"The strengths of the baseline {name!r} must be above 0, got {rest!r}.")
-    return name, strengths
+        raise InputError(f"The strengths of the baseline {name!r} must be above 0, got {given!r}.")
+    return strengths

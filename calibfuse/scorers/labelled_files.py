@@ -10,7 +10,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,14 +29,13 @@ Paths = Sequence[str | os.PathLike[str]]
 
 @dataclass(frozen=True, eq=False)
 class LabelledTexts:
-    """Texts with their toxicity and their weight in the loss."""
+    """Texts with their toxicity."""
 
     texts: list[str]
     labels: NDArray[np.float64]  # [texts] toxicity in [0, 1]; fractions of annotators are fine
-    weights: NDArray[np.float64]  # [texts] above 0; 1 is one ordinary text
 
     @classmethod
-    def build(cls, texts: Sequence[str], labels: Sequence[float], weight: float = 1.0) -> LabelledTexts:
+    def build(cls, texts: Sequence[str], labels: Sequence[float]) -> LabelledTexts:
         """Build from parallel sequences; DataError for unequal lengths or labels outside [0, 1]."""
         values = np.asarray(labels, dtype=np.float64)
         if values.shape != (len(texts),):
@@ -44,18 +43,17 @@ class LabelledTexts:
         wrong = np.flatnonzero(~((values >= 0) & (values <= 1)))
         if len(wrong):
             raise DataError(f"Label of text {int(wrong[0])} is {values[wrong[0]]}; labels lie in [0, 1]")
-        return cls(list(texts), values, np.full(len(texts), float(weight)))
+        return cls(list(texts), values)
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def __add__(self, other: LabelledTexts) -> LabelledTexts:
-        arrays = ((self.labels, other.labels), (self.weights, other.weights))
-        return LabelledTexts(self.texts + other.texts, *map(np.concatenate, arrays))
+        return LabelledTexts(self.texts + other.texts, np.concatenate([self.labels, other.labels]))
 
     def take(self, index: NDArray[np.int64]) -> LabelledTexts:
         """The texts at some positions."""
-        return LabelledTexts([self.texts[i] for i in index.tolist()], self.labels[index], self.weights[index])
+        return LabelledTexts([self.texts[i] for i in index.tolist()], self.labels[index])
 
 
 @dataclass(frozen=True)
@@ -80,8 +78,7 @@ class Fold:
         return int(hashlib.sha256(str(text).encode()).hexdigest(), 16) % self.parts == self.part - 1
 
 
-@dataclass(frozen=True)
-class ScoredText:
+class ScoredText(NamedTuple):
     """A text with its toxicity, in [0, 1]."""
 
     text: str
@@ -161,7 +158,7 @@ def _gather(paths: Paths, of_row: Callable[[Mapping[str, Any], str], list[Scored
             found += of_row(row, f"{path}, line {line}")
         if len(found) == before:
             raise DataError(f"{path} has {nothing}")
-    return LabelledTexts.build([each.text for each in found], [each.toxicity for each in found])
+    return LabelledTexts.build(*zip(*found, strict=True))
 
 
 def _field(row: Mapping[str, Any], names: Sequence[str], where: str, what: str) -> object:

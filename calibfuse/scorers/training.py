@@ -81,7 +81,7 @@ class _Objective:
         # Texts without words cannot teach anything; the others, in order
         self.texts, self.position = np.unique(stream.text_index, return_inverse=True)
         self.labels = data.labels[self.texts]
-        self.weights = data.weights[self.texts] / data.weights[self.texts].sum()
+        self.weights = np.full(len(self.texts), 1.0 / len(self.texts))
         self.n_words = len(stream)
         self.windows = Windows.of(self.position, options.windows)
 
@@ -153,21 +153,19 @@ def _word_features(
     return np.concatenate(buckets), owner, scale
 
 
-def fit_platt(
-    logits: NDArray[np.float64], labels: NDArray[np.float64], weights: NDArray[np.float64]
-) -> tuple[float, float]:
+def fit_platt(logits: NDArray[np.float64], labels: NDArray[np.float64]) -> tuple[float, float]:
     """Fit sigmoid(slope * logit + intercept) to labels by Newton's method.
 
-    Platt (1999), with his smoothed targets in the form of a weak prior on slope 1, intercept 0. All (texts,); labels
-    are toxicity in [0, 1], weights at least 0. DataError where the labels do not rise with the logits.
+    Platt (1999), with his smoothed targets in the form of a weak prior on slope 1, intercept 0. Both (texts,); labels
+    are toxicity in [0, 1]. DataError where the labels do not rise with the logits.
     """
     design = np.stack([logits, np.ones_like(logits)], axis=1)
     prior = np.array([1.0, 0.0])
     solution = prior.copy()
     for _ in range(50):
         probability = 0.5 * (1.0 + np.tanh(0.5 * (design @ solution)))
-        gradient = design.T @ (weights * (probability - labels)) + (solution - prior)
-        curvature = (design * (weights * probability * (1 - probability))[:, None]).T @ design + np.eye(2)
+        gradient = design.T @ (probability - labels) + (solution - prior)
+        curvature = (design * (probability * (1 - probability))[:, None]).T @ design + np.eye(2)
         step = np.linalg.solve(curvature, gradient)
         solution = solution - step / max(1.0, float(np.abs(step).max()))  # at most 1 at a time
         if np.abs(step).max() < 1e-9:
@@ -284,7 +282,7 @@ def train_linear_scorer(
     logits = scorer.logits(held_out.texts)
     # A long comment has many windows, hence a high maximum: calibrated on it, a short text would look too calm.
     short = np.array([len(text.split()) <= options.calibration_words for text in held_out.texts])
-    slope, intercept = fit_platt(logits[short], held_out.labels[short], held_out.weights[short])
+    slope, intercept = fit_platt(logits[short], held_out.labels[short])
     probability = np.clip(0.5 * (1.0 + np.tanh(0.5 * (slope * logits[short] + intercept))), 1e-9, 1 - 1e-9)
     labels = held_out.labels[short]
     log_loss = -np.mean(labels * np.log(probability) + (1 - labels) * np.log(1 - probability))
