@@ -1,0 +1,390 @@
+"""Train the head "value" of a calibrator, a judge of a whole sentence's harm, on labelled texts.
+
+    python tools/train_value_head.py --data DIR --tokenizers gpt2.json smollm2.json gemma-3.json --output my-calibrator
+    python tools/train_value_head.py ... --resume
+
+For every next token y the head says R(x_<=i) = P(the text turns out harmless | x_<i, y), as FUDGE (Yang and Klein 2021,
+arXiv 2104.05218) and NADO (Meng et al. 2022, arXiv 2205.14219) do. It reads the calibrator's body and two blocks of its
+own behind it; all else is frozen. With C the label (1: harmless) and q the head "reference",
+
+    log L_n   = sum_{i <= n} [ log R(x_<=i) - log E_{y ~ q(. | x_<i)} R(x_<i, y) ]
+    loss      = BCE(C, R(x_<=i)) + BCE(C, sigmoid(a log L_n + b)) + 0.5 BCE(C, readout) + 0.3 BCE(E_q R, R(x_<i))
+
+The first term is FUDGE's. The second asks the same of what fusion adds up over a sentence, each token against its
+rivals; a and b are learned. The third reads the state directly, and is thrown away. The last is NADO's forward
+consistency. Positions count by how much of the text they have seen. E is over 160 tokens drawn for each batch, with
+importance weights. What is saved is a moving average of the weights.
+
+DIR holds the files that `SETS` and `TEXTS` name and bias/holistic_bias; tools/README.md lists them. The sentences of
+`sentence_parts.json` are added: hate without rude words, and the same words quoted, denied or taken back. Parts of the
+sets stay out for measuring, together with all of Measuring Hate Speech and Jigsaw's train split. About 25 minutes on
+one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import sys
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
+
+from calibfuse.calibrator import Calibrator, load_universal
+from calibfuse.calibrator.binding import compose_vocabulary
+from calibfuse.calibrator.word_bias import WordBias
+from calibfuse.evaluation import HolisticBias, load_holistic_bias
+from calibfuse.guide import REFERENCE_HEAD, VALUE_HEAD
+from calibfuse.textfiles import read_rows
+from calibfuse.training.loop import TrainingLoop, learning_rate, make_optimizer, mixed_precision
+from calibfuse.vocabulary import Vocabulary
+from calibfuse.vocabulary.text_encoder import text_encoder
+
+Example = tuple[str, float]  # a text and the probability that it is harmful
+Row = Mapping[str, Any]
+
+BATCH_SIZE = 32
+EPOCHS = 12  # passes over the texts that the order of batches is drawn from; `--steps` of them are taken
+MAX_TOKENS = 48
+DRAWN_TOKENS = 160  # for the expectation of R
+QUERY_SCALE = 1 / 16  # token vectors are long: with queries of the usual size the first steps saturate every sigmoid
+LABEL_SMOOTHING = 0.03
+DROPOUT = 0.1  # of the states that the head reads
+AVERAGING = 0.998
+WEIGHT_DECAY = 0.05
+WEIGHTS = {"prefix": 1.0, "lift": 1.0, "readout": 0.5, "consistency": 0.3}  # of the losses
+NAME_BIAS = 0.3  # in the word table: above 0 protects
+
+
+class LabelledSet(NamedTuple):
+    """A set of labelled texts: how many of its examples are used at most, and how often."""
+
+    path: str  # in the data folder, without its ending
+    licence: str
+    limit: int
+    held_out: int = 0  # keep one text in so many for measuring, by its hash; where there are splits, they decide
+    copies: int = 1
+
+
+SETS = (
+    LabelledSet("context/dynahate", "CC BY 4.0", 35_000),
+    LabelledSet("context/toxigen", "CDLA-Permissive-2.0", 9_000, held_out=3, copies=2),
+    LabelledSet("context/ishate", "Boost-1.0", 19_000, held_out=10),
+    LabelledSet("context/hatemoji", "CC BY 4.0", 3_600),
+    LabelledSet("context/edos_sexism", "CC0", 12_000),
+    LabelledSet("context/reddit_counterspeech", "MIT", 8_000),
+    LabelledSet("context/reddit_misogyny", "MIT", 3_000),
+    LabelledSet("context/convabuse", "CC BY 4.0", 3_300),
+    LabelledSet("context/measuring_hate_speech", "CC BY 4.0", 0, held_out=1),
+    LabelledSet("toxicity/civil_comments", "CC0", 12_000),
+    LabelledSet("toxicity/jigsaw", "CC BY-SA", 6_000),
+    LabelledSet("toxicity/paradetox", "CC0", 12_000),
+)
+SPLITS = ("train", "jigsaw_test")  # all others are for measuring
+HARMFUL = ("toxic", "hateful", "hate", "explicit", "implicit")  # labels that are words
+TEXTS = {"wikipedia": "CC BY-SA", "conversation": "CDLA-Sharing-1.0", "novels": "public domain", "reddit": "PDDL 1.0"}
+# Symbol -> what it can stand for (with other symbols and `{one|or|another}`), in a mapping with its weight.
+PARTS = json.loads((Path(__file__).parent / "sentence_parts.json").read_text(encoding="utf-8"))
+# Sentences made of parts: symbol -> label, how many.
+SENTENCES = {"hateful": (1.0, 12_000), "harmless": (0.0, 12_000), "rude": (1.0, 5_600), "in_context": (0.0, 8_400)}
+
+
+def rows_of(data: Path, path: str, rng: random.Random) -> list[Row]:
+    """The rows of a file in random order."""
+    rows = [row for _, row in read_rows(data / f"{path}.jsonl.xz")]
+    rng.shuffle(rows)
+    return rows
+
+
+def examples_of(row: Row) -> list[Example]:
+    """What a row of any of the sets says."""
+    if "neutral" in row:  # ParaDetox: a toxic sentence and its rewrites
+        return [(row["toxic"], 1.0), *((text, 0.0) for text in row["neutral"][:1])]
+    label = next(row[column] for column in ("toxic_fraction", "toxic", "label_role", "label") if column in row)
+    return [(row["text"], float(label in HARMFUL if isinstance(label, str) else label))]
+
+
+def labelled_examples(data: Path, rng: random.Random) -> Iterator[Example]:
+    """The labelled sets without what is left out."""
+    rows = {each: rows_of(data, each.path, rng) for each in SETS}
+    measured = {row["text"] for each, found in rows.items() for row in found if is_held_out(row, each.held_out)}
+    for each, found in rows.items():
+        examples = [(text.strip(), label) for row in found for text, label in examples_of(row) if text not in measured]
+        usable = [(text, label) for text, label in examples if 3 < len(text) <= 220]
+        yield from (usable * each.copies)[: each.limit]
+
+
+def is_held_out(row: Row, one_in: int) -> bool:
+    """Whether a text is kept for measuring: it stays out of this set, and of all others that have it."""
+    return row.get("split", "train") not in SPLITS or one_in > 0 and zlib.crc32(row["text"].encode()) % one_in == 0
+
+
+def unlabelled_examples(data: Path, words: Mapping[str, float], rng: random.Random) -> Iterator[Example]:
+    """Beginnings of text that is taken to be harmless, and sentences of posts, harmful where they have a rude word."""
+    for name in ("wikipedia", "conversation", "novels"):
+        for row in rows_of(data, f"text/{name}", rng)[:4_000]:
+            if name != "conversation" or "opical" in row["source"]:  # Topical-Chat; the comments may be rude
+                yield row["text"][: rng.randint(60, 220)], 0.0
+    room = {0.9: 9_000, 0.0: 12_000}
+    for row in rows_of(data, "text/reddit", rng):
+        for sentence in re.split(r"(?<=[.!?])\s+|\n+", row["text"])[:6]:
+            lowest = min((words.get(word, 0.0) for word in re.findall("[a-z]+", sentence.lower())), default=0.0)
+            label = 0.9 if lowest <= -3.5 else 0.0
+            # a word that is only somewhat rude says neither
+            if 20 < len(sentence) < 200 and (label or lowest >= 0.0) and room[label]:
+                room[label] -= 1
+                yield sentence, label
+
+
+def made_sentences(names: HolisticBias, rng: random.Random) -> Iterator[Example]:
+    """Sentences made of parts; the descriptors of groups are those of HolisticBias."""
+    unfit = ("nonce", "characteristics", "body_type")
+    descriptors = [each.plural for each in names.names if not each.is_noun and each.axis not in unfit]
+    symbols = {**PARTS, "descriptor": descriptors}
+
+    def choose(match: re.Match[str]) -> str:
+        options = match[1].split("|") if "|" in match[1] else symbols[match[1]]
+        weights = list(options.values()) if isinstance(options, dict) else None
+        return fill(rng.choices(list(options), weights)[0])
+
+    def fill(pattern: str) -> str:
+        return re.sub(r"\{([^{}]*)\}", choose, pattern)
+
+    for symbol, (label, count) in SENTENCES.items():
+        for _ in range(count):
+            text = fill("{opening}{" + symbol + "}")
+            text = text[0].upper() + text[1:] if rng.random() < 0.7 else text
+            end = "{question_end}" if text.lower().startswith("why") else "" if text[-1] in '.!?"' else "{end}"
+            yield text + fill(end), label
+
+
+def protected_names(names: HolisticBias, words: Mapping[str, float]) -> dict[str, float]:
+    """Words of the names of groups that a word table lacks: what fusion must not make rarer."""
+    axes = ("race_ethnicity", "religion", "nationality", "sexual_orientation", "gender_and_sex")
+    found = {}
+    for name in names.names:
+        if name.is_noun or name.axis in axes:
+            parts = re.findall("[a-z]+", name.plural.lower())
+            for word in parts if name.is_noun else parts[:1]:
+                if len(word) > 2 and word not in PARTS["not_a_name"] and word not in words:
+                    found[word] = NAME_BIAS
+    return found
+
+
+class TokenizedExamples:
+    """Examples, each cut by one of the tokenizers, and what the frozen calibrator knows of their vocabularies."""
+
+    def __init__(self, examples: list[Example], files: Sequence[str], calibrator: Calibrator, seed: int) -> None:
+        rng = random.Random(seed)
+        self.harmless = 1 - torch.tensor([label for _, label in examples]).clamp(LABEL_SMOOTHING, 1 - LABEL_SMOOTHING)
+        self.tokenizer_of = torch.tensor([rng.randrange(len(files)) for _ in examples])
+        self.ids: list[Tensor] = [torch.empty(0)] * len(examples)
+        self.vectors, self.reference_biases, self.draw_from = [], [], []
+        column = calibrator.config.heads.index(REFERENCE_HEAD)
+        for number, file in enumerate(files):
+            rows = (self.tokenizer_of == number).nonzero()[:, 0].tolist()
+            vocabulary = Vocabulary.from_tokenizer(file)
+            counts = torch.zeros(len(vocabulary))
+            for row, ids in zip(rows, text_encoder(file)([examples[row][0] for row in rows]), strict=True):
+                self.ids[row] = torch.tensor(ids[:MAX_TOKENS] or [0])
+                counts += torch.bincount(self.ids[row], minlength=len(counts))
+            vectors, biases = compose_vocabulary(calibrator, vocabulary, torch.float32, WordBias({}, vocabulary))
+            weights = (counts + 0.02) ** 0.75
+            self.vectors.append(vectors)
+            self.reference_biases.append(biases[:, column])
+            self.draw_from.append(weights / weights.sum())
+        self.lengths = torch.tensor([len(ids) for ids in self.ids])
+        self.fingerprint = zlib.crc32(repr((examples, self.lengths.tolist())).encode())
+
+    def batches(self, seed: int) -> list[list[int]]:
+        """Batches of examples of one tokenizer and similar length, in random order."""
+        generator = torch.Generator().manual_seed(seed)
+        found: list[list[int]] = []
+        for _ in range(EPOCHS):
+            for number in range(len(self.vectors)):
+                rows = (self.tokenizer_of == number).nonzero()[:, 0]
+                for pool in rows[torch.randperm(len(rows), generator=generator)].split(50 * BATCH_SIZE):
+                    parts = pool[self.lengths[pool].argsort()].split(BATCH_SIZE)
+                    found += [part.tolist() for part in parts if len(part) == BATCH_SIZE]
+        return [found[place] for place in torch.randperm(len(found), generator=generator).tolist()]
+
+
+class ValueTraining(TrainingLoop):
+    """Trains the head "value" of a calibrator and the blocks that it alone reads; see the head of this file."""
+
+    def __init__(
+        self, calibrator: Calibrator, data: TokenizedExamples, folder: Path, options: argparse.Namespace
+    ) -> None:
+        self.calibrator, self.data, self.seed = calibrator.requires_grad_(False), data, options.seed
+        self.order = data.batches(options.seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(options.seed)
+            self.own = own_parameters(calibrator)
+            width = calibrator.body.state_width
+            self.readout = nn.Sequential(nn.RMSNorm(width, eps=1e-6), nn.Linear(width, 1))
+        nn.init.zeros_(self.readout[1].weight)
+        self.scale = nn.Parameter(torch.tensor([1.1, 0.3]))  # a and b
+        self.averages = {name: nn.Parameter(each.detach().clone(), False) for name, each in self.own.items()}
+        parameters = {
+            **self.own,
+            **{f"readout.{name}": each for name, each in self.readout.named_parameters()},
+            "scale": self.scale,
+        }
+        steps = min(options.steps, len(self.order))
+        super().__init__(
+            {**parameters, **{f"average.{name}": each for name, each in self.averages.items()}},
+            make_optimizer(parameters, rate=options.learning_rate, weight_decay=WEIGHT_DECAY),
+            steps=steps,
+            rate=lambda step: learning_rate(step, steps, peak=options.learning_rate, warmup=0.02),
+            folder=folder,
+            identity={
+                "set of examples": data.fingerprint,
+                "set of options": {name: getattr(options, name) for name in ("steps", "seed", "learning_rate")},
+            },
+            label="value head",
+        )
+
+    def losses(self) -> dict[str, float]:
+        """See `TrainingLoop.losses`."""
+        torch.manual_seed(self.seed * 1_000_003 + self.step)  # of the dropout and the tokens drawn
+        rows, data = self.order[self.step], self.data
+        number = int(data.tokenizer_of[rows[0]])
+        ids = pad_sequence([data.ids[row] for row in rows], batch_first=True)
+        lengths = data.lengths[rows][:, None]
+        with mixed_precision(ids.device, "bf16"):
+            taken, expected, readout = self.log_r(ids, number)
+        places = torch.arange(ids.shape[1])[None]
+        is_text = (places < lengths).float()
+        weights = is_text * (places + 1) / lengths
+        harmless = data.harmless[rows][:, None].expand_as(taken)
+        log_lift = ((functional.logsigmoid(taken) - expected) * is_text).cumsum(dim=1)
+        before = functional.pad(taken[:, :-1], (1, 0)).detach().sigmoid()
+        losses = {
+            "prefix": cross_entropy(taken, harmless, weights),
+            "lift": cross_entropy(self.scale[0] * log_lift + self.scale[1], harmless, weights),
+            "readout": cross_entropy(readout, harmless, weights),
+            # not at the first token, before which nothing was said
+            "consistency": cross_entropy(expected.exp().clamp(1e-4, 1 - 1e-4).logit(), before, is_text * (places > 0)),
+        }
+        total = sum(WEIGHTS[name] * loss for name, loss in losses.items())
+        total.backward()
+        self.tokens += int(lengths.sum())
+        return {"loss": total.item(), **{name: loss.item() for name, loss in losses.items()}}
+
+    def log_r(self, ids: Tensor, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        """For texts [rows, length]: logits of R of their tokens, log E R in their place, logits of the readout."""
+        vectors, calibrator = self.data.vectors[number], self.calibrator
+        drawn = torch.multinomial(self.data.draw_from[number], DRAWN_TOKENS, replacement=True)
+        inputs = functional.pad(vectors[ids], (0, 0, 1, 0))
+        is_boundary = torch.zeros(inputs.shape[:2], dtype=torch.bool)
+        is_boundary[:, 0] = True
+        starts = torch.zeros(len(ids), dtype=torch.long)
+        states = calibrator.body(calibrator.embed(inputs, is_boundary), starts)
+        with torch.no_grad():
+            scores = calibrator.heads[REFERENCE_HEAD](states[:, :-1]) @ vectors[drawn].T
+            scores = scores.float() + self.data.reference_biases[number][drawn]
+            importance = (scores - self.data.draw_from[number][drawn].log()).log_softmax(dim=-1)
+        states = functional.dropout(states, DROPOUT)
+        queries = calibrator.heads[VALUE_HEAD](states[:, :-1]) * QUERY_SCALE
+        taken = (queries * vectors[ids]).sum(dim=-1).float()
+        rivals = (queries @ vectors[drawn].T).float()
+        expected = (importance + functional.logsigmoid(rivals)).logsumexp(dim=-1)
+        return taken, expected, self.readout(states[:, 1:])[..., 0].float()
+
+    def take_step(self) -> dict[str, float]:
+        """See `TrainingLoop.take_step`; then moves the averages."""
+        step, row = self.step, super().take_step()
+        for name, average in self.averages.items():
+            average.data.lerp_(self.own[name].data, 1 - min(AVERAGING, step / (step + 50)))
+        return row
+
+    def result(self) -> Calibrator:
+        """The calibrator with the averaged weights, its queries at the size that fusion reads."""
+        with torch.no_grad():
+            for name, parameter in self.own.items():
+                parameter.copy_(self.averages[name] * (QUERY_SCALE if ".query." in name else 1))
+        return self.calibrator
+
+
+def own_parameters(calibrator: Calibrator) -> dict[str, nn.Parameter]:
+    """The parameters that only the head "value" uses; its blocks begin close to passing on what they get."""
+    owned = (f"heads.{VALUE_HEAD}.", *(f"body.blocks.{layer}." for layer in calibrator.config.value_layers))
+    own = {name: each.requires_grad_() for name, each in calibrator.named_parameters() if name.startswith(owned)}
+    for name, parameter in own.items():
+        if name.endswith((".attention_out.weight", ".down.weight")):
+            nn.init.normal_(parameter, std=0.005)
+    return own
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """Weighted mean of binary cross-entropies."""
+    losses = functional.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    return (losses * weights).sum() / weights.sum()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; exit status 130 when it was stopped after a checkpoint."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", type=Path, required=True, metavar="DIR")
+    add("--tokenizers", nargs="+", required=True, metavar="FILE", help="tokenizer.json; each cuts a share of the texts")
+    add("--output", type=Path, required=True, metavar="DIR", help="of the calibrator; checkpoints lie in work/")
+    add("--calibrator", help="folder or Hub id of the one that gets the head (default: the bundled one)")
+    add("--steps", type=int, default=8_000, help="of 32 texts (default: %(default)s)")
+    add("--learning-rate", type=float, default=2e-3, help="peak (default: %(default)s)")
+    add("--fusion", type=json.loads, default={}, metavar="JSON", help='options to recommend: {"value_weight": 0.5}')
+    add("--seed", type=int, default=0, help="(default: %(default)s)")
+    add("--resume", action="store_true", help="go on from the checkpoint")
+    args = parser.parse_args(argv)
+
+    base = load_universal(args.calibrator)
+    rng, words = random.Random(args.seed), base.config.words
+    names = load_holistic_bias(args.data / "bias" / "holistic_bias")
+    examples = [
+        *labelled_examples(args.data, rng),
+        *unlabelled_examples(args.data, words, rng),
+        *made_sentences(names, rng),
+    ]
+    rng.shuffle(examples)
+    calibrator = base.with_value_head(args.seed, layer_count=2, adapter_width=2 * base.config.width)
+    data = TokenizedExamples(examples, args.tokenizers, calibrator, args.seed)
+    print(f"{len(examples):,} texts, {int(data.lengths.sum()):,} tokens", flush=True)
+    training = ValueTraining(calibrator, data, args.output / "work", args)
+    if args.resume:
+        training.resume()
+    elif training.checkpoint:
+        parser.error(f"{args.output} holds an earlier run: give --resume, or another --output")
+    if not training.train():
+        return 130
+    trained = training.result()
+    read = [Path(each.path).name for each in SETS if each.limit] + list(TEXTS)
+    facts = {
+        "data": f"{len(examples):,} texts: {', '.join(read)}, and sentences made of parts with names of HolisticBias",
+        "licences": ", ".join(sorted({*(each.licence for each in SETS), *TEXTS.values()})) + " (HolisticBias: MIT)",
+        "steps": training.steps,
+        "tokens": training.tokens,
+        "learning_rate": args.learning_rate,
+        "seed": args.seed,
+    }
+    config = trained.config
+    trained.config = replace(
+        config,
+        words={**words, **protected_names(names, words)},
+        fusion={**config.fusion, **args.fusion},
+        training={**config.training, "value_head": facts},
+    )
+    print(trained.save_pretrained(args.output))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
