@@ -87,7 +87,7 @@ def _listed(log_probs: Tensor, always: Tensor | None) -> Candidates:
         mask[short[:, None], chosen] = values > EXCLUDED
         flat = _nonzero(mask)
         places = flat.div(vocab_size, rounding_mode="floor")
-    token_ids, values = flat - places * vocab_size, rows.reshape(-1)[flat]
+    token_ids, values = flat - places * vocab_size, rows.reshape(-1).index_select(0, flat)
     if len(rows) == 1:  # one row needs no list
         shape = (*log_probs.shape[:-1], len(flat))
         return Candidates(token_ids.view(shape), values.view(shape), None)

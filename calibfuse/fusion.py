@@ -191,11 +191,11 @@ class _List(Layout):
         self._places, self._rows = places, rows
 
     def sum(self, values: Tensor) -> Tensor:
-        return values.new_zeros(self._rows).index_add(0, self._places, values)[self._places]
+        return values.new_zeros(self._rows).index_add(0, self._places, values).index_select(0, self._places)
 
     def max(self, values: Tensor) -> Tensor:
         lowest = values.new_full((self._rows,), -torch.inf)
-        return lowest.scatter_reduce(0, self._places, values, "amax")[self._places]
+        return lowest.scatter_reduce(0, self._places, values, "amax").index_select(0, self._places)
 
     def logsumexp(self, scores: Tensor) -> Tensor:
         highest = self.max(scores.detach())
@@ -205,7 +205,7 @@ class _List(Layout):
         return scores - self.logsumexp(scores)
 
     def of_rows(self, values: Tensor) -> Tensor:
-        return values.reshape(-1)[self._places]
+        return values.reshape(-1).index_select(0, self._places)
 
 
 @dataclass(frozen=True)

@@ -54,8 +54,7 @@ class ServerOptions:
         revision: of the calibrator on the Hub.
         alpha: strength of requests that name none; None: what the calibrator recommends.
         mode: of fusion; None: what the calibrator recommends.
-        margin: see FusionConfig.
-        max_shift: see FusionConfig.
+        margin, max_shift: see FusionConfig.
         log_requests: log what was done to each request when it ends.
     """
 
@@ -199,8 +198,7 @@ class CalibFusionProcessor(V1LogitsProcessor, V2LogitsProcessor):  # type: ignor
 
     def add_request(self, req_idx: int, sampling_params: Any) -> bool:  # noqa: ANN401
         """Second runner: a request takes a slot; the one that had it before has ended."""
-        before = self._served.pop(req_idx, None)
-        self._end([] if before is None else [before])
+        self._end([self._served.pop(req_idx)] if req_idx in self._served else [])
         self._served[req_idx] = self._admit(sampling_params, [], [])
         return self._served[req_idx].alpha > 0.0
 
@@ -288,7 +286,9 @@ class CalibFusionProcessor(V1LogitsProcessor, V2LogitsProcessor):  # type: ignor
 
     def _fuse_rows(self, logits: Tensor, rows: list[int], requests: list[tuple[_Served, Request]]) -> None:
         scores = logits if len(rows) == logits.shape[0] else logits[rows]
-        alone = unjudgeable(scores)
+        unjudged = unjudgeable(scores)
+        # None saves copies of all scores; on an accelerator asking would make the host wait.
+        alone = unjudged if scores.device.type != "cpu" or bool(unjudged.any()) else None
         said = self._session.step([request for _, request in requests])
 
         def observe(moved: Moved) -> None:

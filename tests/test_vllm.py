@@ -135,6 +135,21 @@ def test_nothing_is_left_of_requests_that_ended(engine, prompts, tokenizer):
     assert processor._session.memory_bytes < 4_000_000
 
 
+def test_a_request_that_is_broken_off_leaves_nothing(engine, prompts):
+    inner, processor, ended = engine.llm_engine, Watched.made[0], []
+    for name in ("broken off", "other"):
+        params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+        inner.add_request(name, {"prompt_token_ids": prompts[0]}, params)
+    for step in range(30):
+        ended += [each.request_id for each in inner.step() if each.finished]
+        if step == 5:
+            assert len(processor._served) == len(processor._session.keys) == 2
+            inner.abort_request(["broken off"])
+        if step == 7:
+            assert len(processor._served) == len(processor._session.keys) == 1
+    assert ended == ["other"]
+
+
 def test_bad_options_of_a_request_are_refused_in_one_sentence(engine, prompts, tokenizer):
     for options, sentence in (
         ({"calibfuse_alpha": -1}, "from 0"),

@@ -125,6 +125,8 @@ def equal(arguments: argparse.Namespace) -> None:
         child = context.Process(
             target=_tokens_of_engine, args=(sender, name, arguments.model, prompts, arguments.tokens)
         )
+        if name in ("v2", "drafts") and not torch.cuda.is_available():
+            os.environ["TRITON_INTERPRET"] = "1"  # its kernels are written for GPUs; read when triton is imported
         child.start()
         sender.close()
         try:
@@ -145,19 +147,21 @@ def equal(arguments: argparse.Namespace) -> None:
         child.join()
 
 
-def _interpret_triton() -> None:
-    """Let the second model runner, which is written for GPUs, run on a CPU: slowly, its kernels interpreted."""
-    os.environ["TRITON_INTERPRET"] = "1"
-    from triton.backends import backends
-
-    backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True), compiler=None)
-
-
 def _tokens_of_engine(sender: Any, name: str, model: str, prompts: list[list[int]], tokens: int) -> None:
     if name in ("v2", "drafts"):
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
         if not torch.cuda.is_available():
-            _interpret_triton()
+            from triton.backends import backends
+            from triton.runtime.interpreter import InterpreterBuilder
+
+            backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True), compiler=None)
+            load = InterpreterBuilder.create_masked_load
+
+            def load_by_bool(self: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+                mask.data = mask.data.astype(bool)  # n-gram drafts mask by 0 and 1, which the interpreter refuses
+                return load(self, pointers, mask, *rest)
+
+            InterpreterBuilder.create_masked_load = load_by_bool
     if not name.startswith("tp"):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     engine = start(model, disable_log_stats=False, **ENGINES[name])
@@ -198,7 +202,8 @@ def many(arguments: argparse.Namespace) -> None:
     inner = engine.llm_engine
     ends = []
     for name in ("broken off", "other"):
-        inner.add_request(name, {"prompt_token_ids": prompts[0]}, SamplingParams(temperature=0, max_tokens=20))
+        params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+        inner.add_request(name, {"prompt_token_ids": prompts[0]}, params)
     for step in range(25):
         ends += [each.request_id for each in inner.step() if each.finished]
         if step == 5:
