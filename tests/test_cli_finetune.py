@@ -389,7 +389,7 @@ def test_a_killed_run_resumes_and_gives_the_same(model_folder, texts, monkeypatc
 
     @contextlib.contextmanager
     def in_this_process(config, work, devices, oracle, show_progress):
-        yield run.InProcess(run.RoleRunner(work, "cpu"))
+        yield run.RoleRunner(work, "cpu")
 
     monkeypatch.setattr(run, "_runner", in_this_process)
     assert cli.main(command("whole")) == 0
