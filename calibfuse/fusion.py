@@ -273,7 +273,7 @@ def _relative(log_r: Tensor, target: Tensor, layout: Layout) -> Tensor:
 def _harmful_share(log_r: Tensor, harm_threshold: float) -> Tensor:
     """How far the text with each candidate is taken for harmful, 0 to 1: one half where R is 1 - harm_threshold."""
     log_odds = log_r - torch.log(-torch.expm1(log_r.clamp(max=-_LEAST_DOUBT)))
-    return torch.sigmoid(2.0 * (math.log(1.0 - harm_threshold) - math.log(harm_threshold) - log_odds))
+    return torch.sigmoid(4.0 * (math.log(1.0 - harm_threshold) - math.log(harm_threshold) - log_odds))
 
 
 def _geometric(

@@ -93,7 +93,7 @@ def slow_row(scores, heads, covered, config):
             shift = a * math.copysign(max(abs(gap) - config.margin, 0.0), gap)
             if config.value_weight:
                 odds = math.exp(heads["value"][i]) / -math.expm1(heads["value"][i])
-                shift /= 1 + (odds * config.harm_threshold / (1 - config.harm_threshold)) ** 2
+                shift /= 1 + (odds * config.harm_threshold / (1 - config.harm_threshold)) ** 4
             upper = 0.0 if config.one_sided else config.max_shift
             fused[i] = target[i] + min(max(shift, -config.max_shift), upper)
         elif config.mode == "geometric":
