@@ -235,34 +235,41 @@ def _contrast(
     candidate for harmful: words that are harmless each cost where they amount to harm, and rude ones cost less where
     the text quotes, denies or answers.
     """
-    disagreement = _disagreement(guide, config.margin)
+    part = Part(0, 1.0, config.margin, False, config.value_weight, config.harm_threshold)
+    disagreement = _disagreement(guide["calibrator"] - guide["reference"], guide.get("value"), part)
     if config.value_weight:
-        log_r = guide["value"]
-        disagreement = disagreement * _harmful_share(log_r, config.harm_threshold)
-        worth = alpha * config.value_weight * _relative(log_r, target, layout)
-        target = layout.normalise(target + worth.clamp(-_MAX_LOSS, _MAX_GAIN))
+        target = layout.normalise(target + _worth(guide["value"], target, layout, alpha * config.value_weight))
     shift = (alpha * disagreement).clamp(-config.max_shift, 0.0 if config.one_sided else config.max_shift)
     return _give_to_others(target, shift, layout) if config.mass_to_others and config.one_sided else target + shift
 
 
-def _disagreement(
-    guide: Mapping[str, Tensor], margin: float, calibrator: str = "calibrator", reference: str = "reference"
-) -> Tensor:
-    disagreement = guide[calibrator] - guide[reference]
-    return functional.softshrink(disagreement, margin) if margin else disagreement
+def _disagreement(difference: Tensor, log_r: Tensor | None, part: Part) -> Tensor:
+    """Calibrator - reference as far as it counts: beyond the margin, and where the head "value" fears harm."""
+    disagreement = functional.softshrink(difference, part.margin) if part.margin else difference
+    return disagreement * _harmful_share(log_r, part.harm_threshold) if log_r is not None else disagreement
 
 
-def _as_one(raw: Mapping[str, Tensor], parts: Sequence[Part], layout: Layout) -> dict[str, Tensor]:
-    """The heads' distributions over the candidates; of several guides the sum of their shifts, as a calibrator's."""
-    guide = {head: each if head == "value" else layout.normalise(each) for head, each in raw.items()}
+def _worth(log_r: Tensor, target: Tensor, layout: Layout, strength: Strength) -> Tensor:
+    """What the head "value" adds to each candidate."""
+    return (strength * _relative(log_r, target, layout)).clamp(-_MAX_LOSS, _MAX_GAIN)
+
+
+def _as_one(
+    guide: Mapping[str, Tensor], parts: Sequence[Part], target: Tensor, layout: Layout, strength: Strength
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Several guides as one: the sum of their contrasts as a calibrator's; the target with what their values add."""
     if not parts:
-        return guide
-    shifts = []
+        return dict(guide), target
+    total, worth = torch.zeros_like(target), torch.zeros_like(target)
     for part in parts:
-        shift = part.alpha * _disagreement(guide, part.margin, part.calibrator, part.reference)
-        shifts.append(shift.clamp(max=0.0) if part.one_sided else shift)
-    total = torch.stack(shifts).sum(dim=0)
-    return {"calibrator": total, "reference": torch.zeros_like(total)}
+        log_r = guide[part.value] if part.value_weight else None
+        shift = part.alpha * _disagreement(guide[part.calibrator] - guide[part.reference], log_r, part)
+        total = total + (shift.clamp(max=0.0) if part.one_sided else shift)
+        if log_r is not None:
+            worth = worth + _worth(log_r, target, layout, strength * part.alpha * part.value_weight)
+    if any(part.value_weight for part in parts):
+        target = layout.normalise(target + worth)
+    return {"calibrator": total, "reference": torch.zeros_like(total)}, target
 
 
 def _relative(log_r: Tensor, target: Tensor, layout: Layout) -> Tensor:
@@ -287,8 +294,9 @@ def _blend(
     target: Tensor, guide: Mapping[str, Tensor], layout: Layout, alpha: Strength, config: FusionConfig
 ) -> Tensor:
     """Linear mixture of probabilities."""
-    share = torch.as_tensor(alpha, dtype=target.dtype, device=target.device)
-    return torch.logaddexp(target + (-share).log1p(), guide["calibrator"] + share.log())
+    share = torch.as_tensor(alpha, dtype=torch.float64, device=target.device)  # 1 - 0.99999 has few digits in float32
+    kept, given = ((-share).log1p().to(target.dtype), share.log().to(target.dtype))
+    return torch.logaddexp(target + kept, guide["calibrator"] + given)
 
 
 def _value(
@@ -346,8 +354,8 @@ MODES: dict[str, Mode] = {
 
 def needed_heads(config: FusionConfig, parts: Sequence[Part] = ()) -> tuple[str, ...]:
     """Heads that a configuration asks of the guide, or of several in one."""
-    if parts and config.mode == "contrast" and not config.value_weight:
-        return tuple(head for part in parts for head in (part.calibrator, part.reference))
+    if parts and config.mode == "contrast":
+        return tuple(head for part in parts for head in part.heads)
     heads = MODES[config.mode].heads
     return (*heads, "value") if config.mode == "contrast" and config.value_weight else heads
 
@@ -504,14 +512,12 @@ def _fuse(
     raw = {head: ask(head) for head in needed_heads(config, parts)}
     mass = layout.logsumexp(values)
     target = layout.normalise(values) if places is None else values - mass
-    guide = _as_one(raw, parts, layout)
+    guide = {head: each if head.startswith("value") else layout.normalise(each) for head, each in raw.items()}
     strength: Strength = config.alpha if alpha is None else layout.of_rows(alpha.to(log_probs.device, torch.float32))
+    guide, target = _as_one(guide, parts, target, layout, strength)
     fused = layout.normalise(mode.fuse(target, guide, layout, strength, config)) + mass
     if protected is not None and config.mode == "contrast" and config.one_sided:
-        is_name = (
-            _fit(protected, vocab_size) if token_ids is None else protected[token_ids.clamp(max=len(protected) - 1)]
-        )
-        fused = _without_gain(values, fused, is_name, layout)
+        fused = _without_gain(values, fused, _chosen(protected, token_ids, vocab_size), layout)
     if layout.fixed is not None:
         fused = torch.where(layout.fixed, values, fused)
     if observe is not None:
@@ -524,6 +530,11 @@ def _fuse(
     flat = log_probs.reshape(-1)
     flat = (flat.index_copy if log_probs.requires_grad else flat.index_copy_)(0, places * vocab_size + token_ids, fused)
     return flat.view(log_probs.shape)
+
+
+def _chosen(among: Tensor, token_ids: Tensor | None, vocab_size: int) -> Tensor:
+    """Of a mask over the guide's vocabulary, the entries of the candidates."""
+    return _fit(among, vocab_size) if token_ids is None else among[token_ids.clamp(max=len(among) - 1)]
 
 
 def _fit(guide_scores: Tensor, width: int) -> Tensor:

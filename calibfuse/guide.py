@@ -97,7 +97,19 @@ class Part(NamedTuple):
     number: int
     alpha: float
     margin: float
-    one_sided: bool  # it never raises a token
+    one_sided: bool  # its contrast never raises a token
+    value_weight: float = 0.0
+    harm_threshold: float = 0.5
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """The heads that it is asked for."""
+        return (self.calibrator, self.reference, *((self.value,) if self.value_weight else ()))
+
+    @property
+    def value(self) -> str:
+        """Likewise of its head "value"."""
+        return f"{VALUE_HEAD} {self.number}"
 
     @property
     def calibrator(self) -> str:

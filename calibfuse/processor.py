@@ -204,15 +204,15 @@ class CalibFusion(LogitsProcessor):
         """Several calibrators in one processor: what each would add to a token's score is added up.
 
         Args:
-            fusions: of the same target, in mode "contrast". Each counts with its own alpha, margin and one_sided; the
-                sum is bounded by the largest max_shift, and the widest choice of candidates holds.
+            fusions: of the same target, in mode "contrast". Each counts with its own alpha, margin, one_sided and
+                value_weight; the sum is bounded by the largest max_shift, and the widest choice of candidates holds.
             on_step: see the class.
 
         Returns:
             A new processor. Its alpha, 1, multiplies the sum.
 
         Raises:
-            InputError: no fusion, or one in another mode or with a value_weight.
+            InputError: no fusion, or one in another mode.
             MissingHeadError: one that is itself a combination.
             VocabularyMismatchError: their tokenizers differ.
 
@@ -223,10 +223,9 @@ class CalibFusion(LogitsProcessor):
             ])
         """
         configs = [fusion.config for fusion in fusions]
-        if not configs or any(config.mode != "contrast" or config.value_weight for config in configs):
+        if not configs or any(config.mode != "contrast" for config in configs):
             raise InputError(
-                "Only fusions in mode 'contrast' and without value_weight can be combined, got "
-                f"{', '.join(map(repr, fusions)) or 'none'}."
+                f"Only fusions in mode 'contrast' can be combined, got {', '.join(map(repr, fusions)) or 'none'}."
             )
         counts = [config.candidates for config in configs]
         config = FusionConfig(
@@ -235,7 +234,10 @@ class CalibFusion(LogitsProcessor):
             max_shift=max(config.max_shift for config in configs),
             mass_to_others=any(config.mass_to_others for config in configs),
         )
-        parts = [Part(at, each.alpha, each.margin, each.one_sided) for at, each in enumerate(configs)]
+        parts = [
+            Part(at, each.alpha, each.margin, each.one_sided, each.value_weight, each.harm_threshold)
+            for at, each in enumerate(configs)
+        ]
         combined = cls(CombinedGuide([fusion.guide for fusion in fusions], parts), config, on_step=on_step)
         combined._target_width = next((width for each in fusions if (width := each._target_width) is not None), None)
         return combined

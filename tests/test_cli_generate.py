@@ -167,7 +167,7 @@ def test_an_engine_that_drops_the_processor_is_noticed(target, fusion, monkeypat
 
     monkeypatch.setattr(type(target.model), "generate", dropping)
     ids = target.tokenizer("The river")["input_ids"]
-    with pytest.raises(FusionNotAppliedError, match="without calling CalibFusion"), fusion.required():
+    with pytest.raises(FusionNotAppliedError, match="without one step of CalibFusion"), fusion.required():
         continue_prompts(target, [ids], Decoding(max_new_tokens=3), [fusion])
     continue_prompts(target, [ids], Decoding(max_new_tokens=3))
 

@@ -103,7 +103,7 @@ def test_from_prompts_to_a_guide_that_decodes(workplace, target_folder, target, 
 
 def test_a_guide_still_contrasts(workplace, target_folder, target):
     assert cli(command(target_folder)) == 0
-    options = {"mode": "contrast", "alpha": 1.0, "margin": 0.1, "max_shift": 4.0, "hold": False}
+    options = {"mode": "contrast", "alpha": 1.0, "margin": 0.1, "max_shift": 4.0, "hold": False, "value_weight": 0.0}
     fusion = CalibFusion.from_pretrained("guide", tokenizer=target[1], **options)
     ids = torch.randint(3, 90, (1, 6))
     bundled = CalibFusion.from_pretrained(tokenizer=target[1], **options)

@@ -72,6 +72,16 @@ def test_one_alone_equals_itself(fusions):
         torch.testing.assert_close(CalibFusion.combine([fusion])(ids, scores), fusion(ids, scores))
 
 
+def test_one_with_a_value_head_alone_equals_itself_and_counts_among_others(fusions):
+    heads = ("calibrator", "reference", "value")
+    fusion = CalibFusion(make_bound(5, heads=heads, value_layer_count=1), FusionConfig(alpha=2.0, value_weight=0.4))
+    ids, scores = random_ids(), random_scores(2)
+    torch.testing.assert_close(CalibFusion.combine([fusion])(ids, scores), fusion(ids, scores))
+    both, swapped = (CalibFusion.combine(each)(ids, scores) for each in ([fusion, fusions[1]], [fusions[1], fusion]))
+    torch.testing.assert_close(both, swapped)
+    assert not torch.allclose(both, fusion(ids, scores))
+
+
 def test_each_adds_to_what_the_others_do_and_their_order_does_not_matter(fusions):
     ids, scores = random_ids(), random_scores(2)
     expected = CalibFusion.combine(fusions)(ids, scores)

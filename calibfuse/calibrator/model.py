@@ -26,6 +26,7 @@ from calibfuse.guide import CALIBRATOR_HEAD, REFERENCE_HEAD, VALUE_HEAD
 __all__ = ["CALIBRATOR_HEAD", "REFERENCE_HEAD", "VALUE_HEAD", "CalibratorConfig", "CalibratorNetwork", "Head"]
 
 FORMAT_VERSION = 1  # of the weights and of what is composed of them
+_OF_VALUE_HEAD = ("value_weight", "harm_threshold")  # of FusionConfig
 _WORD = re.compile("[a-z]+")
 _Network = TypeVar("_Network", bound="CalibratorNetwork")
 
@@ -177,8 +178,13 @@ class CalibratorNetwork(nn.Module):
         heads = (*(name for name in self.config.heads if name != VALUE_HEAD), VALUE_HEAD)
         device, dtype = self.boundary.device, self.boundary.dtype
         shape = replace(
-            self.config, heads=heads, value_layer_count=layer_count, value_adapter_width=adapter_width
-        )  # fmt: skip
+            self.config,
+            heads=heads,
+            value_layer_count=layer_count,
+            value_adapter_width=adapter_width,
+            # what was recommended for a former head says nothing of the new one
+            fusion={key: each for key, each in self.config.fusion.items() if key not in _OF_VALUE_HEAD},
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             copied = type(self)(shape).to(device, dtype)

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from calibfuse.errors import VocabularyMismatchError
-from calibfuse.guide import CALIBRATOR_HEAD, REFERENCE_HEAD, Guide, GuideSession, NextTokenScores, Part, Request
+from calibfuse.guide import Guide, GuideSession, NextTokenScores, Part, Request
 
 
 class CombinedGuide(Guide):
     """Guides that are asked together; its heads are theirs, numbered as in `parts`.
 
     Args:
-        guides: bound to the same vocabulary, each with the heads "calibrator" and "reference".
+        guides: bound to the same vocabulary, each with the heads that its part asks.
         parts: how each of them counts.
 
     Raises:
@@ -27,9 +27,9 @@ class CombinedGuide(Guide):
     def __init__(self, guides: Sequence[Guide], parts: Sequence[Part]) -> None:
         self.guides = tuple(guide.to(guides[0].device) for guide in guides)
         self.vocabulary = self.guides[0].vocabulary
-        for guide in self.guides:
-            guide.check_head(CALIBRATOR_HEAD)
-            guide.check_head(REFERENCE_HEAD)
+        for guide, part in zip(self.guides, parts, strict=True):
+            for head in part.heads:
+                guide.check_head(head.rpartition(" ")[0])
             if guide.vocabulary.fingerprint != self.vocabulary.fingerprint:
                 raise VocabularyMismatchError(
                     f"One calibrator is bound to the tokenizer {self.vocabulary.name!r}, another to "
@@ -46,7 +46,7 @@ class CombinedGuide(Guide):
     @property
     def heads(self) -> tuple[str, ...]:
         """The numbered heads of all guides."""
-        return tuple(head for part in self._parts for head in (part.calibrator, part.reference))
+        return tuple(head for part in self._parts for head in part.heads)
 
     @property
     def device(self) -> torch.device:
