@@ -235,18 +235,18 @@ def _contrast(
     candidate for harmful: words that are harmless each cost where they amount to harm, and rude ones cost less where
     the text quotes, denies or answers.
     """
-    part = Part(0, 1.0, config.margin, False, config.value_weight, config.harm_threshold)
-    disagreement = _disagreement(guide["calibrator"] - guide["reference"], guide.get("value"), part)
+    difference = guide["calibrator"] - guide["reference"]
+    disagreement = _disagreement(difference, guide.get("value"), config.margin, config.harm_threshold)
     if config.value_weight:
         target = layout.normalise(target + _worth(guide["value"], target, layout, alpha * config.value_weight))
     shift = (alpha * disagreement).clamp(-config.max_shift, 0.0 if config.one_sided else config.max_shift)
     return _give_to_others(target, shift, layout) if config.mass_to_others and config.one_sided else target + shift
 
 
-def _disagreement(difference: Tensor, log_r: Tensor | None, part: Part) -> Tensor:
+def _disagreement(difference: Tensor, log_r: Tensor | None, margin: float, harm_threshold: float) -> Tensor:
     """Calibrator - reference as far as it counts: beyond the margin, and where the head "value" fears harm."""
-    disagreement = functional.softshrink(difference, part.margin) if part.margin else difference
-    return disagreement * _harmful_share(log_r, part.harm_threshold) if log_r is not None else disagreement
+    disagreement = functional.softshrink(difference, margin) if margin else difference
+    return disagreement * _harmful_share(log_r, harm_threshold) if log_r is not None else disagreement
 
 
 def _worth(log_r: Tensor, target: Tensor, layout: Layout, strength: Strength) -> Tensor:
@@ -263,7 +263,8 @@ def _as_one(
     total, worth = torch.zeros_like(target), torch.zeros_like(target)
     for part in parts:
         log_r = guide[part.value] if part.value_weight else None
-        shift = part.alpha * _disagreement(guide[part.calibrator] - guide[part.reference], log_r, part)
+        difference = guide[part.calibrator] - guide[part.reference]
+        shift = part.alpha * _disagreement(difference, log_r, part.margin, part.harm_threshold)
         total = total + (shift.clamp(max=0.0) if part.one_sided else shift)
         if log_r is not None:
             worth = worth + _worth(log_r, target, layout, strength * part.alpha * part.value_weight)
@@ -334,12 +335,11 @@ def _give_to_others(target: Tensor, shift: Tensor, layout: Layout) -> Tensor:
 
 def _without_gain(before: Tensor, after: Tensor, chosen: Tensor, layout: Layout) -> Tensor:
     """The chosen candidates at what they had at most; the others share what that frees in proportion."""
-    capped = torch.where(chosen, torch.minimum(before, after), after)
-    others = layout.sum(torch.where(chosen, 0.0, after.exp()))
-    freed = layout.sum(after.exp() - capped.exp())
-    return torch.where(
-        others > _TINY, torch.where(chosen, capped, after + (freed / others.clamp(min=_TINY)).log1p()), after
-    )
+    capped, probability = torch.where(chosen, torch.minimum(before, after), after), after.exp()
+    others = layout.sum(torch.where(chosen, 0.0, probability))
+    freed = layout.sum(probability - capped.exp())
+    raised = after + (freed / others.clamp(min=_TINY)).log1p()
+    return torch.where(others > _TINY, torch.where(chosen, capped, raised), after)
 
 
 _OF_CONTRAST = ("candidates", "one_sided", "margin", "max_shift", "mass_to_others", "value_weight", "harm_threshold")

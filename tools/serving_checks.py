@@ -1,7 +1,7 @@
 """What the fusion does inside vLLM: the tokens of transformers, nothing left behind, its cost, its latency over HTTP.
 
     python tools/serving_checks.py equal MODEL --engines all chunks preempted tp2 v2 drafts
-    python tools/serving_checks.py many MODEL                                  # 2,000 requests, then one broken off
+    python tools/serving_checks.py many MODEL                                  # 2,000 requests in a row
     python tools/serving_checks.py overhead MODEL --batches 1 8 16             # CPU time; on a GPU wall time
     python tools/serving_checks.py overhead MODEL --dtype bfloat16 --batches 1 16 64 256
     python tools/serving_checks.py http MODEL                                  # 200 streams at once, 20 of them bad
@@ -179,9 +179,7 @@ def _tokens_of_engine(sender: Any, name: str, model: str, prompts: list[list[int
 
 
 def many(arguments: argparse.Namespace) -> None:
-    """2,000 requests in a row, then one that its client breaks off."""
-    from vllm import SamplingParams
-
+    """2,000 requests in a row."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     prompts = some_prompts(AutoTokenizer.from_pretrained(arguments.model), longest=60)
     engine = start(arguments.model, enable_prefix_caching=False)
@@ -199,19 +197,6 @@ def many(arguments: argparse.Namespace) -> None:
         generate(engine, [prompts[number % 16]], [STRENGTHS["mixed"][number % 16]], max_tokens=2)
         if number in (1, 100, 500, 1000, 1500, 2000):
             print(f"after {number} requests: {left()}", flush=True)
-    inner = engine.llm_engine
-    ends = []
-    for name in ("broken off", "other"):
-        params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
-        inner.add_request(name, {"prompt_token_ids": prompts[0]}, params)
-    for step in range(25):
-        ends += [each.request_id for each in inner.step() if each.finished]
-        if step == 5:
-            print(f"two are running: {left()}")
-            inner.abort_request(["broken off"])
-        if step == 7:
-            print(f"one was broken off: {left()}")
-    print(f"ended: {ends}")
 
 
 # ---- what it costs
