@@ -224,7 +224,7 @@ def as_device(device: torch.device | str | None) -> torch.device | None:
     except (RuntimeError, TypeError) as error:
         raise InputError(f"device must be one of torch's, such as 'cpu' or 'cuda:0', got {device!r}.") from error
     try:
-        torch.empty(0, device=found)
+        torch.zeros(1, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"The device {device!r} cannot be used here: {reason_of(error)}.") from error
     return found

@@ -4,6 +4,7 @@ import importlib.util
 
 import pytest
 import torch
+from tiny_checkpoints import add_gguf_shape
 
 from calibfuse.errors import CheckpointError, MissingDependencyError
 from calibfuse.generation.decoding import Decoding, continue_prompts, encode_prompt
@@ -58,15 +59,7 @@ def folder(tmp_path_factory, model, byte_level_tokenizer):
     place = tmp_path_factory.mktemp("gguf")
     config = model.config
     writer = gguf.GGUFWriter(place / "tiny.gguf", "qwen2")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(config.vocab_size)
+    add_gguf_shape(writer, config, context_length=config.max_position_embeddings, rope_base=10000.0)
     state = json.loads(byte_level_tokenizer.to_str())["model"]
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(sorted(state["vocab"], key=state["vocab"].get))

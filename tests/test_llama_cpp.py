@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_checkpoints import add_gguf_shape
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import calibfuse
@@ -83,16 +84,8 @@ def write_gguf(path, model, tokenizer):
 
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(512)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    add_gguf_shape(writer, config, context_length=512, rope_base=config.rope_parameters["rope_theta"])
     writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
-    writer.add_vocab_size(config.vocab_size)
     state = tokenizer.backend_tokenizer.to_str()
     merges = json.loads(state)["model"]["merges"]
     writer.add_tokenizer_model("gpt2")

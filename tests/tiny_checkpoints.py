@@ -25,3 +25,16 @@ def save_bundle(folder, model, tokenizer):
     LinearScorer(weights, FeatureConfig(bucket_bits=8), name="tiny").save(folder / "default-scorer")
     shutil.copy(BUNDLED / "demo-prompts.json", folder)
     return folder
+
+
+def add_gguf_shape(writer, config, *, context_length, rope_base):
+    """The sizes of a Llama-like model, as a GGUF file's header names them."""
+    writer.add_context_length(context_length)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(rope_base)
+    writer.add_vocab_size(config.vocab_size)

@@ -173,6 +173,8 @@ def choose_device(device: str | None) -> torch.device:
     """The device of a name (InputError where it is not there), or for None the best: CUDA, else MPS, else CPU."""
     import torch
 
+    from calibfuse.loading import as_device
+
     if device is None:
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -181,11 +183,7 @@ def choose_device(device: str | None) -> torch.device:
         chosen = torch.device(device)
     except RuntimeError as error:
         raise InputError(f"Unknown device {device!r}; expected cpu, cuda, cuda:1, mps or the like.") from error
-    try:
-        torch.zeros(1, device=chosen)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InputError(f"The device {device!r} cannot be used here: {reason_of(error)}.") from error
-    return chosen
+    return as_device(device) or chosen
 
 
 def quiet_transformers() -> None:
