@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 MIN_PROBABILITY = 5e-5  # by default every token that the target gives at least this is a candidate, ...
@@ -18,6 +19,7 @@ MIN_CANDIDATES = 200  # ... and this many of its best in any case
 # A log-probability below this is that of an excluded token, however that was written: its probability is 0 in float32.
 EXCLUDED = -103.0
 _BLOCK = 16  # entries of a row that are searched as one
+_STEP_DOWN = 4.0  # nats
 
 
 class Candidates(NamedTuple):
@@ -32,30 +34,37 @@ class Candidates(NamedTuple):
 
 
 def choose_candidates(
-    log_probs: Tensor, count: int | None, always: Tensor | None = None, *, as_list: bool = False
+    scores: Tensor,
+    count: int | None,
+    always: Tensor | None = None,
+    *,
+    as_list: bool = False,
+    log_sums: Tensor | None = None,
 ) -> Candidates:
     """Choose the candidates of each row. A token that the target excludes is none, however exclusion is written.
 
     Args:
-        log_probs: float32 [..., target_vocab_size], normalised, nats.
+        scores: float32 [..., target_vocab_size], log-probabilities in nats.
         count: how many of the best; 0: the whole vocabulary; None: all of MIN_PROBABILITY or more, and the best
             MIN_CANDIDATES.
         always: int64 [n], ids below target_vocab_size that are candidates by probability whatever theirs is, unless it
             is 0: an unsure target draws now and then from its tail, and some tokens are not to be met there.
-        as_list: give those by probability as a list, as many of each row as it has. It makes the host wait.
+        as_list: give those by probability as a list, as many of each row as it has; on a CPU.
+        log_sums: float32 [..., 1], for such a list: what is to be subtracted from scores that are not normalised.
 
     Returns:
         The candidates. What they are does not depend on the other rows (but for ties at the last place), how they are
         laid out does.
     """
-    vocab_size = log_probs.shape[-1]
-    if count == 0 or vocab_size <= (MIN_CANDIDATES if count is None else count) or not log_probs.numel():
+    vocab_size = scores.shape[-1]
+    if count is None and as_list and scores.numel():
+        return _listed(scores, always, log_sums)
+    log_probs = scores if log_sums is None else scores - log_sums
+    if count == 0 or vocab_size <= (MIN_CANDIDATES if count is None else count) or not scores.numel():
         return Candidates(None, log_probs, log_probs > EXCLUDED)
     if count is not None:
         values, token_ids = best(log_probs, count)
         return Candidates(token_ids, values, values > EXCLUDED)
-    if as_list:
-        return _listed(log_probs, always)
     # On an accelerator counting would make the host wait, and a full head costs nothing.
     searched = _raised(log_probs, always)
     least = best(searched, MIN_CANDIDATES)[0].amin(dim=-1, keepdim=True)
@@ -72,33 +81,37 @@ def _raised(log_probs: Tensor, always: Tensor | None) -> Tensor:
     return raised
 
 
-def _listed(log_probs: Tensor, always: Tensor | None) -> Candidates:
-    vocab_size = log_probs.shape[-1]
-    rows = log_probs.reshape(-1, vocab_size)
-    mask = rows.detach() >= math.log(MIN_PROBABILITY)
+def _listed(scores: Tensor, always: Tensor | None, log_sums: Tensor | None) -> Candidates:
+    """By NumPy, which compares and finds several times as fast as torch does on a CPU."""
+    vocab_size = scores.shape[-1]
+    rows = scores.detach().reshape(-1, vocab_size).numpy()
+    sums = np.zeros((len(rows), 1), np.float32) if log_sums is None else log_sums.reshape(-1, 1).numpy()
+    mask = rows >= sums + np.float32(math.log(MIN_PROBABILITY))
     if always is not None and len(always):
-        mask[:, always] |= rows.detach()[:, always] > EXCLUDED
-    flat = _nonzero(mask)
-    places = flat.div(vocab_size, rounding_mode="floor")
-    short = (torch.bincount(places, minlength=len(rows)) < MIN_CANDIDATES).nonzero()[:, 0]
-    if len(short):
-        values, chosen = best(_raised(rows.detach()[short], always), MIN_CANDIDATES)
-        mask[short] = False
-        mask[short[:, None], chosen] = values > EXCLUDED
-        flat = _nonzero(mask)
-        places = flat.div(vocab_size, rounding_mode="floor")
-    token_ids, values = flat - places * vocab_size, rows.reshape(-1).index_select(0, flat)
-    if len(rows) == 1:  # one row needs no list
-        shape = (*log_probs.shape[:-1], len(flat))
-        return Candidates(token_ids.view(shape), values.view(shape), None)
-    return Candidates(token_ids, values, None, places)
+        mask[:, always.numpy()] |= rows[:, always.numpy()] > sums + EXCLUDED
+    for chosen, row, log_sum in zip(mask, rows, sums[:, 0], strict=True):
+        if np.count_nonzero(chosen) < MIN_CANDIDATES:
+            _fill_up(chosen, row, log_sum)
+    flat = np.flatnonzero(mask)
+    counts = np.diff(np.searchsorted(flat, np.arange(len(rows) + 1) * vocab_size))
+    places = torch.from_numpy(np.repeat(np.arange(len(rows)), counts))
+    values = scores.reshape(-1).index_select(0, torch.from_numpy(flat))
+    if log_sums is not None:
+        values = values - log_sums.reshape(-1).index_select(0, places)
+    return Candidates(torch.from_numpy(flat) - places * vocab_size, values, None, places)
 
 
-def _nonzero(mask: Tensor) -> Tensor:
-    """Where a mask is True, counted over all axes: int64 [n]; NumPy finds them several times as fast on a CPU."""
-    if mask.device.type == "cpu":
-        return torch.from_numpy(np.flatnonzero(mask.numpy()))
-    return mask.flatten().nonzero()[:, 0]
+def _fill_up(chosen: NDArray[np.bool_], row: NDArray[np.float32], log_sum: float) -> None:
+    """Choose the best of a row's other tokens until there are MIN_CANDIDATES, as far as they are not excluded."""
+    log_prob, found = math.log(MIN_PROBABILITY), np.zeros(0, np.int64)
+    while len(found) < MIN_CANDIDATES and log_prob > EXCLUDED:
+        log_prob -= _STEP_DOWN
+        found = np.flatnonzero(row > log_sum + max(log_prob, EXCLUDED))
+    others = found[~chosen[found]]
+    missing = MIN_CANDIDATES - np.count_nonzero(chosen)
+    if len(others) > missing:
+        others = others[np.argpartition(-row[others], missing - 1)[:missing]]
+    chosen[others] = True
 
 
 def best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from dataclasses import InitVar, asdict, dataclass, fields
 from numbers import Real
 from typing import Any, NamedTuple, TypeAlias, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -32,8 +33,10 @@ _MAX_GAIN, _MAX_LOSS = (
 )  # of a candidate by the head "value", nats: alone it halves none, over a text it adds up
 _LEAST_DOUBT = 1e-6  # R is never taken for exactly 1
 _MOST_LOWERED = 8  # tokens named for each row of a step
+_ROWS_AT_ONCE = 8
 
 GuideScores = Callable[[str, Tensor | None], Tensor]
+PickedScores = Callable[[Sequence[str], Tensor, Tensor], Mapping[str, Tensor]]
 Strength: TypeAlias = float | Tensor  # of all rows, or one number that goes with each candidate
 
 
@@ -184,18 +187,30 @@ class Layout:
 
 
 class _List(Layout):
-    """Candidates as a list [n], of each row as many as it has; none is fixed."""
+    """Candidates as a list [n], those of one row after those of another; none is fixed."""
 
     def __init__(self, places: Tensor, rows: int) -> None:
         super().__init__()
-        self._places, self._rows = places, rows
+        self._places = places
+        starts = np.searchsorted(places.numpy(), np.arange(rows + 1))
+        counts = np.diff(starts)
+        self._starts, self._counts = starts[:-1][counts > 0], counts[counts > 0]
+
+    def _reduced(self, values: Tensor, how: str) -> Tensor:
+        """Over each row's candidates; NumPy adds up runs many times as fast as torch scatters."""
+        if values.requires_grad:
+            counts = torch.from_numpy(self._counts)
+            totals = torch.segment_reduce(values, how, lengths=counts)
+            return totals.repeat_interleave(counts, output_size=len(values))
+        reduce = {"sum": np.add, "max": np.maximum}[how].reduceat
+        totals = torch.from_numpy(reduce(values.numpy(), self._starts))
+        return totals if len(totals) == 1 else torch.from_numpy(np.repeat(totals.numpy(), self._counts))
 
     def sum(self, values: Tensor) -> Tensor:
-        return values.new_zeros(self._rows).index_add(0, self._places, values).index_select(0, self._places)
+        return self._reduced(values, "sum")
 
     def max(self, values: Tensor) -> Tensor:
-        lowest = values.new_full((self._rows,), -torch.inf)
-        return lowest.scatter_reduce(0, self._places, values, "amax").index_select(0, self._places)
+        return self._reduced(values, "max")
 
     def logsumexp(self, scores: Tensor) -> Tensor:
         highest = self.max(scores.detach())
@@ -406,9 +421,10 @@ def fuse(
     config: FusionConfig,
     always: Tensor | None = None,
     *,
-    pick: Callable[[str, Tensor, Tensor], Tensor] | None = None,
+    pick: PickedScores | None = None,
     alpha: Tensor | None = None,
     keep_scale: bool = False,
+    in_place: bool = False,
     alone: Tensor | None = None,
     observe: Callable[[Moved], None] | None = None,
     protected: Tensor | None = None,
@@ -427,10 +443,11 @@ def fuse(
         config: how.
         always: int64 [n], ids below target_vocab_size that are candidates whatever the target gives them, unless it
             excludes them; for `candidates=None`, where they are chosen by probability.
-        pick: (head, places int64 [n], token_ids int64 [n]) -> float [n], the same for a list of tokens, with `places`
-            counting rows over all leading axes; saves time where many rows have few candidates each on a CPU.
+        pick: (heads, places int64 [n], token_ids int64 [n]) -> float [n] by head, the same for a list of tokens, with
+            `places` counting rows over all leading axes; saves time where rows have few candidates on a CPU.
         alpha: float [...], a strength for each row, in the range of the mode; None: that of the config.
         keep_scale: give each row the logsumexp that it had instead of 0, for processors behind that look at logits.
+        in_place: allow the result of `keep_scale` to be written into `scores`.
         alone: bool [...], rows that are left as they are (for instance those of `unjudgeable`).
         observe: called with what was done, once; where rows were left `alone`, what it says of them means nothing.
         protected: bool [the guide's vocabulary], names, which one-sided contrast never raises: what the words beside
@@ -456,15 +473,33 @@ def fuse(
         raise InputError(
             f"Mode {config.mode!r} fuses hidden states, not distributions: use embedding.fusion.EmbeddingFusion."
         )
-    raw = scores if alone is None else scores.masked_fill(alone[..., None], 0.0)
-    log_probs = raw.float().log_softmax(dim=-1)
-    # the same for every token of a row, so its best one tells
-    scale = raw.float().amax(dim=-1, keepdim=True) - log_probs.amax(dim=-1, keepdim=True) if keep_scale else None
-    if alpha is not None or config.alpha != 0.0:
-        log_probs = _fuse(log_probs, guide_scores, covers, config, always, pick, alpha, observe, protected, parts)
+    raw = (scores if alone is None else scores.masked_fill(alone[..., None], 0.0)).float()
+    is_off = alpha is None and config.alpha == 0.0
+    log_sums = None
+    if keep_scale and not is_off and pick is not None and raw.device.type == "cpu" and not raw.requires_grad:
+        result = raw if in_place and raw.is_contiguous() else raw.clone(memory_format=torch.contiguous_format)
+        log_sums = _log_sums(result)
+    else:
+        result = raw.log_softmax(dim=-1)
+    scale = None
+    if keep_scale and log_sums is None:  # the same for every token of a row, so its best one tells
+        scale = raw.amax(dim=-1, keepdim=True) - result.amax(dim=-1, keepdim=True)
+    if not is_off:
+        result = _fuse(result, log_sums, guide_scores, covers, config, always, pick, alpha, observe, protected, parts)
     if scale is not None:
-        log_probs = log_probs + scale
-    return log_probs if alone is None else torch.where(alone[..., None], scores.float(), log_probs)
+        result = result + scale
+    return result if alone is None else torch.where(alone[..., None], scores.float(), result)
+
+
+def _log_sums(scores: Tensor) -> Tensor:
+    """Logsumexp of each row, [..., 1]; a few rows at once, since fresh memory for all costs more than the sums do."""
+    rows = scores.view(-1, scores.shape[-1])
+    sums, buffer = rows.new_empty(len(rows), 1), rows.new_empty(min(len(rows), _ROWS_AT_ONCE), rows.shape[1])
+    for start in range(0, len(rows), _ROWS_AT_ONCE):
+        part = rows[start : start + _ROWS_AT_ONCE]
+        log_probs = torch.log_softmax(part, dim=-1, out=buffer[: len(part)])
+        sums[start : start + len(part)] = part.amax(dim=-1, keepdim=True) - log_probs.amax(dim=-1, keepdim=True)
+    return sums.view(*scores.shape[:-1], 1)
 
 
 def unjudgeable(scores: Tensor) -> Tensor:
@@ -474,46 +509,53 @@ def unjudgeable(scores: Tensor) -> Tensor:
 
 
 def _fuse(
-    log_probs: Tensor,
+    scores: Tensor,
+    log_sums: Tensor | None,
     guide_scores: GuideScores,
     covers: Callable[[Tensor], Tensor],
     config: FusionConfig,
     always: Tensor | None,
-    pick: Callable[[str, Tensor, Tensor], Tensor] | None,
+    pick: PickedScores | None,
     alpha: Tensor | None,
     observe: Callable[[Moved], None] | None,
     protected: Tensor | None,
     parts: Sequence[Part],
 ) -> Tensor:
-    """The fusion of rows that can be judged; writes into `log_probs` where autograd does not need it."""
-    mode, vocab_size = MODES[config.mode], log_probs.shape[-1]
+    """The fusion of rows that can be judged, whose log-probabilities are `scores` (- `log_sums`).
+
+    Writes into `scores` where autograd does not need them.
+    """
+    mode, vocab_size = MODES[config.mode], scores.shape[-1]
     assert mode.fuse is not None
-    as_list = pick is not None and log_probs.device.type == "cpu"
-    token_ids, values, is_candidate, places = choose_candidates(log_probs, config.candidates, always, as_list=as_list)
-    known = covers(torch.arange(vocab_size, device=log_probs.device) if token_ids is None else token_ids)
-    rows = log_probs.numel() // vocab_size
-    layout = Layout(~(known if is_candidate is None else known & is_candidate).expand_as(values))
-    if token_ids is not None and is_candidate is None:  # of one row, or a list: the others can be left out
+    token_ids, values, is_candidate, places = choose_candidates(
+        scores,
+        config.candidates,
+        always,
+        as_list=pick is not None and scores.device.type == "cpu",
+        log_sums=log_sums,
+    )
+    known = covers(torch.arange(vocab_size, device=scores.device) if token_ids is None else token_ids)
+    rows = scores.numel() // vocab_size
+    if places is not None and token_ids is not None:
         if not bool(known.all()):
-            places = places[known] if places is not None else None
-            shape = (*values.shape[:-1], -1)
-            token_ids, values = token_ids[known].view(shape), values[known].view(shape)
-        if not values.numel():
+            places, token_ids, values = places[known], token_ids[known], values[known]
+        if not len(places):
             if observe is not None:
-                observe(Moved.of(log_probs, log_probs))
-            return log_probs
-        layout = Layout() if places is None else _List(places, rows)
-
-    def ask(head: str) -> Tensor:
-        if places is not None and token_ids is not None and pick is not None:
-            return pick(head, places, token_ids)
-        return _fit(guide_scores(head, token_ids), values.shape[-1])
-
-    raw = {head: ask(head) for head in needed_heads(config, parts)}
+                observe(Moved.of(values, values, token_ids, places, rows))
+            return scores
+        layout: Layout = _List(places, rows)
+    else:
+        layout = Layout(~(known if is_candidate is None else known & is_candidate).expand_as(values))
+    raw: Mapping[str, Tensor]
+    heads = needed_heads(config, parts)
+    if places is not None and token_ids is not None and pick is not None:
+        raw = pick(heads, places, token_ids)
+    else:
+        raw = {head: _fit(guide_scores(head, token_ids), values.shape[-1]) for head in heads}
     mass = layout.logsumexp(values)
     target = layout.normalise(values) if places is None else values - mass
     guide = {head: each if head.startswith("value") else layout.normalise(each) for head, each in raw.items()}
-    strength: Strength = config.alpha if alpha is None else layout.of_rows(alpha.to(log_probs.device, torch.float32))
+    strength: Strength = config.alpha if alpha is None else layout.of_rows(alpha.to(scores.device, torch.float32))
     guide, target = _as_one(guide, parts, target, layout, strength)
     fused = layout.normalise(mode.fuse(target, guide, layout, strength, config)) + mass
     if protected is not None and config.mode == "contrast" and config.one_sided:
@@ -522,14 +564,15 @@ def _fuse(
         fused = torch.where(layout.fixed, values, fused)
     if observe is not None:
         observe(Moved.of(values, fused, token_ids, places, rows))
+    if log_sums is not None:
+        fused = fused + (log_sums if places is None else layout.of_rows(log_sums))
     if token_ids is None:
         return fused
-    # In place where autograd does not need the old values: they are a copy of the scores already.
     if places is None:
-        return (log_probs.scatter if log_probs.requires_grad else log_probs.scatter_)(-1, token_ids, fused)
-    flat = log_probs.reshape(-1)
-    flat = (flat.index_copy if log_probs.requires_grad else flat.index_copy_)(0, places * vocab_size + token_ids, fused)
-    return flat.view(log_probs.shape)
+        return (scores.scatter if scores.requires_grad else scores.scatter_)(-1, token_ids, fused)
+    flat = scores.reshape(-1)
+    flat = (flat.index_copy if scores.requires_grad else flat.index_copy_)(0, places * vocab_size + token_ids, fused)
+    return flat.view(scores.shape)
 
 
 def _chosen(among: Tensor, token_ids: Tensor | None, vocab_size: int) -> Tensor:

@@ -71,10 +71,13 @@ class NextTokenScores(ABC):
     def positions(self, start: int, stop: int) -> NextTokenScores:
         """What it says at some of the positions of whole sequences (leading axes rows and positions)."""
 
-    def log_scores_at(self, head: str, places: Tensor, token_ids: Tensor) -> Tensor:
-        """The same for a list of tokens, int64 [n], at positions `places`, int64 [n], counted over all leading axes."""
-        whole = self.log_scores(head).flatten(0, -2)
-        return whole[places, token_ids.clamp(0, whole.shape[-1] - 1)]
+    def log_scores_at(self, heads: Sequence[str], places: Tensor, token_ids: Tensor) -> dict[str, Tensor]:
+        """The same of several heads for a list of tokens, int64 [n], at positions `places`, int64 [n], which rise.
+
+        Positions are counted over all leading axes.
+        """
+        whole = {head: self.log_scores(head).flatten(0, -2) for head in heads}
+        return {head: each[places, token_ids.clamp(0, each.shape[-1] - 1)] for head, each in whole.items()}
 
 
 class Request(NamedTuple):

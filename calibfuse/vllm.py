@@ -303,15 +303,16 @@ class CalibFusionProcessor(V1LogitsProcessor, V2LogitsProcessor):  # type: ignor
             pick=said.log_scores_at,
             alpha=torch.tensor([served.alpha for served, _ in requests]),
             keep_scale=True,
+            in_place=True,
             alone=alone,
             observe=observe,
             protected=self._guide.protected,
             parts=self._guide.parts,
         )
-        if scores is logits:
-            logits.copy_(fused)
-        else:
+        if scores is not logits:
             logits[rows] = fused
+        elif fused is not logits:
+            logits.copy_(fused)
 
 
 class _Metrics:

@@ -67,12 +67,15 @@ def test_they_do_not_depend_on_the_other_rows(scale):
         assert chosen_sets(torch.cat([row, random_rows(others, 40_000, seed=1)]), None)[:1] == alone
 
 
-def test_lists_are_made_of_several_rows():
-    sure, unsure = random_rows([9.0], 40_000), random_rows([0.5] * 3, 5_000)
-    assert choose_candidates(sure, None, as_list=True).places is None, "one row is a table as it is"
-    assert choose_candidates(sure, None, as_list=True).token_ids.shape[0] == 1
-    assert choose_candidates(unsure, None, as_list=True).places is not None
-    assert choose_candidates(unsure, None).places is None
+def test_scores_that_are_not_normalised_give_the_same_list():
+    rows = random_rows([0.5, 9.0, 2.0], 5_000)
+    scale = torch.tensor([[3.0], [-70.0], [20.0]])
+    always = torch.tensor([7, 3_000])
+    plain = choose_candidates(rows, None, always, as_list=True)
+    scaled = choose_candidates(rows + scale, None, always, as_list=True, log_sums=scale)
+    assert torch.equal(plain.token_ids, scaled.token_ids)
+    assert torch.equal(plain.places, scaled.places)
+    torch.testing.assert_close(plain.log_probs, scaled.log_probs, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("mode", ["contrast", "geometric", "value"])
@@ -91,8 +94,8 @@ def test_both_layouts_fuse_to_the_same(mode):
     def scores(head, token_ids):
         return heads[head] if token_ids is None else heads[head].gather(-1, token_ids)
 
-    def pick(head, places, token_ids):
-        return heads[head].flatten(0, 1)[places, token_ids]
+    def pick(names, places, token_ids):
+        return {name: heads[name].flatten(0, 1)[places, token_ids] for name in names}
 
     def run(**options):
         def covers(ids):
@@ -106,6 +109,10 @@ def test_both_layouts_fuse_to_the_same(mode):
         torch.testing.assert_close(listed, run(observe=seen.append, **options), atol=2e-5, rtol=1e-5)
         judged = torch.ones(3, dtype=torch.bool) if "alone" not in options else ~options["alone"].flatten()
         torch.testing.assert_close(seen[0].mass[judged], seen[1].mass[judged], atol=2e-5, rtol=1e-5)
+    written = rows.clone()
+    kept = fuse(written, scores, lambda ids: ids % 11 > 0, config, always, pick=pick, keep_scale=True, in_place=True)
+    assert kept is written or torch.equal(kept, written)
+    assert torch.equal(written, run(pick=pick, keep_scale=True))
     torch.testing.assert_close(run(alpha=alpha)[2], rows[2].log_softmax(-1), atol=2e-5, rtol=1e-5)
     assert not torch.allclose(run(alpha=alpha)[0], run()[0] * 0 + rows[0].log_softmax(-1), atol=1e-3)
 
@@ -130,8 +137,8 @@ def test_excluded_is_excluded_however_it_is_written(excluded, as_list):
     scores = torch.full((2, 2_000), excluded)
     scores[:, [10, 20]] = 1.5
 
-    def pick(head, places, token_ids):
-        return heads[head][places, token_ids]
+    def pick(names, places, token_ids):
+        return {name: heads[name][places, token_ids] for name in names}
 
     def say(head, token_ids):
         return heads[head] if token_ids is None else heads[head].gather(-1, token_ids)

@@ -34,6 +34,9 @@ class StubGuide:
         width = full.shape[-1]
         return full.gather(-1, token_ids.clamp(max=width - 1))
 
+    def pick(self, heads, places, token_ids):
+        return {head: self.heads[head][places, token_ids] for head in heads}
+
     def covers(self, token_ids):
         inside = token_ids < len(self.covered)
         return inside & self.covered[token_ids.clamp(max=len(self.covered) - 1)]
@@ -475,7 +478,7 @@ def test_heads_of_the_model_wider_or_narrower_than_the_guide(guide_width, candid
 def test_a_row_without_a_token_that_the_guide_knows_is_observed_too():
     scores, guide = random_case(22, rows=1, vocab=400, uncovered=400)
     seen = []
-    result = fuse(scores, guide.scores, guide.covers, FusionConfig(), observe=seen.append, pick=guide.scores)
+    result = fuse(scores, guide.scores, guide.covers, FusionConfig(), observe=seen.append, pick=guide.pick)
     assert torch.equal(result, scores.log_softmax(-1))
     assert [moved.mass.tolist() for moved in seen] == [[0.0]]
 

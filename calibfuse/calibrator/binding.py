@@ -7,7 +7,7 @@ so left padding and repeated begin marks change nothing. As output they are not 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -25,6 +25,7 @@ from calibfuse.vocabulary import Vocabulary
 
 _COMPOSE_CHUNK = 8192
 _SCORE_CHUNK = 16_384  # vectors of lower precision that are widened at once
+_DENSE = 8  # where an eighth of all tokens are asked for, all of them are multiplied
 
 
 @isolated
@@ -191,8 +192,6 @@ class GuideStates(NextTokenScores):
         self.hidden = hidden
         self._spelled = spelled
         self._queries: dict[str, Tensor] = {}
-        self._picked: tuple[Tensor, Tensor, Tensor] | None = None
-        self._chosen: tuple[Tensor, Tensor, Callable[[Tensor], Tensor]] | None = None
 
     def positions(self, start: int, stop: int) -> GuideStates:
         """See `NextTokenScores.positions`."""
@@ -207,26 +206,38 @@ class GuideStates(NextTokenScores):
         if token_ids is None:
             scores = self._of_all(query).float() + biases
         else:
-            known, picked = self._pick(token_ids)
+            known = token_ids.clamp(0, bound.target_vocab_size - 1)
+            picked = functional.embedding(known, bound.vectors).to(query.dtype)  # several times as fast as indexing
             scores = (picked * query[..., None, :]).sum(dim=-1).float() + biases[known]
         if self._spelled is not None and head == CALIBRATOR_HEAD:
             self._spelled.add_to(scores, token_ids, bound.target_vocab_size)
         return functional.logsigmoid(scores) if head == VALUE_HEAD else scores
 
     @isolated
-    def log_scores_at(self, head: str, places: Tensor, token_ids: Tensor) -> Tensor:
+    def log_scores_at(self, heads: Sequence[str], places: Tensor, token_ids: Tensor) -> dict[str, Tensor]:
         """See `NextTokenScores.log_scores_at`."""
         bound = self.bound
-        query = self._query(head).flatten(0, -2)
-        if self._chosen is None or self._chosen[0] is not token_ids:
-            known = token_ids.clamp(0, bound.target_vocab_size - 1)
-            self._chosen = (token_ids, known, _product_of(bound.vectors, places, known))
-        _, known, product = self._chosen
-        scores = product(query).float() + bound._biases[known, bound.heads.index(head)]
-        if self._spelled is not None and head == CALIBRATOR_HEAD:
+        queries = torch.stack([self._query(head).flatten(0, -2) for head in heads], dim=1)  # (rows, heads, width)
+        known = token_ids.clamp(0, bound.target_vocab_size - 1)
+        biases = bound._biases.index_select(0, known)[:, [bound.heads.index(head) for head in heads]].T
+        if _DENSE * len(known) > len(queries) * len(bound.vectors):
+            products = torch.stack([self._of_all(each)[places, known] for each in queries.unbind(dim=1)])
+        else:
+            bounds = torch.searchsorted(places, torch.arange(1, len(queries), device=places.device))
+            own_ids = known.tensor_split(bounds.cpu())
+            # Row by row: a few hundred vectors stay in the processor's cache between being fetched and multiplied.
+            rows = (
+                query @ functional.embedding(ids, bound.vectors).to(query.dtype).T
+                for query, ids in zip(queries, own_ids, strict=True)
+            )
+            products = torch.cat(list(rows), dim=1)
+        scores = dict(zip(heads, (products.float() + biases).unbind(), strict=True))
+        if self._spelled is not None and CALIBRATOR_HEAD in scores:
             width = self.hidden.shape[1] if self.hidden.ndim == 3 else 1
-            self._spelled.add_at(scores, places, token_ids, width)
-        return functional.logsigmoid(scores) if head == VALUE_HEAD else scores
+            self._spelled.add_at(scores[CALIBRATOR_HEAD], places, token_ids, width)
+        if VALUE_HEAD in scores:
+            scores[VALUE_HEAD] = functional.logsigmoid(scores[VALUE_HEAD])
+        return scores
 
     def _query(self, head: str) -> Tensor:
         self.bound.check_head(head)
@@ -240,22 +251,3 @@ class GuideStates(NextTokenScores):
         size = len(vectors) if vectors.dtype == query.dtype else _SCORE_CHUNK
         blocks = [query @ block.to(query.dtype).T for block in torch.split(vectors, size)]
         return torch.cat(blocks, dim=-1)
-
-    def _pick(self, token_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Clamped ids and their vectors [..., k, token_width]; kept, since the second head asks for the same ones."""
-        if self._picked is None or self._picked[0] is not token_ids:
-            known = token_ids.clamp(0, self.bound.target_vocab_size - 1)
-            # `embedding` gathers rows several times as fast as indexing does.
-            picked = functional.embedding(known, self.bound.vectors).to(self.hidden.dtype)
-            self._picked = (token_ids, known, picked)
-        return self._picked[1:]
-
-
-def _product_of(vectors: Tensor, places: Tensor, token_ids: Tensor) -> Callable[[Tensor], Tensor]:
-    """Queries [rows, width] times the vectors of a list of tokens, of each distinct one or of all there are."""
-    if len(token_ids) <= 2 * len(vectors):  # beyond, finding out costs more than it saves
-        distinct, columns = torch.unique(token_ids, return_inverse=True)
-        if 2 * len(distinct) <= len(vectors):
-            table = functional.embedding(distinct, vectors)
-            return lambda query: (query @ table.to(query.dtype).T)[places, columns]
-    return lambda query: (query @ vectors.to(query.dtype).T)[places, token_ids]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from functools import cached_property
 
@@ -137,10 +138,14 @@ class CombinedScores(NextTokenScores):
         said, own_head = self._of(head)
         return said.log_scores(own_head, token_ids)
 
-    def log_scores_at(self, head: str, places: Tensor, token_ids: Tensor) -> Tensor:
+    def log_scores_at(self, heads: Sequence[str], places: Tensor, token_ids: Tensor) -> dict[str, Tensor]:
         """See `NextTokenScores.log_scores_at`."""
-        said, own_head = self._of(head)
-        return said.log_scores_at(own_head, places, token_ids)
+        found = {}
+        for said, names in itertools.groupby(heads, key=lambda head: self._of(head)[0]):
+            own = {self._of(head)[1]: head for head in names}
+            scores = said.log_scores_at(list(own), places, token_ids)
+            found.update({own[own_head]: each for own_head, each in scores.items()})
+        return found
 
     def _of(self, head: str) -> tuple[NextTokenScores, str]:
         """Who says it, and under which name: of "calibrator 0" the first guide's "calibrator"."""
