@@ -15,6 +15,8 @@ import torch
 
 from calibfuse.cli import main as cli
 from calibfuse.errors import CheckpointError, DataError, InputError, MissingDependencyError, ScorerError
+from calibfuse.finetune import run
+from calibfuse.finetune.roles import RoleRunner
 from calibfuse.finetune.run import run_finetuning
 from calibfuse.finetune.settings import FinetuneConfig, ModelSource, OracleSource
 from calibfuse.finetune.tuning import TuningConfig
@@ -90,7 +92,7 @@ def arguments(model_folder, texts, *more):
         "--prompts", str(texts / "prompts.txt"), "--iterations", "2", "--steps", "2", "--batch-size", "2",
         "--sample-batch-size", "4", "--samples", "4", "--max-new-tokens", "5", "--auxiliary-steps", "2",
         "--auxiliary-batch-size", "4", "--block-length", "16", "--held-out-share", "0.1", "--device", "cpu",
-        "--threads", "1", "--quiet", *more,
+        "--quiet", *more,
     ]  # fmt: skip
 
 
@@ -189,7 +191,7 @@ def test_a_run_stopped_in_the_middle_gives_the_same_as_one_that_was_not(model_fo
 def test_lora_run_gives_a_merged_checkpoint_and_the_adapter(model_folder, texts):
     pytest.importorskip("peft", reason="needs the extra lora")
     output = texts / "lora"
-    options = ["--lora", "2", "--save-adapter", "--kl-weight", "0", "--output", str(output)]
+    options = ["--lora", "2", "--kl-weight", "0", "--output", str(output)]
     assert cli.main(arguments(model_folder, texts, *options)) == 0
     before, after = weights(model_folder), weights(output)
     assert set(before) == set(after)
@@ -215,12 +217,11 @@ def failing(model_folder, texts, capsys, *options, output="out"):
     [
         ((), "--kl-weight above 0 needs --oracle"),
         (("--oracle", "bundled", "--kl-weight", "-1"), "must be at least 0, got -1.0"),
-        (("--kl-weight", "0", "--filter-corpus", "0.5"), "--filter-corpus needs --oracle"),
+        (("--kl-weight", "0", "--filter-corpus", "0.5"), "--filter-corpus needs an oracle"),
         (("--oracle", "bundled", "--filter-corpus", "2"), "--filter-corpus must be above 0 and at most 1"),
-        (("--kl-weight", "0", "--save-adapter"), "--save-adapter needs --lora"),
+        (("--kl-weight", "0", "--lora", "0"), "lora must be at least 1"),
         (("--kl-weight", "0", "--iterations", "0"), "iterations must be at least 1"),
         (("--kl-weight", "0", "--model", "no/such/folder"), "Cannot load the tokenizer of 'no/such/folder'"),
-        (("--kl-weight", "0", "--threads", "0"), "--threads must be at least 1"),
         (("--kl-weight", "0", "--batch-size", "5000"), "fewer than one batch of 5000"),
         (("--kl-weight", "0", "--block-length", "100000"), "fewer than one block of 100000"),
         (("--kl-weight", "0", "--corpus", "missing.txt"), "No such file or folder: missing.txt"),
@@ -272,11 +273,9 @@ def test_objects_and_missing_texts_are_refused_before_any_work(model_folder, sam
         run_finetuning(make_config(model_folder, oracle=None), sample_lines, PROMPTS, tmp_path / "a")
     with pytest.raises(DataError, match="needs prompts to draw samples from, got none"):
         run_finetuning(make_config(model_folder), sample_lines, [], tmp_path / "a")
-    from calibfuse.finetune.lora import LoraSettings
-
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(MissingDependencyError, match="LoRA needs the package peft"):
-        run_finetuning(make_config(model_folder, lora=LoraSettings()), sample_lines, PROMPTS, tmp_path / "a")
+        run_finetuning(make_config(model_folder, lora=8), sample_lines, PROMPTS, tmp_path / "a")
     assert not (tmp_path / "a").exists()
 
 
@@ -328,15 +327,6 @@ def test_thinned_samples_stand_for_those_that_were_left_out():
     assert thin_satisfied(samples, 1.0, seed=0) is samples
 
 
-def test_settings_survive_json(model_folder):
-    from calibfuse.finetune.lora import LoraSettings
-
-    config = make_config(model_folder, lora=LoraSettings(targets=("q_proj",)))
-    assert FinetuneConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-    with pytest.raises(InputError, match="no settings of a fine-tuning run"):
-        FinetuneConfig.from_dict({**config.to_dict(), "colour": "blue"})
-
-
 # ---- real processes
 
 
@@ -373,8 +363,6 @@ def test_one_failing_role_stops_a_parallel_run_with_its_message(model_folder, te
 @pytest.mark.parametrize(("schedule", "mark"), [("sequential", "step-1/samples"), ("parallel", "step-0/samples")])
 def test_a_killed_run_resumes_and_gives_the_same(model_folder, texts, monkeypatch, schedule, mark):
     """SIGKILL in the middle, then --resume: the same weights as a run that was never killed, all in one process."""
-    from calibfuse.finetune import run
-
     more = ("--schedule", schedule, "--oracle", "letter_oracle:no_letter_e", "--iterations", "1")
 
     def command(output, *others):
@@ -388,10 +376,10 @@ def test_a_killed_run_resumes_and_gives_the_same(model_folder, texts, monkeypatc
     assert cli.main(command("killed", "--resume")) == 0
 
     @contextlib.contextmanager
-    def in_this_process(config, work, devices, oracle, show_progress):
-        yield run.RoleRunner(work, "cpu")
+    def in_this_process(config, prompts, work, devices):
+        yield RoleRunner(config, prompts, work, "cpu").run
 
-    monkeypatch.setattr(run, "_runner", in_this_process)
+    monkeypatch.setattr(run, "in_processes", in_this_process)
     assert cli.main(command("whole")) == 0
     assert_same_weights(texts / "whole", texts / "killed")
     assert not list((texts / "killed").rglob("*.tmp"))
@@ -401,11 +389,11 @@ def test_a_killed_run_resumes_and_gives_the_same(model_folder, texts, monkeypatc
 def test_interrupt_ends_a_parallel_run_in_order(model_folder, texts):
     command = arguments(model_folder, texts, "--schedule", "parallel", "--oracle", "letter_oracle:no_letter_e")
     command += ["--output", str(texts / "out"), "--iterations", "50"]
-    with start(command, texts) as run:
-        wait_for(texts / "out" / "work" / "step-0" / "samples", run)
-        run.send_signal(signal.SIGINT)
-        printed = run.communicate(timeout=60)[0]
-        assert run.returncode == 130
+    with start(command, texts) as process:
+        wait_for(texts / "out" / "work" / "step-0" / "samples", process)
+        process.send_signal(signal.SIGINT)
+        printed = process.communicate(timeout=60)[0]
+        assert process.returncode == 130
     assert "Go on with the same command and --resume" in printed
     assert not list((texts / "out").rglob("*.tmp"))
 

@@ -5,21 +5,8 @@ import sys
 import pytest
 import torch
 
-from calibfuse.errors import CheckpointError, InputError, MissingDependencyError
-from calibfuse.finetune.lora import LoraSettings, add_adapter, import_peft, load_adapter, merge_adapter
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"rank": 0}, "rank must be at least 1, got 0"),
-        ({"alpha": 0.0}, "alpha must be above 0"),
-        ({"dropout": 1.0}, r"dropout must be at least 0 and below 1, got 1.0"),
-    ],
-)
-def test_shapes_out_of_range_are_refused(options, message):
-    with pytest.raises(InputError, match=message):
-        LoraSettings(**options)
+from calibfuse.errors import CheckpointError, MissingDependencyError
+from calibfuse.finetune.lora import add_adapter, import_peft, load_adapter, merge_adapter
 
 
 def test_without_peft_the_extra_is_named(monkeypatch):
@@ -53,7 +40,7 @@ def trained(model, ids):
 def test_fresh_adapter_changes_nothing_and_leaves_the_weights_frozen(build, ids):
     plain = build(64)(ids).logits.detach()
     model = build(64)
-    wrapped = add_adapter(model, LoraSettings(rank=2), seed=0)
+    wrapped = add_adapter(model, 2, seed=0)
     torch.testing.assert_close(wrapped(ids).logits, plain)
     names = [name for name, parameter in wrapped.named_parameters() if parameter.requires_grad]
     assert names
@@ -64,7 +51,7 @@ def test_fresh_adapter_changes_nothing_and_leaves_the_weights_frozen(build, ids)
 def test_merged_model_is_the_adapted_one_and_an_ordinary_checkpoint(build, ids, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    wrapped = trained(add_adapter(build(64), LoraSettings(rank=2), seed=0), ids)
+    wrapped = trained(add_adapter(build(64), 2, seed=0), ids)
     adapted = wrapped(ids).logits.detach()
     assert not torch.allclose(adapted, build(64)(ids).logits)
     wrapped.save_pretrained(tmp_path / "adapter")
@@ -82,15 +69,13 @@ def test_merged_model_is_the_adapted_one_and_an_ordinary_checkpoint(build, ids, 
 def test_adapter_depends_on_the_seed_alone(build):
     def weights(seed):
         torch.rand(1)
-        return [each.detach().clone() for each in add_adapter(build(64), LoraSettings(), seed=seed).parameters()]
+        return [each.detach().clone() for each in add_adapter(build(64), 8, seed=seed).parameters()]
 
     assert all(torch.equal(a, b) for a, b in zip(weights(1), weights(1), strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(weights(1), weights(2), strict=True))
 
 
 @pytest.mark.parametrize("build", ["llama"], indirect=True)
-def test_what_does_not_fit_is_refused(build, tmp_path):
-    with pytest.raises(InputError, match="adapter for no_such_layer does not fit this model"):
-        add_adapter(build(64), LoraSettings(targets=("no_such_layer",)), seed=0)
+def test_a_folder_without_an_adapter_is_refused(build, tmp_path):
     with pytest.raises(CheckpointError, match="no LoRA adapter in"):
         load_adapter(build(64), tmp_path)

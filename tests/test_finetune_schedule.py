@@ -1,23 +1,22 @@
 """Schedules: who reads whose products, in which order, together or not, and where each role runs."""
 
-import contextlib
 import json
 
 import pytest
 
 from calibfuse.errors import InputError, ScorerError
-from calibfuse.finetune.parallel import Place, find_devices, share_out
+from calibfuse.finetune.parallel import find_devices, share_out
 from calibfuse.finetune.run import execute
 from calibfuse.finetune.schedule import plan_stages, product_folder
 
 
 def reads(schedule, iterations):
     """(role, step) -> what it reads, models of step 0 being the user's."""
-    return {(job.role, job.step): dict(job.reads) for stage in plan_stages(schedule, iterations) for job in stage.jobs}
+    return {(job.role, job.step): dict(job.reads) for jobs in plan_stages(schedule, iterations) for job in jobs}
 
 
 def test_sequential_runs_one_role_after_the_other():
-    order = [[(job.role, job.step) for job in stage.jobs] for stage in plan_stages("sequential", 2)]
+    order = [[(job.role, job.step) for job in stage] for stage in plan_stages("sequential", 2)]
     assert order == [
         [("samples", 1)],
         [("auxiliary", 1)],
@@ -40,7 +39,7 @@ def test_sequential_reads_what_was_just_made():
 
 
 def test_parallel_runs_all_roles_at_once_after_the_pipeline_is_filled():
-    order = [[(job.role, job.step) for job in stage.jobs] for stage in plan_stages("parallel", 2)]
+    order = [[(job.role, job.step) for job in stage] for stage in plan_stages("parallel", 2)]
     assert order == [
         [("samples", 0)],
         [("auxiliary", 0)],
@@ -70,15 +69,15 @@ def test_parallel_reads_only_products_of_the_step_before():
 def test_nothing_is_read_before_it_is_made(schedule):
     made = {("model", 0)}
     for stage in plan_stages(schedule, 4):
-        for job in stage.jobs:
+        for job in stage:
             assert {(kind, step) for kind, step in job.reads.items()} <= made, job
-        made |= {(job.role, job.step) for job in stage.jobs}
+        made |= {(job.role, job.step) for job in stage}
     assert ("model", 4) in made
 
 
 def test_plain_fine_tuning_needs_no_other_role():
     stages = plan_stages("parallel", 2, constrained=False)
-    assert [[(job.role, dict(job.reads)) for job in stage.jobs] for stage in stages] == [
+    assert [[(job.role, dict(job.reads)) for job in stage] for stage in stages] == [
         [("model", {"model": 0})],
         [("model", {"model": 1})],
     ]
@@ -97,11 +96,7 @@ class Recorder:
     def __init__(self, work, fails_at=None):
         self.work, self.fails_at, self.stages = work, fails_at, []
 
-    @contextlib.contextmanager
-    def __call__(self):
-        yield self
-
-    def run(self, jobs):
+    def __call__(self, jobs):
         self.stages.append([(job.role, job.step) for job in jobs])
         records = {}
         for job in jobs:
@@ -119,7 +114,7 @@ def test_stages_run_in_order_and_nothing_twice(schedule, tmp_path):
     stages = plan_stages(schedule, 2)
     recorder = Recorder(tmp_path)
     execute(stages, tmp_path, recorder)
-    assert recorder.stages == [[(job.role, job.step) for job in stage.jobs] for stage in stages]
+    assert recorder.stages == [[(job.role, job.step) for job in stage] for stage in stages]
     again = Recorder(tmp_path)
     execute(stages, tmp_path, again)
     assert again.stages == []
@@ -137,11 +132,10 @@ def test_a_stopped_run_goes_on_with_the_first_missing_product(tmp_path):
     ]
 
 
-def test_devices_and_threads_are_shared_out():
-    assert share_out(["cpu"], 8) == {"samples": Place("cpu", 2), "auxiliary": Place("cpu", 2), "model": Place("cpu", 4)}
-    assert [place.threads for place in share_out(["cpu"], 1).values()] == [1, 1, 1]
-    assert [place.device for place in share_out(["a", "b"], 3).values()] == ["b", "b", "a"]
-    assert [place.device for place in share_out(["a", "b", "c"], 3).values()] == ["b", "c", "a"]
+def test_devices_are_shared_out():
+    assert share_out(["cpu"]) == {"samples": "cpu", "auxiliary": "cpu", "model": "cpu"}
+    assert list(share_out(["a", "b"]).values()) == ["b", "b", "a"]
+    assert list(share_out(["a", "b", "c"]).values()) == ["b", "c", "a"]
 
 
 def test_devices_that_are_not_there_are_refused():

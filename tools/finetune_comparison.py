@@ -38,7 +38,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np
 import torch
 import transformers
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 from transformers import LogitsProcessor
@@ -57,7 +56,6 @@ from calibfuse.generation.language_model import load_language_model as load_lm
 from calibfuse.scorers import load_scorer
 from calibfuse.textfiles import iter_documents
 from calibfuse.value.auxiliary_training import AuxiliaryTrainingConfig
-from calibfuse.value.oracle import load_oracle
 from calibfuse.value.samples import SamplingPlan
 
 logger = logging.getLogger("finetune_comparison")
@@ -121,12 +119,13 @@ def split_prompts(args: argparse.Namespace) -> tuple[list[Prompt], list[str]]:
 
 
 def run_config(args: argparse.Namespace, key: str, target_folder: str) -> FinetuneConfig:
-    """The settings of one of the tuned ways; they differ in nothing but the schedule and the KL weight."""
+    """The settings of one of the tuned ways; they differ in schedule, KL weight and filter alone."""
     is_ours = key in (SEQUENTIAL, PARALLEL)
     return FinetuneConfig(
         model=ModelSource(name=target_folder, local_files_only=True),
         oracle=OracleSource(spec=args.oracle, power=args.power, threshold=args.threshold),
         schedule=key if is_ours else SEQUENTIAL,
+        filter_corpus=args.filter if key == FILTERED else None,
         iterations=args.iterations,
         tuning=TuningConfig(
             steps=args.steps,
@@ -158,12 +157,6 @@ def run_config(args: argparse.Namespace, key: str, target_folder: str) -> Finetu
 
 def tune_all(args: argparse.Namespace, prompts: Sequence[str], target_folder: str) -> dict[str, dict[str, Any]]:
     """Run (or resume, or take as done) the tuned ways; their reports."""
-    oracle = load_oracle(args.oracle, power=args.power, threshold=args.threshold)
-
-    def keep(texts: Sequence[str]) -> NDArray[np.bool_]:
-        accepted: NDArray[np.bool_] = oracle.satisfaction(texts) >= args.filter
-        return accepted
-
     reports = {}
     for key in [key for key in TUNED if key in args.only]:
         logger.info("== %s", TITLES[key])
@@ -173,7 +166,6 @@ def tune_all(args: argparse.Namespace, prompts: Sequence[str], target_folder: st
             prompts,
             args.output / "runs" / key,
             corpus_name=f"{Path(args.corpus[0]).name}, {args.corpus_bytes} bytes",
-            keep=keep if key == FILTERED else None,
             resume=True,
             device=args.device,
         )

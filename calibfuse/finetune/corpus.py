@@ -1,8 +1,4 @@
-"""The corpus of a fine-tuning: documents, tokenized by the model's own tokenizer and packed into blocks of one length.
-
-Documents stand one after the other with the model's begin and end marks between them and are cut into blocks without
-gaps, as in pre-training, so no position is padding. A share of the documents is held out for the corpus perplexity.
-"""
+"""The corpus of a fine-tuning: documents one after the other, with the model's marks between them, cut into blocks."""
 
 from __future__ import annotations
 

@@ -1,13 +1,7 @@
 """The loss of attribute-controlled fine-tuning: cross-entropy on a corpus, and a closed-form KL on samples.
 
-Among all q with E_q[C] as demanded, the one nearest to a base model p is the tilted q(x) proportional to p(x) C(x).
-With R(x_<=i) = E_p[C | x_<=i] it decomposes exactly into tokens (Meng et al. 2022, arXiv 2205.14219, section 3):
-
-    q(y | x_<i) = p(y | x_<i) R(x_<i, y) / R(x_<i),      R(x_<i) = sum_y p(y | x_<i) R(x_<i, y)
-
-Fine-tuning minimises CE(corpus; theta) + kl_weight * KL(q || p_theta) (Meng et al. 2024, arXiv 2410.05559). By the
-chain rule the KL of sequences is the expected sum of the KL of next-token distributions, each in closed form. The
-prefixes are those of the samples, each continuation position with equal weight, as in the paper.
+The distribution nearest to a base p that satisfies a constraint C decomposes exactly into tokens, with
+R(x_<=i) = E_p[C | x_<=i] (Meng et al. 2022, arXiv 2205.14219, section 3); fine-tuning minimises CE + weight * KL(q || p).
 """
 
 from __future__ import annotations
@@ -40,16 +34,7 @@ def constrained_log_probs(base_log_probs: Tensor, log_r: Tensor) -> Tensor:
 
 
 def constrained_kl(log_q: Tensor, log_p: Tensor) -> Tensor:
-    """KL(q || p) of next-token log-probabilities [..., vocab], in closed form: float [...], nats.
-
-    -inf where q is 0 contributes 0; differentiable in `log_p`.
-
-    Example:
-        >>> import torch
-        >>> half = torch.tensor([0.5, 0.5]).log()
-        >>> float(constrained_kl(torch.tensor([1.0, 0.0]).log(), half).exp())
-        2.0
-    """
+    """KL(q || p) of next-token log-probabilities [..., vocab]: float [...], nats, differentiable in `log_p`."""
     if log_q.shape != log_p.shape:
         raise InputError(
             f"KL needs two distributions over one vocabulary, got shapes {list(log_q.shape)} and {list(log_p.shape)}."
@@ -61,8 +46,6 @@ def constrained_kl(log_q: Tensor, log_p: Tensor) -> Tensor:
 
 def continuation_positions(lengths: Tensor, prompt_lengths: Tensor, length: int) -> Tensor:
     """Where the next token is one of the continuation: bool [rows, length - 1], entry i speaks of token i + 1.
-
-    `lengths` are those of prompt and continuation, `prompt_lengths` of the prompt, both int [rows].
 
     Example:
         >>> import torch

@@ -1,7 +1,7 @@
 """What the three roles do: read products from folders, make the next one, write it whole.
 
-A role knows nothing of the others but their folders, so each can run in a process of its own. Everything that it
-draws at random follows from the seed, the role and the step: a step that is made anew comes out the same.
+Everything that a role draws at random follows from the seed, the role and the step: a step that is made anew comes out
+the same.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from calibfuse.finetune.settings import FinetuneConfig
 from calibfuse.finetune.tuning import Constraint, tune, tuning_optimizer
 from calibfuse.generation.language_model import read_model, read_tokenizer
 from calibfuse.training.loop import load_optimizer, optimizer_tensors
-from calibfuse.training.work_folder import SETTINGS_NAME, new_folder, write_json
+from calibfuse.training.work_folder import new_folder, write_json
 from calibfuse.value.auxiliary import AuxiliaryModel, make_auxiliary_model
 from calibfuse.value.auxiliary_training import train_auxiliary
 from calibfuse.value.oracle import Oracle, load_oracle
@@ -40,35 +40,36 @@ _SATISFIED = 0.5
 
 
 class RoleRunner:
-    """Runs jobs of a run in this process.
+    """Runs jobs of a run in this process: `work` is the run's folder, with its packed corpus.
 
-    `work` is the run's folder, with its settings and packed corpus. An `oracle` in place of the one that the settings
-    name is only for runs in one process.
+    An `oracle` in place of the one that the settings name is only for runs in one process.
     """
 
     def __init__(
-        self, work: Path, device: torch.device | str, *, oracle: Oracle | None = None, show_progress: bool = False
+        self,
+        config: FinetuneConfig,
+        prompts: Sequence[str],
+        work: Path,
+        device: torch.device | str,
+        *,
+        oracle: Oracle | None = None,
+        show_progress: bool = False,
     ) -> None:
-        self.work = work
-        settings = hub.read_json(work / SETTINGS_NAME, "settings of a fine-tuning run")
-        self.prompts: list[str] = settings.pop("prompts")
-        settings.pop("corpus")
-        self.config = FinetuneConfig.from_dict(settings)
+        self.config, self.prompts, self.work = config, list(prompts), work
         self.device = torch.device(device)
         self._given_oracle = oracle
         self._show_progress = show_progress
 
     def run(self, jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
-        """Run jobs, one after the other; the record of each role."""
+        """Run jobs, one after the other; gives the record of each role."""
         return {job.role: self.make(job) for job in jobs}
 
     def make(self, job: Job) -> dict[str, Any]:
         """Make the product of a job; gives its record, which stands in the product's role.json too."""
         make = {SAMPLES: self._make_samples, AUXILIARY: self._make_auxiliary, MODEL: self._make_model}[job.role]
-        began, clock = time.time(), time.perf_counter()  # seconds since the epoch, wall time
+        began, clock = time.time(), time.perf_counter()
         try:
-            final = product_folder(self.work, job.role, job.step)
-            with new_folder(final, f"the product of role {job.role!r}") as folder:
+            with new_folder(job.folder(self.work), f"the product of role {job.role!r}") as folder:
                 figures = make(job, folder)
                 record = {
                     "role": job.role,
@@ -112,7 +113,7 @@ class RoleRunner:
         name, options = source.name, source.options()
         if step > 0:
             name = str(product_folder(self.work, MODEL, step))
-            options = {"local_files_only": True, "trust_remote_code": source.trust_remote_code}
+            options |= {"local_files_only": True, "revision": None}
         return read_model(name, device=self.device, dtype=source.dtype, **options)
 
     def _make_samples(self, job: Job, folder: Path) -> dict[str, float]:

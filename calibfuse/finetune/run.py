@@ -1,8 +1,4 @@
-"""Attribute-controlled fine-tuning from texts to a checkpoint: stages in order, in one process or several, resumably.
-
-Each product of a role is written under a temporary name and renamed, so a folder that is there is complete, and a
-killed run makes nothing twice but what was in the making.
-"""
+"""Attribute-controlled fine-tuning from texts to a checkpoint, in one process or several, resumably."""
 
 from __future__ import annotations
 
@@ -11,30 +7,30 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
 from calibfuse import hub
 from calibfuse.errors import CheckpointError, DataError, InputError
-from calibfuse.finetune.corpus import Keep, PackedCorpus, pack_corpus
-from calibfuse.finetune.lora import ADAPTER, import_peft
-from calibfuse.finetune.parallel import ParallelRunner, find_devices, share_out
+from calibfuse.finetune.corpus import PackedCorpus, pack_corpus
+from calibfuse.finetune.lora import import_peft
+from calibfuse.finetune.parallel import find_devices, in_processes
 from calibfuse.finetune.roles import CORPUS_NAME, OPTIMIZER_NAME, RECORD_NAME, RoleRunner
-from calibfuse.finetune.schedule import MODEL, PARALLEL, ROLES, Job, Stage, plan_stages, product_folder
+from calibfuse.finetune.schedule import MODEL, PARALLEL, Job, plan_stages, product_folder
 from calibfuse.finetune.settings import FinetuneConfig
 from calibfuse.finetune.tuning import check_corpus
 from calibfuse.generation.decoding import check_lengths, encode_prompt
-from calibfuse.generation.language_model import read_config, read_tokenizer
+from calibfuse.generation.language_model import read_config
 from calibfuse.training.work_folder import SETTINGS_NAME, is_begun, remove_leftovers, write_json
 from calibfuse.value.oracle import Oracle
 
 logger = logging.getLogger(__name__)
 
 REPORT_NAME = "finetune.json"
-_Runner = contextlib.AbstractContextManager[RoleRunner | ParallelRunner]
 
 
 @dataclass(frozen=True)
@@ -52,9 +48,7 @@ def run_finetuning(
     output: str | os.PathLike[str],
     *,
     corpus_name: str = "",
-    keep: Keep | None = None,
     oracle: Oracle | None = None,
-    save_adapter: bool = False,
     resume: bool = False,
     device: str | None = None,
     show_progress: bool = False,
@@ -67,10 +61,8 @@ def run_finetuning(
         prompts: to draw samples from; may be empty where the KL weight is 0.
         output: folder of the result; products of the steps go to `work/step-N/{samples,auxiliary,model}` inside it.
         corpus_name: what the corpus is, for the report; a run is resumed only with the same.
-        keep: which documents to train on; see `pack_corpus`.
         oracle: an object in place of `config.oracle`; only for the sequential schedule, because other processes load
             the oracle anew.
-        save_adapter: with LoRA, also leave the adapter in `adapter/` of the output.
         resume: go on from the last complete products in the output folder.
         device: "cpu", "cuda:0", or several with commas for the parallel schedule; None: all GPUs, else MPS or the CPU.
         show_progress: draw progress bars on standard error.
@@ -87,18 +79,21 @@ def run_finetuning(
     devices = find_devices(device)
     output = Path(output)
     work = output / "work"
-    settings = config.to_dict() | {"prompts": list(prompts), "corpus": corpus_name}
+    settings = asdict(config) | {"prompts": list(prompts), "corpus": corpus_name}
+    runner = RoleRunner(config, prompts, work, devices[0], oracle=oracle, show_progress=show_progress)
     if not is_begun(work, settings, resume=resume):
-        _pack(config, documents, prompts, keep, show_progress=show_progress).save(work / CORPUS_NAME)
+        _pack(runner, documents, show_progress=show_progress).save(work / CORPUS_NAME)
         write_json(work / SETTINGS_NAME, settings)  # last, as the mark that all is there
     stages = plan_stages(config.schedule, config.iterations, constrained=config.is_constrained)
-    logger.info("%d steps; what is complete lies in %s, and resume goes on from it after a stop", stages[-1].step, work)
+    logger.info("what is complete lies in %s, and resume goes on from it after a stop", work)
     remove_leftovers(work)
+    is_parallel = config.schedule == PARALLEL and config.is_constrained
     try:
-        execute(stages, work, lambda: _runner(config, work, devices, oracle, show_progress))
+        with in_processes(config, prompts, work, devices) if is_parallel else contextlib.nullcontext(runner.run) as run:
+            execute(stages, work, run)
     finally:
         remove_leftovers(work)
-    _publish(product_folder(work, MODEL, config.iterations), output, save_adapter=save_adapter)
+    _publish(product_folder(work, MODEL, config.iterations), output)
     report = _report(config, work, stages, corpus_name, len(prompts))
     write_json(output / REPORT_NAME, report)
     return FinetuneResult(output, report)
@@ -109,6 +104,8 @@ def _check(config: FinetuneConfig, oracle: Oracle | None, prompts: Sequence[str]
         import_peft()
     if config.is_constrained and oracle is None and config.oracle is None:
         raise InputError("A KL weight above 0 needs an oracle that labels the samples; with weight 0 none is used.")
+    if config.filter_corpus is not None and oracle is None and config.oracle is None:
+        raise InputError("filter_corpus needs an oracle, which judges the documents.")
     if config.is_constrained and not prompts:
         raise DataError("Fine-tuning with a KL weight above 0 needs prompts to draw samples from, got none.")
     if oracle is not None and config.schedule == PARALLEL:
@@ -118,26 +115,24 @@ def _check(config: FinetuneConfig, oracle: Oracle | None, prompts: Sequence[str]
         )
 
 
-def _pack(
-    config: FinetuneConfig,
-    documents: Iterable[str],
-    prompts: Sequence[str],
-    keep: Keep | None,
-    *,
-    show_progress: bool,
-) -> PackedCorpus:
+def _pack(runner: RoleRunner, documents: Iterable[str], *, show_progress: bool) -> PackedCorpus:
     """The corpus in blocks; first the prompts are checked."""
+    config, tokenizer = runner.config, runner.tokenizer
     source, plan = config.model, config.sampling
-    tokenizer = read_tokenizer(source.name, **source.options())
     if config.is_constrained:
-        rows = [encode_prompt(tokenizer, prompt, chat=plan.chat, system=plan.system) for prompt in prompts]
+        rows = [encode_prompt(tokenizer, prompt, chat=plan.chat, system=plan.system) for prompt in runner.prompts]
         check_lengths(read_config(source.name, **source.options()), rows, plan.max_new_tokens, "prompt")
+
+    def keep(texts: Sequence[str]) -> NDArray[np.bool_]:  # a document that the oracle cannot label is not trained on
+        answer: NDArray[np.bool_] = np.greater_equal(runner.oracle.satisfaction(texts), config.filter_corpus or 0.0)
+        return answer
+
     corpus = pack_corpus(
         documents,
         tokenizer,
         block_length=config.block_length,
         held_out_share=config.held_out_share,
-        keep=keep,
+        keep=None if config.filter_corpus is None else keep,
         show_progress=show_progress,
     )
     check_corpus(corpus, config.tuning)
@@ -146,33 +141,16 @@ def _pack(
     return corpus
 
 
-def _runner(
-    config: FinetuneConfig, work: Path, devices: Sequence[str], oracle: Oracle | None, show_progress: bool
-) -> _Runner:
-    """What runs the jobs: this process, or one process for each role."""
-    if config.schedule != PARALLEL or not config.is_constrained:
-        return contextlib.nullcontext(RoleRunner(work, devices[0], oracle=oracle, show_progress=show_progress))
-    places = share_out(devices, torch.get_num_threads())
-    for role, place in places.items():
-        logger.info("role %s: %s, %d thread(s)", role, place.device, place.threads)
-    return ParallelRunner(work, places)
-
-
-def execute(stages: Sequence[Stage], work: Path, make_runner: Callable[[], _Runner]) -> None:
+def execute(
+    stages: Sequence[Sequence[Job]], work: Path, run: Callable[[Sequence[Job]], dict[str, dict[str, Any]]]
+) -> None:
     """Run all jobs whose products are missing, stage by stage."""
-    missing = {stage: [job for job in stage.jobs if not _folder(work, job).is_dir()] for stage in stages}
-    if not any(missing.values()):
-        return
-    with make_runner() as runner:
-        for stage, jobs in missing.items():
-            for role, record in (runner.run(jobs) if jobs else {}).items():
-                logger.info("step %d, %s: %s", stage.step, role, _summary(record))
-            if stage.jobs[-1].role == MODEL:  # the optimiser's state of the step before is not needed any more
-                (product_folder(work, MODEL, stage.step - 1) / OPTIMIZER_NAME).unlink(missing_ok=True)
-
-
-def _folder(work: Path, job: Job) -> Path:
-    return product_folder(work, job.role, job.step)
+    for jobs in stages:
+        missing = [job for job in jobs if not job.folder(work).is_dir()]
+        for role, record in (run(missing) if missing else {}).items():
+            logger.info("step %d, %s: %s", jobs[0].step, role, _summary(record))
+        if jobs[-1].role == MODEL:  # the optimiser's state of the step before is not needed any more
+            (product_folder(work, MODEL, jobs[0].step - 1) / OPTIMIZER_NAME).unlink(missing_ok=True)
 
 
 def _summary(record: Mapping[str, Any]) -> str:
@@ -184,23 +162,21 @@ def _summary(record: Mapping[str, Any]) -> str:
 
 
 def _report(
-    config: FinetuneConfig, work: Path, stages: Sequence[Stage], corpus_name: str, prompt_count: int
+    config: FinetuneConfig, work: Path, stages: Sequence[Sequence[Job]], corpus_name: str, prompt_count: int
 ) -> dict[str, Any]:
     """Everything that is worth knowing of a finished run; a step takes as long as the slowest job of each stage."""
     corpus = PackedCorpus.load(work / CORPUS_NAME)
     steps: dict[int, dict[str, Any]] = {}
     for stage in stages:
-        records = [hub.read_json(_folder(work, job) / RECORD_NAME, "record of a role") for job in stage.jobs]
-        step = steps.setdefault(stage.step, {"step": stage.step, "seconds": 0.0, "roles": {}})
+        records = [hub.read_json(job.folder(work) / RECORD_NAME, "record of a role") for job in stage]
+        step = steps.setdefault(stage[0].step, {"step": stage[0].step, "seconds": 0.0, "roles": {}})
         step["seconds"] = round(step["seconds"] + max(record["seconds"] for record in records), 3)
-        step["roles"] |= {
-            record["role"]: record for record in sorted(records, key=lambda row: ROLES.index(row["role"]))
-        }
+        step["roles"] |= {record["role"]: record for record in records}
     first, last = steps[1]["roles"][MODEL]["figures"], steps[config.iterations]["roles"][MODEL]["figures"]
     return {
         "format": "calibfuse-finetune-report",
         "format_version": 1,
-        "settings": config.to_dict(),
+        "settings": asdict(config),
         "corpus": {
             "name": corpus_name,
             "documents": corpus.documents,
@@ -217,11 +193,10 @@ def _report(
     }
 
 
-def _publish(model: Path, output: Path, *, save_adapter: bool) -> None:
-    """Copy the last model to the output folder."""
-    own = (RECORD_NAME, OPTIMIZER_NAME) if save_adapter else (RECORD_NAME, OPTIMIZER_NAME, ADAPTER)
+def _publish(model: Path, output: Path) -> None:
+    """Copy the last model to the output folder, with its adapter where there is one."""
     try:
-        shutil.copytree(model, output, ignore=shutil.ignore_patterns(*own), dirs_exist_ok=True)
+        shutil.copytree(model, output, ignore=shutil.ignore_patterns(RECORD_NAME, OPTIMIZER_NAME), dirs_exist_ok=True)
     except OSError as error:
         raise CheckpointError(
             f"Cannot write the tuned model to {str(output)!r}: {error.strerror or error}. It is complete in "

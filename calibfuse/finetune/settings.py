@@ -1,15 +1,13 @@
-"""The settings of a whole fine-tuning run, as one JSON file that every role's process reads."""
+"""The settings of a whole fine-tuning run."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from calibfuse.errors import InputError, check_ranges
-from calibfuse.finetune.lora import LoraSettings
+from calibfuse.errors import check_ranges
 from calibfuse.finetune.schedule import ROLES, SEQUENTIAL, plan_stages
 from calibfuse.finetune.tuning import TuningConfig
 from calibfuse.generation.language_model import DTYPES
@@ -32,9 +30,8 @@ class ModelSource:
         check_ranges(self, dtype=DTYPES)
 
     def options(self) -> dict[str, Any]:
-        """Arguments of transformers' `from_pretrained`."""
-        options = {"local_files_only": self.local_files_only, "trust_remote_code": self.trust_remote_code}
-        return options if self.revision is None else {**options, "revision": self.revision}
+        """Arguments of `read_model` and `read_tokenizer`."""
+        return {name: getattr(self, name) for name in ("revision", "local_files_only", "trust_remote_code")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +57,8 @@ class FinetuneConfig:
     # time on what the oracle refuses, which is rare.
     keep_satisfied: float = 1.0  # share of the samples with C of at least 0.5 that is kept
     auxiliary: AuxiliaryTrainingConfig = field(default_factory=AuxiliaryTrainingConfig)  # the run gives each its seed
-    lora: LoraSettings | None = None  # an adapter in place of full fine-tuning
+    lora: int | None = None  # rank of an adapter (extra: lora) that is trained in place of the whole model
+    filter_corpus: float | None = None  # train only on documents that the oracle gives at least this C
     block_length: int = 128  # tokens of a corpus block
     held_out_share: float = 0.05  # of the corpus's documents
     held_out_blocks: int = 200  # for the corpus perplexity after each iteration, at most
@@ -68,7 +66,7 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         """Validate."""
         plan_stages(self.schedule, self.iterations)
-        check_ranges(self, held_out_blocks="[1, inf)", keep_satisfied="(0, 1]")
+        check_ranges(self, held_out_blocks="[1, inf)", lora="[1, inf)", filter_corpus="(0, 1]", keep_satisfied="(0, 1]")
 
     @property
     def is_constrained(self) -> bool:
@@ -79,26 +77,3 @@ class FinetuneConfig:
         """A seed for one role and step, below 2**31."""
         sequence = np.random.SeedSequence([self.tuning.seed, 24, ROLES.index(role), step])
         return int(sequence.generate_state(1)[0]) >> 1
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready dictionary."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> FinetuneConfig:
-        """Inverse of `to_dict`."""
-        try:
-            parts = {name: kind(**values[name]) for name, kind in _PARTS.items() if values[name] is not None}
-            return cls(**{**values, **parts})
-        except (KeyError, TypeError) as error:
-            raise InputError(f"These are no settings of a fine-tuning run: {error}.") from error
-
-
-_PARTS: dict[str, Any] = {
-    "model": ModelSource,
-    "oracle": OracleSource,
-    "tuning": TuningConfig,
-    "sampling": SamplingPlan,
-    "auxiliary": AuxiliaryTrainingConfig,
-    "lora": LoraSettings,
-}

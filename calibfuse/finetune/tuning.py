@@ -79,11 +79,10 @@ def tune(
     constraint: Constraint | None = None,
     show_progress: bool = False,
 ) -> dict[str, float]:
-    """Fine-tune a model for one iteration: CE(corpus) + kl_weight * KL(q || p_theta).
+    """Fine-tune a model in place for one iteration: CE(corpus) + kl_weight * KL(q || p_theta).
 
-    The model is changed in place, and left in evaluation mode. `optimizer` is of `tuning_optimizer`, with the state of
-    the iteration before; `iteration`, from 1, decides where in the corpus to read, and the learning rate. Without
-    `constraint`, or with KL weight 0, only the corpus counts.
+    `optimizer` is of `tuning_optimizer`, with the state of the iteration before; `iteration`, from 1, decides where in
+    the corpus to read, and the learning rate.
 
     Returns:
         "corpus_nats", "kl_nats" (nan without a constraint) per token over the last quarter of the steps,
@@ -136,14 +135,11 @@ class _TuningLoop(TrainingLoop):
         self.model, self.corpus, self.config = model, corpus, config
         self.constraint = constraint if config.kl_weight > 0 else None
         self.sample_tokens = 0
-
-        def batches(count: int, size: int, *seeds: int) -> Iterator[NDArray[np.int64]]:
-            return endless_batches(np.arange(count), size, lambda epoch: np.random.default_rng([*seeds, epoch]))
-
-        self._blocks = islice(batches(len(corpus.train), config.batch_size, config.seed, 21), first, None)
+        blocks = _batches(len(corpus.train), config.batch_size, config.seed, 21)
+        self._blocks = islice(blocks, first, None)
         if self.constraint is not None:
             count = len(self.constraint.samples)
-            self._rows = batches(count, config.sample_batch_size, config.seed, 22, iteration)
+            self._rows = _batches(count, config.sample_batch_size, config.seed, 22, iteration)
 
     def losses(self) -> dict[str, float]:
         """See `TrainingLoop.losses`."""
@@ -159,6 +155,10 @@ class _TuningLoop(TrainingLoop):
             row["KL"], positions = _add_kl_gradient(model, self.constraint, torch.from_numpy(next(self._rows)), config)
             self.sample_tokens += positions
         return row
+
+
+def _batches(count: int, size: int, *seeds: int) -> Iterator[NDArray[np.int64]]:
+    return endless_batches(np.arange(count), size, lambda epoch: np.random.default_rng([*seeds, epoch]))
 
 
 def check_corpus(corpus: PackedCorpus, config: TuningConfig) -> None:

@@ -4,20 +4,10 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from calibfuse.cli.options import SWITCH, Fields, add
+from calibfuse.cli.options import Fields, add
 from calibfuse.errors import InputError
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from calibfuse.finetune.corpus import Keep
-    from calibfuse.finetune.settings import FinetuneConfig
 
 EXAMPLES = """\
 examples:
@@ -30,8 +20,7 @@ examples:
       --schedule parallel --device cuda:0,cuda:1,cuda:2 --output tuned
 
   # a LoRA adapter in place of full fine-tuning (extra: lora); the result is the merged model, the adapter beside it
-  calibfuse finetune --model org/any-llm --corpus domain/ --oracle bundled --prompts prompts.txt --lora 8 \\
-      --save-adapter --output tuned
+  calibfuse finetune --model org/any-llm --corpus domain/ --oracle bundled --prompts prompts.txt --lora 8 --output tuned
 
   # the two baselines: plain fine-tuning, and on the documents that satisfy the oracle only (DAPT)
   calibfuse finetune --model org/any-llm --corpus domain/ --kl-weight 0 --output plain
@@ -66,7 +55,7 @@ AUXILIARY = Fields(
 )
 RUN = Fields(
     "calibfuse.finetune.settings:FinetuneConfig",
-    *("schedule", "iterations", "block_length", "held_out_share", "keep_satisfied"),
+    *("schedule", "iterations", "block_length", "held_out_share", "keep_satisfied", "lora", "filter_corpus"),
 )
 
 
@@ -74,24 +63,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments; imports nothing heavy."""
     add(parser, "resume", "quiet", output={"required": True})
     model = parser.add_argument_group("model")
-    add(model, "model")
-    add(model, device={"help": "cpu, cuda, or several for the parallel schedule: cuda:0,cuda:1"})
+    add(model, "model", device={"help": "cpu, cuda, or several for the parallel schedule: cuda:0,cuda:1"})
     MODEL.add(model, dtype={"choices": ("float32", "bfloat16", "auto")})
-    add(model, threads={"type": int, "metavar": "N", "help": "CPU threads of all roles together"})
-    lora = {"type": int, "metavar": "RANK", "help": "train an adapter of this rank (extra: lora), not the whole model"}
-    add(model, lora=lora, save_adapter=SWITCH | {"help": "also leave the adapter in DIR/adapter"})
-    corpus = parser.add_argument_group("corpus")
     files = {"nargs": "+", "required": True, "metavar": "FILE", "help": ".txt, .jsonl, .csv, folders, hf:NAME"}
-    add(corpus, "text_field", corpus=files)
-    condition = {"type": float, "metavar": "C", "help": "train only on documents that the oracle gives at least C"}
-    add(corpus, filter_corpus=condition)
+    add(parser.add_argument_group("corpus"), "text_field", corpus=files)
     constraint = parser.add_argument_group("constraint")
     add(constraint, "oracle", "power", "threshold", "continuation_only")
     add(constraint, "prompts", "prompt_count", "min_prompt_toxicity")
     CONSTRAINT.add(constraint)
     run = parser.add_argument_group("run")
-    schedules = {"choices": ("sequential", "parallel"), "help": "roles in turn, or at once (default: sequential)"}
-    RUN.add(run, schedule=schedules)
+    RUN.add(run, schedule={"choices": ("sequential", "parallel"), "help": "roles in turn, or at once"})
     TUNING.add(run, precision={"choices": ("fp32", "bf16")})
     SAMPLING.add(parser.add_argument_group("samples of an iteration"))
     AUXILIARY.add(parser.add_argument_group("auxiliary model"))
@@ -99,25 +80,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    if args.threads is not None:
-        if args.threads < 1:
-            raise InputError(f"--threads must be at least 1, got {args.threads}.")
-        os.environ["OMP_NUM_THREADS"] = str(args.threads)  # read when torch is first used
-    _check(args)
-    config = _config(args)
-    import torch
-
+    if args.kl_weight is None or args.kl_weight > 0:
+        for value, name in ((args.oracle, "--oracle"), (args.prompts, "--prompts")):
+            if value is None:
+                raise InputError(f"A --kl-weight above 0 needs {name}; with --kl-weight 0 it is plain fine-tuning.")
     from calibfuse.evaluation.prompts import load_prompts
     from calibfuse.finetune.run import run_finetuning
+    from calibfuse.finetune.settings import FinetuneConfig, ModelSource, OracleSource
+    from calibfuse.finetune.tuning import TuningConfig
+    from calibfuse.generation.language_model import locate
     from calibfuse.textfiles import iter_documents
+    from calibfuse.value.auxiliary_training import AuxiliaryTrainingConfig
+    from calibfuse.value.samples import SamplingPlan
 
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
     logging.basicConfig(level=logging.WARNING if args.quiet else logging.INFO, format="%(message)s")
+    oracle = None
+    if args.oracle is not None:
+        oracle = OracleSource(spec=args.oracle, power=args.power, threshold=args.threshold)
+    config = FinetuneConfig(
+        model=ModelSource(name=args.model or locate(None)[0], **MODEL.values(args)),
+        oracle=oracle,
+        tuning=TuningConfig(**TUNING.values(args), **CONSTRAINT.values(args)),
+        sampling=SamplingPlan(continuation_only=args.continuation_only, **SAMPLING.values(args)),
+        auxiliary=AuxiliaryTrainingConfig(**AUXILIARY.values(args)),
+        **RUN.values(args),
+    )
     prompts: list[str] = []
     if args.prompts is not None:
-        options: dict[str, Any] = {"count": args.prompt_count or None, "min_toxicity": args.min_prompt_toxicity}
-        found = load_prompts(args.prompts, seed=config.tuning.seed, **options)
+        found = load_prompts(
+            args.prompts,
+            seed=config.tuning.seed,
+            count=args.prompt_count or None,
+            min_toxicity=args.min_prompt_toxicity,
+        )
         prompts = [prompt.text for prompt in found]
     try:
         result = run_finetuning(
@@ -125,9 +120,7 @@ def run(args: argparse.Namespace) -> int:
             iter_documents(args.corpus, text_field=args.text_field),
             prompts,
             args.output,
-            corpus_name=_corpus_name(args),
-            keep=_filter(args),
-            save_adapter=args.save_adapter,
+            corpus_name=", ".join(Path(path).name or path for path in args.corpus),
             resume=args.resume,
             device=args.device,
             show_progress=not args.quiet,
@@ -143,66 +136,3 @@ def run(args: argparse.Namespace) -> int:
         print(f"Step {step['step']}: {step['seconds']:.1f} s ({roles}).")
     print(f"Model written to {result.output}. Try: calibfuse evaluate --model {result.output} --alpha 0")
     return 0
-
-
-def _check(args: argparse.Namespace) -> None:
-    """Refuse arguments that do not go together, before anything heavy is loaded."""
-    if args.kl_weight is None or args.kl_weight > 0:
-        for value, name in ((args.oracle, "--oracle"), (args.prompts, "--prompts")):
-            if value is None:
-                raise InputError(f"A --kl-weight above 0 needs {name}; with --kl-weight 0 it is plain fine-tuning.")
-    if args.filter_corpus is not None:
-        if args.oracle is None:
-            raise InputError("--filter-corpus needs --oracle, which judges the documents.")
-        if not 0.0 < args.filter_corpus <= 1.0:
-            raise InputError(f"--filter-corpus must be above 0 and at most 1, got {args.filter_corpus}.")
-    if args.save_adapter and args.lora is None:
-        raise InputError("--save-adapter needs --lora; without it there is no adapter.")
-
-
-def _config(args: argparse.Namespace) -> FinetuneConfig:
-    from calibfuse.finetune.lora import LoraSettings
-    from calibfuse.finetune.settings import FinetuneConfig, ModelSource, OracleSource
-    from calibfuse.finetune.tuning import TuningConfig
-    from calibfuse.value.auxiliary_training import AuxiliaryTrainingConfig
-    from calibfuse.value.samples import SamplingPlan
-
-    oracle = None
-    if args.oracle is not None:
-        oracle = OracleSource(spec=args.oracle, power=args.power, threshold=args.threshold)
-    return FinetuneConfig(
-        model=ModelSource(name=args.model or _bundled_target(), **MODEL.values(args)),
-        oracle=oracle,
-        tuning=TuningConfig(**TUNING.values(args), **CONSTRAINT.values(args)),
-        sampling=SamplingPlan(continuation_only=args.continuation_only, **SAMPLING.values(args)),
-        auxiliary=AuxiliaryTrainingConfig(**AUXILIARY.values(args)),
-        lora=None if args.lora is None else LoraSettings(rank=args.lora, alpha=2.0 * args.lora),
-        **RUN.values(args),
-    )
-
-
-def _bundled_target() -> str:
-    from calibfuse.generation.language_model import DEMO_TARGET
-    from calibfuse.hub import resolve_checkpoint
-
-    return str(resolve_checkpoint(None, default=DEMO_TARGET))
-
-
-def _corpus_name(args: argparse.Namespace) -> str:
-    names = ", ".join(Path(path).name or path for path in args.corpus)
-    return names if args.filter_corpus is None else f"{names}, C of at least {args.filter_corpus:g}"
-
-
-def _filter(args: argparse.Namespace) -> Keep | None:
-    """Which documents satisfy the oracle; one that it cannot label is not trained on."""
-    if args.filter_corpus is None:
-        return None
-    from calibfuse.value.oracle import load_oracle
-
-    oracle = load_oracle(args.oracle, power=args.power, threshold=args.threshold, device=args.device)
-
-    def keep(texts: Sequence[str]) -> NDArray[np.bool_]:
-        answer: NDArray[np.bool_] = oracle.satisfaction(texts) >= args.filter_corpus
-        return answer
-
-    return keep
