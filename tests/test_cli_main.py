@@ -194,26 +194,6 @@ def test_the_default_of_a_field_is_the_one_that_the_help_names():
     assert checked > 60
 
 
-@pytest.mark.parametrize(
-    ("old", "note"),
-    [
-        (["generate", "--prompt", "a", "b", "--target", "no/such/model/here"], ["without an option", "--model"]),
-        (["generate", "a", "--num-return-sequences=0"], ["--samples"]),
-        (["inspect", "a", "--unmasked", "--top", "0"], ["--no-mask"]),
-        (["evaluate", "--max-perplexity-increase", "-1"], ["--fluency-budget"]),
-        (["demo", "--prompts", "0"], ["--prompt-count"]),
-        (["align", "--target", "no/such/model/here"], ["align-embedding"]),
-    ],
-)
-def test_old_spellings_work_with_a_note(old, note, capsys):
-    assert cli.main(old) == 2
-    *notes, error = capsys.readouterr().err.splitlines()
-    assert len(notes) == len(note)
-    assert all(each in line for each, line in zip(note, notes, strict=True))
-    assert error.startswith("calibfuse: error: ")
-    assert "unrecognized" not in error
-
-
 def test_messages_name_the_flag_of_a_field(capsys):
     assert cli.main(["generate", "a", "--max-new-tokens", "0"]) == 2
     assert capsys.readouterr().err == "calibfuse: error: --max-new-tokens must be at least 1, got 0.\n"

@@ -19,28 +19,6 @@ from typing import NoReturn
 from calibfuse import __version__
 from calibfuse.errors import CalibfuseError
 
-# Earlier spellings, by command ("*": of all), and the present ones; "": the value stands without an option now.
-_OLD_SPELLINGS = {
-    "*": {
-        "--target": "--model",
-        "--unmasked": "--no-mask",
-        "--num-return-sequences": "--samples",
-        "--per-prompt": "--samples",
-        "--prompts-file": "--prompts",
-        "--prompt": "",
-        "--from-unfiltered": "",
-        "--max-perplexity-increase": "--fluency-budget",
-    },
-    "demo": {"--prompts": "--prompt-count"},
-    "train-calibrator": {
-        "--non-toxic": "--wanted",
-        "--reference": "--unwanted",
-        "--threshold": "--toxic-from",
-        "--rows": "--batch-size",
-        "--slots": "--sequence-length",
-    },
-}
-
 # Command and its line in `calibfuse --help`; the module is the name with underscores.
 COMMANDS: tuple[tuple[str, str], ...] = (
     ("demo", "continue a few prompts with and without the calibrator, side by side"),
@@ -121,7 +99,7 @@ def build_parser(command: str | None = None) -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line."""
-    arguments = _renamed(list(sys.argv[1:] if argv is None else argv))
+    arguments = list(sys.argv[1:] if argv is None else argv)
     parser = build_parser(arguments[0] if arguments else None)
     if not arguments:
         parser.print_help()
@@ -144,29 +122,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (CalibfuseError, OSError) as error:
         return _fail(f"error: {_with_flags(_one_line(error), getattr(args, 'flags', {}))}", EXIT_ERROR)
     return code
-
-
-def _renamed(arguments: list[str]) -> list[str]:
-    """Arguments in their present spelling, with a note for each that has another name now."""
-    command = arguments[0] if arguments else ""
-    if command == "serve":  # what it does not know is vLLM's
-        return arguments
-    if command == "align" and any(each.partition("=")[0] == "--target" for each in arguments):
-        print("calibfuse: note: align --target is now align-embedding --model", file=sys.stderr)
-        return ["align-embedding", *(each.replace("--target", "--model", 1) for each in arguments[1:])]
-    present = _OLD_SPELLINGS["*"] | _OLD_SPELLINGS.get(command, {})
-    renamed = []
-    for each in arguments:
-        flag, sign, value = each.partition("=")
-        if flag in present:
-            new = present[flag]
-            shown = new or "an argument without an option"
-            print(f"calibfuse: note: {flag} is now {shown}; the old spelling goes in the next version", file=sys.stderr)
-            each = new + sign + value if new else value
-            if not each:
-                continue
-        renamed.append(each)
-    return renamed
 
 
 def _one_line(error: BaseException) -> str:

@@ -147,7 +147,7 @@ class Fields:
 
 @cache
 def _read_fields(source: str) -> dict[str, _Field]:
-    """The fields of a settings class and of those that it inherits from, with the first sentence on each."""
+    """The fields of a settings class and of those that it inherits from, each with its comment."""
     module, _, name = source.partition(":")
     text = (_PACKAGE.parent / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
     tree, lines = ast.parse(text), text.splitlines()
@@ -162,7 +162,6 @@ def _read_fields(source: str) -> dict[str, _Field]:
     for base in places[name].bases:
         parent = ast.unparse(base)
         found |= _read_fields(f"{module}:{parent}" if parent in places else imported[parent])
-    told = _told(ast.get_docstring(places[name]) or "")
     for node in places[name].body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             comment = lines[node.lineno - 1].partition("  # ")[2]
@@ -170,20 +169,6 @@ def _read_fields(source: str) -> dict[str, _Field]:
                 default = None if node.value is None else ast.literal_eval(node.value)
             except ValueError:
                 default = None  # another settings class, or a value that is computed
-            help_ = told.get(node.target.id, comment)
-            shown = re.sub(r"`(\w+)`", lambda match: "--" + match[1].replace("_", "-"), help_).replace("%", "%%")
+            shown = re.sub(r"`(\w+)`", lambda match: "--" + match[1].replace("_", "-"), comment).replace("%", "%%")
             found[node.target.id] = _Field(ast.unparse(node.annotation), default, shown)
     return found
-
-
-def _told(docstring: str) -> dict[str, str]:
-    """Field -> what the section Attributes says of it, up to the first full stop."""
-    found: dict[str, str] = {}
-    name = ""
-    for line in docstring.partition("Attributes:\n")[2].splitlines():
-        if not line.strip():
-            break
-        if not line.startswith("        "):  # not the rest of the field before
-            name, _, line = line.strip().partition(": ")
-        found[name] = f"{found.get(name, '')} {line.strip()}".strip()
-    return {name: text.partition(". ")[0].rstrip(".") for name, text in found.items()}

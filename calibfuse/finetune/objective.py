@@ -1,7 +1,7 @@
 """The loss of attribute-controlled fine-tuning: cross-entropy on a corpus, and a closed-form KL on samples.
 
 The distribution nearest to a base p that satisfies a constraint C decomposes exactly into tokens, with
-R(x_<=i) = E_p[C | x_<=i] (Meng et al. 2022, arXiv 2205.14219, section 3); fine-tuning minimises CE + weight * KL(q || p).
+R(x_<=i) = E_p[C | x_<=i] (Meng et al. 2022, arXiv 2205.14219, section 3); the loss is CE + weight * KL(q || p).
 """
 
 from __future__ import annotations

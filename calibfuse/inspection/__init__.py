@@ -2,10 +2,8 @@
 
 from calibfuse.inspection.coverage import (
     CalibratorMetadata,
-    TextReport,
     VocabularyReport,
     describe_calibrator,
-    report_text,
     report_vocabulary,
 )
 from calibfuse.inspection.pages import trace_page
@@ -18,12 +16,10 @@ __all__ = [
     "CandidateTrace",
     "StepTrace",
     "TextEncoder",
-    "TextReport",
     "VocabularyReport",
     "describe_calibrator",
     "mask_in_context",
     "mask_pieces",
-    "report_text",
     "report_vocabulary",
     "text_encoder",
     "trace_generation",

@@ -1,4 +1,4 @@
-"""What a calibrator is, what of a vocabulary it covers, and how well it predicts text cut into that vocabulary.
+"""What a calibrator is, and what of a vocabulary it covers.
 
 "Covered" is what it has something to say about: for the universal calibrator every id with text, for a causal language
 model that is projected onto another vocabulary every id whose bytes its own tokens can spell.
@@ -6,22 +6,17 @@ model that is projected onto another vocabulary every id whose bytes its own tok
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from calibfuse.errors import DataError
-from calibfuse.guide import VALUE_HEAD, Guide
+from calibfuse.guide import Guide
 from calibfuse.loading import PretrainedCalibrator
 from calibfuse.vocabulary import Vocabulary
-
-_BLOCK_ELEMENTS = 4_000_000  # of a [positions, vocabulary] block: bounds memory
 
 
 @dataclass(frozen=True)
@@ -120,78 +115,3 @@ def report_vocabulary(vocabulary: Vocabulary, bound: Guide | None = None) -> Voc
         longest=max(map(len, texts)),
         unspelled=unspelled,
     )
-
-
-@dataclass(frozen=True)
-class TextReport:
-    """How a bound calibrator fits a text."""
-
-    passages: int  # token sequences, each scored from an empty context
-    tokens: int  # scored tokens
-    bytes: int  # of the scored tokens
-    skipped: int  # tokens that are not covered (unknown marks), left out of all sums
-    distinct: int  # different tokens that were scored
-    bits_per_byte: Mapping[str, float]  # by head; comparable across vocabularies
-
-    @property
-    def covered_mass(self) -> float:
-        """Share of the text's tokens that are covered, in [0, 1]."""
-        return self.tokens / (self.tokens + self.skipped)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready dictionary."""
-        return {**asdict(self), "covered_mass": self.covered_mass}
-
-    def rows(self) -> list[tuple[str, str]]:
-        """What, and its value."""
-        return [
-            ("passages", f"{self.passages:,}"),
-            ("bytes", f"{self.bytes:,}"),
-            ("tokens", f"{self.tokens + self.skipped:,} ({self.distinct:,} different)"),
-            ("covered tokens of the text", f"{100 * self.covered_mass:.3f} %"),
-            *((f"bits per byte, head {head!r}", f"{value:.3f}") for head, value in self.bits_per_byte.items()),
-        ]
-
-
-def report_text(bound: Guide, sequences: Sequence[Sequence[int]]) -> TextReport:
-    """Score passages, token ids without special ones, each from an empty context.
-
-    Raises:
-        DataError: no sequence has a token with bytes.
-        VocabularyMismatchError: an id is outside the vocabulary.
-    """
-    lengths = np.diff(bound.vocabulary.offsets)
-    passages = [torch.as_tensor(each, dtype=torch.int64, device=bound.device) for each in sequences if len(each)]
-    nats = {head: 0.0 for head in bound.heads if head != VALUE_HEAD}
-    scored: list[int] = []
-    for ids in passages:
-        covered = bound.covers(ids)
-        scored += ids[covered].tolist()
-        for head, values in zip(nats, _surprise(bound, ids, list(nats)), strict=True):
-            nats[head] += float(values[covered].double().sum())
-    if not scored:
-        raise DataError("There is no text to measure: expected at least one passage with a token that has bytes.")
-    byte_count = int(lengths[scored].sum())
-    return TextReport(
-        passages=len(passages),
-        tokens=len(scored),
-        bytes=byte_count,
-        skipped=sum(map(len, passages)) - len(scored),
-        distinct=len(set(scored)),
-        bits_per_byte={head: total / byte_count / math.log(2) for head, total in nats.items()},
-    )
-
-
-@torch.no_grad()
-def _surprise(bound: Guide, ids: Tensor, heads: Sequence[str]) -> list[Tensor]:
-    """Negative log-probability of every token of one sequence, the first included: float32 [length] for each head."""
-    said = bound.sequence(ids[None])
-    step = max(1, _BLOCK_ELEMENTS // bound.target_vocab_size)
-    parts: dict[str, list[Tensor]] = {head: [-bound.first_log_probs(head)[ids[:1]]] for head in heads}
-    for start in range(0, len(ids) - 1, step):
-        stop = min(start + step, len(ids) - 1)
-        states = said.positions(start, stop)  # all heads of a block at once: a projection reads the text for each block
-        for head in heads:
-            log_probs = bound.normalise(states.log_scores(head)[0])
-            parts[head].append(-log_probs.gather(1, ids[start + 1 : stop + 1, None])[:, 0])
-    return [torch.cat(parts[head]) for head in heads]
