@@ -6,7 +6,7 @@ import torch
 
 from calibfuse.calibrator import Calibrator, CalibratorConfig
 from calibfuse.training.batches import BOUNDARY, IGNORE, BatchVocabulary, make_batch, pack_rows
-from calibfuse.training.objective import TrainingObjective
+from calibfuse.training.trainer import TrainingObjective
 from calibfuse.vocabulary import Vocabulary
 
 SHAPE = CalibratorConfig(
@@ -119,7 +119,7 @@ def test_the_loss_is_the_mean_cross_entropy_of_the_bound_calibrator(twins):
 
 
 def test_gradients_of_the_summed_cross_entropy_are_those_of_torch():
-    from calibfuse.training.objective import _SummedCrossEntropy
+    from calibfuse.training.trainer import _SummedCrossEntropy
 
     scores = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
     targets = torch.tensor([0, 1, 2, 3, 4, 0, 0])

@@ -100,16 +100,7 @@ class _Field(NamedTuple):
 
 
 class Fields:
-    """Options that fill the fields of a settings class.
-
-    The class is read from its source: importing it would load torch, and `--help` must come at once. An option that is
-    not given is None, so that the class's own default counts.
-
-    Args:
-        source: "package.module:Class".
-        *names: fields whose option has the field's name.
-        **flags: field -> name of its option, where that is another one.
-    """
+    """Options that fill the fields of a settings class."""
 
     def __init__(self, source: str, *names: str, **flags: str) -> None:
         self.source = source

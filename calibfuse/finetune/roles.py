@@ -1,8 +1,4 @@
-"""What the three roles do: read products from folders, make the next one, write it whole.
-
-Everything that a role draws at random follows from the seed, the role and the step: a step that is made anew comes out
-the same.
-"""
+"""What the three roles do: read products from folders, make the next one, write it whole."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""Fine-tuning of one step of a schedule: so many optimiser steps on corpus blocks and, with a constraint, on samples.
-
-The optimiser's state and the place in the corpus go on from step to step, and the learning rate runs over all steps, so
-that with KL weight 0 the steps together are one plain fine-tuning.
-"""
+"""Fine-tuning of one step of a schedule: optimiser steps on corpus blocks and, with a constraint, on samples."""
 
 from __future__ import annotations
 

@@ -1,8 +1,4 @@
-"""How prompts are continued: the settings, the ids of a prompt, the room it needs, and the call of `generate()`.
-
-Whatever decodes text in calibfuse comes through `generate_tokens`: the model's own `generate()`, so that what it needs
-(caches, positions) is right. Draws are torch's, or a processor's that chooses the token itself (seeded_sampling.py).
-"""
+"""How prompts are continued: the settings, the ids of a prompt, the room it needs, and the call of `generate()`."""
 
 from __future__ import annotations
 
@@ -107,10 +103,7 @@ def encode_prompt(
 def check_lengths(
     model: PreTrainedModel | PretrainedConfig, rows: Sequence[Sequence[int]], max_new_tokens: int, what: str
 ) -> None:
-    """Refuse (InputError) rows of ids that leave no room for `max_new_tokens` more; `what` they are, for the message.
-
-    `model` is the one that reads them, or its configuration.
-    """
+    """Refuse rows of ids that leave no room for `max_new_tokens` more; `what` they are, for the message."""
     limit = position_limit(model)
     for number, ids in enumerate(rows if limit is not None else (), start=1):
         if len(ids) + max_new_tokens > (limit or 0):
@@ -165,11 +158,7 @@ def continue_prompts(
     seed: int | None = None,
     streamer: BaseStreamer | None = None,
 ) -> list[list[Continuation]]:
-    """Continue a batch of prompts with torch's draws; arguments as of `generate_tokens`.
-
-    `seed` is set before the call (None: that of `decoding`): the same one gives the plain and the guided model the same
-    draws. Each prompt gets `decoding.samples` continuations.
-    """
+    """Continue a batch of prompts with torch's draws; arguments as of `generate_tokens`."""
     import torch
 
     padding_id = find_padding_id(target.model, target.tokenizer)

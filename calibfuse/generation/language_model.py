@@ -1,8 +1,4 @@
-"""A causal language model and its tokenizer, from a folder, a GGUF file or the Hub; one sentence where it fails.
-
-transformers reports a model that it cannot load by a dozen kinds of exceptions, some of them many lines long; here each
-becomes a CheckpointError.
-"""
+"""A causal language model and its tokenizer, from a folder, a GGUF file or the Hub; one sentence where it fails."""
 
 from __future__ import annotations
 

@@ -48,11 +48,7 @@ def weights_fingerprint(tensors: Mapping[str, Tensor]) -> str:
 
 
 def read_json(path: str | os.PathLike[str], what: str) -> dict[str, Any]:
-    """Read a JSON file that holds one object; `what` names it in messages: "configuration of a calibrator".
-
-    Raises:
-        CheckpointError: missing, unreadable, not UTF-8, not JSON, or JSON that is no object.
-    """
+    """Read a JSON file that holds one object; `what` names it in messages: "configuration of a calibrator"."""
     try:
         value = json.loads(Path(path).read_bytes().decode("utf-8"))
     except FileNotFoundError:
@@ -73,12 +69,7 @@ def read_json(path: str | os.PathLike[str], what: str) -> dict[str, Any]:
 def read_config(
     folder: str | os.PathLike[str], filename: str = CONFIG_NAME, *, format_name: str, supported_version: int
 ) -> dict[str, Any]:
-    """Read the configuration of a checkpoint and make sure that it is one of ours, in a format this version knows.
-
-    Raises:
-        CheckpointError: missing, no JSON, or the configuration of something else.
-        CheckpointFormatError: written in a newer format than `supported_version`.
-    """
+    """Read the configuration of a checkpoint and make sure that it is one of ours, in a format this version knows."""
     path = Path(folder) / filename
     config = read_json(path, f"configuration of a {format_name}")
     if config.get("format") != format_name:
@@ -180,10 +171,7 @@ def write_tensors(
 
 
 def write_files(folder: str | os.PathLike[str], contents: Mapping[str, bytes]) -> None:
-    """Write several files of one folder under temporary names, then rename them in the given order.
-
-    The last one is the mark that all are there: an old one is removed before the first rename.
-    """
+    """Write several files of one folder under temporary names, then rename them in the given order."""
     _write_whole(folder, contents, durable=True)
 
 
@@ -315,11 +303,7 @@ def _without_revision(folder: Path, revision: str | None) -> Path:
 
 
 def check_repository(repo_id: str, *, revision: str | None = None, local_files_only: bool = False) -> None:
-    """Ask the Hub once for a model that its cache has not; loaders ask again and again where it cannot be reached.
-
-    Raises:
-        CheckpointError: there is no such repository or revision, no access, or the Hub was not reached.
-    """
+    """Ask the Hub once for a model that its cache has not; loaders ask again and again where it cannot be reached."""
     from huggingface_hub import HfApi, constants, errors, try_to_load_from_cache
 
     cached = try_to_load_from_cache(repo_id, CONFIG_NAME, revision=revision)
@@ -336,11 +320,7 @@ def check_repository(repo_id: str, *, revision: str | None = None, local_files_o
 
 
 def check_tokenizer(name: str) -> None:
-    """`check_repository` for the name of a tokenizer; what is a path, or in the cache, is not asked for.
-
-    Raises:
-        VocabularyError: as there.
-    """
+    """`check_repository` for the name of a tokenizer; what is a path, or in the cache, is not asked for."""
     from huggingface_hub import try_to_load_from_cache
 
     files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
@@ -391,14 +371,7 @@ def upload_folder(
     commit_message: str | None = None,
     token: str | bool | None = None,
 ) -> str:
-    """Upload a checkpoint folder to the Hub, making the repository and the branch where they do not exist.
-
-    Returns:
-        The address of the repository.
-
-    Raises:
-        CheckpointError: the folder is no whole checkpoint, or the Hub refused or was not reached.
-    """
+    """Upload a checkpoint folder to the Hub, making the repository and the branch where they do not exist."""
     from huggingface_hub import HfApi
 
     place = Path(folder)

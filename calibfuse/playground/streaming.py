@@ -1,8 +1,4 @@
-"""Both continuations of a prompt, token by token, with what the fusion did; nothing here knows the page.
-
-The plain model goes first and the guided one follows with the same seed: torch's generator is one for the process, so
-two at a time would take each other's draws.
-"""
+"""Both continuations of a prompt, token by token, with what the fusion did; nothing here knows the page."""
 
 from __future__ import annotations
 
@@ -34,14 +30,7 @@ class Progress:
 
 
 def stream_both(target: LanguageModel, fusion: CalibFusion, prompt: str, decoding: Decoding) -> Iterator[Progress]:
-    """Continue a prompt with the plain model, then with the fusion; one sample is drawn of each.
-
-    Yields:
-        The progress after every token. Closing the iterator ends the generation at its next token.
-
-    Raises:
-        InputError: a prompt without tokens, too long for the model, or a chat template that is not there.
-    """
+    """Continue a prompt with the plain model, then with the fusion; one sample is drawn of each."""
     ids = decoding.encode(target.tokenizer, prompt)
     check_lengths(target.model, [ids], decoding.max_new_tokens, "prompt")
     padding = find_padding_id(target.model, target.tokenizer)

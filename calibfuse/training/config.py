@@ -10,7 +10,6 @@ from typing import Any
 from calibfuse.errors import InputError, check_ranges
 from calibfuse.scorers import ToxicityScorer
 from calibfuse.textfiles import HUB_PREFIX
-from calibfuse.training.loop import learning_rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +92,3 @@ class TrainingConfig:
         check_ranges(self, **dict.fromkeys((*counts, "validation_bytes"), "[1, inf)"))
         check_ranges(self, **dict.fromkeys(("warmup", "decay", "split_rate", "neutral_share"), "[0, 1]"))
         check_ranges(self, learning_rate="(0, inf)", flagged_share="[0, 1)", precision=("bf16", "fp32"))
-
-    def rate_at(self, step: int) -> float:
-        """Learning rate of a step: rises, stays, falls to 0 over the last `decay` share."""
-        return learning_rate(step, self.steps, peak=self.learning_rate, warmup=self.warmup, decay=self.decay)

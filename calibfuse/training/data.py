@@ -1,8 +1,4 @@
-"""The store of passages that training draws from.
-
-Documents are cut into passages once, sorted, and kept in memory-mapped files, so that training can shuffle, resume and
-read any passage without holding the text as Python strings.
-"""
+"""The store of passages that training draws from."""
 
 from __future__ import annotations
 
@@ -78,10 +74,7 @@ class PassageStore:
         max_validation_bytes: int = 2_000_000,
         show_progress: bool = True,
     ) -> PassageStore:
-        """Read and sort the text once and write the store, or reuse the one of the same files and options.
-
-        It becomes a folder inside `cache_folder`. Shorter passages than `min_bytes` are left out.
-        """
+        """Read and sort the text once and write the store, or reuse the one of the same files and options."""
         options = {
             "text_field": text.text_field,
             "passage_bytes": passage_bytes,
@@ -148,10 +141,7 @@ class PassageStore:
         return np.random.default_rng([seed, epoch]).permutation(indices)
 
     def blocks(self, max_bytes: int) -> Iterator[tuple[int, np.ndarray, bytes]]:
-        """All passages in order, in blocks of about `max_bytes`, for scans of the raw bytes.
-
-        Yields index of the block's first passage, int64 offsets of its passages within the block, and its bytes.
-        """
+        """All passages in order, in blocks of about `max_bytes`, for scans of the raw bytes."""
         first = 0
         while first < len(self):
             limit = self._offsets[first] + max_bytes
@@ -224,10 +214,7 @@ def _write_store(
 def choose_validation(
     hashes: np.ndarray, byte_lengths: np.ndarray, share: float, max_bytes: int, min_bytes: int = 65_536
 ) -> np.ndarray:
-    """Choose the passages of the validation set: those with the lowest hashes.
-
-    The share is raised, up to a twentieth of the text, where it gives less than `min_bytes`.
-    """
+    """Choose the passages of the validation set: those with the lowest hashes."""
     if not 0.0 < share <= 0.5:
         raise DataError(f"validation_share must be above 0 and at most 0.5, got {share}.")
     total = int(byte_lengths.sum())

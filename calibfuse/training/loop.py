@@ -311,10 +311,7 @@ def mixed_precision(device: torch.device, precision: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM are noted, for the caller to finish its step and save; a second one stops at once.
-
-    Yields a function: whether one came.
-    """
+    """Ctrl-C and SIGTERM are noted, for the caller to finish its step and save; a second one stops at once."""
     came: list[int] = []
 
     def note(number: int, frame: object) -> None:

@@ -1,8 +1,4 @@
-"""From text files to a calibrator checkpoint: the whole training run, as `calibfuse train-calibrator` does it.
-
-Order of work: check all options, read and sort the text (cached), train or load the tokenizer pool (cached), train the
-model (checkpoints), measure it on held-out text, write the checkpoint with its model card.
-"""
+"""From text files to a calibrator checkpoint: the whole training run, as `calibfuse train-calibrator` does it."""
 
 from __future__ import annotations
 
@@ -162,11 +158,7 @@ def _own_pool(
 
 
 def _word_table(source: BatchSource, calibrator: Calibrator, *, show_progress: bool) -> dict[str, float]:
-    """Words that the trained calibrator biases by themselves, and names that it protects: word -> shift, nats.
-
-    A name's shift is the larger one of two vocabularies, one that spells most names in one token and one that does not;
-    listed groups get LISTED_SHIFT at least.
-    """
+    """Words that the trained calibrator biases by themselves, and names that it protects: word -> shift, nats."""
     balance = source.balance
     excluded = balance.excluded if balance is not None else None
     words = word_shifts(source.store, flagged_share=source.flagged_share, excluded=excluded)

@@ -1,32 +1,98 @@
-"""Training of a universal calibrator: both heads on packed batches of a pool of tokenizers.
-
-Under `accelerate launch` every process packs the same global batch and works on its share of the rows, so the loss
-curve does not depend on the number of processes.
-"""
+"""Training of a universal calibrator: both heads on packed batches of a pool of tokenizers."""
 
 from __future__ import annotations
 
 import math
 import os
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from calibfuse.bits_per_byte import measure_fidelity
 from calibfuse.calibrator import Calibrator
 from calibfuse.errors import InputError, MissingDependencyError
 from calibfuse.generation.language_model import choose_device
 from calibfuse.guide import CALIBRATOR_HEAD, REFERENCE_HEAD
-from calibfuse.training.batches import BatchSource
+from calibfuse.training.batches import BOUNDARY, IGNORE, BatchSource, TrainingBatch
 from calibfuse.training.config import TrainingConfig
 from calibfuse.training.data import PassageStore
-from calibfuse.training.loop import TrainingLoop, make_optimizer, mixed_precision
-from calibfuse.training.objective import Losses, TrainingObjective
+from calibfuse.training.loop import TrainingLoop, learning_rate, make_optimizer, mixed_precision
 from calibfuse.training.tokenizers.pool import TokenizerPool
 
 _KNOWLEDGE = ("fusion", "training", "words")  # of a configuration: what was learned or found, not the shape
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Mean cross-entropies in nats per token."""
+
+    total: Tensor  # what is minimised
+    calibrator: Tensor  # of the non-toxic head on non-toxic passages; 0 where a batch has none
+    reference: Tensor  # of the reference head on all passages
+    tokens: Tensor  # number of scored tokens
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    """Sum of cross-entropies; keeps the probabilities, which saves half of torch's passes over the block of scores."""
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, targets: Tensor) -> Tensor:  # noqa: ANN401
+        log_sums = scores.logsumexp(dim=1)
+        losses = log_sums - scores.gather(1, targets[:, None])[:, 0]
+        ctx.save_for_backward((scores - log_sums[:, None]).exp_(), targets)
+        return losses.sum()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
+        probabilities, targets = ctx.saved_tensors
+        result = probabilities * gradient
+        result[torch.arange(len(targets), device=targets.device), targets] -= gradient
+        return result, None
+
+
+class TrainingObjective(nn.Module):
+    """Calibrator -> losses; a module so that data-parallel wrappers can hold it."""
+
+    def __init__(self, calibrator: Calibrator, *, reference_weight: float = 1.0, heads_only: bool = False) -> None:
+        super().__init__()
+        self.calibrator = calibrator
+        self.reference_weight = reference_weight
+        self.heads_only = heads_only
+
+    def forward(self, batch: TrainingBatch) -> Losses:
+        """Losses of one batch."""
+        model = self.calibrator
+        vectors, biases = model.composer(batch.features)
+        if self.heads_only:
+            vectors = vectors.detach()
+        is_boundary = batch.inputs == BOUNDARY
+        inputs = model.embed(vectors[batch.inputs.clamp(min=0)], is_boundary)
+        starts = torch.zeros(len(batch.inputs), dtype=torch.int64, device=inputs.device)
+        states = model.body(inputs, starts)
+
+        scored = batch.targets != IGNORE
+        states, targets = states[scored], batch.targets[scored]
+        is_non_toxic = batch.is_non_toxic[scored]
+        candidate_vectors = vectors[batch.candidates]
+        candidate_biases = biases[batch.candidates].float() + batch.log_weights[:, None]
+
+        def loss_of(head: str, chosen_states: Tensor, chosen_targets: Tensor) -> Tensor:
+            column = model.config.heads.index(head)
+            scores = model.heads[head](chosen_states) @ candidate_vectors.T.to(chosen_states.dtype)
+            scores = scores.float() + candidate_biases[:, column]
+            loss: Tensor = _SummedCrossEntropy.apply(scores, chosen_targets)  # type: ignore[no-untyped-call]
+            return loss
+
+        reference = loss_of(REFERENCE_HEAD, states, targets) / max(len(targets), 1)
+        clean = int(is_non_toxic.sum())
+        calibrator = loss_of(CALIBRATOR_HEAD, states[is_non_toxic], targets[is_non_toxic]) / max(clean, 1)
+        total = calibrator + self.reference_weight * reference
+        return Losses(total, calibrator.detach(), reference.detach(), scored.sum())
 
 
 class Trainer(TrainingLoop):
@@ -55,7 +121,7 @@ class Trainer(TrainingLoop):
             for name, parameter in self.calibrator.named_parameters():
                 # of the table, the objective lets gradients through to the heads' biases only
                 parameter.requires_grad_(name.startswith("heads.") or name == "composer.table")
-        self.objective: torch.nn.Module = TrainingObjective(
+        self.objective: nn.Module = TrainingObjective(
             self.calibrator, reference_weight=config.reference_weight, heads_only=config.heads_only
         )
         parameters = dict(self.calibrator.named_parameters())
@@ -70,7 +136,9 @@ class Trainer(TrainingLoop):
                 fused=True,
             ),
             steps=config.steps,
-            rate=config.rate_at,
+            rate=partial(
+                learning_rate, steps=config.steps, peak=config.learning_rate, warmup=config.warmup, decay=config.decay
+            ),
             folder=folder,
             identity={
                 "text": store.fingerprint,

@@ -75,10 +75,7 @@ class AuxiliaryModel(nn.Module):
         return queries
 
     def of_next(self, states: Tensor, input_ids: Tensor, positions: Tensor) -> Tensor:
-        """Log R of the tokens that follow in the text, without the work for all others.
-
-        `positions` is bool [batch, length], False in the last column; gives float32 [number of positions], nats.
-        """
+        """Log R of the tokens that follow in the text, without the work for all others."""
         return self._prefix_log_r(input_ids, states, self._token_biases()).roll(-1, dims=1)[positions]
 
     def of_all(self, states: Tensor, input_ids: Tensor, positions: Tensor) -> Tensor:
@@ -142,10 +139,7 @@ class AuxiliaryModel(nn.Module):
         fusion: Mapping[str, Any] | None = None,
         training: Mapping[str, Any] | None = None,
     ) -> Path:
-        """Write an ordinary calibrator, with the target's vocabulary beside it.
-
-        `fusion` are the options it recommends (None: mode "value"), `training` what its card tells (None: as before).
-        """
+        """Write an ordinary calibrator, with the target's vocabulary beside it."""
         with torch.no_grad():
             self.calibrator.composer.table[:, self._column] = self.bias_table
         config = self.calibrator.config

@@ -1,8 +1,4 @@
-"""Oracle: whether a whole text satisfies the constraint, as a number C in [0, 1].
-
-It is made of a toxicity scorer, or it is a user's function, whose values are C itself. A function may answer nan for a
-text that it cannot label; such texts are counted and left out by the caller, never taken for a zero.
-"""
+"""Oracle: whether a whole text satisfies the constraint, as a number C in [0, 1]."""
 
 from __future__ import annotations
 

@@ -122,10 +122,7 @@ def draw_samples(
     seed: int,
     show_progress: bool = True,
 ) -> SampleSet:
-    """Continuations of prompts, drawn from a model's whole distribution: on the CPU, in the prompts' order, unlabelled.
-
-    The model is in evaluation mode; its tokenizer need not have a padding token.
-    """
+    """Continuations of prompts, drawn from a model's whole distribution, in the prompts' order, unlabelled."""
     if not prompts:
         raise DataError("Sampling needs prompts, got none.")
     per_prompt, max_new_tokens, batch_size = plan.per_prompt, plan.max_new_tokens, plan.batch_size

@@ -1,8 +1,4 @@
-"""From a target model, prompts and an oracle to a value guide: the whole run, as `calibfuse train-guide` does it.
-
-Draw and label samples (kept in shards), train the auxiliary model (checkpoints), write the guide with its model card. A
-killed run goes on at the next shard, or at the last checkpoint.
-"""
+"""From a target model, prompts and an oracle to a value guide: the whole run, as `calibfuse train-guide` does it."""
 
 from __future__ import annotations
 

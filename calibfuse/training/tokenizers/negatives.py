@@ -1,9 +1,4 @@
-r"""Byte strings that large vocabularies hold and English text never produces, as negatives for training.
-
-A vocabulary of 200,000 tokens is mostly words of other languages and program text. If the calibrator never saw their
-like, their composed vectors would be random and take probability from the rest. The strings made here are of the same
-kinds, in roughly the proportions counted in public vocabularies, from letter statistics of a few everyday words.
-"""
+"""Byte strings that large vocabularies hold and English text never produces, as negatives for training."""
 
 from __future__ import annotations
 
@@ -34,12 +29,7 @@ Maker = Callable[[random.Random], str | bytes]
 
 
 def frequent_words(texts: Iterable[str], limit: int = 20_000) -> list[str]:
-    """The most frequent words of some texts, lower-cased, most frequent first.
-
-    Example:
-        >>> frequent_words(["The cat and the dog, the end"], limit=2)
-        ['the', 'cat']
-    """
+    """The most frequent words of some texts, lower-cased, most frequent first."""
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(re.findall(r"[a-z]{2,}", text.lower()))
@@ -47,15 +37,7 @@ def frequent_words(texts: Iterable[str], limit: int = 20_000) -> list[str]:
 
 
 def text_pieces(texts: Iterable[str]) -> set[bytes]:
-    """What tokens of these texts may look like: words, words behind one mark, and runs of marks; lower-cased.
-
-    Negatives must not be among them: what is a token of real text in one vocabulary must not be taught as impossible
-    in another, since equal byte strings have equal vectors.
-
-    Example:
-        >>> sorted(text_pieces(["Well (see there)..."]))
-        [b'(', b'(see', b')...', b'see', b'there', b'well']
-    """
+    """What tokens of these texts may look like: words, words behind one mark, and runs of marks; lower-cased."""
     pieces: set[str] = set()
     for text in texts:
         lower = text.lower()

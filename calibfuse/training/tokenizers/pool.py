@@ -1,8 +1,4 @@
-"""The pool of tokenizers that the universal calibrator is trained on: one is drawn for each batch.
-
-The calibrator learns to work with any vocabulary by seeing the same text cut in many ways. The pool holds one tokenizer
-of each style and several sizes, trained on the user's own text; published ones are what the calibrator is tested on.
-"""
+"""The pool of tokenizers that the universal calibrator is trained on: one is drawn for each batch."""
 
 from __future__ import annotations
 
@@ -71,10 +67,7 @@ DEFAULT_POOL: tuple[PoolSpec, ...] = (
 
 
 class PoolEntry:
-    """One tokenizer of the pool.
-
-    `unigram_counts` int64 [size] say how often the text has each token.
-    """
+    """One tokenizer of the pool."""
 
     def __init__(
         self, tokenizer: tokenizers.Tokenizer, spec: PoolSpec, *, unigram_counts: npt.NDArray[np.int64]
@@ -118,10 +111,7 @@ class PoolEntry:
         return [part.tolist() for part in np.split(ids, ends[:-1])]
 
     def extended_vocabulary(self, negatives: Sequence[bytes], total_size: int) -> Vocabulary:
-        """The vocabulary, then byte strings that the tokenizer never produces, up to `total_size` ids.
-
-        Strings that are tokens already, and repetitions, are left out: equal byte strings cannot be told apart.
-        """
+        """The vocabulary, then byte strings that the tokenizer never produces, up to `total_size` ids."""
         room = total_size - len(self.vocabulary)
         known = {self.vocabulary.token_bytes(index) for index in range(len(self.vocabulary))}
         fresh = (candidate for candidate in dict.fromkeys(negatives) if candidate not in known)

@@ -1,7 +1,6 @@
 """Random cuts of tokens into two tokens of the same vocabulary: what BPE dropout does, for every kind of model.
 
-The `tokenizers` package offers BPE dropout (Provilkov et al. 2020, arXiv 1910.13267) for BPE only, and draws from a
-generator that cannot be seeded, so a resumed training could not repeat it. Here whole tokens are cut after encoding.
+The BPE dropout of `tokenizers` (Provilkov et al. 2020, arXiv 1910.13267) cannot be seeded, and is for BPE alone.
 """
 
 from __future__ import annotations

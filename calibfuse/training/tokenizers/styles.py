@@ -1,8 +1,4 @@
-r"""The styles of tokenizer that occur in practice, and how to train one of each on given text.
-
-A style is a way of cutting text before the vocabulary is learned (white space, digits, punctuation, contractions) and
-a kind of vocabulary. Each function here imitates the *kind* of a published family; no published vocabulary is read.
-"""
+"""The styles of tokenizer that occur in practice, and how to train one of each on given text."""
 
 from __future__ import annotations
 

@@ -84,11 +84,7 @@ def word_shifts(store: PassageStore, *, flagged_share: float, excluded: NDArray[
 
 
 def _beginnings(words: Iterable[str], counts: tuple[Counter[str], Counter[str]]) -> dict[str, tuple[int, int]]:
-    """Beginnings of words that are no such words: how many passages of each pile hold words that begin so.
-
-    A vocabulary that spells "idiot" as "idi" + "ot" has decided with "idi": what follows is nearly certain, and no
-    bounded shift can stop it. A passage counts once for each word.
-    """
+    """Beginnings of words that are no such words: how many passages of each pile hold words that begin so."""
     whole = set(words)
     beginnings = {word[:length] for word in whole for length in range(_SHORTEST, len(word))} - whole
     totals = {beginning: [0, 0] for beginning in beginnings}

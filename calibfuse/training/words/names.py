@@ -1,9 +1,4 @@
-"""Names that a sorting scorer suspects: found in the text by their capitals.
-
-Who is much argued about is named in many flagged passages, and a calibrator that learns to avoid the name changes the
-topic instead of the tone. Such names give themselves away: within a sentence nearly all of their occurrences begin with
-a capital. `balance_terms` treats them like the names of groups of people.
-"""
+"""Names that a sorting scorer suspects: found in the text by their capitals."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""Passages of neutral sentences about people, so that the two heads agree on the names of groups in calm contexts.
-
-A composer that reads bytes carries what it knows of "sexual" over to "bisexual", which the text hardly holds. So a
-small share of the passages is made here and labelled in the proportion of the others. No form of the grammar is among
-the sentences that calibfuse measures with (evaluation/given_text/neutral_text.py).
-"""
+"""Passages of neutral sentences about people, so that the two heads agree on the names of groups in calm contexts."""
 
 from __future__ import annotations
 
