@@ -537,7 +537,7 @@ def _fuse(
     known = covers(torch.arange(vocab_size, device=scores.device) if token_ids is None else token_ids)
     rows = scores.numel() // vocab_size
     if places is not None and token_ids is not None:
-        if not bool(known.all()):
+        if not known.numpy().all():  # torch looks at every byte
             places, token_ids, values = places[known], token_ids[known], values[known]
         if not len(places):
             if observe is not None:

@@ -76,6 +76,7 @@ class CalibratorSession(GuideSession):
         return self._state.ring.memory_bytes if self._state is not None else 0
 
     @isolated
+    @torch.inference_mode()
     def drop(self, keys: Iterable[Hashable]) -> None:
         """See `GuideSession.drop`."""
         state, gone = self._state, set(keys)
@@ -87,6 +88,7 @@ class CalibratorSession(GuideSession):
             self._state = _compacted(state, kept)
 
     @isolated
+    @torch.inference_mode()
     def copy(self, pairs: Mapping[Hashable, Hashable]) -> None:
         """See `GuideSession.copy`."""
         state, self._state = self._state, None
@@ -106,6 +108,7 @@ class CalibratorSession(GuideSession):
         self._state = replace(state, readings=readings)
 
     @isolated
+    @torch.inference_mode()  # a tenth faster; what it fills is written to in this mode alone
     def step(self, requests: Sequence[Request]) -> NextTokenScores:
         """See `GuideSession.step`."""
         state, self._state = self._state, None  # what breaks off leaves the session empty

@@ -246,9 +246,11 @@ class WordBias:
         return spaced, bare
 
 
-def _completions(pairs: Sequence[tuple[int, float]]) -> Completions:
+def _completions(pairs: Iterable[tuple[int, float]]) -> Completions:
+    """By rising ids, which are found in others several times as fast."""
+    ordered = sorted(pairs)
     return Completions(
-        np.array([token for token, _ in pairs], dtype=np.int64), np.array([s for _, s in pairs], dtype=np.float32)
+        np.array([token for token, _ in ordered], dtype=np.int64), np.array([s for _, s in ordered], dtype=np.float32)
     )
 
 
@@ -260,7 +262,7 @@ def _lowered(plain: Completions | None, masked: Mapping[int, float]) -> Completi
             shifts[token] += shift
     for token, shift in masked.items():
         shifts[token] = min(shift, shifts[token])
-    return _completions(list(shifts.items()))
+    return _completions(shifts.items())
 
 
 def _letter_runs(
