@@ -364,9 +364,9 @@ def test_facts_and_recommended_fusion_travel_in_the_config(checkpoint):
     calibrator = Calibrator.from_pretrained(checkpoint)
     assert calibrator.config.fusion == {"mode": "geometric", "alpha": 0.25}
     facts = describe_calibrator(calibrator)
-    assert facts.parameters == {"calibrator": sum(p.numel() for p in calibrator.parameters())}
-    assert facts.shape["num_hidden_layers"] == 2
-    assert facts.to_dict()["training"]["model_type"] == "gpt2"
+    assert facts["parameters"] == {"calibrator": sum(p.numel() for p in calibrator.parameters())}
+    assert facts["shape"]["num_hidden_layers"] == 2
+    assert facts["training"]["model_type"] == "gpt2"
 
 
 def test_a_checkpoint_that_cannot_be_written_is_one_sentence(tmp_path, tiny_gpt2, target_tokenizer):

@@ -1,7 +1,6 @@
 """What a calibrator is, what of a vocabulary it covers, and what it did to a text, token by token."""
 
 from calibfuse.inspection.coverage import (
-    CalibratorMetadata,
     VocabularyReport,
     describe_calibrator,
     report_vocabulary,
@@ -12,7 +11,6 @@ from calibfuse.inspection.trace import CandidateTrace, StepTrace, trace_generati
 from calibfuse.vocabulary.text_encoder import TextEncoder, text_encoder
 
 __all__ = [
-    "CalibratorMetadata",
     "CandidateTrace",
     "StepTrace",
     "TextEncoder",

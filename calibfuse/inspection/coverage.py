@@ -7,7 +7,6 @@ model that is projected onto another vocabulary every id whose bytes its own tok
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,43 +18,22 @@ from calibfuse.loading import PretrainedCalibrator
 from calibfuse.vocabulary import Vocabulary
 
 
-@dataclass(frozen=True)
-class CalibratorMetadata:
-    """What one calibrator is."""
-
-    fingerprint: str  # hex SHA-256 of shape and weights; the key of everything derived from them
-    heads: tuple[str, ...]
-    parameters: Mapping[str, int]  # number of parameters of each part, by name
-    bytes_in_memory: int  # of the weights as loaded
-    shape: Mapping[str, int]  # sizes of its config
-    fusion: Mapping[str, Any]  # recommended options of fusion; what is missing is FusionConfig's default
-    training: Mapping[str, Any]  # what its trainer noted
-
-    @property
-    def parameter_count(self) -> int:
-        """Parameters of all parts."""
-        return sum(self.parameters.values())
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready dictionary."""
-        return {**asdict(self), "heads": list(self.heads), "parameter_count": self.parameter_count}
-
-
-def describe_calibrator(calibrator: PretrainedCalibrator) -> CalibratorMetadata:
-    """Collect what `Calibrator.from_pretrained` loaded."""
+def describe_calibrator(calibrator: PretrainedCalibrator) -> dict[str, Any]:
+    """What `Calibrator.from_pretrained` loaded, JSON-ready: number of parameters by part, sizes, fusion."""
     config = calibrator.config.to_dict()
     parameters: Counter[str] = Counter()
     for name, parameter in calibrator.named_parameters():
         parameters[name.split(".")[0]] += parameter.numel()
-    return CalibratorMetadata(
-        fingerprint=calibrator.fingerprint,
-        heads=tuple(config["heads"]),
-        parameters=dict(parameters),
-        bytes_in_memory=sum(parameter.nbytes for _, parameter in calibrator.named_parameters()),
-        shape={name: value for name, value in config.items() if isinstance(value, int)},
-        fusion=dict(config["fusion"]),
-        training=dict(config["training"]),
-    )
+    return {
+        "fingerprint": calibrator.fingerprint,
+        "heads": list(config["heads"]),
+        "parameters": dict(parameters),
+        "parameter_count": parameters.total(),
+        "bytes_in_memory": sum(parameter.nbytes for _, parameter in calibrator.named_parameters()),
+        "shape": {name: value for name, value in config.items() if isinstance(value, int)},
+        "fusion": dict(config["fusion"]),
+        "training": dict(config["training"]),
+    }
 
 
 @dataclass(frozen=True)
@@ -69,7 +47,7 @@ class VocabularyReport:
     duplicates: int  # ids whose bytes an earlier id has too
     partial: int  # ids that are no whole UTF-8 text (parts of characters)
     longest: int  # bytes of the longest token
-    unspelled: int = 0  # ids with text that the calibrator cannot spell: not covered either
+    unspelled: int  # ids with text that the calibrator cannot spell: not covered either
 
     @property
     def covered(self) -> int:

@@ -11,7 +11,7 @@ import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from transformers import LogitsProcessor
 
 from calibfuse.candidates import choose_candidates
 from calibfuse.errors import InputError
-from calibfuse.guide import CALIBRATOR_HEAD, REFERENCE_HEAD, VALUE_HEAD
+from calibfuse.guide import VALUE_HEAD
 from calibfuse.inspection.spelling import TokenSpeller
 from calibfuse.prefix_cache import RowSession
 
@@ -48,13 +48,6 @@ class CandidateTrace:
     def shift(self) -> float:
         """How far fusion moved it: fused - plain, nats; 0 for a token that both exclude."""
         return 0.0 if self.fused == self.plain else self.fused - self.plain
-
-    @property
-    def disagreement(self) -> float | None:
-        """Why it moved, in contrast mode: calibrator - reference, nats; below 0, toxic text likes the token more."""
-        if CALIBRATOR_HEAD not in self.heads or REFERENCE_HEAD not in self.heads:
-            return None
-        return self.heads[CALIBRATOR_HEAD] - self.heads[REFERENCE_HEAD]
 
 
 @dataclass(frozen=True)
@@ -116,15 +109,14 @@ def trace_generation(
     ids = list(tokenizer(prompt)["input_ids"]) if isinstance(prompt, str) else _row(prompt)
     if not ids:
         raise InputError(f"The tokenizer finds no token in the prompt {prompt!r}.")
-    recorder = _Recorder(fusion, TokenSpeller(tokenizer), top, on_step)
-    if continuation is None:
-        recorder.begin(ids)
-        sequence = _generate(model, ids, recorder, seed, generate_options)
-    else:
+    if continuation is not None:
         if generate_options or not isinstance(prompt, str):
             raise InputError("A given continuation needs a prompt in text and no options of generate().")
         ids, sequence = _join(tokenizer, ids, prompt, continuation)
-        recorder.begin(ids)
+    recorder = _Recorder(fusion, TokenSpeller(tokenizer), ids, top, on_step)
+    if continuation is None:
+        sequence = _generate(model, ids, recorder, seed, generate_options)
+    else:
         input_ids = torch.tensor([sequence], device=model.device)
         logits = model(input_ids=input_ids).logits[0]
         for place in range(len(ids), len(sequence)):
@@ -174,8 +166,7 @@ def _join(
     return sequence[:shared], sequence
 
 
-@dataclass(frozen=True)
-class _Pending:
+class _Pending(NamedTuple):
     """A step whose choice is not known yet: everything [target_vocab_size] on the model's device."""
 
     plain: Tensor
@@ -202,23 +193,21 @@ class _Recorder(LogitsProcessor):
     """Stands in for a CalibFusion and keeps what it did."""
 
     def __init__(
-        self, fusion: CalibFusion, speller: TokenSpeller, top: int, on_step: Callable[[StepTrace], None] | None = None
+        self,
+        fusion: CalibFusion,
+        speller: TokenSpeller,
+        prompt_ids: Sequence[int],
+        top: int,
+        on_step: Callable[[StepTrace], None] | None,
     ) -> None:
-        self.fusion = fusion
-        self._speller = speller
-        self._top = top
+        self.fusion, self._speller, self._top, self._on_step = fusion, speller, top, on_step
         self._guide = fusion.guide
         self._session = RowSession(self._guide)
-        self._on_step = on_step
         self._pending: _Pending | None = None
         self._steps: list[StepTrace] = []
-        self.begin([])
-
-    def begin(self, prompt_ids: Sequence[int]) -> None:
-        """The ids before the first step: a character that they begin belongs to the token that completes it."""
         self._prompt_length = len(prompt_ids)
-        self._text = self._speller.stream()
-        for each in prompt_ids:
+        self._text = speller.stream()
+        for each in prompt_ids:  # a character that they begin belongs to the token that completes it
             self._text(each)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -238,11 +227,11 @@ class _Recorder(LogitsProcessor):
         token_ids, _, is_candidate, _ = choose_candidates(
             plain, self.fusion.config.candidates, self.fusion.guide.always_candidates(plain.shape[-1])
         )
+        among = torch.full_like(plain, token_ids is None, dtype=torch.bool)
         if token_ids is not None:
-            among = torch.zeros_like(plain, dtype=torch.bool)
             among[token_ids if is_candidate is None else token_ids[is_candidate]] = True
-        else:
-            among = torch.ones_like(plain, dtype=torch.bool) if is_candidate is None else is_candidate
+        elif is_candidate is not None:
+            among = is_candidate
         covered = self.fusion.guide.covers(torch.arange(len(plain), device=plain.device))
         return among & covered & (plain > -torch.inf)
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +16,7 @@ from calibfuse.generation.decoding import Decoding, check_lengths
 
 if TYPE_CHECKING:
     from calibfuse.generation.language_model import LanguageModel
-    from calibfuse.inspection import CalibratorMetadata, CandidateTrace, StepTrace
+    from calibfuse.inspection import CandidateTrace, StepTrace
     from calibfuse.processor import CalibFusion
 
 EXAMPLES = """\
@@ -52,11 +50,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Describe a calibrator, or trace it."""
     prompts: list[str] = args.prompt
-    if len(prompts) == 1 and args.calibrator is None and _is_calibrator(prompts[0]):
-        print(
-            "calibfuse: note: a calibrator goes to --calibrator; the old form goes in the next version", file=sys.stderr
-        )
-        args.calibrator = prompts.pop()
     if len(prompts) > 1:
         raise InputError(f"inspect follows one prompt, got {len(prompts)}; put it into quotation marks.")
     if prompts:
@@ -67,47 +60,33 @@ def run(args: argparse.Namespace) -> int:
     return _describe(args)
 
 
-def _is_calibrator(text: str) -> bool:
-    """Whether a text is the folder of a calibrator; what can only be a mistyped folder is refused."""
-    if (Path(text).expanduser() / "config.json").is_file():
-        return True
-    if re.fullmatch(r"(\.{0,2}|~)/\S+|\S+/", text):
-        raise InputError(
-            f"There is no calibrator in the folder {text!r}. Expected a prompt, or --calibrator FOLDER to describe one."
-        )
-    return False
-
-
 def _describe(args: argparse.Namespace) -> int:
     from calibfuse.calibrator import Calibrator
     from calibfuse.inspection import describe_calibrator
 
-    calibrator = Calibrator.from_pretrained(args.calibrator)
-    facts = describe_calibrator(calibrator)
+    facts = describe_calibrator(Calibrator.from_pretrained(args.calibrator))
     terminal = Terminal()
     if args.json:
-        terminal.write(json.dumps(facts.to_dict(), indent=2, ensure_ascii=False))
-    else:
-        _show_facts(terminal, args.calibrator or "the calibrator bundled with calibfuse", facts)
-    return 0
-
-
-def _show_facts(terminal: Terminal, name: str, facts: CalibratorMetadata) -> None:
-    terminal.heading(name)
-    terminal.write(f"fingerprint  {facts.fingerprint}")
-    terminal.write(f"heads        {', '.join(facts.heads)}")
-    terminal.write(f"parameters   {facts.parameter_count:,} ({facts.bytes_in_memory / 1e6:.1f} MB as loaded)")
-    terminal.write()
-    terminal.table(("part", "parameters"), [(part, f"{count:,}") for part, count in facts.parameters.items()])
-    terminal.write()
-    terminal.table(("shape", "size"), [(key, f"{size:,}") for key, size in facts.shape.items()])
-    for title, values in (("recommended fusion", facts.fusion), ("training", facts.training)):
+        terminal.write(json.dumps(facts, indent=2, ensure_ascii=False))
+        return 0
+    terminal.heading(args.calibrator or "the calibrator bundled with calibfuse")
+    terminal.write(f"fingerprint  {facts['fingerprint']}")
+    terminal.write(f"heads        {', '.join(facts['heads'])}")
+    terminal.write(f"parameters   {facts['parameter_count']:,} ({facts['bytes_in_memory'] / 1e6:.1f} MB as loaded)")
+    for headers, counts in ((("part", "parameters"), facts["parameters"]), (("shape", "size"), facts["shape"])):
+        terminal.write()
+        terminal.table(headers, [(name, f"{count:,}") for name, count in counts.items()])
+    for title, values, nothing in (
+        ("recommended fusion", facts["fusion"], "the defaults of FusionConfig"),
+        ("training", facts["training"], "nothing recorded"),
+    ):
         terminal.write()
         terminal.heading(title)
         if not values:
-            terminal.note("nothing recorded" if title == "training" else "the defaults of FusionConfig")
+            terminal.note(nothing)
         for line in _flat(values):
             terminal.write(printable(line))
+    return 0
 
 
 def _flat(values: Mapping[str, Any], indent: str = "  ") -> list[str]:
@@ -149,14 +128,11 @@ def _trace(args: argparse.Namespace, prompt: str) -> int:
     from calibfuse.inspection import trace_generation, trace_page
 
     if args.continuation is None:
-        options = decoding.options() | {"pad_token_id": target.tokenizer.pad_token_id}
-        steps = trace_generation(
-            target.model, target.tokenizer, fusion, ids, top=args.top, seed=decoding.seed, **options
-        )
+        options = {**decoding.options(), "pad_token_id": target.tokenizer.pad_token_id, "seed": decoding.seed}
+        steps = trace_generation(target.model, target.tokenizer, fusion, ids, top=args.top, **options)
     else:
-        steps = trace_generation(
-            target.model, target.tokenizer, fusion, prompt, continuation=args.continuation, top=args.top
-        )
+        options = {"continuation": args.continuation, "top": args.top}
+        steps = trace_generation(target.model, target.tokenizer, fusion, prompt, **options)
     settings = _settings(args, decoding, target, fusion)
     if page is not None:
         from calibfuse.hub import write_files
