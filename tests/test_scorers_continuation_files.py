@@ -5,7 +5,7 @@ import json
 import pytest
 
 from calibfuse.errors import DataError, InputError
-from calibfuse.scorers.labelled_files import Fold, ScoredText, read_scored_rows, read_scored_texts
+from calibfuse.scorers.labelled_files import Fold, read_scored_texts, scored_parts
 from calibfuse.scorers.recipe import ScorerData, gather
 
 FLAT = {"prompt": "The sea", "prompt_toxicity": 0.1, "continuation": " was wild.", "continuation_toxicity": 0.2}
@@ -21,10 +21,10 @@ def path(tmp_path):
 
 
 def test_both_forms_are_read_and_what_has_no_score_is_left_out(path):
-    assert list(read_scored_rows(path)) == [
-        (ScoredText("The sea", 0.1), ScoredText(" was wild.", 0.2)),
-        (ScoredText("You are", 0.3), ScoredText(" a nitwit.", 0.9)),
-        (ScoredText("He said", 0.05), None),
+    assert [scored_parts(row, "") for row in (FLAT, ORIGINAL, UNSCORED)] == [
+        (("The sea", 0.1), (" was wild.", 0.2)),
+        (("You are", 0.3), (" a nitwit.", 0.9)),
+        (("He said", 0.05), None),
     ]
     found = read_scored_texts([path])
     assert found.texts == ["The sea", " was wild.", "You are", " a nitwit.", "He said"]

@@ -1,12 +1,15 @@
 """Words and hashed n-grams of the linear scorer, against slow and obvious Python."""
 
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calibfuse.errors import InputError
-from calibfuse.scorers.features import FeatureConfig, NgramHasher, fold_characters, split_words
+from calibfuse.scorers.linear import FeatureConfig, NgramHasher
+from calibfuse.scorers.plain_words import fold_characters, split_words
 
 MASK = 0xFFFFFFFF
 
@@ -119,7 +122,7 @@ def test_plain_form_of_words(text, words):
 def test_older_scorers_read_masked_words_as_before():
     stream = split_words(["d**n cr*p"], unmask=False)
     assert [stream.word(i) for i in range(len(stream))] == [b"d*n", b"cr*p"]
-    values = FeatureConfig().to_dict()
+    values = asdict(FeatureConfig())
     assert FeatureConfig.from_dict(values).unmask
     del values["unmask"]
     assert not FeatureConfig.from_dict(values).unmask

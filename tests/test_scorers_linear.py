@@ -10,8 +10,8 @@ import pytest
 
 from calibfuse.errors import CheckpointError, CheckpointFormatError, InputError, ScorerError
 from calibfuse.scorers import LinearScorer, ToxicityScorer, load_scorer
-from calibfuse.scorers.features import FeatureConfig, NgramHasher, split_words
-from calibfuse.scorers.linear import Windows
+from calibfuse.scorers.linear import FeatureConfig, NgramHasher, Windows
+from calibfuse.scorers.plain_words import split_words
 from calibfuse.scorers.training import area_under_curve
 
 TEXTS = ["A calm day at the sea.", "", "One", "Rain and wind, wind and rain, " * 9, "Ünïcödé — and \U0001f600 emoji"]

@@ -17,7 +17,7 @@ from calibfuse.errors import CalibfuseError, CheckpointError, InputError, Scorer
 from calibfuse.hub import resolve_checkpoint
 from calibfuse.scorers import LinearScorer, ToxicityScorer, check_scores, load_scorer
 from calibfuse.scorers.adapters import FunctionScorer, TransformersScorer, find_toxic_label
-from calibfuse.scorers.features import FeatureConfig
+from calibfuse.scorers.linear import FeatureConfig
 
 TEXTS = ["a word", "", "another one with more words than the first", "x " * 200]
 

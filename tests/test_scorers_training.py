@@ -16,8 +16,8 @@ import pytest
 from calibfuse.cli.main import main
 from calibfuse.errors import DataError, InputError
 from calibfuse.scorers import LinearScorer
-from calibfuse.scorers.features import FeatureConfig
 from calibfuse.scorers.labelled_files import LabelledTexts, read_labelled, read_pairs, read_texts
+from calibfuse.scorers.linear import FeatureConfig
 from calibfuse.scorers.recipe import (
     ScorerData,
     added_texts,

@@ -8,7 +8,7 @@ import torch
 from tiny_calibrators import make_calibrator
 
 from calibfuse.scorers import LinearScorer
-from calibfuse.scorers.features import FeatureConfig
+from calibfuse.scorers.linear import FeatureConfig
 
 BUNDLED = Path(__file__).resolve().parent.parent / "calibfuse" / "pretrained"
 BUNDLED_CHECKPOINTS = ("demo-target", "default-calibrator", "default-scorer")

@@ -33,7 +33,8 @@ from tqdm import tqdm
 from calibfuse import CalibFusion
 from calibfuse.generation.continuations import encode, pad_right
 from calibfuse.generation.language_model import LanguageModel, load_language_model
-from calibfuse.scorers.labelled_files import Fold, read_scored_rows
+from calibfuse.scorers.labelled_files import Fold, scored_parts
+from calibfuse.textfiles import read_rows
 
 BINS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
 
@@ -90,9 +91,10 @@ def main() -> None:
 
     fold = Fold.parse(args.fold)
     rows = [
-        (prompt.text, said.text, said.toxicity)
-        for prompt, said in read_scored_rows(args.prompts)
-        if prompt is not None and said is not None and said.text in fold
+        (prompt[0], *said)
+        for line, row in read_rows(args.prompts)
+        for prompt, said in [scored_parts(row, f"{args.prompts}, line {line}")]
+        if prompt is not None and said is not None and said[0] in fold
     ]
     rows = rows[: args.limit or None]
     target = load_language_model(args.target)

@@ -20,7 +20,7 @@ from calibfuse.scorers.checks import check_scores, check_texts
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# What classifiers call the class we want, the clearest first.
+# What classifiers call the class we want, the clearest first; the last one only where there are two classes.
 _TOXIC_LABELS = ("toxic", "toxicity", "hate", "hateful", "hate speech", "offensive", "abusive", "insult", "label_1")
 _OVERLAP_TOKENS = 32  # of neighbouring pieces of a text that is longer than the model reads
 _USUAL_TOKENS = 128  # of a piece, for which a batch holds `batch_size`
@@ -163,8 +163,8 @@ class TransformersScorer:
         device = self._model.device
         # the longest first, so that a batch too large for the memory fails at once
         order = sorted(range(len(pieces)), key=lambda i: -len(pieces[i]))
-        half = torch.autocast(device.type, dtype=torch.bfloat16, enabled=self._half_precision)
         quiet = True if len(pieces) < _MANY_PIECES else None  # None: only on a terminal
+        half = torch.autocast(device.type, dtype=torch.bfloat16, enabled=self._half_precision)
         with half, tqdm(total=len(pieces), desc=f"scoring with {self.name}", leave=False, disable=quiet) as bar:
             start = 0
             while start < len(order):
@@ -182,23 +182,26 @@ class TransformersScorer:
         if len(pieces) == 1:
             ids = torch.tensor(pieces)
             return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        padded = self._tokenizer.pad({"input_ids": pieces}, return_tensors="pt")
-        return {key: padded[key] for key in ("input_ids", "attention_mask")}
+        return dict(self._tokenizer.pad({"input_ids": pieces}, return_tensors="pt"))
 
 
 def find_toxic_label(id_to_label: Mapping[Any, str], label: str | None, name: str) -> int:
     """The index of the class that means toxic: the one asked for, or one of a known name; InputError without."""
-    known = {str(text).strip().lower().replace("_", " ").replace("-", " "): int(i) for i, text in id_to_label.items()}
-    for candidate in _TOXIC_LABELS if label is None else (label.strip().lower(),):
-        index = known.get(candidate.replace("_", " ").replace("-", " "))
-        if index is not None and not (label is None and candidate == "label_1" and len(known) != 2):
-            return index
-    if label is None and len(known) == 1:
-        return next(iter(known.values()))
-    asked = "a class that means toxic" if label is None else f"class {label!r}"
-    raise InputError(
-        f"Scorer {name!r} lacks {asked}; its classes are {sorted(id_to_label.values())}. Name one as label"
-    )
+
+    def plain(text: object) -> str:
+        return str(text).strip().lower().replace("_", " ").replace("-", " ")
+
+    known = {plain(text): int(index) for index, text in id_to_label.items()}
+    wanted = [label] if label is not None else _TOXIC_LABELS if len(known) == 2 else _TOXIC_LABELS[:-1]
+    found = next((known[plain(each)] for each in wanted if plain(each) in known), None)
+    if found is None and label is None and len(known) == 1:
+        found = next(iter(known.values()))
+    if found is None:
+        asked = "a class that means toxic" if label is None else f"class {label!r}"
+        raise InputError(
+            f"Scorer {name!r} lacks {asked}; its classes are {sorted(id_to_label.values())}. Name one as label"
+        )
+    return found
 
 
 def _computes_bfloat16(device: torch.device) -> bool:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +26,7 @@ LABEL_FIELDS = ("toxic", "toxicity", "toxic_fraction", "label", "target")
 _REWRITES_PER_ROW = 2  # so that both classes stay of similar size
 
 Paths = Sequence[str | os.PathLike[str]]
+Scored = tuple[str, float]  # a text with its toxicity, in [0, 1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,23 +68,16 @@ class Fold:
     @classmethod
     def parse(cls, text: str) -> Fold:
         """From "1/2"; anything else is an InputError."""
-        part, _, parts = text.partition("/")
-        if not (part.isascii() and parts.isascii() and part.isdigit() and parts.isdigit()):
+        match = re.fullmatch("([0-9]+)/([0-9]+)", text)
+        if match is None:
             raise InputError(f"Expected a fold such as 1/2, got {text!r}.")
-        fold = cls(int(part), int(parts))
+        fold = cls(int(match[1]), int(match[2]))
         if not 1 <= fold.part <= fold.parts:
             raise InputError(f"Fold {text!r}: the part must lie between 1 and {fold.parts}.")
         return fold
 
     def __contains__(self, text: object) -> bool:
         return int(hashlib.sha256(str(text).encode()).hexdigest(), 16) % self.parts == self.part - 1
-
-
-class ScoredText(NamedTuple):
-    """A text with its toxicity, in [0, 1]."""
-
-    text: str
-    toxicity: float
 
 
 def read_labelled(
@@ -95,17 +90,16 @@ def read_labelled(
     """Read rows with a text and a label, 0 to 1; texts without any visible character are left out.
 
     Without a field's name `TEXT_FIELDS` and `LABEL_FIELDS` are tried; `where` keeps rows whose fields have these
-    values, compared as text. DataError, as of the other readers: a file that cannot be used, a row without what it
-    needs, or none.
+    values, compared as text. DataError, as of the other readers: a bad file or row, or no row.
     """
     conditions = dict(where or {})
 
-    def of_row(row: Mapping[str, Any], place: str) -> list[ScoredText]:
+    def of_row(row: Mapping[str, Any], place: str) -> list[Scored]:
         if any(str(row.get(key)) != value for key, value in conditions.items()):
             return []
         text = _text(_field(row, (text_field,) if text_field else TEXT_FIELDS, place, "text"), place)
         label = _label(_field(row, (label_field,) if label_field else LABEL_FIELDS, place, "label"), place)
-        return [ScoredText(text, label)] if text.strip() else []
+        return [(text, label)] if text.strip() else []
 
     return _gather(paths, of_row, f"no usable row{f' where {conditions}' if conditions else ''}")
 
@@ -113,11 +107,11 @@ def read_labelled(
 def read_pairs(paths: Paths) -> LabelledTexts:
     """Read rows with a text in the field `toxic` (label 1) and a rewrite, or a list of them, in `neutral` (label 0)."""
 
-    def of_row(row: Mapping[str, Any], place: str) -> list[ScoredText]:
+    def of_row(row: Mapping[str, Any], place: str) -> list[Scored]:
         toxic = _text(_field(row, ("toxic",), place, "toxic text"), place)
         rewrites = _field(row, ("neutral",), place, "neutral rewrite")
         neutral = [_text(value, place) for value in (rewrites if isinstance(rewrites, list) else [rewrites])]
-        return [ScoredText(toxic, 1.0), *(ScoredText(text, 0.0) for text in neutral[:_REWRITES_PER_ROW])]
+        return [(toxic, 1.0), *((text, 0.0) for text in neutral[:_REWRITES_PER_ROW])]
 
     return _gather(paths, of_row, "no usable row")
 
@@ -125,10 +119,10 @@ def read_pairs(paths: Paths) -> LabelledTexts:
 def read_texts(paths: Paths) -> list[str]:
     """Read every string in the fields of rows that hold texts, labelled or not, pairs included."""
 
-    def of_row(row: Mapping[str, Any], place: str) -> list[ScoredText]:
+    def of_row(row: Mapping[str, Any], place: str) -> list[Scored]:
         values = [row.get(name) for name in (*TEXT_FIELDS, "toxic", "neutral")]
         every = [each for value in values for each in (value if isinstance(value, list) else [value])]
-        return [ScoredText(each, 0.0) for each in every if isinstance(each, str)]
+        return [(each, 0.0) for each in every if isinstance(each, str)]
 
     return _gather(paths, of_row, "no field with text").texts
 
@@ -137,21 +131,22 @@ def read_scored_texts(paths: Paths, fold: Fold | None = None) -> LabelledTexts:
     """Read prompts and continuations of RealToxicityPrompts as texts of their own; None: not only those of a fold."""
     chosen = fold or Fold()
 
-    def of_row(row: Mapping[str, Any], place: str) -> list[ScoredText]:
-        return [part for part in _scored_row(row, place) if part is not None and part.text in chosen]
+    def of_row(row: Mapping[str, Any], place: str) -> list[Scored]:
+        return [part for part in scored_parts(row, place) if part is not None and part[0] in chosen]
 
     return _gather(paths, of_row, f"no scored text (part {chosen.part} of {chosen.parts})")
 
 
-def read_scored_rows(path: str | os.PathLike[str]) -> Iterator[tuple[ScoredText | None, ScoredText | None]]:
-    """Yield prompt and continuation of each row of RealToxicityPrompts; None for what has no text or no score."""
-    for line, row in read_rows(path):
-        yield _scored_row(row, f"{path}, line {line}")
+def scored_parts(row: Mapping[str, Any], place: str) -> tuple[Scored | None, Scored | None]:
+    """Prompt and continuation of a row of RealToxicityPrompts; None for what has no text or no score."""
+    if "prompt" not in row:
+        raise DataError(f"{place} has no field 'prompt'; expected rows of RealToxicityPrompts")
+    return _part(row, "prompt", place), _part(row, "continuation", place)
 
 
-def _gather(paths: Paths, of_row: Callable[[Mapping[str, Any], str], list[ScoredText]], nothing: str) -> LabelledTexts:
+def _gather(paths: Paths, of_row: Callable[[Mapping[str, Any], str], list[Scored]], nothing: str) -> LabelledTexts:
     """What a function makes of each row of some files; each file must give at least one text."""
-    found: list[ScoredText] = []
+    found: list[Scored] = []
     for path in paths:
         before = len(found)
         for line, row in read_rows(path):
@@ -186,13 +181,7 @@ def _text(value: object, where: str) -> str:
     return value
 
 
-def _scored_row(row: Mapping[str, Any], place: str) -> tuple[ScoredText | None, ScoredText | None]:
-    if "prompt" not in row:
-        raise DataError(f"{place} has no field 'prompt'; expected rows of RealToxicityPrompts")
-    return _part(row, "prompt", place), _part(row, "continuation", place)
-
-
-def _part(row: Mapping[str, Any], name: str, place: str) -> ScoredText | None:
+def _part(row: Mapping[str, Any], name: str, place: str) -> Scored | None:
     """A part in its original form, {"text": ..., "toxicity": ...}, or the flat one."""
     value: Any = row.get(name)
     toxicity: Any = row.get(f"{name}_toxicity")
@@ -202,4 +191,4 @@ def _part(row: Mapping[str, Any], name: str, place: str) -> ScoredText | None:
         return None
     if not isinstance(toxicity, int | float) or not 0.0 <= toxicity <= 1.0:
         raise DataError(f"{place} has the toxicity {toxicity!r} of its {name}; expected a number from 0 to 1")
-    return ScoredText(value, float(toxicity))
+    return value, float(toxicity)

@@ -1,15 +1,15 @@
 """The bundled toxicity scorer: logistic regression on hashed n-grams, read with numpy alone.
 
 Every word has a value (its own weight, its character n-grams', and its pair's with the word before), the values of a
-window of words add up to its logit, and a text is as toxic as its worst window (multiple-instance learning). Feature
-hashing: Weinberger et al. 2009; probabilities: Platt 1999. Left out: meaning; it misses hate without hateful words.
+window of words add up to its logit, and a text is as toxic as its worst window (multiple-instance learning). Sources:
+Weinberger et al. 2009 (feature hashing), Bojanowski et al. 2017 (n-grams inside words), Platt 1999 (probabilities).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,121 @@ from numpy.typing import NDArray
 
 from calibfuse.errors import CheckpointError, InputError
 from calibfuse.hub import WEIGHTS_NAME, read_config, read_tensors, write_checkpoint
-from calibfuse.scorers.checks import check_scores, check_texts
-from calibfuse.scorers.features import FeatureConfig, NgramHasher, WordStream, fold_characters, split_words
+from calibfuse.scorers.checks import check_texts
+from calibfuse.scorers.plain_words import WordStream, fold_characters, split_words
 
 FORMAT = "calibfuse-linear-scorer"
 FORMAT_VERSION = 1
 _BATCH_CHARACTERS = 1 << 18  # text handled at once; keeps the temporary arrays inside the processor's caches
+_SPACE = 32
+_PRIME = 0x01000193
+_LONGEST_HASHED = 64  # bytes of a word that get their own power of the hash's base; later ones share the last
+_WORD, _PAIR, _CHARACTERS = range(3)  # kinds of features
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureConfig:
+    """Which n-grams are counted, and into how many buckets they are hashed."""
+
+    bucket_bits: int = 20  # the table has 2**bucket_bits weights
+    char_min: int = 2  # shortest character n-gram, in bytes of the plain form, the word's edges included as spaces
+    char_max: int = 5  # longest one
+    word_bigrams: bool = True  # pairs of neighbouring words
+    unmask: bool = True  # read "f**k" as the word that it stands for; False in scorers made before this was known
+    seed: int = 0  # moves every feature to another bucket
+
+    def __post_init__(self) -> None:
+        if not 8 <= self.bucket_bits <= 24:
+            raise InputError(f"bucket_bits must lie in 8..24, got {self.bucket_bits}")
+        if not 1 <= self.char_min <= self.char_max <= 8:
+            raise InputError(
+                f"character n-grams need 1 <= char_min <= char_max <= 8, got {self.char_min}..{self.char_max}"
+            )
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed of the hash must lie in 0..2**32-1, got {self.seed}")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> FeatureConfig:
+        """Build a config from its fields; an unknown one, or a value out of range, is an InputError."""
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise InputError(f"Unknown feature settings {unknown}; known are {sorted(known)}")
+        return cls(**{"unmask": False, **values})
+
+
+class NgramHasher:
+    """Turns words, their pairs and their character n-grams into bucket numbers, as `FeatureConfig` says."""
+
+    def __init__(self, config: FeatureConfig) -> None:
+        self.config = config
+        self._powers = np.cumprod([1] + [_PRIME] * (_LONGEST_HASHED - 1), dtype=np.uint32)
+
+    def _bucket(self, state: NDArray[np.uint32]) -> NDArray[np.uint32]:
+        """Mix hash states so that their upper bits depend on all bits, and keep `bucket_bits` of them."""
+        mixed: NDArray[np.uint32] = state ^ (state >> np.uint32(15))
+        mixed *= np.uint32(0x85EBCA6B)
+        mixed ^= mixed >> np.uint32(13)
+        mixed *= np.uint32(0xC2B2AE35)
+        mixed >>= np.uint32(32 - self.config.bucket_bits)
+        return mixed
+
+    def _start(self, kind: int) -> np.uint32:
+        """The first state of one kind of feature, so that kinds do not share buckets by rule."""
+        start: np.uint32 = np.uint32(((self.config.seed + 1) * 0x9E3779B1 + kind * 0x7FEB352D) & 0xFFFFFFFF)
+        return start
+
+    def word_states(self, stream: WordStream) -> NDArray[np.uint32]:
+        """[words] uint32: one hash per word, before mixing."""
+        if not len(stream):
+            return np.zeros(0, dtype=np.uint32)
+        is_space = stream.data == _SPACE
+        first = np.zeros(len(stream.data), dtype=np.int64)
+        first[stream.starts] = stream.starts
+        # how far each byte lies behind its word's first one
+        places = np.maximum(np.arange(len(stream.data)) - np.maximum.accumulate(first), 0)
+        values = stream.data * self._powers[np.minimum(places, _LONGEST_HASHED - 1)]
+        values[is_space] = 0
+        states: NDArray[np.uint32] = np.add.reduceat(values, stream.starts, dtype=np.uint32)
+        return states
+
+    def word_buckets(self, stream: WordStream) -> NDArray[np.uint32]:
+        """[words] uint32: the bucket of each word as a whole."""
+        return self._bucket(self.word_states(stream) ^ self._start(_WORD))
+
+    def bigram_buckets(self, stream: WordStream) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
+        """[words] uint32, the bucket of each word with the one before it, and [words] bool: there is one."""
+        states = self.word_states(stream)
+        pair = states.copy()
+        pair[1:] += states[:-1] * np.uint32(0x27D4EB2F)
+        return self._bucket(pair ^ self._start(_PAIR)), np.diff(stream.text_index, prepend=-1) == 0
+
+    def char_buckets(self, stream: WordStream) -> Iterator[tuple[NDArray[np.uint32], NDArray[np.bool_]]]:
+        """All character n-grams that lie within a word and its two edges.
+
+        For each n from `char_min` to `char_max`: buckets uint32 [bytes] of the n-gram beginning at each byte, and bool
+        [bytes], whether one begins. N-grams that begin at the edge before a word belong to that word.
+        """
+        # zeros behind the text, so that n-grams may look beyond its end; those do not exist
+        values = np.append(stream.data, np.zeros(self.config.char_max, dtype=np.uint8)).astype(np.uint32)
+        size = len(stream.data)
+        state = np.full(size, self._start(_CHARACTERS), dtype=np.uint32)
+        inside = np.ones(size, dtype=np.bool_)  # no space in the n-gram so far after its first byte but at its end
+        for n in range(1, self.config.char_max + 1):
+            here = values[n - 1 : n - 1 + size]
+            state = (state ^ here) * np.uint32(_PRIME)
+            exists = inside & (here != _SPACE) if n == 1 else inside.copy()
+            exists[max(0, size - n + 1) :] = False
+            if n >= self.config.char_min:
+                yield self._bucket(state + np.uint32(n)), exists
+            if n > 1:
+                inside &= here != _SPACE
+
+    def ngram_counts(self, stream: WordStream) -> NDArray[np.int64]:
+        """[words] int64: how many character n-grams each word has (edges included)."""
+        sizes = range(self.config.char_min, self.config.char_max + 1)
+        counts = [np.maximum(stream.lengths + 3 - n, 0) if n > 1 else stream.lengths for n in sizes]
+        total: NDArray[np.int64] = np.sum(counts, axis=0, dtype=np.int64)
+        return total
 
 
 @dataclass(frozen=True)
@@ -48,12 +157,10 @@ class Windows:
     @classmethod
     def of(cls, text_index: NDArray[np.int64], sizes: Sequence[int]) -> Windows:
         """Lay windows over texts: of each size from every word on; a shorter text is one as a whole."""
-        n = len(text_index)
-        edges = np.flatnonzero(np.diff(text_index)) + 1
-        first = np.concatenate([[0], edges]) if n else np.zeros(0, dtype=np.int64)
-        last = np.concatenate([edges, [n]]) if n else np.zeros(0, dtype=np.int64)
+        words = np.arange(len(text_index))
+        first = np.flatnonzero(np.diff(text_index, prepend=-1))
+        last = np.append(first[1:], len(words)) if len(first) else first
         stop_of_text = np.repeat(last, last - first)
-        words = np.arange(n)
         starts, stops = [], []
         for size in sizes:
             is_start = words + size <= stop_of_text
@@ -61,10 +168,8 @@ class Windows:
                 is_start[first] = True
             starts.append(words[is_start])
             stops.append(np.minimum(words + size, stop_of_text)[is_start])
-        all_starts, all_stops = np.concatenate(starts), np.concatenate(stops)
-        if len(sizes) > 1:
-            order = np.argsort(all_starts, kind="stable")
-            all_starts, all_stops = all_starts[order], all_stops[order]
+        order = np.argsort(np.concatenate(starts), kind="stable")
+        all_starts, all_stops = np.concatenate(starts)[order], np.concatenate(stops)[order]
         text_of_window = text_index[all_starts]
         return cls(all_starts, all_stops, text_of_window, np.flatnonzero(np.diff(text_of_window, prepend=-1)))
 
@@ -117,14 +222,19 @@ class LinearScorer:
 
     def score(self, texts: Sequence[str]) -> NDArray[np.float64]:
         """Score texts, see `ToxicityScorer.score`; one without words gets the score of "nothing said"."""
-        return check_scores(self._probability(self.logits(texts)), len(texts), self.name)
+        return self._probability(self.logits(texts))
 
     def logits(self, texts: Sequence[str]) -> NDArray[np.float64]:
         """(len(texts),) float64: the logit of each text's worst window, before Platt's calibration."""
         check_texts(texts, self.name)
-        logits = np.empty(len(texts), dtype=np.float64)
+        logits = np.full(len(texts), self.bias, dtype=np.float64)
         for start, stop in _batches(texts):
-            logits[start:stop] = self._logits(texts[start:stop])
+            stream = split_words(texts[start:stop], unmask=self.features.unmask)
+            if len(stream):
+                windows = Windows.of(stream.text_index, self.windows)
+                sums = windows.sums(np.add(*self._word_values(stream)))
+                with_words = start + windows.text_index[windows.firsts]
+                logits[with_words] += np.maximum.reduceat(sums, windows.firsts)
         return logits
 
     def word_scores(self, text: str) -> list[WordScore]:
@@ -140,7 +250,6 @@ class LinearScorer:
 
     def worst_part(self, text: str) -> str:
         """The window of words with the highest logit, as it stands in the text; "" without words."""
-        check_texts([text], self.name)
         stream = split_words([text], unmask=self.features.unmask)
         if not len(stream):
             return ""
@@ -166,25 +275,13 @@ class LinearScorer:
             pairs[exists] = self._weights[buckets[exists]]
         return alone, pairs
 
-    def _logits(self, texts: Sequence[str]) -> NDArray[np.float64]:
-        """[texts] float64: the logit of each text's worst window."""
-        stream = split_words(texts, unmask=self.features.unmask)
-        logits = np.full(len(texts), self.bias, dtype=np.float64)
-        if not len(stream):
-            return logits
-        alone, pairs = self._word_values(stream)
-        windows = Windows.of(stream.text_index, self.windows)
-        sums = windows.sums(alone + pairs)
-        logits[windows.text_index[windows.firsts]] += np.maximum.reduceat(sums, windows.firsts)
-        return logits
-
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `config.json` and `model.safetensors` into a folder; a scorer already there is replaced."""
         config = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "name": self.name,
-            "features": self.features.to_dict(),
+            "features": asdict(self.features),
             "windows": list(self.windows),
             "bias": self.bias,
             "slope": self.slope,
@@ -229,18 +326,14 @@ def check_window_sizes(sizes: Sequence[int]) -> None:
         raise InputError(f"Window sizes must be ascending whole numbers from 1 on, got {list(sizes)}")
 
 
-def _batches(texts: Sequence[str]) -> list[tuple[int, int]]:
+def _batches(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
     """Cut texts into runs of about `_BATCH_CHARACTERS`, as (start, stop)."""
-    bounds = []
     start = size = 0
-    for i, text in enumerate(texts):
+    for stop, text in enumerate(texts, start=1):
         size += len(text) + 1
-        if size >= _BATCH_CHARACTERS:
-            bounds.append((start, i + 1))
-            start, size = i + 1, 0
-    if start < len(texts):
-        bounds.append((start, len(texts)))
-    return bounds
+        if size >= _BATCH_CHARACTERS or stop == len(texts):
+            yield start, stop
+            start, size = stop, 0
 
 
 def _word_positions(text: str, stream: WordStream) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

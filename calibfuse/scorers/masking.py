@@ -9,8 +9,8 @@ from __future__ import annotations
 from functools import cache
 
 from calibfuse.errors import InputError
-from calibfuse.scorers.features import split_words
 from calibfuse.scorers.linear import LinearScorer
+from calibfuse.scorers.plain_words import split_words
 from calibfuse.scorers.words import strong_words
 
 _STEMS = (b"fuck", b"faggot", b"bitch")  # unmistakable wherever they stand in a word

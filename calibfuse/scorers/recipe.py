@@ -2,7 +2,7 @@
 
 A group's name stands mostly in toxic comments, and a linear scorer learns it as an insult; in neutral and in hostile
 sentences alike, and put into texts of both kinds, it stops telling the classes apart (counterfactual data augmentation,
-Lu et al. 2018; Dixon et al. 2018). The sentences share no form with the Identity Phrase Templates that we test on.
+Lu et al. 2018; Dixon et al. 2018). The sentences share no form with the Identity Phrase Templates of the tests.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibfuse.errors import DataError, InputError
-from calibfuse.scorers.features import FeatureConfig, NgramHasher, WordStream, split_words
 from calibfuse.scorers.labelled_files import (
     Fold,
     LabelledTexts,
@@ -26,6 +25,8 @@ from calibfuse.scorers.labelled_files import (
     read_scored_texts,
     read_texts,
 )
+from calibfuse.scorers.linear import FeatureConfig, NgramHasher
+from calibfuse.scorers.plain_words import WordStream, split_words
 from calibfuse.scorers.words import ambiguous_words, identity_templates, identity_terms, strong_words
 
 _SENTENCES_PER_TERM = 12

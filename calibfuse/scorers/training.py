@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibfuse.errors import DataError, InputError, MissingDependencyError
-from calibfuse.scorers.features import FeatureConfig, NgramHasher, WordStream, split_words
 from calibfuse.scorers.labelled_files import LabelledTexts
-from calibfuse.scorers.linear import LinearScorer, Windows, check_window_sizes
+from calibfuse.scorers.linear import FeatureConfig, LinearScorer, NgramHasher, Windows, check_window_sizes
+from calibfuse.scorers.plain_words import WordStream, split_words
 
 _NEUTRAL_CAP = 0.5  # logits; about what an ordinary word adds
 _CORRECTIONS = 12  # past steps that shape the next one of L-BFGS

@@ -27,7 +27,7 @@ Use it with `--scorer my-scorer` in the other commands. Sort training text and j
 
 
 FEATURES = Fields(
-    "calibfuse.scorers.features:FeatureConfig",
+    "calibfuse.scorers.linear:FeatureConfig",
     *("bucket_bits", "char_min", "char_max"),
     seed="hash_seed",
 )
@@ -78,8 +78,8 @@ def run(args: argparse.Namespace) -> int:
 
     from tqdm import tqdm
 
-    from calibfuse.scorers.features import FeatureConfig
     from calibfuse.scorers.labelled_files import Fold
+    from calibfuse.scorers.linear import FeatureConfig
     from calibfuse.scorers.recipe import ScorerData, added_texts, gather
     from calibfuse.scorers.training import TrainingOptions, train_linear_scorer
     from calibfuse.scorers.words import identity_terms

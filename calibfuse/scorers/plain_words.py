@@ -1,83 +1,38 @@
-"""Hashed n-grams of words and characters, for whole batches of text at once.
+"""The words of whole batches of text in plain form: lower case, disguises such as "sh1t", "f**k" or "fuuuck" undone.
 
-Nothing loops over texts, words or characters in Python. Texts are joined into one byte array, written in a plain form
-(lower case, disguises such as "sh1t", "f**k" or "fuuuck" undone), cut into words, and every n-gram becomes a bucket
-number: feature hashing (Weinberger et al. 2009), character n-grams inside words as in Bojanowski et al. 2017.
+Texts are joined into one byte array, and nothing loops over texts, words or characters in Python.
 """
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from calibfuse.errors import InputError
 from calibfuse.scorers.words import masked_words
 from calibfuse.vocabulary.spelling import WordUnmasker
 
 _SPACE = 32
 _STAR = ord("*")
 _DROP = 1  # invisible characters (zero-width space, soft hyphen) are folded to this byte and removed
-_PRIME = np.uint32(0x01000193)
-_MIX = np.uint32(0x85EBCA6B)
-_LONGEST_HASHED = 64  # bytes of a word that get their own power of the hash's base; later ones share the last
-
 _DIGIT_AS_LETTER = {"0": "o", "1": "i", "3": "e", "4": "a", "5": "s", "7": "t", "!": "i", "@": "a", "$": "s"}
-_CONTRACTIONS = (b"s", b"m", b"d", b"t", b"ve", b"ll", b"re")
+_MASKED_REST = re.compile(rb"(?<=[a-z\x80-\xff])\*+")
+_CONTRACTION = re.compile(rb"(?<![a-z0-9\x80-\xff])'(s|m|d|t|ve|ll|re)(?![a-z0-9\x80-\xff])")
 _LOOKALIKES = dict(zip("аеорсухіјѕԁԛԝһαεορυι", "aeopcyxijsdqwhaeopui", strict=True))
 _HIDING = np.frombuffer(b"*#%", dtype=np.uint8)
 _HIDING_BESIDE = np.frombuffer(b"@$!&^'", dtype=np.uint8)
 _INVISIBLE = "\u00ad\u200b\u200c\u200d\u2060\ufeff"
 
 
-@dataclass(frozen=True, kw_only=True)
-class FeatureConfig:
-    """Which n-grams are counted, and into how many buckets they are hashed."""
-
-    bucket_bits: int = 20  # the table has 2**bucket_bits weights
-    char_min: int = 2  # shortest character n-gram, in bytes of the plain form, the word's edges included as spaces
-    char_max: int = 5  # longest one
-    word_bigrams: bool = True  # pairs of neighbouring words
-    unmask: bool = True  # read "f**k" as the word that it stands for; False in scorers made before this was known
-    seed: int = 0  # moves every feature to another bucket
-
-    def __post_init__(self) -> None:
-        """Refuse sizes that cannot work (InputError)."""
-        if not 8 <= self.bucket_bits <= 24:
-            raise InputError(f"bucket_bits must lie in 8..24, got {self.bucket_bits}")
-        if not 1 <= self.char_min <= self.char_max <= 8:
-            raise InputError(
-                f"character n-grams need 1 <= char_min <= char_max <= 8, got {self.char_min}..{self.char_max}"
-            )
-        if not 0 <= self.seed < 2**32:
-            raise InputError(f"seed of the hash must lie in 0..2**32-1, got {self.seed}")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as a dict that JSON can hold."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> FeatureConfig:
-        """Build a config from the form of `to_dict`; an unknown field, or a value out of range, is an InputError."""
-        known = {field.name for field in fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise InputError(f"Unknown feature settings {unknown}; known are {sorted(known)}")
-        return cls(**{"unmask": False, **values})
-
-
 @dataclass(frozen=True, eq=False)
 class WordStream:
-    """The words of a batch of texts in plain form, one after the other.
-
-    The bytes are " word word word ": one space before each word and one after the last, so a word's edges are
-    bytes of the stream and n-grams can touch them.
-    """
+    """The words of a batch of texts in plain form, as the bytes " word word word ": n-grams can touch words' edges."""
 
     data: NDArray[np.uint8]  # [bytes] plain form
     origin: NDArray[np.int64]  # [bytes] byte of the joined UTF-8 text each one came from (for spaces: no meaning)
@@ -91,8 +46,7 @@ class WordStream:
 
     def word(self, index: int) -> bytes:
         """The plain form of one word."""
-        start = int(self.starts[index])
-        return self.data[start : start + int(self.lengths[index])].tobytes()
+        return self.data[self.starts[index] :][: self.lengths[index]].tobytes()
 
 
 _BYTES = np.arange(256, dtype=np.uint8)
@@ -143,7 +97,7 @@ def _shifted(mask: NDArray[Any], by: int) -> NDArray[Any]:
 
 
 def _undo_disguises(codes: NDArray[np.uint8], *, unmask: bool) -> NDArray[np.bool_]:
-    """Replace signs that stand for letters, in place; [bytes] bool, True for letters, digits and signs inside words."""
+    """Replace signs that stand for letters, in place; [bytes] bool, whether a byte belongs to a word."""
     if unmask:
         hides, beside = np.isin(codes, _HIDING), np.isin(codes, _HIDING_BESIDE)
         for _ in range(2):
@@ -161,34 +115,18 @@ def _undo_disguises(codes: NDArray[np.uint8], *, unmask: bool) -> NDArray[np.boo
     hides = (codes == _STAR) | (codes == ord("#")) | (codes == ord("%"))
     if hides.any():
         codes[hides] = _STAR
-        # a star counts as a letter inside a word ("f**k", "s*it") ...
-        run_from_letter = hides & _shifted(is_letter, 1)
-        positions = np.flatnonzero(hides)
-        breaks = np.flatnonzero(np.diff(positions) > 1) + 1
-        run_starts = positions[np.concatenate([[0], breaks])]
-        run_stops = positions[np.concatenate([breaks - 1, [len(positions) - 1]])] + 1
-        padded = np.concatenate([is_letter, [False, False]])
-        follows = padded[run_stops]
-        precedes = run_from_letter[run_starts]
-        # ... or as the rest of a word of which one letter is left ("f***"); "**bold**" is markup
-        one_letter = precedes & ~padded[run_starts - 2] & (run_stops - run_starts >= 2)
-        inside = precedes & (follows | one_letter)
-        for start, stop in zip(run_starts[inside].tolist(), run_stops[inside].tolist(), strict=True):
-            in_word[start:stop] = True
+        for run in _MASKED_REST.finditer(codes.tobytes()):
+            start, stop = run.span()
+            # a star counts as a letter inside a word ("f**k", "s*it"), or as the rest of a word of which one letter is
+            # left ("f***"); "**bold**" is markup
+            if is_letter[stop] or (stop - start >= 2 and not is_letter[start - 2]):
+                in_word[start:stop] = True
+    # contractions without their word are left out: generated text often begins so
+    for match in _CONTRACTION.finditer(codes.tobytes()):
+        start, stop = match.span(1)
+        if not in_word[start - 2] and not in_word[stop]:
+            in_word[start:stop] = False
     return in_word
-
-
-def _leave_out_contractions(codes: NDArray[np.uint8], in_word: NDArray[np.bool_]) -> None:
-    """Take contractions without their word out of `in_word`, in place: generated text often begins so."""
-    begins = np.flatnonzero((codes == ord("'")) & ~_shifted(in_word, 1) & _shifted(in_word, -1)) + 1
-    padded_codes, padded = (np.concatenate([each, np.zeros(4, each.dtype)]) for each in (codes, in_word))
-    for ending in _CONTRACTIONS:
-        size = len(ending)
-        hit = ~padded[begins + size]
-        for place, letter in enumerate(ending):
-            hit &= padded[begins + place] & (padded_codes[begins + place] == letter)
-        for place in range(size):
-            in_word[begins[hit] + place] = False
 
 
 def _keep_mask(codes: NDArray[np.uint8], in_word: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -283,7 +221,6 @@ def split_words(texts: Sequence[str], *, unmask: bool = True) -> WordStream:
     raw = np.frombuffer(b"\n" + b"\n".join(encoded) + b"\n", dtype=np.uint8)
     codes = _LOWER[raw]
     in_word = _undo_disguises(codes, unmask=unmask)
-    _leave_out_contractions(codes, in_word)
     keep = _keep_mask(codes, in_word)
     origin = np.flatnonzero(keep)
     in_word = in_word[origin]
@@ -296,93 +233,3 @@ def split_words(texts: Sequence[str], *, unmask: bool = True) -> WordStream:
     text_index = np.searchsorted(text_starts, origin[np.minimum(spaces[:-1] + 1, len(origin) - 1)], side="right") - 1
     stream = _join_single_letters(_as_stream(data, origin, text_index, len(texts)))
     return _read_masked(stream, raw) if unmask and len(stream) else stream
-
-
-class NgramHasher:
-    """Turns words into bucket numbers under one `FeatureConfig`."""
-
-    def __init__(self, config: FeatureConfig) -> None:
-        self.config = config
-        self._shift = np.uint32(32 - config.bucket_bits)
-        self._powers = np.ones(_LONGEST_HASHED, dtype=np.uint32)
-        for i in range(1, _LONGEST_HASHED):
-            self._powers[i] = (int(self._powers[i - 1]) * int(_PRIME)) & 0xFFFFFFFF
-
-    def _start(self, kind: int) -> np.uint32:
-        """The first state of the hash for one kind of feature, so that kinds do not share buckets by rule."""
-        state: np.uint32 = np.uint32(((self.config.seed + 1) * 0x9E3779B1 + kind * 0x7FEB352D) & 0xFFFFFFFF)
-        return state
-
-    def _bucket(self, state: NDArray[np.uint32]) -> NDArray[np.uint32]:
-        """Mix hash states so that their upper bits depend on all bits, and keep `bucket_bits` of them."""
-        mixed: NDArray[np.uint32] = state ^ (state >> np.uint32(15))
-        mixed *= _MIX
-        mixed ^= mixed >> np.uint32(13)
-        mixed *= np.uint32(0xC2B2AE35)
-        mixed >>= self._shift
-        return mixed
-
-    def word_states(self, stream: WordStream) -> NDArray[np.uint32]:
-        """[words] uint32: one hash per word, before mixing."""
-        if not len(stream):
-            return np.zeros(0, dtype=np.uint32)
-        values = stream.data.astype(np.uint32)
-        values *= self._powers[np.minimum(self._places(stream), _LONGEST_HASHED - 1)]
-        values[stream.data == _SPACE] = 0
-        states: NDArray[np.uint32] = np.add.reduceat(values, stream.starts, dtype=np.uint32)
-        return states
-
-    @staticmethod
-    def _places(stream: WordStream) -> NDArray[np.int64]:
-        """[bytes] int64: how far each byte lies behind its word's first one (the space before it: 0)."""
-        first = np.zeros(len(stream.data), dtype=np.int64)
-        first[stream.starts] = stream.starts
-        return np.maximum(np.arange(len(stream.data)) - np.maximum.accumulate(first), 0)
-
-    def word_buckets(self, stream: WordStream) -> NDArray[np.uint32]:
-        """[words] uint32: the bucket of each word as a whole."""
-        return self._bucket(self.word_states(stream) ^ self._start(0))
-
-    def bigram_buckets(self, stream: WordStream) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
-        """[words] uint32, the bucket of each word with the one before it, and [words] bool: there is one."""
-        states = self.word_states(stream)
-        has_left = stream.text_index == _shifted(stream.text_index, 1)
-        has_left[:1] = False
-        pair = _shifted(states, 1) * np.uint32(0x27D4EB2F) + states
-        return self._bucket(pair ^ self._start(1)), has_left
-
-    def char_buckets(self, stream: WordStream) -> list[tuple[NDArray[np.uint32], NDArray[np.bool_]]]:
-        """Hash all character n-grams that lie within a word and its two edges.
-
-        For each n from `char_min` to `char_max`: buckets uint32 [bytes] of the n-gram beginning at each byte, and bool
-        [bytes], whether one begins. N-grams that begin at the edge before a word belong to that word.
-        """
-        data = stream.data
-        if not len(data):
-            return []
-        is_space = data == _SPACE
-        values = data.astype(np.uint32)
-        state = np.full(len(data), self._start(2), dtype=np.uint32)
-        # the n-gram so far has no space after its first byte but at its end
-        inside = np.ones(len(data), dtype=np.bool_)
-        result = []
-        for n in range(1, self.config.char_max + 1):
-            here = _shifted(values, 1 - n) if n > 1 else values
-            state = (state ^ here) * _PRIME
-            space_here = _shifted(is_space, 1 - n) if n > 1 else is_space
-            exists = inside.copy()
-            exists[len(data) - n + 1 :] = False
-            if n == 1:
-                exists &= ~is_space
-            if n >= self.config.char_min:
-                result.append((self._bucket(state + np.uint32(n)), exists))
-            if n > 1:
-                inside &= ~space_here
-        return result
-
-    def ngram_counts(self, stream: WordStream) -> NDArray[np.int64]:
-        """[words] int64: how many character n-grams each word has (edges included)."""
-        total = np.zeros(len(stream), dtype=np.int64)
-        for n in range(self.config.char_min, self.config.char_max + 1):
-            total += np.maximum(stream.lengths + 2 - n + 1, 0) if n > 1 else stream.lengths
-        return total
