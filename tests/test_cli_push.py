@@ -5,11 +5,12 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
-from loopback_hub import LoopbackHub
+from loopback_hub import TOKEN, LoopbackHub
 
 from calibfuse import Calibrator
 from calibfuse.calibrator import CalibratorConfig
@@ -33,14 +34,40 @@ def server():
         yield server
 
 
+# The command line in a process that knows the loopback Hub (huggingface_hub reads its address when it is imported): one
+# for all tests, since it takes seconds to start.
+COMMAND_LINE = """
+import contextlib, io, json, os, sys
+from calibfuse.cli.main import main
+for line in sys.stdin:
+    arguments, token = json.loads(line)
+    os.environ["HF_TOKEN"] = token
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(arguments)
+    print(json.dumps([code, out.getvalue(), err.getvalue()]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def process(server, tmp_path_factory):
+    variables = {**os.environ, **server.environment(tmp_path_factory.mktemp("home"))}
+    with subprocess.Popen(
+        [sys.executable, "-c", COMMAND_LINE], env=variables, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        yield process
+        process.stdin.close()
+
+
 @pytest.fixture
-def push(server, tmp_path):
+def push(server, process):
     server.clear()
 
-    def run(*arguments, **environment):
-        variables = {**os.environ, **server.environment(tmp_path / "home"), **environment}
-        command = [sys.executable, "-m", "calibfuse", "push", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, env=variables, timeout=120)
+    def run(*arguments, token=TOKEN):
+        print(json.dumps([["push", *map(str, arguments)], token]), file=process.stdin, flush=True)
+        return SimpleNamespace(
+            **dict(zip(("returncode", "stdout", "stderr"), json.loads(process.stdout.readline()), strict=True))
+        )
 
     return run
 
@@ -60,7 +87,6 @@ def test_a_folder_is_published_whole(push, server, folder, tmp_path):
         assert torch.equal(published.state_dict()[name], tensor), name
 
 
-@pytest.mark.slow
 def test_the_card_names_the_repository_and_keeps_what_the_user_wrote(push, server, folder, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
@@ -113,7 +139,7 @@ def test_a_folder_that_is_no_calibrator_is_not_published(folder, tmp_path, probl
 
 
 def test_a_hub_that_refuses_is_one_sentence(push, server, folder):
-    result = push(folder, "org/quiet", HF_TOKEN="hf_of_somebody_else")
+    result = push(folder, "org/quiet", token="hf_of_somebody_else")
     assert result.returncode == 2
     assert result.stderr.startswith("calibfuse: error: Cannot push to 'org/quiet': the Hub refused access")
     assert result.stderr.count("\n") == 1

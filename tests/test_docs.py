@@ -62,10 +62,12 @@ def test_the_first_program_of_a_page_runs_as_it_is_pasted(name, tmp_path, monkey
     exec(compile(code, name, "exec"), {"__name__": "__main__"})
 
 
-def evaluations(code):
-    """The arguments of a block that holds nothing but calls of `calibfuse evaluate`, which need no process each."""
-    commands = [shlex.split(line) for line in code.replace("\\\n", " ").splitlines() if line.strip()]
-    return [command[1:] for command in commands] if all(c[:2] == ["calibfuse", "evaluate"] for c in commands) else None
+def calls(code):
+    """The arguments of a block that holds nothing but calls of `calibfuse`, which need no process each."""
+    lines = [line.partition("  #")[0] for line in code.replace("\\\n", " ").splitlines() if not line.startswith("#")]
+    commands = [shlex.split(line) for line in lines if line.strip()]
+    is_plain = not re.search(r"[|<>&;$]", code) and all(command[0] == "calibfuse" for command in commands)
+    return [command[1:] for command in commands] if is_plain else None
 
 
 @pytest.mark.slow
@@ -82,7 +84,7 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
         if block.language == "python":
             # the line numbers of a traceback are then those of the page
             exec(compile("\n" * (block.line - 1) + block.code, str(page), "exec"), names)
-        elif (commands := evaluations(block.code)) is not None:
+        elif (commands := calls(block.code)) is not None:
             assert [cli.main(command) for command in commands] == [0] * len(commands), f"{block}"
         else:
             result = subprocess.run(
