@@ -47,7 +47,7 @@ def lock_step(tiny_gpt2, target_tokenizer):
 def projected(tiny_llama, byte_fallback_tokenizer, wrap_tokenizer, target_tokenizer):
     own = wrap_tokenizer(byte_fallback_tokenizer)
     models = [calm(tiny_llama(len(own), seed=seed), 4.0) for seed in (1, 2)]
-    return CausalLMCalibrator(models[0], own, reference=models[1]).bind(target_tokenizer, further=3)
+    return CausalLMCalibrator(models[0], own, reference=models[1]).bind(target_tokenizer)
 
 
 @pytest.fixture(params=["lock_step", "projected"])
@@ -250,7 +250,7 @@ def test_lock_step_is_the_model_itself(lock_step, target_tokenizer):
 def test_texts_beyond_the_length_of_the_model(kind, request, tiny_gpt2, wrap_tokenizer, target_tokenizer):
     own = target_tokenizer if kind == "lock_step" else wrap_tokenizer(request.getfixturevalue("unigram_tokenizer"))
     model = calm(tiny_gpt2(len(own), n_positions=24 if kind == "lock_step" else 68))
-    bound = CausalLMCalibrator(model, own).bind(target_tokenizer, further=2)
+    bound = CausalLMCalibrator(model, own).bind(target_tokenizer)
     text = "The weather in the north was cold and dry for weeks. " * (2 if kind == "lock_step" else 4)
     text += "x" * 70 + "yz" * 40  # longer than any word may be
     ids = torch.tensor([target_tokenizer(text).input_ids])
@@ -419,11 +419,6 @@ def test_a_reference_must_be_a_twin(checkpoint, tiny_gpt2, target_tokenizer):
     make_calibrator().save_pretrained(checkpoint.parent / "universal")
     with pytest.raises(InputError, match="reference= is for causal"):
         Calibrator.from_pretrained(checkpoint.parent / "universal", reference=checkpoint)
-
-
-def test_further_must_be_a_number(projected, target_tokenizer):
-    with pytest.raises(InputError, match="further must be"):
-        projected.calibrator.bind(target_tokenizer, further=-1)
 
 
 def test_same_ids_looks_at_text_alone():

@@ -561,14 +561,6 @@ def test_vocab_json_with_the_files_beside_it(tmp_path):
     assert vocabulary.token_bytes(vocab["!"]) == b"!"
 
 
-def test_llama2c_file(tmp_path):
-    entries = [b"<unk>", b"\n<s>\n", b"\n</s>\n", b"<0x0A>", b" the", b"ing"]
-    body = b"".join(struct.pack("<fi", 0.0, len(entry)) + entry for entry in entries)
-    (tmp_path / "tok512.bin").write_bytes(struct.pack("<i", 6) + body)
-    vocabulary = Vocabulary.from_tokenizer(tmp_path)
-    assert [vocabulary.token_bytes(i) for i in range(6)] == [b"", b"", b"", b"\n", b" the", b"ing"]
-
-
 def test_control_tokens_named_beside_a_tokenizer_json(byte_level_tokenizer, tmp_path):
     byte_level_tokenizer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "Ġthe", "pad_token": "!"}))
@@ -862,10 +854,3 @@ def test_real_word_pieces_spell_real_text(shared_data, real_lines):
     assert compared > 250
     ids = tokenizer.encode("The bakery, on the corner (ok).").ids
     assert b"".join(map(vocabulary.token_bytes, ids)) == b" the bakery, on the corner( ok)."
-
-
-def test_real_llama2c_tokenizer(shared_data):
-    vocabulary = Vocabulary.from_tokenizer(shared_data / "models" / "stories260K")
-    assert len(vocabulary) == 512
-    assert vocabulary.token_bytes(13) == b"\n"
-    assert vocabulary.token_bytes(259) == b" t"

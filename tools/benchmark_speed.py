@@ -178,7 +178,6 @@ def causal_lm_variants(calibrator: Calibrator, vocabulary: Vocabulary) -> Makers
         lock_step: CausalLMCalibrator(same[0], vocabulary).bind(vocabulary),
         f"{lock_step}, with twin": CausalLMCalibrator(same[0], vocabulary, reference=same[1]).bind(vocabulary),
         projected: make_language_model().bind(vocabulary),
-        f"{projected}, further=0": make_language_model().bind(vocabulary, further=0),
         f"{projected}, with twin": make_language_model(twin=True).bind(vocabulary),
     }
 

@@ -4,7 +4,6 @@
 
 One row per target tokenizer: bits per byte of the projected distribution over the target's whole vocabulary, beside the
 model's own bits per byte of the same text in its own tokens (lock-step), CPU milliseconds per token, and coverage.
-`--further` gives several settings of `CausalLMCalibrator.bind(further=...)`.
 
 Each passage is scored from an empty context, first token included. Special tokens take no part in either figure. Left
 out: tokens of the text that the target cannot spell (unknown marks); their share stands in the table.
@@ -111,7 +110,6 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True, help="held-out text")
     parser.add_argument("--bytes", type=int, default=15_000, help="of the text (default: %(default)s)")
     parser.add_argument("--skip", type=int, default=0, help="bytes at the start of the text to leave out")
-    parser.add_argument("--further", type=int, nargs="+", default=[8], help="(default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="(default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the figures here as well")
     args = parser.parse_args()
@@ -121,26 +119,25 @@ def main() -> None:
     calibrator = CausalLMCalibrator.from_pretrained(args.calibrator)
     own_ids = [encode_own(calibrator, text) for text in texts]
     own = measure(calibrator.bind(calibrator.tokenizer), own_ids, batch_size=args.batch_size)
-    results: list[dict[str, Any]] = [{"tokenizer": "its own (lock-step)", "further": None, "coverage": 1.0, **own}]
+    results: list[dict[str, Any]] = [{"tokenizer": "its own (lock-step)", "coverage": 1.0, **own}]
     files = [file for place in args.tokenizers for file in (sorted(place.iterdir()) if place.is_dir() else [place])]
-    print("| tokenizer | further | ids | covered | bits per byte | change | unknown | ms per token |")
-    print("|---|---:|---:|---:|---:|---:|---:|---:|")
-    print(f"| its own (lock-step) | | | | {own['bits_per_byte']:.4f} | | | {own['ms']:.1f} |", flush=True)
+    print("| tokenizer | ids | covered | bits per byte | change | unknown | ms per token |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
+    print(f"| its own (lock-step) | | | {own['bits_per_byte']:.4f} | | | {own['ms']:.1f} |", flush=True)
     for file in files:
         encode = encoder_of(file)
         if encode is None:
             continue
         rows = [encode(text) for text in texts]
-        for further in args.further:
-            bound = calibrator.bind(file, further=further)
-            row = measure(bound, rows, batch_size=args.batch_size)
-            change = row["bits_per_byte"] / own["bits_per_byte"] - 1
-            print(
-                f"| {file.name} | {further} | {bound.target_vocab_size:,} | {bound.coverage:.2%} | "
-                f"{row['bits_per_byte']:.4f} | {change:+.1%} | {row['skipped']:.1%} | {row['ms']:.1f} |",
-                flush=True,
-            )
-            results.append({"tokenizer": file.name, "further": further, "coverage": bound.coverage, **row})
+        bound = calibrator.bind(file)
+        row = measure(bound, rows, batch_size=args.batch_size)
+        change = row["bits_per_byte"] / own["bits_per_byte"] - 1
+        print(
+            f"| {file.name} | {bound.target_vocab_size:,} | {bound.coverage:.2%} | "
+            f"{row['bits_per_byte']:.4f} | {change:+.1%} | {row['skipped']:.1%} | {row['ms']:.1f} |",
+            flush=True,
+        )
+        results.append({"tokenizer": file.name, "coverage": bound.coverage, **row})
     if args.json:
         args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 

@@ -45,8 +45,7 @@ if TYPE_CHECKING:
 __all__ = ["BoundCausalLM", "CausalLMCalibrator", "CausalLMConfig", "same_ids"]
 
 HEADS = (CALIBRATOR_HEAD, REFERENCE_HEAD)
-DEFAULT_FURTHER = 8
-_LEAST_LENGTH = MAX_WORD + 4  # a start token, the longest open word byte by byte, and one further token
+_LEAST_LENGTH = MAX_WORD + 4  # a start token and the longest open word byte by byte
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,15 +174,8 @@ class CausalLMCalibrator(PretrainedCalibrator):
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         use_disk_cache: bool = True,
-        further: int = DEFAULT_FURTHER,
     ) -> BoundCausalLM:
-        """See `PretrainedCalibrator.bind`.
-
-        With another vocabulary, `further` is the number of own tokens per step after which the model is asked once
-        more; 0 is fastest.
-        """
-        if not isinstance(further, int) or isinstance(further, bool) or further < 0:
-            raise InputError(f"further must be a number of tokens, 0 or more, got {further!r}.")
+        """See `PretrainedCalibrator.bind`."""
         dtype, device = as_dtype(dtype), as_device(device)
         target = Vocabulary.from_tokenizer(tokenizer)
         if self.tokenizer is None:
@@ -194,14 +186,13 @@ class CausalLMCalibrator(PretrainedCalibrator):
         own = Vocabulary.from_tokenizer(self.tokenizer)
         models = {head: moved_model(model, dtype, device) for head, model in self.models.items()}
         start_id = self._start_id(own)
-        is_same = same_ids(own, target)
         for model in models.values():
-            try_reading(model, self.name, side_by_side=not is_same and further > 0)
-        if is_same:
+            try_reading(model, self.name)
+        if same_ids(own, target):
             return LockStepLM(self, models, target, start_id=start_id)
         readable = min(map(embeddings_of, models.values()))
         text = SourceText(self.tokenizer, own, start_id, readable=readable)
-        bound = ProjectedLM(self, models, text, target, further=further)
+        bound = ProjectedLM(self, models, text, target)
         if bound.max_length is not None and bound.max_length < _LEAST_LENGTH:
             raise InputError(
                 f"The language model {self.name} reads only {bound.max_length} tokens; to follow a target with another "

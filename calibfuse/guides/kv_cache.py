@@ -41,22 +41,17 @@ class CachedLM:
     def feed(self, ids: Tensor, positions: Tensor, visible: Tensor, *, keep: int) -> Tensor:
         """Read tokens [rows, new] into new slots; `positions` [rows, new] are those of each token in its own text.
 
-        Attention is causal in the order of slots; of these count the `visible` ones, bool [rows, slots + new], or what
-        each new token sees, itself included, bool [rows, new, slots + new].
+        Attention is causal in the order of slots; of these count the `visible` ones, bool [rows, slots + new].
 
         Returns:
             float32 [rows, keep, width of the head], logits at the last `keep` new tokens.
         """
-        mask = visible.long()
-        if visible.ndim == 3:
-            dtype = self.model.dtype
-            mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-            mask = mask.masked_fill(~visible, torch.finfo(dtype).min)[:, None]
         options: dict[str, Any] = {"position_ids": positions, "logits_to_keep": keep}
         options = {name: value for name, value in options.items() if name in self._known}
         output = self.model(
-            input_ids=ids, attention_mask=mask, past_key_values=self._cache, use_cache=True, return_dict=True, **options
-        )
+            input_ids=ids, attention_mask=visible.long(), past_key_values=self._cache, use_cache=True, return_dict=True,
+            **options,
+        )  # fmt: skip
         self.slots += ids.shape[1]
         logits: Tensor = output.logits[:, -keep:].float()
         return logits
@@ -93,7 +88,6 @@ class RaggedReader:
         self.width = 0  # slots that are kept; what is read behind them is taken back before the next reading
         self.tokens: list[list[int]] = []  # read ones, per row
         self.slots: list[list[int]] = []  # and the slot of each
-        self.visible = np.zeros((0, 0), dtype=bool)  # of the last reading, [rows, slots]
         self._row_of: dict[Hashable, int] = {}
 
     def copy(self, pairs: Mapping[Hashable, Hashable]) -> None:
@@ -154,30 +148,23 @@ class RaggedReader:
         ahead, behind = max(map(len, news)), max(map(len, openings))
         ids = np.zeros((len(news), ahead + behind), dtype=np.int64)
         positions = np.zeros_like(ids)
-        self.visible = np.zeros((len(news), self.width + ahead + behind), dtype=bool)
+        visible = np.zeros((len(news), self.width + ahead + behind), dtype=bool)
         for row, (new, opening) in enumerate(zip(news, openings, strict=True)):
             known, start, stop = len(self.tokens[row]), ahead - len(new), ahead + len(opening)
             ids[row, start:stop] = [*new, *opening]
             positions[row, start:stop] = range(known, known + stop - start)
             self.slots[row] += range(self.width + start, self.width + ahead)
             self.tokens[row] += new
-            self.visible[row, self.slots[row]] = True
-            self.visible[row, self.width + ahead : self.width + stop] = True
+            visible[row, self.slots[row]] = True
+            visible[row, self.width + ahead : self.width + stop] = True
         self.width += ahead
-        return self._feed(ids, positions, self.visible, keep)
-
-    def ask(self, ids: np.ndarray, positions: np.ndarray, visible: np.ndarray) -> dict[str, Tensor]:
-        """Read tokens side by side, each seeing what `visible` [rows, new, slots + new] says; they are taken back."""
-        return self._feed(ids, positions, visible, ids.shape[1])
-
-    def _feed(self, ids: np.ndarray, positions: np.ndarray, visible: np.ndarray, keep: int) -> dict[str, Tensor]:
         tables = [torch.from_numpy(each).to(self._device) for each in (ids, positions, visible)]
         return {name: reader.feed(*tables, keep=keep) for name, reader in self._readers.items()}
 
 
 @torch.no_grad()
-def try_reading(model: PreTrainedModel, name: str, *, side_by_side: bool) -> None:
-    """Make sure, on five tokens, that a model reads in pieces with masked slots (and side by side) as it does at once.
+def try_reading(model: PreTrainedModel, name: str) -> None:
+    """Make sure, on five tokens, that a model reads in pieces with masked slots as it does at once.
 
     Raises:
         InputError: it does not.
@@ -187,7 +174,7 @@ def try_reading(model: PreTrainedModel, name: str, *, side_by_side: bool) -> Non
     size: Any = model.get_input_embeddings().num_embeddings
     tokens = [each * 7 % size for each in range(5)]
 
-    def feed(reader: CachedLM, which: list[int], places: list[int], visible: list[Any], keep: int = 1) -> Tensor:
+    def feed(reader: CachedLM, which: list[int], places: list[int], visible: list[int], keep: int = 1) -> Tensor:
         ids, positions, sees = (
             torch.tensor([each], device=model.device) for each in ([tokens[at] for at in which], places, visible)
         )
@@ -201,8 +188,6 @@ def try_reading(model: PreTrainedModel, name: str, *, side_by_side: bool) -> Non
         feed(reader, [4, 2, 3], [2, 2, 3], [0, 1, 1, 0, 1, 1])
         reader.cut(1)
         found[3] = feed(reader, [3], [3], [0, 1, 1, 0, 1, 1])
-        if side_by_side:
-            found[4] = feed(reader, [2, 4], [4, 4], [[0, 1, 1, 0, 1, 1, 1, 0], [0, 1, 1, 0, 1, 1, 0, 1]], keep=2)
         reads = all(float((each[-1] - expected[at]).abs().sum()) < bound for at, each in found.items())
     except (RuntimeError, ValueError, TypeError, IndexError, AttributeError):  # of a model that reads otherwise
         reads = False

@@ -1,7 +1,7 @@
 """A language model's next-token distribution carried over to another vocabulary, by bytes.
 
 The marginal of a target token c is the probability that the text goes on with the bytes of c: an own token u adds all
-of its own where u begins with c, and where u is shorter, its probability times that of the rest (`GOES_ON`, or asked).
+of its own where u begins with c, and where u is shorter, a share (`GOES_ON`).
 See docs/guides/any-causal-lm.md. Phan et al. 2024 and Vieira et al. 2024 sum over all spellings; the tests do so.
 """
 
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from calibfuse.vocabulary import Vocabulary
 
-# How much of an own token's probability goes to targets that are longer, where the model is not asked: where a longer
-# word was meant, the model would mostly have said a longer token.
+# How much of an own token's probability goes to targets that are longer: where a longer word was meant, the model would
+# mostly have said a longer token.
 GOES_ON = 0.1
 _LEAST_SHARE = 1e-3  # of its marginal that a token keeps beside longer ones: bounds what rounding can do
 _LEAST_MASS = 1e-30  # of a string, when all of them sum to one
@@ -93,8 +93,6 @@ class Marginals:
                 pairs.append((place, each, GOES_ON * alike / (going_on[each] + 1)))
         self.ranges = torch.tensor([ranges[text] for text in targets], dtype=torch.int64, device=device).reshape(-1, 2)
         self.shorter = Pairs.of(pairs, device)
-        # Own strings that some target goes on from: a further step can tell something there.
-        self.goes_on = torch.unique(self.shorter.own)
 
     def __call__(self, probs: Tensor) -> Tensor:
         """float64 [..., own strings] -> float64 [..., targets]."""
@@ -103,21 +101,6 @@ class Marginals:
         masses = (sums[..., self.ranges[:, 1]] - sums[..., self.ranges[:, 0]]).clamp_(min=0.0)
         self.shorter.add(masses, probs)
         return masses
-
-
-class Crossing(NamedTuple):
-    """What follows an open word through own strings that begin with it and run past its end."""
-
-    pairs: Pairs  # what they add to the target strings after the word
-    goes_on: Tensor  # int64 [n], those behind which some target string goes on
-
-
-class Continuations(NamedTuple):
-    """The target strings that go on from an own string, and how the own vocabulary spells their rests."""
-
-    targets: Tensor  # int64 [n], which
-    shares: Tensor  # float64 [n], what they get without a further step
-    marginals: Marginals  # of the rests
 
 
 class Projection:
@@ -152,7 +135,6 @@ class Projection:
         self.initial_space = initial_space
         self.spelled = self._spelled()
         self.crossing = lru_cache(maxsize=1024)(self._crossing)
-        self.continuations = lru_cache(maxsize=1024)(self._continuations)
 
     @property
     def memory_bytes(self) -> int:
@@ -193,37 +175,20 @@ class Projection:
         logs = torch.nn.functional.pad(masses, (0, 1)).clamp(min=_LEAST_MASS).log()[..., self.target_place]
         return (logs - self._log_copies).float()
 
-    def _crossing(self, word: bytes) -> Crossing:
-        """Of the own strings that begin with `word` and are longer."""
+    def _crossing(self, word: bytes) -> Pairs:
+        """What own strings that begin with an open word and run past its end add to the target strings after it."""
         found: list[tuple[int, int, float]] = []
-        goes_on: list[int] = []
         for place in range(*self.own.begin_with(word)):
             rest = self.own.strings[place][len(word) :]
             if not rest:
                 continue
             first, end = self.target.begin_with(rest)
-            begun = self.target.within(rest)
-            count = end - first
+            begun, count = self.target.within(rest), end - first
             if rest in self.target.index:
                 begun, first = [*begun, first], first + 1
             found += [(target, place, 1.0) for target in begun]
             found += [(target, place, GOES_ON * self._reach[target] / (count + 1)) for target in range(first, end)]
-            if first < end:
-                goes_on.append(place)
-        return Crossing(Pairs.of(found, self.device), torch.tensor(goes_on, dtype=torch.int64, device=self.device))
-
-    def _continuations(self, begun: bytes) -> Continuations:
-        """The target strings that begin with `begun` and are longer."""
-        start, stop = self.target.begin_with(begun)
-        shares = [GOES_ON * count / (stop - start + 1) for count in self._reach[start:stop]]
-        if start < stop and self.target.strings[start] == begun:
-            start, shares = start + 1, shares[1:]
-        rests = [text[len(begun) :] for text in self.target.strings[start:stop]]
-        return Continuations(
-            torch.arange(start, stop, device=self.device),
-            torch.tensor(shares, dtype=torch.float64, device=self.device),
-            Marginals(self.own, rests, self.device),
-        )
+        return Pairs.of(found, self.device)
 
     def _spelled(self) -> Tensor:
         """Bool [target ids]: special tokens and what the own vocabulary cannot spell are False."""

@@ -66,10 +66,6 @@ class SourceText:
         self.adds_space = bool(first) and self._bytes[first[0]].startswith(b" ")
         self.spell = lru_cache(maxsize=65_536)(self._spell)
 
-    def id_of(self, text: bytes) -> int:
-        """The first own token with these bytes."""
-        return self._ids[text]
-
     def empty(self) -> SourcePrefix:
         """The prefix before any text."""
         return SourcePrefix((self.start_id,))

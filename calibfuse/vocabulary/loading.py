@@ -20,12 +20,11 @@ _SELF_CONTAINED = (
     "tiktoken.model",
     "*.tiktoken",
     "vocab.txt",
-    "tok*.bin",
 )
 # Files beside a vocabulary that name added and special tokens.
 _SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_FILE_ENDINGS = (".json", ".model", ".txt", ".tiktoken", ".bin", ".gz")
+_FILE_ENDINGS = (".json", ".model", ".txt", ".tiktoken", ".gz")
 
 
 def load_table(tokenizer: object, *, revision: str | None = None, local_files_only: bool = False) -> TokenTable:

@@ -6,7 +6,6 @@ Files are parsed here rather than loaded through their library: that needs no fu
 import base64
 import json
 import re
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -44,8 +43,6 @@ def read_file(path: Path, *, beside: Sequence[Path] = ()) -> TokenTable:
         table = _from_tiktoken(data, name, side)
     elif data[0] == 0x0A:  # field 1, length-delimited: how a SentencePiece model begins
         table = _from_sentencepiece(data, name, side)
-    elif data[2:4] == b"\0\0":  # llama2.c: the length of the longest token, 32 bits little-endian
-        table = _from_llama2c(data, name)
     else:
         table = _from_word_list(data, name, side)
     # The files beside name control tokens; padding counts only where it is no ordinary word lent for it.
@@ -129,23 +126,6 @@ def _from_sentencepiece(data: bytes, name: str, side: _Side) -> TokenTable:
     items = [(piece.text, token_id) for token_id, piece in enumerate(pieces)]
     hints = Hints(byte_level=False, metaspace=True)
     return table_from_ids(items, {**own, **side.added}, control, name=name, hints=hints)
-
-
-def _from_llama2c(data: bytes, name: str) -> TokenTable:
-    """llama2.c's tokenizer.bin: of each token a float score, a length and the text, with spaces and `<0xNN>` bytes."""
-    tokens: list[tuple[str, int]] = []
-    position = 4  # after the length of the longest token
-    try:
-        while position < len(data):
-            _, size = struct.unpack_from("<fi", data, position)
-            position += 8 + size
-            if size < 0 or position > len(data):
-                raise ValueError("the file ends inside a token")
-            tokens.append((data[position - size : position].decode("utf-8"), len(tokens)))
-    except (ValueError, struct.error) as error:
-        raise VocabularyError(f"{name} is no tokenizer file ({error}); expected {TOKENIZER_KINDS}.") from error
-    control = [token_id for token, token_id in tokens[:3] if token.strip() in ("<unk>", "<s>", "</s>")]
-    return table_from_ids(tokens, {}, control, name=name, hints=Hints(byte_level=False, metaspace=True))
 
 
 def _from_word_list(data: bytes, name: str, side: _Side) -> TokenTable:
