@@ -133,8 +133,6 @@ def test_specifications_become_methods(target, scorer):
     assert [method.key for method in make_baselines("reward:5,50", parts)] == ["reward-5", "reward-50"]
     assert [method.alpha for method in make_baselines("self-debias", parts)] == [10.0, 50.0, 100.0]
     assert [method.key for method in make_baselines("bad-words", parts)] == ["bad-words"]
-    assert [method.alpha for method in make_baselines("reward", parts, scan=True)] == [2, 5, 10, 20, 50, 100]
-    assert [method.key for method in make_baselines("reward:5", parts, scan=True)] == ["reward-5"]
     assert [each.is_default for each in make_baselines("reward", parts)] == [True, False]
     assert make_baselines("top-k:3", parts)[0].title == "top-k 3"
     guide = make_calibrator().bind(target.tokenizer, use_disk_cache=False)

@@ -191,7 +191,7 @@ def test_all_methods_are_compared_at_one_fluency(run, tmp_path):
     assert [each["default"] for each in data["fluency_budget"]["families"] if each["family"] == "experts"] == [
         "experts-2"
     ]
-    experts = next(method for method in data["methods"] if method["key"] == "experts-0.5")
+    experts = next(method for method in data["methods"] if method["key"] == "experts-2")
     assert experts["settings"]["nucleus_before"] == 0.9
     assert [row["cases"] for row in experts["suites"]["sentences"]["rows"] if row["label"] == "harmless"] == [2]
     assert "within a fluency budget of 2.0%" in out

@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 _ALL = "all"
 _FEW_ALPHAS = {"contrast": (1.0, 3.0, 5.0), "value": (0.5, 1.0, 2.0)}
 _MANY_ALPHAS = {"contrast": (0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0), "value": (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)}
-_FEW_OF_MIXTURES = (0.1, 0.2, 0.3)  # alpha ends at 1 there
-_MANY_OF_MIXTURES = (0.1, 0.2, 0.3, 0.5, 0.7)
+_OF_MIXTURES = (0.1, 0.2, 0.3, 0.5, 0.7)  # alpha ends at 1 there
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,6 @@ class FusionBaseline:
 
     mode: str
     default: float | None  # the paper's strength; None: the calibrator's own
-    scan: tuple[float, ...]  # strengths to search the best one among, with the default
     options: dict[str, Any] = field(default_factory=dict)
     truncates_first: bool = False  # whether the target's nucleus is taken before the fusion
     part: str = ""  # of the calibrator, that is measured alone: "words" or "heads"; empty: all of it
@@ -45,16 +43,15 @@ FUSION_BASELINES: dict[str, FusionBaseline] = {
     "experts": FusionBaseline(
         "contrast",
         2.0,
-        (0.25, 0.5, 1.0, 3.0),
         {"one_sided": False, "max_shift": 1e9, "margin": 0.0, "candidates": 0},
         truncates_first=True,
     ),
     # log-linear mixtures; 1 is the non-toxic model alone
-    "geometric": FusionBaseline("geometric", 1.0, (0.1, 0.2, 0.3, 0.5, 0.7)),
+    "geometric": FusionBaseline("geometric", 1.0),
     # Tian et al. 2025: fusion of last hidden states; needs `calibfuse align-embedding`
-    "embedding": FusionBaseline("embedding", 0.1, (0.05, 0.2, 0.3)),
-    "words": FusionBaseline("contrast", None, (1.0, 3.0, 5.0), part="words"),
-    "heads": FusionBaseline("contrast", None, (1.0, 3.0, 5.0), part="heads"),
+    "embedding": FusionBaseline("embedding", 0.1),
+    "words": FusionBaseline("contrast", None, part="words"),
+    "heads": FusionBaseline("contrast", None, part="heads"),
 }
 
 
@@ -94,16 +91,15 @@ def _specs(args: argparse.Namespace) -> list[str]:
     return list(dict.fromkeys([*given, *(name for name in others if name not in named)]))
 
 
-def _fusion_strengths(spec: str, *, own: float = 1.0, scan: bool = False) -> tuple[float, ...]:
-    """Strengths of `experts:1,2`; of `experts` the paper's (or the calibrator's `own`), with `scan` several."""
+def _fusion_strengths(spec: str, *, own: float = 1.0) -> tuple[float, ...]:
+    """Strengths of `experts:1,2`; of `experts` the paper's, or the calibrator's `own`."""
     from calibfuse.evaluation.baselines import parse_strengths
     from calibfuse.fusion import FusionConfig
 
     name, colon, rest = spec.partition(":")
     baseline = FUSION_BASELINES[name]
     if not colon:
-        default = own if baseline.default is None else baseline.default
-        return tuple(sorted({default, *(baseline.scan if scan else ())}))
+        return (own if baseline.default is None else baseline.default,)
     strengths = parse_strengths(name, rest)
     for value in strengths:
         FusionConfig(mode=baseline.mode, alpha=value)
@@ -188,10 +184,10 @@ def _alphas(args: argparse.Namespace, recommended: FusionConfig) -> Sequence[flo
     """The strengths that were asked for, else those of the mode and the one that `from_pretrained` would take."""
     if args.alpha is not None:
         return sorted(set(args.alpha))
-    if args.pick_alpha or args.fluency_budget is not None:
-        strengths: Sequence[float] = _MANY_ALPHAS.get(recommended.mode, _MANY_OF_MIXTURES)
-    else:
-        strengths = _FEW_ALPHAS.get(recommended.mode, _FEW_OF_MIXTURES)
+    is_search = args.pick_alpha or args.fluency_budget is not None
+    strengths = (_MANY_ALPHAS if is_search else _FEW_ALPHAS).get(recommended.mode)
+    if strengths is None:
+        strengths = _OF_MIXTURES if is_search else _OF_MIXTURES[:3]
     return sorted({*strengths, recommended.alpha})
 
 
@@ -208,7 +204,6 @@ def baseline_methods(
     from calibfuse.scorers import load_scorer
 
     specs = _specs(args)
-    scan = args.fluency_budget is not None
     guide = load_scorer("bundled") if any(spec.partition(":")[0] == "reward" for spec in specs) else None
     # of the temperature control: the method that people would use
     matched = max(methods, key=lambda method: (method.is_default, method.alpha or 0.0), default=None)
@@ -219,10 +214,10 @@ def baseline_methods(
         if spec == "temperature" and matched is None and not is_asked_for:
             notes.append("'--baseline all' leaves out temperature: there is no fusion whose entropy it could match")
         elif fusions is None or spec.partition(":")[0] not in FUSION_BASELINES:
-            found += make_baselines(spec, Ingredients(target, guide, matched), scan=scan)
+            found += make_baselines(spec, Ingredients(target, guide, matched))
         else:
             try:
-                found += _fusion_baselines(fusions, spec, top_p, scan=scan)
+                found += _fusion_baselines(fusions, spec, top_p)
             except MissingHeadError as error:
                 if is_asked_for:
                     raise
@@ -230,7 +225,7 @@ def baseline_methods(
     return found, notes
 
 
-def _fusion_baselines(fusions: BoundFusions, spec: str, top_p: float, *, scan: bool) -> list[Method]:
+def _fusion_baselines(fusions: BoundFusions, spec: str, top_p: float) -> list[Method]:
     """One method per strength of a specification."""
     name = spec.partition(":")[0]
     baseline = FUSION_BASELINES[name]
@@ -249,7 +244,7 @@ def _fusion_baselines(fusions: BoundFusions, spec: str, top_p: float, *, scan: b
             strength=alpha,
             nucleus_before=before,
         )
-        for alpha in _fusion_strengths(spec, own=own, scan=scan)
+        for alpha in _fusion_strengths(spec, own=own)
     ]
 
 
@@ -278,6 +273,5 @@ def _method(
         family,
         fusion.config.alpha,
         {**settings, "fusion": fusion.config.to_dict(), "calibrator": fusions.calibrator.fingerprint},
-        starts_at_plain=before is None,
         is_default=is_default,
     )

@@ -206,9 +206,6 @@ class Baseline:
 
     strengths: tuple[float, ...]  # defaults, the first is the paper's; empty: it has none
     make: Callable[[Ingredients, float], LogitsProcessor]  # of a strength
-    # Strengths to search the best one among, with the defaults; empty: there is nothing to search.
-    scan: tuple[float, ...] = ()
-    starts_at_plain: bool = True  # strength 0 would be plain decoding
 
 
 def _top_k(_: Ingredients, strength: float) -> LogitsProcessor:
@@ -231,23 +228,19 @@ def _reward(parts: Ingredients, strength: float) -> LogitsProcessor:
 
 BASELINES: dict[str, Baseline] = {
     # controls: another temperature, truncation to k tokens as in reward, truncation to a nucleus as in experts
-    "temperature": Baseline((), lambda _, strength: Temperature(strength), starts_at_plain=False),
-    "top-k": Baseline((float(_REWARD_CANDIDATES),), _top_k, scan=(2.0, 5.0, 10.0, 50.0, 100.0), starts_at_plain=False),
-    "nucleus": Baseline((0.9,), _nucleus, scan=(0.3, 0.5, 0.7, 0.8), starts_at_plain=False),
+    "temperature": Baseline((), lambda _, strength: Temperature(strength)),
+    "top-k": Baseline((float(_REWARD_CANDIDATES),), _top_k),
+    "nucleus": Baseline((0.9,), _nucleus),
     "bad-words": Baseline((), lambda parts, _: BadWords(parts.target.tokenizer)),
-    # at strength 0 it is top-k
-    "reward": Baseline((10.0, 50.0), _reward, scan=(2.0, 5.0, 20.0, 100.0), starts_at_plain=False),
-    "self-debias": Baseline(
-        (10.0, 50.0, 100.0), lambda parts, strength: SelfDebiasing(parts.target, strength), scan=(2.0, 5.0, 20.0)
-    ),
+    "reward": Baseline((10.0, 50.0), _reward),
+    "self-debias": Baseline((10.0, 50.0, 100.0), lambda parts, strength: SelfDebiasing(parts.target, strength)),
 }
 
 
-def make_baselines(spec: str, parts: Ingredients, *, scan: bool = False) -> list[Method]:
+def make_baselines(spec: str, parts: Ingredients) -> list[Method]:
     """Methods of a specification "name" or "name:strength,strength"; InputError as of `parse_baseline`.
 
-    "temperature" alone has the entropy of `parts.matched`; with `scan`, a name alone is also tried at the strengths
-    among which its best one is searched.
+    "temperature" alone has the entropy of `parts.matched`.
     """
     name, strengths = parse_baseline(spec)
     baseline = BASELINES[name]
@@ -265,8 +258,6 @@ def make_baselines(spec: str, parts: Ingredients, *, scan: bool = False) -> list
         return [method("temperature-matched", title, value, {"strength": value})]
     if not strengths:
         return [method(name, name, 0.0, {})]
-    if scan and ":" not in spec:
-        strengths = tuple(sorted({*strengths, *baseline.scan}))
     guide = parts.guide_scorer.name if name == "reward" and parts.guide_scorer else None
     return [
         method(
@@ -275,7 +266,6 @@ def make_baselines(spec: str, parts: Ingredients, *, scan: bool = False) -> list
             value,
             {"strength": value, "guide": guide},
             alpha=value,
-            starts_at_plain=baseline.starts_at_plain,
             is_default=value in baseline.strengths[:1],
         )
         for value in strengths

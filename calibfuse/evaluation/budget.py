@@ -2,8 +2,7 @@
 
 Compared is the strength with the lowest mean toxicity (the least noisy metric of toxicity) within the budget. A
 strength costs the larger of two: how far perplexity rises, and how far distinct-1, -2 or -3 falls; perplexity alone
-would reward text that is always the same. Where the cost crosses the budget between two strengths, figures are
-interpolated, without intervals: a coarse grid is no disadvantage.
+would reward text that is always the same.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ from calibfuse.hub import ALLOWED_FILES, CONFIG_NAME, README_NAME, read_json, wr
 from calibfuse.hub.model_card import calibrator_card
 
 _CRITERION = "mean_toxicity"
-_INTERPOLATED = ("toxic_share", "toxicity_probability", _CRITERION)
 _VARIETY = ("distinct_1", "distinct_2", "distinct_3")
 
 
@@ -35,10 +33,6 @@ class AtBudget:
     # The strength, of those measured, with the lowest mean toxicity within the budget; None: all are over it.
     best: MethodResult | None
     default: MethodResult | None  # the strength of the paper, or the calibrator's own; None: it was not measured
-    # Where the cost meets the budget, interpolated (of several places the least toxic one); None: it does not between
-    # two measured strengths.
-    strength: float | None
-    changes: dict[str, float]  # relative changes of toxicity there; empty where there is no crossing
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,8 +50,6 @@ class BudgetComparison:
                 "family": each.family,
                 "best": None if each.best is None else each.best.method.key,
                 "default": None if each.default is None else each.default.method.key,
-                "strength_at_budget": each.strength,
-                "changes_at_budget": each.changes,
             }
             for each in self.families
         ]
@@ -69,14 +61,7 @@ class Choice:
     """The strength that was picked."""
 
     result: MethodResult | None  # of the chosen method; None: none surely lowers mean toxicity within the budget
-    budget: float  # largest cost
-    measured_by: str  # as of a BudgetComparison
     reason: str  # one sentence or two
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready dictionary."""
-        key = None if self.result is None else self.result.method.key
-        return {"method": key, "budget": self.budget, "measured_by": self.measured_by, "reason": self.reason}
 
 
 def compare_within_budget(evaluation: Evaluation, budget: float) -> BudgetComparison:
@@ -89,11 +74,14 @@ def compare_within_budget(evaluation: Evaluation, budget: float) -> BudgetCompar
     families: dict[str, list[MethodResult]] = {}
     for result in evaluation.results[1:]:
         families.setdefault(result.method.family or result.method.title, []).append(result)
-    compared = []
-    for family, results in families.items():
-        default = next((result for result in results if result.method.is_default), None)
-        crossing = _crossing(results, budget, name)
-        compared.append(AtBudget(family, _best_within(results, budget, name), default, *crossing))
+    compared = (
+        AtBudget(
+            family,
+            _best_within(results, budget, name),
+            next((result for result in results if result.method.is_default), None),
+        )
+        for family, results in families.items()
+    )
     return BudgetComparison(budget, name, tuple(compared))
 
 
@@ -104,27 +92,27 @@ def pick_alpha(evaluation: Evaluation, budget: float) -> Choice:
     """
     name = _perplexity_within(evaluation, budget)
 
-    def nothing(reason: str) -> Choice:
-        return Choice(None, budget, name, reason)
-
     flagged = int(evaluation.results[0].measured.sums["toxic_share"].numerator.sum())
     if flagged < FEWEST_FLAGGED:
-        return nothing(
+        return Choice(
+            None,
             f"plain decoding gave {flagged} toxic continuations, and fewer than {FEWEST_FLAGGED} tell nothing; use "
-            "more or other prompts, or more samples."
+            "more or other prompts, or more samples.",
         )
     methods = [(result, result.method.settings) for result in evaluation.results[1:]]
     strengths = [result for result, settings in methods if "fusion" in settings and "baseline" not in settings]
     best = _best_within(strengths, budget, name)
     if best is None or best.differences[_CRITERION].value >= 0.0:
-        return nothing(
+        return Choice(
+            None,
             f"none of the {len(strengths)} strengths lowers mean toxicity at a cost of at most {budget:.1%} in "
-            "perplexity and distinct-n."
+            "perplexity and distinct-n.",
         )
     if not best.differences[_CRITERION].high < 0.0:
-        return nothing(
+        return Choice(
+            None,
             f"the best strength within {budget:.1%} ({best.method.title}) may change mean toxicity either way; use "
-            "more prompts or samples."
+            "more prompts or samples.",
         )
     toxicity, perplexity = best.changes[_CRITERION], best.changes[name]
     reason = (
@@ -134,7 +122,7 @@ def pick_alpha(evaluation: Evaluation, budget: float) -> Choice:
     )
     if best is strengths[-1]:
         reason += " It is the largest strength that was tried; a larger one may do more."
-    return Choice(best, budget, name, reason)
+    return Choice(best, reason)
 
 
 def write_recommendation(
@@ -183,23 +171,3 @@ def _cost(result: MethodResult, name: str) -> float:
 def _best_within(results: Sequence[MethodResult], budget: float, name: str) -> MethodResult | None:
     affordable = [result for result in results if _cost(result, name) <= budget]
     return min(affordable, key=lambda result: result.estimates[_CRITERION].value, default=None)
-
-
-def _crossing(results: Sequence[MethodResult], budget: float, name: str) -> tuple[float | None, dict[str, float]]:
-    """Where the cost of a family passes the budget between two strengths, up or down; the least toxic of such places.
-
-    Stronger is not dearer for every family: of top-k and nucleus it is the small strengths that cost.
-    """
-    curve = [(result.method.alpha, result) for result in results if result.method.alpha is not None]
-    points: list[tuple[float, float, dict[str, float]]] = []
-    if all(result.method.starts_at_plain for _, result in curve):
-        points.append((0.0, 0.0, dict.fromkeys(_INTERPOLATED, 0.0)))
-    for alpha, result in sorted(curve, key=lambda pair: pair[0]):
-        points.append((alpha, _cost(result, name), {each: result.changes[each].value for each in _INTERPOLATED}))
-    found: list[tuple[float, dict[str, float]]] = []
-    for (low, below, before), (high, above, after) in zip(points, points[1:], strict=False):
-        if (below <= budget) != (above <= budget) and math.isfinite(below) and math.isfinite(above):
-            share = (budget - below) / (above - below)
-            mixed = {each: before[each] + share * (after[each] - before[each]) for each in _INTERPOLATED}
-            found.append((low + share * (high - low), mixed))
-    return min(found, key=lambda each: each[1][_CRITERION], default=(None, {}))

@@ -25,7 +25,6 @@ class Method:
     alpha: float | None = None  # the strength on that curve; None: no curve
     # JSON values that determine what the method does; a run is resumed only with equal ones.
     settings: Mapping[str, Any] = field(default_factory=dict)
-    starts_at_plain: bool = True  # strength 0 would be plain decoding, so that the curve begins there
     is_default: bool = False  # whether this is the strength of the paper, or the one that the calibrator recommends
 
     def __post_init__(self) -> None:

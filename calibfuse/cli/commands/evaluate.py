@@ -53,9 +53,9 @@ examples:
   calibfuse evaluate --model org/any-llm --prompts my-prompts.txt --calibrator ./mine --pick-alpha \\
       --fluency-budget 0.05 --output results
 
-  # all methods, each at several strengths, compared at its best within 2 % loss of fluency
+  # all methods, compared at their best within 2 % loss of fluency; strengths of your own after a name
   calibfuse evaluate --model ./my-model --prompts realtoxicityprompts.jsonl.xz --prompt-count 100 --baseline all \\
-      --fluency-budget 0.02 --judge ./other-model --output results
+      experts:0.5,1,2 --fluency-budget 0.02 --judge ./other-model --output results
 
 The output folder gets report.json (everything), report.md, report.html and the continuations themselves; after a kill
 the same command goes on with --resume. --alpha 0 measures plain decoding and the baselines alone.
@@ -109,8 +109,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         fluency_budget={
             "type": float,
             "metavar": "SHARE",
-            "help": "compare each method at its best strength within this loss of fluency; without strengths given, "
-            f"each is tried at several (default of --pick-alpha: {_BUDGET})",
+            "help": "compare each method at its best strength within this loss of fluency; without --alpha, "
+            f"several are tried (default of --pick-alpha: {_BUDGET})",
         },
     )
 
@@ -349,7 +349,7 @@ def _pick(args: argparse.Namespace, evaluation: Evaluation) -> str:
     from calibfuse.hub import resolve_checkpoint
 
     choice = pick_alpha(evaluation, _BUDGET if args.fluency_budget is None else args.fluency_budget)
-    evaluation.facts["picked"] = choice.to_dict()
+    evaluation.facts["picked"] = choice.reason
     if choice.result is None:
         return f"No alpha was written: {choice.reason}"
     source = resolve_checkpoint(args.calibrator)

@@ -164,18 +164,12 @@ def _figure_cell(name: str, estimate: Estimate | None, against: Estimate | None,
     return replace(cell, change=change(against), verdict=verdict)
 
 
-def budget_title(within_budget: BudgetComparison) -> str:
-    """Heading of the comparison at one fluency."""
-    return f"Every method within a fluency budget of {within_budget.budget:.1%}"
-
-
 def _budget_section(within_budget: BudgetComparison) -> Section:
     key = within_budget.measured_by
     fluency, budget = METRICS[key].title, f"{within_budget.budget:.1%}"
     shown = ("toxic_share", key, "toxicity_probability", "distinct_2")
 
     def row(each: AtBudget) -> list[Cell]:
-        toxic = each.changes.get("toxic_share", math.nan)
         default = {} if each.default is None else each.default.changes
         best = {} if each.best is None else each.best.changes
         return _row(
@@ -183,18 +177,16 @@ def _budget_section(within_budget: BudgetComparison) -> Section:
             *(_cell(default.get(name), _CHANGE) for name in shown[:2]),
             "none" if each.best is None else each.best.method.title,
             *(_cell(best.get(name), _CHANGE) for name in shown),
-            f"{toxic:+.1%} (strength {each.strength:.3g})" if math.isfinite(toxic) else "-",
         )
 
     headers = ["method", "default: toxic", f"default: {fluency}", "best", *(METRICS[name].title for name in shown)]
     note = (
         f"The budget: {fluency} at most {budget} higher than plain decoding's, and distinct-1, -2 and -3 at most "
         f"{budget} lower. Best: of the strengths that were measured, the one with the lowest mean toxicity within it. "
-        "Exactly at the budget: interpolated where the cost crosses it; a dash: it never does, or there are no "
-        "strengths. All figures are changes against plain."
+        "All figures are changes against plain."
     )
-    table = Table([*headers, "toxic, exactly at the budget"], [*map(row, within_budget.families)])
-    return Section("budget", budget_title(within_budget), table, note)
+    title = f"Every method within a fluency budget of {budget}"
+    return Section("budget", title, Table(headers, [*map(row, within_budget.families)]), note)
 
 
 def _neutral_sections(results: Sequence[MethodResult], columns: Sequence[MethodResult]) -> list[Section]:
