@@ -154,8 +154,8 @@ def test_unlabelled_samples_are_counted_on_the_card(target, tmp_path):
         return [float("nan") if number % 4 == 0 else 0.5 for number in range(len(texts))]
 
     oracle = FunctionOracle(sometimes, "sometimes")
-    result = train_guide(*target, PROMPTS, oracle, tmp_path / "guide", config=CONFIG, show_progress=False)
-    assert result.figures["left_out"] == 3
+    figures = train_guide(*target, PROMPTS, oracle, tmp_path / "guide", config=CONFIG, show_progress=False)
+    assert figures["left_out"] == 3
     assert (
         json.loads((tmp_path / "guide" / "config.json").read_text())["training"]["value_head"]["data"][
             "without a label"

@@ -160,7 +160,7 @@ def tune_all(args: argparse.Namespace, prompts: Sequence[str], target_folder: st
     reports = {}
     for key in [key for key in TUNED if key in args.only]:
         logger.info("== %s", TITLES[key])
-        result = run_finetuning(
+        reports[key] = run_finetuning(
             run_config(args, key, target_folder),
             corpus_documents(args),
             prompts,
@@ -169,7 +169,6 @@ def tune_all(args: argparse.Namespace, prompts: Sequence[str], target_folder: st
             resume=True,
             device=args.device,
         )
-        reports[key] = result.report
     return reports
 
 

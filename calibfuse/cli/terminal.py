@@ -78,15 +78,13 @@ class Terminal:
         headers: Sequence[str],
         rows: Sequence[Sequence[str]],
         *,
-        align: str | None = None,
         styles: Sequence[Sequence[str | None]] | None = None,
     ) -> None:
-        """Print a table."""
-        align = align or "l" + "r" * (len(headers) - 1)
+        """Print a table; all columns but the first are flush right."""
         widths = [max(display_width(cell) for cell in column) for column in zip(headers, *rows, strict=True)]
-        self.write(self.style(_row(headers, widths, align).rstrip(), "underline"))
+        self.write(self.style(_GAP.join(_padded(headers, widths)).rstrip(), "underline"))
         for number, row in enumerate(rows):
-            cells = [_pad(cell, width, side) for cell, width, side in zip(row, widths, align, strict=True)]
+            cells = _padded(row, widths)
             if styles is not None:
                 cells = [
                     self.style(cell, *([name] if name else []))
@@ -174,10 +172,7 @@ def _pieces(word: str, width: int) -> list[str]:
     return [*pieces, piece]
 
 
-def _row(cells: Sequence[str], widths: Sequence[int], align: str) -> str:
-    return _GAP.join(_pad(cell, width, side) for cell, width, side in zip(cells, widths, align, strict=True))
-
-
-def _pad(cell: str, width: int, side: str) -> str:
-    padding = " " * (width - display_width(cell))
-    return padding + cell if side == "r" else cell + padding
+def _padded(cells: Sequence[str], widths: Sequence[int]) -> list[str]:
+    """Cells as wide as their columns, the first flush left, the others flush right."""
+    spaces = [" " * (width - display_width(cell)) for cell, width in zip(cells, widths, strict=True)]
+    return [cells[0] + spaces[0], *map("".join, zip(spaces[1:], cells[1:], strict=True))]

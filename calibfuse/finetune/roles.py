@@ -24,7 +24,7 @@ from calibfuse.finetune.tuning import Constraint, tune, tuning_optimizer
 from calibfuse.generation.language_model import read_model, read_tokenizer
 from calibfuse.training.loop import load_optimizer, optimizer_tensors
 from calibfuse.training.work_folder import new_folder, write_json
-from calibfuse.value.auxiliary import AuxiliaryModel, make_auxiliary_model
+from calibfuse.value.auxiliary import load_auxiliary_model, make_auxiliary_model
 from calibfuse.value.auxiliary_training import train_auxiliary
 from calibfuse.value.oracle import Oracle, load_oracle
 from calibfuse.value.samples import SampleSet
@@ -141,7 +141,7 @@ class RoleRunner:
         samples = SampleSet.load(self._product(job, SAMPLES))
         seed = self.config.seed_of(AUXILIARY, job.step)
         if AUXILIARY in job.reads:
-            auxiliary = AuxiliaryModel.from_pretrained(self._product(job, AUXILIARY), self.device)
+            auxiliary = load_auxiliary_model(self._product(job, AUXILIARY), base, self.tokenizer)
         else:
             auxiliary = make_auxiliary_model(base, self.tokenizer, seed=seed)
         training = dataclasses.replace(self.config.auxiliary, seed=seed)
@@ -163,8 +163,9 @@ class RoleRunner:
             load_optimizer(optimizer, parameters, hub.read_tensors(self._product(job, MODEL) / OPTIMIZER_NAME))
         constraint = None
         if AUXILIARY in job.reads:
-            auxiliary = AuxiliaryModel.from_pretrained(self._product(job, AUXILIARY), self.device).eval()
-            constraint = Constraint(self._model(before), auxiliary, SampleSet.load(self._product(job, SAMPLES)))
+            base = self._model(before)
+            auxiliary = load_auxiliary_model(self._product(job, AUXILIARY), base, self.tokenizer)
+            constraint = Constraint(base, auxiliary, SampleSet.load(self._product(job, SAMPLES)))
         figures |= tune(
             model,
             optimizer,

@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +33,6 @@ logger = logging.getLogger(__name__)
 REPORT_NAME = "finetune.json"
 
 
-@dataclass(frozen=True)
-class FinetuneResult:
-    """What a run made."""
-
-    output: Path  # folder of the tuned model, an ordinary transformers checkpoint
-    report: dict[str, Any]  # what also stands in finetune.json there: settings, perplexities, seconds, figures of roles
-
-
 def run_finetuning(
     config: FinetuneConfig,
     documents: Iterable[str],
@@ -52,7 +44,7 @@ def run_finetuning(
     resume: bool = False,
     device: str | None = None,
     show_progress: bool = False,
-) -> FinetuneResult:
+) -> dict[str, Any]:
     """Fine-tune a model on a corpus under a constraint.
 
     Args:
@@ -66,6 +58,9 @@ def run_finetuning(
         resume: go on from the last complete products in the output folder.
         device: "cpu", "cuda:0", or several with commas for the parallel schedule; None: all GPUs, else MPS or the CPU.
         show_progress: draw progress bars on standard error.
+
+    Returns:
+        What also stands in finetune.json: settings, perplexities, seconds, figures of the roles.
 
     Raises:
         InputError: settings that do not fit together, prompts that are too long, or a loss that diverged.
@@ -96,7 +91,7 @@ def run_finetuning(
     _publish(product_folder(work, MODEL, config.iterations), output)
     report = _report(config, work, stages, corpus_name, len(prompts))
     write_json(output / REPORT_NAME, report)
-    return FinetuneResult(output, report)
+    return report
 
 
 def _check(config: FinetuneConfig, oracle: Oracle | None, prompts: Sequence[str]) -> None:

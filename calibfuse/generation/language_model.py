@@ -78,14 +78,6 @@ def load_language_model(
     return LanguageModel(shown, model, tokenizer, is_bundled=name is None)
 
 
-def load_tokenizer(name: str, *, gguf_file: str | None = None, **options: Any) -> PreTrainedTokenizerBase:  # noqa: ANN401
-    """Load a tokenizer alone; arguments and errors as in `load_language_model`."""
-    source = str(Path(name).expanduser())
-    if source.endswith(_GGUF) or gguf_file is not None:
-        source, gguf_file = locate(name, gguf_file, options.get("revision"))
-    return read_tokenizer(source, gguf_file=gguf_file, **options)
-
-
 def read_tokenizer(source: str, **options: Any) -> PreTrainedTokenizerBase:  # noqa: ANN401
     """A tokenizer from where `locate` found it, or CheckpointError; options that are None are left out."""
     if not Path(source).exists() and _REPO_ID.fullmatch(source):

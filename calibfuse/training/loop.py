@@ -301,10 +301,7 @@ def mixed_precision(device: torch.device, precision: str) -> Iterator[None]:
 
     Without its notice that a norm with weights in float32 has no fused kernel.
     """
-    with (
-        warnings.catch_warnings(),
-        torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"),
-    ):
+    with warnings.catch_warnings(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
         warnings.filterwarnings("ignore", message="Mismatch dtype between input and weight")
         yield
 

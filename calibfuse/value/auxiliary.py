@@ -17,11 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from calibfuse import hub
 from calibfuse.calibrator import Calibrator, load_universal
 from calibfuse.calibrator.composer import token_features
 from calibfuse.calibrator.model import Head
-from calibfuse.errors import CheckpointError, MissingHeadError, VocabularyMismatchError
+from calibfuse.errors import MissingHeadError, VocabularyMismatchError
 from calibfuse.guide import VALUE_HEAD
 from calibfuse.vocabulary import Vocabulary
 
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from calibfuse.vocabulary import TokenizerLike
-
-VOCABULARY_FILE = "value-vocabulary.safetensors"
 
 
 class AuxiliaryModel(nn.Module):
@@ -139,7 +136,7 @@ class AuxiliaryModel(nn.Module):
         fusion: Mapping[str, Any] | None = None,
         training: Mapping[str, Any] | None = None,
     ) -> Path:
-        """Write an ordinary calibrator, with the target's vocabulary beside it."""
+        """Write an ordinary calibrator."""
         with torch.no_grad():
             self.calibrator.composer.table[:, self._column] = self.bias_table
         config = self.calibrator.config
@@ -148,27 +145,7 @@ class AuxiliaryModel(nn.Module):
             fusion={"mode": VALUE_HEAD} if fusion is None else dict(fusion),
             training=config.training if training is None else dict(training),
         )
-        tensors = {
-            "data": torch.from_numpy(self.vocabulary.data.copy()),
-            "offsets": torch.from_numpy(self.vocabulary.offsets.copy()),
-            "target_vocab_size": torch.tensor(self.target_vocab_size),
-        }
-        hub.write_tensors(Path(folder) / VOCABULARY_FILE, tensors)
         return self.calibrator.save_pretrained(folder, dtype=torch.float32)
-
-    @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> AuxiliaryModel:
-        """Load what `save_pretrained` wrote."""
-        tensors = hub.read_tensors(Path(folder) / VOCABULARY_FILE)
-        try:
-            data, offsets = tensors["data"].numpy(), tensors["offsets"].numpy()
-            vocabulary = Vocabulary(
-                data=data, offsets=offsets, is_special=np.diff(offsets) == 0, name="the auxiliary model's vocabulary"
-            )
-            size = int(tensors["target_vocab_size"])
-        except (KeyError, ValueError) as error:
-            raise CheckpointError(f"The auxiliary model in {str(folder)!r} is not whole: {error}.") from error
-        return cls(load_universal(folder).to(device), vocabulary, size)
 
 
 def make_auxiliary_model(
@@ -179,6 +156,17 @@ def make_auxiliary_model(
     A copy of the calibrator (None: the bundled one) gets the value head, fresh from `seed`. A tokenizer with more
     tokens than the target has scores is a VocabularyMismatchError.
     """
+    return _for_target((calibrator or load_universal()).with_value_head(seed), target, tokenizer).train()
+
+
+def load_auxiliary_model(
+    folder: str | os.PathLike[str], target: PreTrainedModel, tokenizer: TokenizerLike
+) -> AuxiliaryModel:
+    """What `AuxiliaryModel.save_pretrained` wrote, for the same target, in evaluation mode."""
+    return _for_target(load_universal(folder), target, tokenizer).eval()
+
+
+def _for_target(calibrator: Calibrator, target: PreTrainedModel, tokenizer: TokenizerLike) -> AuxiliaryModel:
     vocabulary = Vocabulary.from_tokenizer(tokenizer)
     output = getattr(target.get_output_embeddings(), "weight", None)  # type: ignore[no-untyped-call]
     size = int(output.shape[0]) if output is not None else int(target.config.get_text_config().vocab_size)
@@ -188,5 +176,4 @@ def make_auxiliary_model(
             f"The tokenizer {vocabulary.name} has {len(vocabulary)} ids, but the target scores only {size}; do they "
             "belong together?"
         )
-    source = (calibrator or load_universal()).with_value_head(seed).to(target.device)
-    return AuxiliaryModel(source, vocabulary, max(size, len(vocabulary))).train()
+    return AuxiliaryModel(calibrator.to(target.device), vocabulary, max(size, len(vocabulary)))

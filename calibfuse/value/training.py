@@ -53,14 +53,6 @@ class GuideConfig(SamplingPlan):
         return {**values, **{f"training_{key}": value for key, value in training.items()}}
 
 
-@dataclass(frozen=True)
-class GuideResult:
-    """What a run made."""
-
-    output: Path  # folder of the guide; `CalibFusion.from_pretrained` loads it
-    figures: dict[str, float]  # of the training; see `train_auxiliary`
-
-
 def train_guide(
     target: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -74,7 +66,7 @@ def train_guide(
     facts: Mapping[str, Any] | None = None,
     resume: bool = False,
     show_progress: bool = True,
-) -> GuideResult:
+) -> dict[str, float]:
     """Make a value guide for a target model.
 
     Args:
@@ -89,6 +81,9 @@ def train_guide(
         facts: for the model card (name, license, ...).
         resume: go on with what is in `output`.
         show_progress: progress bars.
+
+    Returns:
+        The figures of the training; see `train_auxiliary`.
 
     Raises:
         DataError: there are no prompts, or too few samples.
@@ -122,7 +117,7 @@ def train_guide(
     # what is known of the other heads stays
     known = {**auxiliary.calibrator.config.training, **(facts or {}), "value_head": {**told, **(facts or {})}}
     auxiliary.save_pretrained(place, fusion={"mode": "value", "alpha": config.alpha}, training=known)
-    return GuideResult(place, figures)
+    return figures
 
 
 def _doubt(figures: Mapping[str, float], samples: SampleSet) -> str | None:

@@ -30,8 +30,6 @@ examples:
 The matrix is saved beside the calibrator, or in the cache folder where that is not yours to change.
 """
 
-_CURVE_LINES = 10
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments; imports nothing heavy."""
@@ -95,10 +93,6 @@ def _show(alignment: Alignment, folder: Path, seconds: float) -> None:
         f"aligned {facts.embeddings} embeddings with {printable(facts.target)}: {facts.common_tokens:,} common tokens, "
         f"{facts.width} x {facts.hidden_size} channels, {seconds:.1f} s"
     )
-    every = max(1, len(facts.loss_curve) // _CURVE_LINES)
-    points = [*facts.loss_curve[: every * (_CURVE_LINES - 1) : every], facts.loss_curve[-1]]
-    terminal.table(("step", "loss (nats)"), [(f"{step:,}", f"{loss:.3f}") for step, loss in dict(points).items()])
-    terminal.write()
     rows = [("loss (nats)", f"{facts.held_out_loss:.3f}", f"{math.log(11):.3f}")]  # the own token and ten others
     for choices, share in facts.retrieval.items():
         rows.append((f"first of {int(choices):,}", f"{100 * share:.1f} %", f"{100 / int(choices):.1f} %"))

@@ -42,9 +42,7 @@ TUNING = Fields(
 )
 CONSTRAINT = Fields(TUNING.source, "kl_weight", "strength")
 SAMPLING = Fields(
-    "calibfuse.value.samples:SamplingPlan",
-    *("max_new_tokens", "temperature", "chat", "system"),
-    per_prompt="samples",
+    "calibfuse.value.samples:SamplingPlan", *("max_new_tokens", "temperature", "chat", "system"), per_prompt="samples"
 )
 AUXILIARY = Fields(
     "calibfuse.value.auxiliary_training:AuxiliaryTrainingConfig",
@@ -115,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
         )
         prompts = [prompt.text for prompt in found]
     try:
-        result = run_finetuning(
+        report = run_finetuning(
             config,
             iter_documents(args.corpus, text_field=args.text_field),
             prompts,
@@ -128,11 +126,11 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"Stopped. Go on with the same command and --resume (complete products in {args.output}/work).")
         return 130
-    perplexity = result.report["corpus_perplexity"]
+    perplexity = report["corpus_perplexity"]
     if perplexity["before"] is not None:
         print(f"Corpus perplexity on held-out documents: {perplexity['before']:.2f} -> {perplexity['after']:.2f}.")
-    for step in result.report["steps"]:
+    for step in report["steps"]:
         roles = ", ".join(f"{role} {record['seconds']:.1f} s" for role, record in step["roles"].items())
         print(f"Step {step['step']}: {step['seconds']:.1f} s ({roles}).")
-    print(f"Model written to {result.output}. Try: calibfuse evaluate --model {result.output} --alpha 0")
+    print(f"Model written to {args.output}. Try: calibfuse evaluate --model {args.output} --alpha 0")
     return 0

@@ -27,9 +27,6 @@ examples:
   # go on after a kill or Ctrl-C, with the same arguments
   calibfuse train-calibrator web/ comments.csv.gz --output my-calibrator --resume
 
-  # a few minutes on your own domain, from the bundled calibrator's weights
-  calibfuse train-calibrator --wanted ok.txt --unwanted all.txt --init-from bundled --steps 500 --output mine
-
   # the bundled calibrator with another idea of what is toxic: its heads learn from text that your scorer sorts
   calibfuse train-calibrator web/ --scorer my-scorer --init-from bundled --heads-only \\
       --learning-rate 0.001 --output mine
@@ -82,10 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         model,
         "name",
         "license",
-        init_from={
-            "metavar": "CALIBRATOR",
-            "help": "start from these weights: bundled, folder or Hub id",
-        },
+        init_from={"metavar": "CALIBRATOR", "help": "start from these weights: bundled, folder or Hub id"},
         pool={"metavar": "DIR", "help": "tokenizer pool of an earlier run (default: trained on the text)"},
     )
     SHAPE.add(model)

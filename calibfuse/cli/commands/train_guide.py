@@ -47,12 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     SAMPLES.add(samples)
     guide = parser.add_argument_group("guide")
     GUIDE.add(guide)
-    add(
-        guide,
-        "name",
-        "license",
-        calibrator={"help": "that gets the head (default: the bundled one)"},
-    )
+    add(guide, "name", "license", calibrator={"help": "that gets the head (default: the bundled one)"})
     TRAINING.add(parser.add_argument_group("training"))
 
 
@@ -78,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     prompts = [prompt.text for prompt in load_prompts(args.prompts, count=args.prompt_count or None, seed=config.seed)]
     target = load_model(args, args.model)
     try:
-        result = train_guide(
+        figures = train_guide(
             target.model,
             target.tokenizer,
             prompts,
@@ -94,7 +89,6 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"Stopped. Go on with the same command and --resume (samples and checkpoint in {args.output}/work).")
         return 130
-    figures = result.figures
     print(
         f"{figures['samples']:.0f} samples, mean C {figures['mean_satisfaction']:.3f}; held-out cross-entropy "
         f"{figures['held_out_bce']:.4f} nats per token, {figures['prior_bce']:.4f} without a guide."
