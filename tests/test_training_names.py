@@ -7,7 +7,7 @@ import pytest
 
 from calibfuse.training.data import PassageStore
 from calibfuse.training.words.balance import TERMS, balance_terms
-from calibfuse.training.words.names import LEAST_PASSAGES, suspected_names
+from calibfuse.training.words.counts import LEAST_NAMED, suspected_names
 from tests.sorted_store import build_sorted_store
 
 
@@ -31,7 +31,7 @@ def test_names_are_those_with_capitals_that_are_flagged_too_often(store):
 
 def test_few_flagged_passages_make_no_name(tmp_path):
     few, enough = (
-        [f"They saw the {name} and the nitwit {i}, in the garden" for i in range(LEAST_PASSAGES + extra)]
+        [f"They saw the {name} and the nitwit {i}, in the garden" for i in range(LEAST_NAMED + extra)]
         for name, extra in (("Quiblet", -1), ("Zorbo", 3))
     )
     clean = [f"They saw the house number {i}, in the garden" for i in range(500)]

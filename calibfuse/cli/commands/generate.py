@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from calibfuse.generation.language_model import LanguageModel
     from calibfuse.processor import CalibFusion
-    from calibfuse.scorers import ToxicityScorer
 
 EXAMPLES = """\
 examples:
@@ -66,7 +65,11 @@ def run(args: argparse.Namespace) -> int:
     terminal = Terminal()
     if target.is_bundled:
         print("calibfuse: no --model given, so the small demo target continues your prompts", file=sys.stderr)
-    scorer = _load_scorer() if args.compare else None
+    scorer = None
+    if args.compare:
+        from calibfuse.scorers import load_scorer
+
+        scorer = load_scorer("bundled")
     mask = masking(args.mask, scorer)
     if len(prompts) == decoding.samples == 1 and terminal.is_interactive and not (args.json or args.compare):
         terminal.write(terminal.style(printable(mask(prompts[0]), keep_lines=True), "dim"), end="")
@@ -103,12 +106,6 @@ def _continue_all(
             continue
         plain = continue_prompts(target, batch, decoding, seed=seed)
         yield from ({"plain": one, "fused": other} for one, other in zip(plain, fused, strict=True))
-
-
-def _load_scorer() -> ToxicityScorer:
-    from calibfuse.scorers import load_scorer
-
-    return load_scorer("bundled")
 
 
 def _record(

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from calibfuse.scorers.words import ADJECTIVES, PLURALS
 from calibfuse.training.data import PassageStore
-from calibfuse.training.words.names import suspected_names
+from calibfuse.training.words.counts import suspected_names
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 The shifts travel with the calibrator and are added wherever a word is completed (calibrator/word_bias.py). The words
 come from the sorting of the text, not from a list. Names are not among them: those of groups of people because of the
-identity balance (balance.py), others by their capitals (names.py).
+identity balance (balance.py), others by their capitals: within a sentence nearly all occurrences of a name have one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calibfuse.training.data import PassageStore
-from calibfuse.training.words.names import CapitalCounts
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +33,59 @@ LARGEST_SHIFT = -6.0
 """Lower ones are cut to this: what never occurs in some text still might."""
 _SHORTEST = 3
 _WORD = re.compile(r"[a-z]+")
+LEAST_NAMED = 30
+"""A name is looked at only if so many flagged passages hold it, ..."""
+LEAST_EXCESS = 1.3
+"""... if its flagged share is so many times that of all passages, ..."""
+LEAST_CAPITALS = 0.8
+"""... and if so large a share of its occurrences within sentences begins with a capital."""
+_WITHIN_SENTENCE = re.compile(r"(?<=[a-z,;] )[A-Za-z]+")
+_LONGEST_ACRONYM = 4  # longer words in capitals are shouting, not names
+
+
+class CapitalCounts:
+    """How often each word begins with a capital within sentences."""
+
+    def __init__(self) -> None:
+        self._capital: Counter[str] = Counter()
+        self._small: Counter[str] = Counter()
+
+    def add(self, text: str) -> None:
+        """Count a passage; a word counts once for each way it is written."""
+        for word in set(_WITHIN_SENTENCE.findall(text)):
+            if not word[0].isupper():
+                self._small[word] += 1
+            elif not word.isupper() or len(word) <= _LONGEST_ACRONYM:
+                self._capital[word.lower()] += 1
+
+    def is_name(self, word: str) -> bool:
+        """Whether a lower-case word nearly always begins with a capital."""
+        return self._capital[word] >= LEAST_CAPITALS * max(1, self._capital[word] + self._small[word])
+
+
+def suspected_names(store: PassageStore) -> tuple[str, ...]:
+    """Names in the training passages that are flagged more often than other words."""
+    capitals = CapitalCounts()
+    holders: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
+    passages = [0, 0]
+    for index in store.train_indices.tolist():
+        text, label = store.text(index), int(store.labels[index])
+        passages[label] += 1
+        holders[label].update(set(_WORD.findall(text.lower())))
+        capitals.add(text)
+    if not all(passages):
+        return ()
+    base = passages[0] / sum(passages)
+    return tuple(
+        sorted(
+            word
+            for word, flagged in holders[0].items()
+            if len(word) >= _SHORTEST
+            and flagged >= LEAST_NAMED
+            and flagged > LEAST_EXCESS * base * (flagged + holders[1][word])
+            and capitals.is_name(word)
+        )
+    )
 
 
 def word_shifts(store: PassageStore, *, flagged_share: float, excluded: NDArray[np.bool_] | None) -> dict[str, float]:
