@@ -1,8 +1,4 @@
-"""The account of a text: what fusion did to it, in a few figures and the tokens that lost most.
-
-A step *moved* something when at least a hundredth of the probability went from some tokens to others; the mass that a
-step moves is the total variation distance of the target's and the fused distribution.
-"""
+"""The account of a text: what fusion did to it, in a few figures and the tokens that lost most."""
 
 from __future__ import annotations
 

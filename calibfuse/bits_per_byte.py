@@ -1,7 +1,6 @@
 """Bits per byte of text under a bound calibrator: the measure that is comparable across vocabularies.
 
-Tokens without bytes (unknown marks) are left out of both sums and counted, so that a lossy tokenizer cannot look good
-by not spelling the text.
+Tokens without bytes (unknown marks) are left out of both sums and counted: a lossy tokenizer must not look good.
 """
 
 from __future__ import annotations
@@ -74,11 +73,7 @@ def iter_scored(
 def measure_fidelity(
     bound: BoundCalibrator, sequences: Sequence[Sequence[int]], *, head: str = CALIBRATOR_HEAD, batch_size: int = 16
 ) -> Fidelity:
-    """Score token sequences, without special tokens, each from an empty context and with its first token.
-
-    Raises:
-        DataError: no sequence has a token with bytes.
-    """
+    """Score token sequences, each from an empty context; a DataError where no token has bytes."""
     lengths = torch.from_numpy(np.diff(bound.vocabulary.offsets).copy()).to(bound.device)
     log_rest = math.log1p(-SPECIAL_MASS) if bound.coverage < 1.0 else 0.0  # what `normalise` leaves to the others
     nats, byte_count, tokens = 0.0, 0, 0

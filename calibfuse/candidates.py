@@ -1,7 +1,6 @@
 """The target's candidates: which of its tokens fusion may re-rank, and how to find them cheaply.
 
-By default they go by probability: 200 tokens hold nearly everything that a sure target would say, and miss a sixth of
-what an unsure one says.
+By probability: 200 tokens hold nearly all that a sure target would say, and miss a sixth of what an unsure one says.
 """
 
 from __future__ import annotations
@@ -41,20 +40,15 @@ def choose_candidates(
     as_list: bool = False,
     log_sums: Tensor | None = None,
 ) -> Candidates:
-    """Choose the candidates of each row. A token that the target excludes is none, however exclusion is written.
+    """Choose the candidates of each row, whatever the others are; a token that the target excludes is none.
 
     Args:
         scores: float32 [..., target_vocab_size], log-probabilities in nats.
         count: how many of the best; 0: the whole vocabulary; None: all of MIN_PROBABILITY or more, and the best
             MIN_CANDIDATES.
-        always: int64 [n], ids below target_vocab_size that are candidates by probability whatever theirs is, unless it
-            is 0: an unsure target draws now and then from its tail, and some tokens are not to be met there.
+        always: int64 [n], ids that are candidates whatever their probability: an unsure target draws from its tail.
         as_list: give those by probability as a list, as many of each row as it has; on a CPU.
         log_sums: float32 [..., 1], for such a list: what is to be subtracted from scores that are not normalised.
-
-    Returns:
-        The candidates. What they are does not depend on the other rows (but for ties at the last place), how they are
-        laid out does.
     """
     vocab_size = scores.shape[-1]
     if count is None and as_list and scores.numel():

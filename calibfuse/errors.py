@@ -1,8 +1,4 @@
-"""The exceptions of calibfuse: one small tree, so that `except CalibfuseError` catches all of them.
-
-Each child also inherits the builtin that fits, so code that catches `ValueError` or `OSError` keeps working.
-This module imports nothing.
-"""
+"""The exceptions of calibfuse: one small tree; each also inherits the builtin that fits. Imports nothing."""
 
 # Longer messages of other libraries are advice, not a reason; a sentence is never cut.
 _LONG_REASON = 200

@@ -1,8 +1,7 @@
 """Fusion of the target's and the guide's next-token distributions: the arithmetic, and nothing else.
 
-Only the target's candidates that the guide covers are re-ranked, each mode's formula over the distributions
-renormalised to them; they keep the probability mass that they had together, and every other token keeps its own
-exactly. A new mode is one pure function and one line in MODES.
+Only the target's candidates that the guide covers are re-ranked; they keep the probability mass that they had together,
+and every other token keeps its own exactly. A new mode is one pure function and one line in MODES.
 """
 
 from __future__ import annotations
@@ -79,11 +78,6 @@ class FusionConfig:
     hold: InitVar[bool | None] = None
 
     def __post_init__(self, hold: bool | None) -> None:
-        """Validate.
-
-        Raises:
-            InputError: a value is out of range, with the range.
-        """
         if not isinstance(self.mode, str) or self.mode not in MODES:
             raise InputError(f"Unknown fusion mode {self.mode!r}; choose one of {', '.join(MODES)}.")
         mode = MODES[self.mode]
@@ -114,11 +108,7 @@ class FusionConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> FusionConfig:
-        """Inverse of `to_dict`.
-
-        Raises:
-            InputError: unknown keys, or values out of range.
-        """
+        """Inverse of `to_dict`; an InputError for unknown keys and values out of range."""
         values = _present_names(values)
         known = [item.name for item in fields(cls)]
         unknown = sorted(set(values) - set(known))
@@ -137,11 +127,7 @@ def _number(value: object) -> float:
 
 
 def recommended_config(recommended: Mapping[str, Any], options: Mapping[str, Any]) -> FusionConfig:
-    """A guide's recommended options, overridden by the user's; for another mode, the user's alone.
-
-    Raises:
-        InputError: unknown keys, or values out of range.
-    """
+    """A guide's recommended options, overridden by the user's; for another mode, the user's alone."""
     default = recommended.get("mode", FusionConfig.mode)
     if options.get("mode", default) == default:
         options = {**_present_names(recommended), **_present_names(options)}
@@ -154,9 +140,9 @@ def _present_names(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Layout:
-    """Candidates as a table [..., k], and what is summed over each row; entries where `fixed` is True do not count.
+    """Candidates as a table [..., k], and what is summed over each row, in a shape that goes with the candidates' own.
 
-    Sums come back in a shape that goes with the candidates' own.
+    Entries where `fixed` is True do not count.
     """
 
     def __init__(self, fixed: Tensor | None = None) -> None:
@@ -318,23 +304,16 @@ def _blend(
 def _value(
     target: Tensor, guide: Mapping[str, Tensor], layout: Layout, alpha: Strength, config: FusionConfig
 ) -> Tensor:
-    """Target + clip(alpha log R) (NADO, Meng et al. 2022).
-
-    Log R is taken relative to its expectation under the target: what the clip bounds is how much a token is better or
-    worse than the target's average one, however hopeless the prefix is.
-    """
+    """Target + clip(alpha log R) (NADO, Meng et al. 2022), log R relative to its expectation under the target."""
     return target + (alpha * _relative(guide["value"], target, layout)).clamp(-config.max_shift, config.max_shift)
 
 
 def _give_to_others(target: Tensor, shift: Tensor, layout: Layout) -> Tensor:
     """Log of exp(target) / (nu + exp(-shift) - 1), with the nu in (0, 1] for which the sum is 1.
 
-    Dividing by the sum alone would give a candidate that was lowered part of its loss back, and nearly all of it where
-    it was nearly certain: the end of a rude word whose beginning is said. Of all distributions in which the weighted
-    penalties exp(-shift) - 1 are expected no oftener, this one has the least divergence from the target.
-
-    Newton's method on 1 / sum - 1, which is concave in nu: begun at a lower bound (no part of the sum may exceed 1) it
-    comes nearer from below with every step. What is left of an error the caller's renormalisation takes away.
+    Dividing by the sum alone would give a nearly certain candidate nearly all of its loss back. Of all distributions
+    in which the weighted penalties are expected no oftener, this one has the least divergence from the target. Newton's
+    method on 1 / sum - 1, concave in nu, begins at a lower bound (no part of the sum exceeds 1) and nears from below.
     """
     penalty = torch.expm1(-shift).clamp(max=_MAX_PENALTY)
     probability = target.exp()
@@ -379,10 +358,8 @@ class Moved(NamedTuple):
     """What one fusion took from some tokens and gave to others; nothing of it has been read from the device.
 
     Attributes:
-        mass: float32 [rows], probability that was moved: the total variation distance of before and after. Rows are
-            counted over all leading axes of the scores.
-        rows: int64 [n], of the tokens that lost most.
-        token_ids: int64 [n], these tokens.
+        mass: float32 [rows], probability that was moved (total variation); rows over all leading axes of the scores.
+        rows, token_ids: int64 [n], of the tokens that lost most.
         lost: float32 [n], the probability that each lost; may be 0.
     """
 
@@ -435,28 +412,23 @@ def fuse(
     Args:
         scores: float [..., target_vocab_size], logits or log-probabilities (a constant per row changes nothing). Tokens
             of probability 0 are excluded, however that is written (-inf, -1e9). Not modified.
-        guide_scores: (head, token_ids int64 [..., k] or None) -> float [..., k], log-probabilities up to a constant per
-            row, or log R of the head "value" (a constant per row cancels there as well). Asked for the needed heads and
-            the candidates only; None when every token is a candidate: then the last axis is the guide's whole
-            vocabulary, which may be wider or narrower than the scores.
+        guide_scores: (head, token_ids int64 [..., k] or None) -> float [..., k], log-probabilities or log R up to a
+            constant per row; None: of the guide's whole vocabulary, which may be wider or narrower than the scores.
         covers: token_ids int64 [...] -> bool, True where the guide knows the token.
         config: how.
-        always: int64 [n], ids below target_vocab_size that are candidates whatever the target gives them, unless it
-            excludes them; for `candidates=None`, where they are chosen by probability.
+        always: int64 [n], ids that are candidates whatever the target gives them, unless it excludes them.
         pick: (heads, places int64 [n], token_ids int64 [n]) -> float [n] by head, the same for a list of tokens, with
             `places` counting rows over all leading axes; saves time where rows have few candidates on a CPU.
         alpha: float [...], a strength for each row, in the range of the mode; None: that of the config.
         keep_scale: give each row the logsumexp that it had instead of 0, for processors behind that look at logits.
         in_place: allow the result of `keep_scale` to be written into `scores`.
         alone: bool [...], rows that are left as they are (for instance those of `unjudgeable`).
-        observe: called with what was done, once; where rows were left `alone`, what it says of them means nothing.
-        protected: bool [the guide's vocabulary], names, which one-sided contrast never raises: what the words beside
-            them lose goes to others.
+        observe: called once with what was done; of rows left `alone` it means nothing.
+        protected: bool [the guide's vocabulary], names, which one-sided contrast never raises.
         parts: of several guides in one, whose shifts are added (`Guide.parts`); contrast only.
 
     Returns:
-        Log-probabilities, float32, shape and device of `scores`, nats, normalised unless `keep_scale`. Tokens that the
-        target excludes, that the guide does not cover or that are no candidates keep theirs.
+        Log-probabilities, float32, shape and device of `scores`, nats, normalised unless `keep_scale`.
 
     Raises:
         InputError: a mode that fuses hidden states.

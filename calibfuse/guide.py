@@ -1,7 +1,6 @@
-"""What every guide of the fusion offers, whatever stands behind it (universal calibrator, any causal LM, value guide).
+"""What every guide of the fusion offers: a calibrator bound to one target vocabulary, whatever stands behind it.
 
-A *guide* is a calibrator bound to one target vocabulary. A *session* follows generations through their token ids.
-`NextTokenScores` is what it says about the token that comes next. Nothing here knows text or `generate()`.
+A *session* follows generations through their token ids; nothing here knows text or `generate()`.
 """
 
 from __future__ import annotations
@@ -58,13 +57,8 @@ class NextTokenScores(ABC):
     def log_scores(self, head: str, token_ids: Tensor | None = None) -> Tensor:
         """Log-probabilities up to one constant per position; of the head "value" log R, at most 0.
 
-        Args:
-            head: "calibrator", "reference" or "value".
-            token_ids: int64 [..., k], the wanted ids; None for the whole vocabulary. Ids that the guide does not
-                cover get some finite number without meaning.
-
-        Returns:
-            float32 [..., k] or [..., target_vocab_size], nats.
+        Of `token_ids`, int64 [..., k], or of the whole vocabulary (None): float32, nats. Ids that the guide does not
+        cover get some finite number without meaning.
         """
 
     @abstractmethod
@@ -81,12 +75,9 @@ class NextTokenScores(ABC):
 
 
 class Request(NamedTuple):
-    """One text of a session, as far as it has come.
+    """One text of a session: a key that names it, and its token ids, all or the last ones, at least `Guide.reach`.
 
-    Attributes:
-        key: names the text from one step to the next; anything that can be a dictionary's key.
-        ids: its token ids: all of them, or the last ones, at least `Guide.reach`.
-        length: tokens of the whole text; None: `ids` is the whole text.
+    `length`: tokens of the whole text; None: `ids` is the whole text.
     """
 
     key: Hashable
@@ -128,13 +119,10 @@ class Part(NamedTuple):
 class GuideSession(ABC):
     """Follows texts that come, grow, shrink and go independently: what a serving engine's batch is.
 
-    A step names every text that wants scores, by a key of the caller's choice, with the ids that it has now. What is
-    new is found by comparing ids: a text that went on is read on, one that was rolled back (a rejected draft) goes
-    back, one that changed, was dropped or was never seen is read anew. Only the last `guide.reach` tokens of a text
-    need to be passed. An exception at any moment leaves the session as it was or empty. A session belongs to one
-    thread; a guide may have any number of them.
+    A step names every text that wants scores, by a key of the caller's choice, with the ids it has now: what is new
+    is found by comparing ids, and only the last `guide.reach` tokens need be passed. An exception at any moment
+    leaves the session as it was or empty. A session belongs to one thread; a guide may have any number of them.
 
-        guide = Calibrator.from_pretrained().bind(tokenizer)
         session, config = guide.session(), recommended_config(guide.recommended, {})
         while texts:                                                 # a dictionary, request -> its token ids so far
             requests = [Request(key, ids) for key, ids in texts.items()]
@@ -165,12 +153,7 @@ class GuideSession(ABC):
 
 
 class Guide(ABC):
-    """A calibrator bound to one target vocabulary.
-
-    Attributes:
-        vocabulary: of the target.
-        calibrator: what was bound to it.
-    """
+    """A `calibrator` bound to the `vocabulary` of one target."""
 
     vocabulary: Vocabulary
     calibrator: Any
@@ -245,8 +228,7 @@ class Guide(ABC):
     def misfit(self, width: int) -> str:
         """Why a head of `width` scores cannot be that of the tokenizer; empty where it can.
 
-        Heads are padded, by up to 2 % in models that are known, and some leave out a few tokens at the end (image
-        marks).
+        Heads are padded, by up to 2 % in known models, and some leave out a few tokens at the end (image marks).
         """
         size = self.target_vocab_size
         beyond = int((~self.vocabulary.is_special[width:]).sum()) if size > width else 0

@@ -25,17 +25,7 @@ except ImportError as error:
 class CalibFusionLM(HFLM):  # type: ignore[misc]
     """The harness's Hugging Face model, guided by a calibrator.
 
-    Args:
-        pretrained: the target: folder, Hub id or a loaded model.
-        calibrator: folder or Hub id; None: the bundled one.
-        alpha: strength; None: what the calibrator recommends, 0: the plain model.
-        mode: of fusion; None: what the calibrator recommends.
-        margin: see FusionConfig.
-        max_shift: see FusionConfig.
-        **options: of the harness's `hf` model (dtype, device, batch_size, ...).
-
-    Raises:
-        InputError: an encoder-decoder target, or an option out of range.
+    `pretrained` and `options` are those of the harness's `hf` model, the others those of `CalibFusion.from_pretrained`.
     """
 
     def __init__(

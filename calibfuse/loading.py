@@ -1,7 +1,6 @@
 """Loading of calibrators: one table of formats, and what every loaded calibrator offers.
 
-A format is told by the entry "format" of config.json; a checkpoint of transformers has a "model_type" instead. The
-table holds names, so that each kind of calibrator is loaded without the others.
+A format is told by the entry "format" of config.json; a checkpoint of transformers has a "model_type" instead.
 """
 
 from __future__ import annotations
@@ -50,8 +49,7 @@ class Source:
 class PretrainedCalibrator(ABC):
     """What every calibrator offers, whatever its format: binding, files, metadata.
 
-    Attributes:
-        config: has `heads`, `fusion` (recommended options), `training` (what is known of it) and `to_dict`.
+    `config` has `heads`, `fusion` (recommended options), `training` (what is known of it) and `to_dict`.
     """
 
     config: Any
@@ -161,8 +159,7 @@ class PretrainedCalibrator(ABC):
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
         """Write config.json, the weights and README.md (the model card), and give the folder.
 
-        A complete older checkpoint in it is replaced file by file, config last. Subclasses take `dtype`, that of the
-        weights on disk.
+        A complete older checkpoint in it is replaced file by file, config last. Subclasses take `dtype`, that on disk.
 
         Raises:
             CheckpointError: the files cannot be written (disk full, no permission); nothing half-written is left.
@@ -182,18 +179,15 @@ class PretrainedCalibrator(ABC):
         token: str | bool | None = None,
         card: str | None = None,
     ) -> str:
-        """Save into a temporary folder and upload it.
+        """Save into a temporary folder, upload it, and give the repository's address.
 
         Args:
-            repo_id: `organisation/name`; made when missing. It is what the card's example loads.
+            repo_id: `organisation/name`; made when missing.
             private: for a new repository; an existing one keeps its visibility.
             revision: branch, made when missing; None: the main one.
             commit_message: of the upload.
             token: Hub token; None: that of the login.
             card: text of README.md; None: the model card. Without metadata of its own it gets those of the model card.
-
-        Returns:
-            The repository's address.
 
         Raises:
             CheckpointError: the upload failed; the sentence says why.

@@ -1,8 +1,6 @@
 """The rows of a generation as texts of a session, told apart by comparing ids alone.
 
-`generate()` tells a logits processor nothing but `input_ids`: no start of generation, no beam indices, no roll-back
-event. Beam search reorders rows between calls, assisted decoding repeats and shortens prefixes, one object serves
-many generations. So each new row continues the text that shares the longest prefix with it.
+`generate()` says nothing of starts, beams or roll-backs: each new row continues the text that shares most with it.
 """
 
 from __future__ import annotations
@@ -154,10 +152,7 @@ def _may_continue(former: _Rows, input_ids: Tensor) -> bool:
 def _parents(
     former: _Rows, tails: Tensor, input_ids: Tensor, readings: Tensor
 ) -> tuple[list[int] | None, list[int], list[float]]:
-    """Which former row each row goes on from (None: some row from none), the last ids, and the readings; one read-out.
-
-    A row that is equal to several former ones goes on from itself: twins must not be swapped at every step.
-    """
+    """Which former row each row goes on from (None: some row from none), the last ids, and the readings."""
     rows = len(former.keys)
     grown = input_ids.shape[1] - former.length
     prefix = tails[:, : tails.shape[1] - grown]

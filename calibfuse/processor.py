@@ -1,7 +1,6 @@
 """CalibFusion: the fusion as a transformers LogitsProcessor. The only file that knows `generate()`'s protocol.
 
-The call gets the whole `input_ids`, with left padding and finished rows, and scores that may hold -inf and must not be
-written to. Nothing marks the start of a generation and beams are reordered silently: all state derives from the ids.
+Nothing marks the start of a generation and beams are reordered silently: all state derives from the ids.
 """
 
 from __future__ import annotations
@@ -48,16 +47,13 @@ _OTHER_VOCABULARY = 0.01  # share of the ids with other bytes from which two tok
 
 
 class CalibFusion(LogitsProcessor):
-    """Fuses a guide into generation.
-
-    One object serves any number of `generate()` calls, batches and beams; several objects can be used at once.
+    """Fuses a guide into generation; one object serves any number of `generate()` calls, batches and beams.
 
     Args:
         guide: a calibrator bound to the target's vocabulary.
         config: how to fuse; None: as the guide recommends.
         alignment: of the guide with the target; for mode "embedding" only.
-        target: the target model, whose output head mode "embedding" uses. Otherwise it only tells how wide the target's
-            scores are, by which those of an assistant with another tokenizer are known.
+        target: the target model, whose output head mode "embedding" uses and whose width tells an assistant's scores.
         on_step: gets the report of each step, over all rows, as it is taken; for those who stream.
 
     Raises:
@@ -208,9 +204,6 @@ class CalibFusion(LogitsProcessor):
                 value_weight; the sum is bounded by the largest max_shift, and the widest choice of candidates holds.
             on_step: see the class.
 
-        Returns:
-            A new processor. Its alpha, 1, multiplies the sum.
-
         Raises:
             InputError: no fusion, or one in another mode.
             MissingHeadError: one that is itself a combination.
@@ -243,7 +236,6 @@ class CalibFusion(LogitsProcessor):
         return combined
 
     def __setattr__(self, name: str, value: object) -> None:
-        """Refuse what would change nothing: a mistyped option, or one of FusionConfig's."""
         if not (name.startswith("_") or name in ("guide", "config", "on_step") or hasattr(type(self), name)):
             raise AttributeError(
                 f"{type(self).__name__} has no attribute {name!r} to set; options of the fusion are set by "
@@ -266,13 +258,9 @@ class CalibFusion(LogitsProcessor):
         self.set(alpha=alpha)
 
     def set(self, **options: Any) -> CalibFusion:  # noqa: ANN401
-        """Change options of the fusion; what has been followed so far stays of use.
+        """Change options of the fusion (fields of FusionConfig); what has been followed so far stays of use.
 
-        Args:
-            **options: fields of FusionConfig. With another mode, the others are those that the guide recommends for it.
-
-        Returns:
-            This object.
+        With another mode, the others are those that the guide recommends for it.
 
         Raises:
             InputError: an unknown option, or a value out of range.
@@ -285,7 +273,6 @@ class CalibFusion(LogitsProcessor):
         return self
 
     def __repr__(self) -> str:
-        """Mode, strength and calibrator."""
         options = "".join(f", {name}={getattr(self.config, name)!r}" for name in MODES[self.config.mode].options)
         return (
             f"{type(self).__name__}(mode={self.config.mode!r}, alpha={self.config.alpha:g}{options}, "
@@ -336,12 +323,10 @@ class CalibFusion(LogitsProcessor):
         return rows
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy follows generations of its own."""
         own = ("_of_thread", "_account", "_ledger")
         return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
-        """See `__getstate__`."""
         self.__dict__.update(state)
         self._account, self._ledger = Account(), Ledger()
         self.reset()
@@ -349,24 +334,16 @@ class CalibFusion(LogitsProcessor):
     def report(self, *, mask: Callable[[str], str] | None = None) -> Report:
         """What was done in all steps so far (`fuse_logits` takes none).
 
-        Args:
-            mask: how the tokens that lost most are written; None: all letters but the first as stars.
-
-        Example:
-            >>> print(fusion.report())  # doctest: +SKIP
-            40 steps, 12 touched, 1.9% of the probability moved; most lowered: 'b****' -0.321, 's***' -0.104
+        `mask`: how the tokens that lost most are written; None: all letters but the first as stars.
         """
         self._ledger.settle()
         return self._account.report(self.guide.vocabulary, mask=mask)
 
     @contextmanager
     def required(self) -> Iterator[CalibFusion]:
-        """Raise if the block finishes without one call of this processor.
+        """Raise a FusionNotAppliedError if the block finishes without one call of this processor.
 
         Some engines accept `logits_processor` and drop it silently (`generate_batch`, `cache_implementation="paged"`).
-
-        Raises:
-            FusionNotAppliedError: on leaving the block.
         """
         before = self._fused
         yield self

@@ -1,7 +1,6 @@
 """Text files, streamed in bounded memory: .txt, .jsonl and .csv, plain or compressed (.gz, .xz).
 
-Each way in refuses what is missing, empty, binary, damaged or not UTF-8 with one sentence that names the file and,
-where there is one, the line.
+What is missing, empty, binary, damaged or not UTF-8 is a DataError that names the file and the line.
 """
 
 import csv
@@ -95,24 +94,18 @@ def iter_documents(
     min_bytes: int = 1,
     max_bytes: int = 65_536,
 ) -> Iterator[str]:
-    r"""The texts of files, one after the other.
+    """The texts of files, one after the other: blocks between blank lines (.txt), rows or examples (Hub).
 
-    A document is a block between blank lines (.txt), a row (.jsonl, .csv) or an example (Hub). Surrounding white
-    space is removed, line ends become `\n`, and documents longer than `max_bytes` come in several pieces, nothing lost.
+    Surrounding white space is removed, and documents longer than `max_bytes` come in several pieces, nothing lost.
 
     Args:
         paths: files, folders (all supported files inside, recursively, sorted by name) or `hf:NAME[:[CONFIG:]SPLIT]`.
-        text_field: the field of .jsonl and .csv rows that holds the text; without it the first of `TEXT_FIELDS`
-            that is present.
+        text_field: the field of rows that holds the text; without it the first of `TEXT_FIELDS` that is present.
         min_bytes: documents with fewer UTF-8 bytes are skipped.
         max_bytes: the longest piece that is returned, in UTF-8 bytes; at least 4.
 
-    Yields:
-        The documents, in the order of `paths`.
-
     Raises:
-        DataError: a path does not exist, has an unknown extension, is empty, binary, damaged or not UTF-8; a row has
-            no text; or a file holds no usable line. The sentence names the file and, where there is one, the line.
+        DataError: a path that cannot be read, a row without text, or a file without a usable line.
         MissingDependencyError: `hf:` without the `datasets` package (extra `train`).
     """
     if isinstance(paths, (str, os.PathLike)):

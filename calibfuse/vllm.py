@@ -1,7 +1,6 @@
 """The fusion inside vLLM: a batch-level logits processor for both of its model runners.
 
-Every request is followed by its own key in one session of the guide: requests may join, leave, be preempted and
-resumed, and drafts rejected, at any step. vLLM documents this interface as unstable; version 0.32 is what tests run.
+Every request is followed by its own key in one session of the guide. vLLM documents this interface as unstable.
 """
 
 from __future__ import annotations
@@ -47,14 +46,12 @@ _logger = logging.getLogger("vllm.calibfuse")  # below vLLM's logger, so that it
 
 @dataclass(frozen=True, kw_only=True)
 class ServerOptions:
-    """Options of the whole server.
+    """Options of the whole server; those that are not given are what the calibrator recommends.
 
     Attributes:
-        calibrator: folder or Hub id; None: the bundled one.
-        revision: of the calibrator on the Hub.
-        alpha: strength of requests that name none; None: what the calibrator recommends.
-        mode: of fusion; None: what the calibrator recommends.
-        margin, max_shift: see FusionConfig.
+        calibrator: folder or Hub id; None: the bundled one; `revision` on the Hub.
+        alpha: strength of requests that name none.
+        mode, margin, max_shift: see FusionConfig.
         log_requests: log what was done to each request when it ends.
     """
 
@@ -68,11 +65,7 @@ class ServerOptions:
 
     @classmethod
     def of(cls, additional_config: Any) -> ServerOptions:  # noqa: ANN401
-        """From the engine's additional configuration, else from the environment.
-
-        Raises:
-            InputError: not an object, or unknown keys.
-        """
+        """From the engine's additional configuration, else from the environment; an InputError for unknown keys."""
         values = additional_config.get("calibfuse") if isinstance(additional_config, Mapping) else None
         if values is None:
             try:
@@ -124,14 +117,8 @@ class _Served:
 class CalibFusionProcessor(V1LogitsProcessor, V2LogitsProcessor):  # type: ignore[misc]
     """Fuses a calibrator into every request of a vLLM engine.
 
-    Args:
-        vllm_config: the engine's configuration.
-        *rest: the first runner gives its device and whether memory is pinned, the second one its request states.
-
-    Raises:
-        InputError: options that are unknown or out of range, or mode "embedding".
-        CheckpointError: no such calibrator.
-        VocabularyError: the engine's tokenizer cannot be used.
+    `rest`: the first runner gives its device and whether memory is pinned, the second one its request states. Raises
+    what `CalibFusion.from_pretrained` raises, and an InputError for mode "embedding".
     """
 
     def __init__(self, vllm_config: Any, *rest: Any) -> None:  # noqa: ANN401
@@ -156,11 +143,7 @@ class CalibFusionProcessor(V1LogitsProcessor, V2LogitsProcessor):  # type: ignor
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:  # noqa: ANN401
-        """Refuse a request whose options are off; the server answers it with HTTP 400.
-
-        Raises:
-            ValueError: one sentence.
-        """
+        """Refuse a request whose options are off (ValueError); the server answers it with HTTP 400."""
         given = sampling_params.extra_args or {}
         unknown = [key for key in given if str(key).startswith(_PREFIX) and key not in (ALPHA_KEY, REPORT_KEY)]
         if unknown:
@@ -205,12 +188,7 @@ class CalibFusionProcessor(V1LogitsProcessor, V2LogitsProcessor):  # type: ignor
     def apply(self, logits: Tensor, ctx: Any = None) -> Tensor:  # noqa: ANN401
         """One step; never raises, because an error here would end the engine for every request.
 
-        Args:
-            logits: float32 [rows, vocabulary]; changed in place.
-            ctx: of the second runner: which row belongs to which request.
-
-        Returns:
-            The same tensor.
+        `logits`: float32 [rows, vocabulary], changed in place and returned; `ctx` of the second runner: whose rows.
         """
         try:
             for rows, requests in self._steps(logits, ctx):
@@ -340,11 +318,7 @@ class _Metrics:
 
 
 def _tokenizer_of(model_config: Any) -> Any:  # noqa: ANN401
-    """The tokenizer that the engine uses, as transformers loads it.
-
-    Raises:
-        InputError: the engine runs without one.
-    """
+    """The tokenizer that the engine uses, as transformers loads it."""
     from transformers import AutoTokenizer
 
     if getattr(model_config, "skip_tokenizer_init", False):

@@ -1,7 +1,6 @@
 """BoundCalibrator: a universal calibrator compiled for one target vocabulary, whose ids it reads and scores.
 
-Special tokens have no bytes. As input each is the document boundary; a leading run of them is masked but for the last,
-so left padding and repeated begin marks change nothing. As output they are not covered: fusion never moves them.
+Special tokens have no bytes: as input they are the document boundary, as output they are not covered.
 """
 
 from __future__ import annotations
@@ -53,14 +52,9 @@ def compose_vocabulary(
 
 
 class BoundCalibrator(Guide):
-    """A guide: the calibrator over one target vocabulary. Made by `Calibrator.bind`.
+    """A guide: the calibrator, which is shared, over one target vocabulary. Made by `Calibrator.bind`.
 
-    Args:
-        calibrator: the model; its body and heads are shared, not copied.
-        vocabulary: of the target.
-        vectors: [target_vocab_size, token_width].
-        biases: float32 [target_vocab_size, heads].
-        words: the calibrator's in this vocabulary; None: made here.
+    `vectors`: [target_vocab_size, token_width]; `biases`: float32 [target_vocab_size, heads].
     """
 
     calibrator: CalibratorNetwork

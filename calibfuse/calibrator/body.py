@@ -1,8 +1,7 @@
 """The calibrator's transformer body: causal, sliding window, keys and values of running texts outside.
 
-Pre-norm blocks with rotary positions (Su et al. 2021) and a window (Beltagy et al. 2020), so that one more token costs
-the same however long the text is. Own code: at 3 layers x 192 the bookkeeping of transformers' models costs more than
-their arithmetic (docs/results.md). Slot 0 of a row is the document boundary, slot j + 1 holds token j.
+Own code: at this size the bookkeeping of transformers' models costs more than their arithmetic (docs/results.md).
+Slot 0 of a row is the document boundary, slot j + 1 holds token j.
 """
 
 from __future__ import annotations
@@ -221,11 +220,7 @@ class Body(nn.Module):
         return tables
 
     def forward(self, states: Tensor, starts: Tensor) -> Tensor:
-        """Run whole rows [rows, slots, width] through all blocks; `starts`: int64 [rows], the slots of boundaries.
-
-        Returns:
-            States [rows, slots, state_width].
-        """
+        """Run whole rows [rows, slots, width]; `starts`: int64 [rows], the boundaries."""
         slots = states.shape[1]
         cosines, sines = (table[:slots].to(states.dtype) for table in self._rotary(slots, states))
         attend = partial(_attend_in_windows, starts=starts, window=self.window)
@@ -234,18 +229,14 @@ class Body(nn.Module):
     def step(
         self, states: Tensor, ring: KeyValueRing, rows: Sequence[int], slots: Sequence[int], counts: Sequence[int]
     ) -> Tensor:
-        """Run new slots of some texts through all blocks.
+        """Run new slots [rows, new, width] of some texts, behind those in the ring, which is extended by them.
 
         Args:
-            states: float [rows, new, width], input vectors of the slots after those in the ring; where a row has fewer
-                new ones than others, they come first.
-            ring: earlier slots; extended by the new ones. Broken off, it holds some of the new ones and not others.
+            states: input vectors; where a row has fewer new ones than others, they come first.
+            ring: earlier slots. Broken off, it holds some of the new ones and not others.
             rows: of the ring, in rising order.
             slots: how many slots of each row were fed before.
-            counts: how many new ones each row has.
-
-        Returns:
-            States [rows, new, state_width]; those behind a row's count mean nothing.
+            counts: how many new ones each row has; states [rows, new, state_width] behind them mean nothing.
         """
         step = RingStep(ring, rows, slots, counts, states.device)
         tables = self._rotary(max(slots) + states.shape[1], states)

@@ -1,7 +1,6 @@
 """The disk cache of binding: bound vectors by calibrator and vocabulary, and vocabularies by tokenizer file.
 
-Whatever is wrong with a cache file costs time and a warning, never a result: it is made again. The files are mapped
-into memory, and carry a plain sum, which finds damage at the speed of memory, in place of a cryptographic hash.
+A damaged file costs a warning and is made again: files are mapped, and a plain sum finds damage at memory's speed.
 """
 
 from __future__ import annotations

@@ -21,11 +21,7 @@ FORMAT_NAME = "calibfuse-calibrator"
 
 
 class Calibrator(CalibratorNetwork, PretrainedCalibrator):
-    """The universal calibrator.
-
-    Args:
-        config: its shape; weights are freshly initialised from torch's global random state.
-    """
+    """The universal calibrator; weights are freshly initialised from torch's global random state."""
 
     config: CalibratorConfig
 

@@ -1,7 +1,6 @@
 """Token vectors composed from bytes: what lets one calibrator serve every vocabulary.
 
-A token's vector is a weighted sum of rows of one hashed table, picked by features of its bytes, and a small residual
-MLP; docs/how-it-works.md lists the features. Related: fastText subwords, hash embeddings.
+A weighted sum of rows of a hashed table, picked by features of the bytes (docs/how-it-works.md), and a residual MLP.
 """
 
 from __future__ import annotations
@@ -31,7 +30,6 @@ class TokenFeatures:
     offsets: NDArray[np.int64]  # [tokens + 1]; the features of token i are buckets[offsets[i]:offsets[i + 1]]
 
     def __len__(self) -> int:
-        """Number of tokens."""
         return len(self.offsets) - 1
 
     def take(self, token_ids: NDArray[np.int64]) -> TokenFeatures:
@@ -102,15 +100,9 @@ def _first_bytes(data: NDArray[np.uint8], offsets: NDArray[np.int64]) -> NDArray
 
 @np.errstate(over="ignore")
 def token_features(data: NDArray[np.uint8], offsets: NDArray[np.int64], bucket_count: int) -> TokenFeatures:
-    """Hash the features of all tokens of a vocabulary at once.
+    """Hash the features of all tokens of a vocabulary at once; tokens without bytes have none.
 
-    Args:
-        data: uint8 [total_bytes], the bytes of all tokens one after the other.
-        offsets: int64 [tokens + 1].
-        bucket_count: rows of the table.
-
-    Returns:
-        The features; tokens without bytes have none.
+    `data`: uint8, the bytes of all tokens one after the other; `offsets`: int64 [tokens + 1].
     """
     lengths = np.diff(offsets)
     count = len(lengths)

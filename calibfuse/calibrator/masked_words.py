@@ -1,7 +1,7 @@
 """Masked and split spellings of lowered words ("f**k", "sh!t", "f u c k") in a text that grows token by token.
 
-The rule is that of vocabulary/spelling.py, narrowed to what ordinary text does not hold: words of four letters and more
-that begin and end with a letter. Left out: "f***" and "$hit", which markup, footnotes and prices look like.
+The rule of vocabulary/spelling.py, for words of four letters and more that begin and end with a letter: "f***" and
+"$hit" look like markup, footnotes and prices.
 """
 
 from __future__ import annotations
@@ -44,11 +44,7 @@ def masked_variants(shifts: Mapping[str, float]) -> dict[str, float]:
 class MaskedWords:
     """What tokens add that complete a disguised word.
 
-    Args:
-        shifts: word -> bias in nats; those below 0 count.
-        spaced: ends of words -> tokens whose first letters they are, behind a space.
-        bare: the same without a space.
-        vocabulary: of the target.
+    `spaced` and `bare`: ends of words -> tokens whose first letters they are, behind a space and without one.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """The network of a calibrator: a small language model without a vocabulary of its own.
 
-Composer (bytes -> token vectors), body (transformer) and heads, which share them; x is the body's last state:
+Composer (bytes -> token vectors), body (transformer) and heads; x is the body's last state:
 score(token | prefix) = <W_head norm(x + adapter_head(x)), h(token)> + bias_head(token), of "value" its log sigmoid.
 """
 
@@ -54,7 +54,6 @@ class CalibratorConfig:
     training: Mapping[str, Any] = field(default_factory=dict)  # what is known of it, for the model card; JSON values
 
     def __post_init__(self) -> None:
-        """Validate."""
         for item in fields(self):
             value = getattr(self, item.name)
             if item.type == "int" and (type(value) is not int or value < (item.name != "value_layer_count")):
@@ -91,11 +90,7 @@ class CalibratorConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CalibratorConfig:
-        """Inverse of `to_dict`.
-
-        Raises:
-            InputError: unknown keys, or values out of range.
-        """
+        """Inverse of `to_dict`; an InputError for unknown keys and values out of range."""
         known = {item.name for item in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise InputError(
@@ -170,10 +165,7 @@ class CalibratorNetwork(nn.Module):
     ) -> _Network:
         """A copy with a fresh head "value" in place of any former one; its query starts at zero, so R is one half.
 
-        Args:
-            seed: of the fresh weights.
-            layer_count: blocks of its own, behind the body's.
-            adapter_width: of the head; None: that of the others.
+        `layer_count`: blocks of its own, behind the body's; `adapter_width`: None: that of the others.
         """
         heads = (*(name for name in self.config.heads if name != VALUE_HEAD), VALUE_HEAD)
         device, dtype = self.boundary.device, self.boundary.dtype
@@ -201,14 +193,7 @@ class CalibratorNetwork(nn.Module):
         return copied
 
     def with_words(self: _Network, words: Mapping[str, float]) -> _Network:
-        """A calibrator that shares the weights of this one and has further words.
-
-        Args:
-            words: word of letters a to z -> bias in nats, in place of what the word had; 0 takes it out.
-
-        Raises:
-            InputError: a word of other characters.
-        """
+        """A calibrator that shares these weights, with further words (a to z) and biases, nats; 0 takes it out."""
         merged = {word: bias for word, bias in {**self.config.words, **words}.items() if bias}
         changed = copy.copy(self)
         changed.config = replace(self.config, words=merged)
@@ -220,10 +205,7 @@ class CalibratorNetwork(nn.Module):
         return torch.where(is_boundary[..., None], self.boundary.to(inputs.dtype), inputs)
 
     def lay_out_for_decoding(self) -> None:
-        """Store the matrices of body and heads by input channel: the same numbers, shapes and names.
-
-        In this order a CPU streams them from memory a fifth faster (docs/results.md).
-        """
+        """Store matrices by input channel, the order in which a CPU streams them a fifth faster (docs/results.md)."""
         for part in (self.token_in, self.body, self.heads):
             for module in part.modules():
                 if isinstance(module, nn.Linear):

@@ -1,7 +1,6 @@
 """Following texts with a bound calibrator: what each has read lies in a ring of keys and values of its own.
 
-A text's leading run of special tokens is one boundary. Of a long text only the last `reach` tokens are read, since the
-body cannot see further. What a step reads is gathered into few forwards, of texts with like numbers of new tokens.
+A leading run of special tokens is one boundary; of a long text only the last `reach` tokens are read.
 """
 
 from __future__ import annotations

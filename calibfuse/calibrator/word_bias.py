@@ -1,8 +1,7 @@
 """Words that the training text tells apart by themselves, recognised in whatever pieces a vocabulary spells them.
 
-The bias of a word, log p(word | calibrator's text) - log p(word | reference's text) (training/words/), is added to the
-calibrator head's score of each token that completes it, of a token that is the word when binding (`whole`), else from
-the letters before (`after`). Left out: words of other letters than a to z, and words over more than `REACH` tokens.
+The bias of a word is added to the calibrator head's score of each token that completes it. Left out: words of other
+letters than a to z, and words over more than `REACH` tokens.
 """
 
 from __future__ import annotations
@@ -38,11 +37,9 @@ _INVERSE = pow(_MULTIPLIER, -1, 1 << 64)
 
 
 def read_words(path: str | os.PathLike[str], bias: float = LOWERED) -> dict[str, float]:
-    """Words in lower case with their biases in nats, from a text file.
+    """Words in lower case with their biases in nats: a word a line, and perhaps its bias (above 0: a protected name).
 
-    Args:
-        path: a word a line, and perhaps its bias (above 0: a protected name). What follows a # is left out.
-        bias: of words without one.
+    What follows a # is left out; `bias` is that of words without one.
 
     Raises:
         InputError: the file cannot be read, or a line is something else.
@@ -144,7 +141,6 @@ class WordBias:
         self._tails: dict[int, tuple[bytes, int, bytes]] = {}
 
     def __len__(self) -> int:
-        """Number of words."""
         return len(self._shifts)
 
     def whole(self) -> Completions:

@@ -1,8 +1,7 @@
 """Alignment: the matrix A that maps a calibrator's states into one target's hidden space (mode "embedding").
 
-Tian et al. 2025 (arXiv 2506.01266) fit A so that the calibrator's embedding of a token, mapped by it, is nearest to the
-target's of the same token (training.py). An alignment lies in `alignments/<key>/` beside the calibrator, or in the
-cache folder, and is told by the vocabulary, the hidden size and a sketch of the target's embeddings, not by a name.
+It lies in `alignments/<key>/` beside the calibrator, or in the cache folder, and is told by the vocabulary, the hidden
+size and a sketch of the target's embeddings, not by a name.
 """
 
 from __future__ import annotations
@@ -92,11 +91,7 @@ class Alignment:
         return digest.hexdigest()[:16]
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write it into `folder`/alignments/<key>/, where one for the same target is replaced; gives that folder.
-
-        Raises:
-            CheckpointError: it cannot be written; nothing half-written is left.
-        """
+        """Write it into `folder`/alignments/<key>/, where one for the same target is replaced; gives that folder."""
         place = Path(folder).expanduser() / FOLDER / self.key
         tensors = {"matrix": self.matrix.contiguous(), "sketch": self.sketch.contiguous()}
         weights = safetensors.torch.save(tensors, {"format": "pt", FINGERPRINT_KEY: hub.weights_fingerprint(tensors)})
@@ -107,12 +102,7 @@ class Alignment:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Alignment:
-        """Read the alignment.json and alignment.safetensors of a folder.
-
-        Raises:
-            CheckpointError: missing, damaged, or no alignment.
-            CheckpointFormatError: written by a newer calibfuse.
-        """
+        """Read the two files of a folder; a CheckpointError where they are missing, damaged, or no alignment."""
         values = hub.read_config(Path(folder), METADATA_FILE, format_name=FORMAT_NAME, supported_version=FORMAT_VERSION)
         tensors = hub.read_tensors(Path(folder) / WEIGHTS_FILE)
         try:
@@ -160,14 +150,8 @@ def alignment_folders(calibrator_folder: Path | None, calibrator_fingerprint: st
 def find_alignment(folders: Sequence[Path], guide: Guide, target: PreTrainedModel, *, calibrator: str) -> Alignment:
     """The alignment of a calibrator with a target; of two for the same target, the one of input embeddings.
 
-    Args:
-        folders: see `alignment_folders`.
-        guide: the bound calibrator.
-        target: the model.
-        calibrator: its name, for messages.
-
     Raises:
-        MissingHeadError: there is none.
+        MissingHeadError: there is none in `folders` (`alignment_folders`); `calibrator` is the name for the message.
         CheckpointError: one of those there is damaged.
     """
     bound = alignable(guide)

@@ -23,12 +23,7 @@ from calibfuse.errors import VocabularyMismatchError
 
 
 def aligned_states(states: Tensor, matrix: Tensor) -> Tensor:
-    """LN(t A): states t [..., width] and matrix A [width, hidden_size] -> float32 [..., hidden_size].
-
-    Example:
-        >>> aligned_states(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 1.0], [0.0, 0.0]]))
-        tensor([[ 1.0000, -1.0000]])
-    """
+    """LN(t A): states t [..., width] and matrix A [width, hidden_size] -> float32 [..., hidden_size]."""
     return functional.layer_norm(states.float() @ matrix.to(states.device, torch.float32), (matrix.shape[-1],))
 
 
@@ -44,7 +39,6 @@ class EmbeddingFusion:
     hidden_temperature: bool = True
 
     def __post_init__(self) -> None:
-        """Check that the parts fit."""
         if self.matrix.shape[-1] != self.head.linear.in_features:
             raise VocabularyMismatchError(
                 f"The alignment maps to {self.matrix.shape[-1]} channels, but the target's output head takes "

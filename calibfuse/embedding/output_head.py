@@ -50,8 +50,6 @@ class OutputHead:
     def undo(self, scores: Tensor) -> Tensor:
         """W h + b behind scores, float32 [..., width]; up to a constant per row where they are log-probabilities.
 
-        -inf stays -inf.
-
         Raises:
             InputError: with a soft cap: log-probabilities (beam search), or scores beyond the cap.
         """

@@ -1,8 +1,7 @@
 """Fit the alignment matrix A of mode "embedding" by negative sampling (Tian et al. 2025).
 
-Of a token t, the target's embedding e2 and those of K random other tokens, <e1(t) A, e2(t)> is to be the largest. The
-universal calibrator's embedding e1 of a token is its composed vector, mapped into the body ("input") or by the query
-of the head "calibrator" ("output", where states live). A starts so small that every choice is equally likely.
+Of a token t, the target's embedding e2 and those of K random other tokens, <e1(t) A, e2(t)> is to be the largest; e1
+is the calibrator's composed vector, mapped into the body ("input") or by the query of its head ("output").
 """
 
 from __future__ import annotations
@@ -68,22 +67,18 @@ def train_alignment(
     embeddings: Embeddings = "input",
     progress: bool = False,
 ) -> Alignment:
-    """Fit the alignment of a calibrator with a target.
+    """Fit the alignment of a calibrator with a target, which is not changed; the fit runs where its embeddings are.
 
     Args:
         guide: a universal calibrator, bound to the target's vocabulary.
-        target: the model whose hidden states are to be fused; not changed. The fit runs where its embeddings are.
+        target: the model whose hidden states are to be fused.
         epochs: passes over the training tokens; 1 or more.
         seed: of the start, the order, the negatives and the choice of held-out tokens.
         embeddings: "input" as published, or "output".
         progress: show a bar on standard error.
 
-    Returns:
-        The alignment, with loss curve and retrieval accuracy among its metadata.
-
     Raises:
-        InputError: no universal calibrator, an option is out of range, the target's embeddings cannot be read, too
-            few tokens are common, or the fit diverged.
+        InputError: no universal calibrator, bad options, embeddings that cannot be read, or a fit that diverged.
     """
     if type(epochs) is not int or epochs < 1:
         raise InputError(f"epochs must be a positive integer, got {epochs!r}.")

@@ -53,10 +53,7 @@ class BoundCausalLM(Guide):
         """Read what is new of some texts."""
 
     def left_out(self, length: int) -> int:
-        """How many tokens at the beginning of a text of `length` tokens are not read, its start token not counted.
-
-        The number moves by half the length that the models read at a time, so that the cache stays of use.
-        """
+        """How many tokens at the beginning of a text are not read; in large strides, so that the cache is of use."""
         if self.max_length is None or length <= self.max_length:
             return 0
         stride = max(1, self.max_length // 2)

@@ -1,8 +1,7 @@
-"""Any transformers causal LM as calibrator, with or without a reference model.
+"""Any transformers causal LM as calibrator, with or without a reference model of the same vocabulary.
 
 A target with the same vocabulary is followed in lock-step (shared_vocabulary.py); for any other one the LM reads the
-text in its own tokens and its distribution is carried over by bytes (projected_lm.py). The reference model, a second
-one of the same vocabulary, is the head "reference"; without it there is only the head "calibrator".
+text in its own tokens and its distribution is carried over by bytes (projected_lm.py).
 """
 
 from __future__ import annotations
@@ -69,11 +68,8 @@ class CausalLMCalibrator(PretrainedCalibrator):
     Args:
         model: a transformers causal LM; used as it is, in evaluation mode.
         tokenizer: its own, a transformers tokenizer or a `tokenizers.Tokenizer`; without one it cannot be bound.
-        reference: the model of the head "reference"; of the same vocabulary.
+        reference: the model of the head "reference"; an InputError where it has another number of embeddings.
         name: for messages.
-
-    Raises:
-        InputError: the reference has another number of embeddings.
     """
 
     config: CausalLMConfig

@@ -14,16 +14,7 @@ from calibfuse.guide import Guide, GuideSession, NextTokenScores, Part, Request
 
 
 class CombinedGuide(Guide):
-    """Guides that are asked together; its heads are theirs, numbered as in `parts`.
-
-    Args:
-        guides: bound to the same vocabulary, each with the heads that its part asks.
-        parts: how each of them counts.
-
-    Raises:
-        MissingHeadError: a guide without one of these heads.
-        VocabularyMismatchError: guides of different vocabularies.
-    """
+    """Guides of one vocabulary that are asked together; its heads are theirs, numbered as in `parts`."""
 
     def __init__(self, guides: Sequence[Guide], parts: Sequence[Part]) -> None:
         self.guides = tuple(guide.to(guides[0].device) for guide in guides)

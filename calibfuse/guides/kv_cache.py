@@ -1,7 +1,6 @@
 """A transformers causal LM behind the few operations that following generations needs: feed, cut, reorder.
 
-A slot of the cache may be masked (padding, or a token that was taken back), so every call says which slots count and
-at which position of its text each token stands. Left out: models whose cache cannot be cut (state-space models).
+A slot of the cache may be masked (padding, or a token that was taken back). Left out: models whose cache cannot be cut.
 """
 
 from __future__ import annotations
@@ -41,10 +40,7 @@ class CachedLM:
     def feed(self, ids: Tensor, positions: Tensor, visible: Tensor, *, keep: int) -> Tensor:
         """Read tokens [rows, new] into new slots; `positions` [rows, new] are those of each token in its own text.
 
-        Attention is causal in the order of slots; of these count the `visible` ones, bool [rows, slots + new].
-
-        Returns:
-            float32 [rows, keep, width of the head], logits at the last `keep` new tokens.
+        Of the slots count the `visible` ones, bool [rows, slots + new]. Logits at the last `keep` new tokens, float32.
         """
         options: dict[str, Any] = {"position_ids": positions, "logits_to_keep": keep}
         options = {name: value for name, value in options.items() if name in self._known}
@@ -138,11 +134,8 @@ class RaggedReader:
     ) -> dict[str, Tensor]:
         """Read what is new of each row, and behind it tokens that are taken back before the next reading.
 
-        Rows end side by side with what is new and begin side by side with their openings: rows that begin together are
-        padded before their text, and nowhere else.
-
-        Returns:
-            Logits at the last `keep` slots, float32 [rows, keep, width of the head] by head.
+        Rows end side by side with what is new and begin side by side with their openings. Logits at the last `keep`
+        slots, float32 [rows, keep, width of the head] by head.
         """
         openings = openings or [[] for _ in news]
         ahead, behind = max(map(len, news)), max(map(len, openings))
@@ -164,11 +157,7 @@ class RaggedReader:
 
 @torch.no_grad()
 def try_reading(model: PreTrainedModel, name: str) -> None:
-    """Make sure, on five tokens, that a model reads in pieces with masked slots as it does at once.
-
-    Raises:
-        InputError: it does not.
-    """
+    """Try on five tokens whether a model reads in pieces with masked slots as it does at once; else an InputError."""
     # Half precision rounds differently for every shape of a batch; what this looks for is larger by far.
     bound = 0.02 if model.dtype == torch.float32 else 0.2
     size: Any = model.get_input_embeddings().num_embeddings

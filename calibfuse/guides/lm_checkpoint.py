@@ -1,7 +1,6 @@
 """Checkpoints of transformers as calibrators: a causal LM, its tokenizer and its reference model, loaded and saved.
 
-The reference lies in the folder `reference` and shares the tokenizer. Our metadata are the keys `fusion` and `training`
-of `config.json`. Only safetensors weights are loaded, and no code of a checkpoint is run.
+Our metadata are the keys `fusion` and `training` of `config.json`. Only safetensors are loaded, and no code is run.
 """
 
 from __future__ import annotations
@@ -38,12 +37,7 @@ def is_transformers_checkpoint(folder: Path) -> bool:
 
 
 def load_model(folder: Path, dtype: torch.dtype, device: torch.device | str | None = None) -> PreTrainedModel:
-    """The causal LM of a checkpoint, in evaluation mode.
-
-    Raises:
-        CheckpointError: no checkpoint of transformers, no safetensors weights, or damaged or incomplete ones.
-        InputError: an encoder-decoder model.
-    """
+    """The causal LM of a checkpoint, in evaluation mode; an InputError for an encoder-decoder model."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if not is_transformers_checkpoint(folder):
@@ -108,11 +102,7 @@ def save_lm(
     reference: PreTrainedModel | None,
     card: str,
 ) -> Path:
-    """Write models, tokenizer (None: none) and README.md, first beside their place; `config.json` is renamed last.
-
-    Raises:
-        CheckpointError: the files cannot be written.
-    """
+    """Write models, tokenizer (None: none) and README.md, first beside their place; `config.json` is renamed last."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as name, quiet_transformers():

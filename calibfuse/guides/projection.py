@@ -1,8 +1,7 @@
 """A language model's next-token distribution carried over to another vocabulary, by bytes.
 
 The marginal of a target token c is the probability that the text goes on with the bytes of c: an own token u adds all
-of its own where u begins with c, and where u is shorter, a share (`GOES_ON`).
-See docs/guides/any-causal-lm.md. Phan et al. 2024 and Vieira et al. 2024 sum over all spellings; the tests do so.
+of its own where u begins with c, and where u is shorter, a share (`GOES_ON`). See docs/guides/any-causal-lm.md.
 """
 
 from __future__ import annotations
@@ -33,7 +32,6 @@ class SortedStrings:
         self.index = {text: at for at, text in enumerate(self.strings)}
 
     def __len__(self) -> int:
-        """Number of distinct strings."""
         return len(self.strings)
 
     def begin_with(self, prefix: bytes) -> tuple[int, int]:

@@ -1,8 +1,7 @@
 """The text of a target's ids as tokens of another vocabulary, kept up incrementally.
 
-The bytes of the ids are cut into words before a space that follows something else, where nearly every tokenizer cuts.
-A finished word is spelled once, in the tokenizer's own way; the last word stays open. Special tokens of the target
-have no bytes: a run of them in the middle of a text is one start token, a leading run is nothing.
+The bytes are cut into words before a space, where nearly every tokenizer cuts; a finished word is spelled once, in the
+tokenizer's own way, the last word stays open. Special tokens have no bytes: a run inside a text is one start token.
 """
 
 from __future__ import annotations

@@ -123,11 +123,7 @@ def _is_one_character_per_byte(tokens: Sequence[str]) -> bool:
 def encode_tokens(table: TokenTable) -> tuple[list[bytes], npt.NDArray[np.bool_]]:
     """The bytes of every token of a table, and which tokens are fallbacks.
 
-    A fallback is a byte token (`<0x2C>`) or an inner piece of a word whose first character stands outside words
-    (`##,`): the tokenizer makes it only where no other token has its bytes.
-
-    Raises:
-        VocabularyError: a token holds a lone surrogate that stands for no byte.
+    A fallback is a byte token (`<0x2C>`) or an inner piece of a word that begins with punctuation (`##,`): the tokenizer makes it only where no other token has its bytes.
     """
     spelling = spelling_of(table)
     tokens = [_to_bytes(table, token_id, spelling) for token_id in range(len(table.tokens))]

@@ -1,7 +1,6 @@
 """Reads the pieces of a SentencePiece model file, since neither sentencepiece nor protobuf need be installed.
 
-The file is one protocol buffer message (https://protobuf.dev/programming-guides/encoding/), `ModelProto` of
-sentencepiece_model.proto; read is its field 1 (the pieces), and of a piece its string (field 1) and type (field 3).
+One protocol buffer message, `ModelProto`: field 1 are the pieces, of a piece field 1 is the string and 3 the type.
 """
 
 from collections.abc import Iterator

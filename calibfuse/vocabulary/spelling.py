@@ -1,7 +1,5 @@
 """Masked spellings: which word "f**k", "sh!t", "fvck" or "f u c k" stands for, and how a word may be masked.
 
-What it is for: who masks a word wants it read. A scorer and a word table that know only the plain form let the masked
-one pass, and a model that may not say the word says its mask. The rules here hold for any list of words.
 Left out: letters left out or swapped ("fck", "fcuk"), which are other words to these rules.
 """
 
@@ -24,14 +22,9 @@ _LONGER_BY = 4  # letters that a run of signs may hide beyond its own length
 
 
 class WordUnmasker:
-    """Finds the word that a masked spelling stands for."""
+    """Finds the word that a masked spelling stands for; of several (lower case) that it fits, the first is taken."""
 
     def __init__(self, words: Iterable[str]) -> None:
-        """Index the words.
-
-        Args:
-            words: lower case; of several that a spelling fits, the first is taken.
-        """
         self._words = tuple(dict.fromkeys(words))
         self._known = frozenset(self._words)
         self._by_first: dict[str, list[str]] = {}
@@ -40,13 +33,7 @@ class WordUnmasker:
         self._found: dict[str, str | None] = {}
 
     def __call__(self, spelling: str) -> str | None:
-        """Return the word that a spelling stands for.
-
-        Args:
-            spelling: one word as it stands in a text, or single letters with signs or spaces between them.
-
-        Returns:
-            The word; None where the spelling hides nothing or fits no word.
+        """The word that a spelling stands for; None where it hides nothing or fits no word.
 
         Example:
             >>> unmask = WordUnmasker(["damn", "darned"])
@@ -103,16 +90,9 @@ def _loose_pattern(part: str) -> str:
 
 
 def masked_spellings(word: str, *, signs: str = "*#-", separators: str = " .-_") -> Iterator[str]:
-    """Yield the ways in which people mask a word.
+    """Yield the ways in which people mask a word of three letters and more, each once and never the word itself.
 
-    Args:
-        word: lower case letters.
-        signs: those that may hide letters.
-        separators: those that may stand between single letters.
-
-    Yields:
-        Spellings of a word of three letters and more, each once and never the word itself: inner letters hidden, all
-        but the first hidden, letters as signs that look like them, "v" for "u", and single letters.
+    Inner letters or all but the first hidden, letters as signs that look like them, "v" for "u", single letters.
 
     Example:
         >>> sorted(masked_spellings("damn", signs="*", separators=" "))

@@ -22,11 +22,9 @@ TextEncoder: TypeAlias = Callable[[list[str]], list[list[int]]]
 def text_encoder(
     tokenizer: PreTrainedTokenizerBase | tokenizers.Tokenizer | str | os.PathLike[str],
 ) -> TextEncoder:
-    """How a tokenizer cuts text.
+    """How a tokenizer cuts text: an object, or a file (tokenizer.json, SentencePiece .model, WordPiece vocab.txt).
 
-    Args:
-        tokenizer: a transformers tokenizer, a `tokenizers.Tokenizer`, or the path of a file: tokenizer.json, a
-            SentencePiece .model, or a WordPiece vocab.txt, which lower-cases unless it has words with capitals.
+    A vocab.txt lower-cases unless it has words with capitals.
 
     Raises:
         InputError: a file that lists tokens without saying how text becomes tokens.

@@ -75,13 +75,8 @@ def table_from_ids(
 ) -> TokenTable:
     """Lay tokens out by id; ids that nobody claims are holes (None).
 
-    Args:
-        items: (token, id) pairs in any order. Where two strings claim one id, the one that sorts last wins, so that the
-            result does not depend on the order of a hash table.
-        added: id -> (content, is special) of tokens added outside the model; wins over `items`.
-        special: further ids of control tokens.
-        name: see `TokenTable`.
-        hints: likewise.
+    Where two strings of `items` claim one id, the one that sorts last wins, so that the order does not matter. `added`:
+    id -> (content, is special) of tokens added outside the model, which win; `special`: further ids of control tokens.
     """
     pairs, control = list(items), list(special)
     highest = -1

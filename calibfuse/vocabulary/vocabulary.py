@@ -48,7 +48,6 @@ class Vocabulary:
     is_fallback: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=np.bool_))
 
     def __post_init__(self) -> None:
-        """Check that the arrays fit together (else a VocabularyError) and make them read-only."""
         size = len(self.is_special)
         if len(self.offsets) != size + 1 or self.offsets[0] != 0 or self.offsets[-1] != len(self.data):
             raise VocabularyError(
@@ -72,7 +71,6 @@ class Vocabulary:
             array.flags.writeable = False
 
     def __len__(self) -> int:
-        """Number of ids, holes included."""
         return len(self.is_special)
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -96,9 +94,7 @@ class Vocabulary:
     def log_shares(self) -> npt.NDArray[np.float32]:
         """How much of the probability of its bytes each id gets, as a logarithm: float32 [size], 0 where it gets all.
 
-        Ids with the same bytes share: a distribution over byte strings must not change because a tokenizer spells one
-        of them twice. Ids that the tokenizer really uses share alike; fallbacks beside them get `FALLBACK_SHARE`
-        together, since the tokenizer never makes them there.
+        Ids that the tokenizer really uses share alike; fallbacks beside them get `FALLBACK_SHARE` together.
         """
         shares = np.zeros(len(self), dtype=np.float32)
         for ids in self._ids_with_equal_bytes():
@@ -138,11 +134,7 @@ class Vocabulary:
 
     @classmethod
     def from_byte_strings(cls, tokens: Sequence[bytes | None], name: str = "given byte strings") -> "Vocabulary":
-        """A vocabulary from the bytes of each id: None (or empty) for a special token; `name` is for messages.
-
-        Raises:
-            VocabularyError: fewer than two tokens have bytes, or one is neither bytes nor None.
-        """
+        """A vocabulary from the bytes of each id: None (or empty) for a special token; `name` is for messages."""
         for token_id, token in enumerate(tokens):
             if token is not None and not isinstance(token, bytes):
                 raise VocabularyError(
