@@ -21,21 +21,13 @@ _STEPS_AT_ONCE = 64  # taken down before they are read from an accelerator
 
 @dataclass(frozen=True)
 class Report:
-    """What fusion did.
+    """What fusion did."""
 
-    Attributes:
-        steps: tokens that were chosen with it.
-        touched: how many of the steps moved at least TOUCHED_FROM of the probability.
-        moved_mass: probability moved per step, mean, in [0, 1].
-        left_alone: steps that could not be judged and were left as the target had them.
-        lowered: the tokens that lost most, as text, with the probability that they lost, summed over the steps.
-    """
-
-    steps: int
-    touched: int
-    moved_mass: float
-    left_alone: int
-    lowered: tuple[tuple[str, float], ...]
+    steps: int  # tokens that were chosen with it
+    touched: int  # of these, steps that moved at least TOUCHED_FROM of the probability
+    moved_mass: float  # probability moved per step, mean, in [0, 1]
+    left_alone: int  # steps that could not be judged and were left as the target had them
+    lowered: tuple[tuple[str, float], ...]  # tokens that lost most, as text, and how much, summed over the steps
 
     @property
     def touched_share(self) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import InitVar, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from numbers import Real
 from typing import Any, NamedTuple, TypeAlias, cast
 
@@ -62,7 +62,6 @@ class FusionConfig:
         harm_threshold: of contrast with value_weight: the probability of harm at which half of a disagreement counts.
         hidden_temperature: of mode embedding. True: as published, the target's hidden state gets the weight 1 - alpha,
             which also acts as a temperature of 1 / (1 - alpha). False: it keeps weight 1.
-        hold: the former name of `mass_to_others`, for older code and files.
     """
 
     mode: str = "contrast"
@@ -75,14 +74,11 @@ class FusionConfig:
     value_weight: float = 0.0
     harm_threshold: float = 0.5
     hidden_temperature: bool = True
-    hold: InitVar[bool | None] = None
 
-    def __post_init__(self, hold: bool | None) -> None:
+    def __post_init__(self) -> None:
         if not isinstance(self.mode, str) or self.mode not in MODES:
             raise InputError(f"Unknown fusion mode {self.mode!r}; choose one of {', '.join(MODES)}.")
         mode = MODES[self.mode]
-        if hold is not None:
-            object.__setattr__(self, "mass_to_others", hold)
         if cast("float | None", self.alpha) is None:
             object.__setattr__(self, "alpha", mode.default_alpha)
         limit = f"{'below ' if mode.below_max else ''}{mode.max_alpha:g}"
@@ -355,18 +351,12 @@ def needed_heads(config: FusionConfig, parts: Sequence[Part] = ()) -> tuple[str,
 
 
 class Moved(NamedTuple):
-    """What one fusion took from some tokens and gave to others; nothing of it has been read from the device.
+    """What one fusion took from some tokens and gave to others; nothing of it has been read from the device."""
 
-    Attributes:
-        mass: float32 [rows], probability that was moved (total variation); rows over all leading axes of the scores.
-        rows, token_ids: int64 [n], of the tokens that lost most.
-        lost: float32 [n], the probability that each lost; may be 0.
-    """
-
-    mass: Tensor
-    rows: Tensor
-    token_ids: Tensor
-    lost: Tensor
+    mass: Tensor  # float32 [rows over all leading axes], probability that was moved (total variation)
+    rows: Tensor  # int64 [n], of the tokens that lost most
+    token_ids: Tensor  # int64 [n], these tokens
+    lost: Tensor  # float32 [n], the probability that each lost; may be 0
 
     @classmethod
     def of(

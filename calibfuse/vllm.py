@@ -19,7 +19,7 @@ from torch import Tensor
 
 from calibfuse.account import Account, Ledger
 from calibfuse.errors import InputError, MissingDependencyError
-from calibfuse.fusion import MODES, Moved, fuse, unjudgeable
+from calibfuse.fusion import MAX_ALPHA, MODES, Moved, fuse, unjudgeable
 from calibfuse.guide import Request
 from calibfuse.processor import CalibFusion
 
@@ -40,28 +40,20 @@ except ImportError:  # an engine that has the first runner alone
 ALPHA_KEY, REPORT_KEY = "calibfuse_alpha", "calibfuse_report"
 _PREFIX = "calibfuse_"
 _ENVIRONMENT = "CALIBFUSE_VLLM"
-_HIGHEST_ALPHA = 100.0
 _logger = logging.getLogger("vllm.calibfuse")  # below vLLM's logger, so that its handlers show it
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerOptions:
-    """Options of the whole server; those that are not given are what the calibrator recommends.
+    """Options of the whole server; for those that are None, what the calibrator recommends."""
 
-    Attributes:
-        calibrator: folder or Hub id; None: the bundled one; `revision` on the Hub.
-        alpha: strength of requests that name none.
-        mode, margin, max_shift: see FusionConfig.
-        log_requests: log what was done to each request when it ends.
-    """
-
-    calibrator: str | None = None
-    revision: str | None = None
-    alpha: float | None = None
+    calibrator: str | None = None  # folder or Hub id; None: the bundled one
+    revision: str | None = None  # of the calibrator on the Hub
+    alpha: float | None = None  # strength of requests that name none
     mode: str | None = None
-    margin: float | None = None
+    margin: float | None = None  # see FusionConfig
     max_shift: float | None = None
-    log_requests: bool = False
+    log_requests: bool = False  # log what was done to each request when it ends
 
     @classmethod
     def of(cls, additional_config: Any) -> ServerOptions:  # noqa: ANN401
@@ -85,21 +77,13 @@ class ServerOptions:
 
 @dataclass
 class _Served:
-    """A request in the engine's batch.
+    """A request in the engine's batch."""
 
-    Attributes:
-        key: in the guide's session.
-        alpha: its strength.
-        prompt: its token ids; None: the engine was given embeddings, so that the text is not known.
-        output: the engine's own list of the tokens so far (first runner), which grows.
-        is_reported: log its account at its end.
-    """
-
-    key: int
-    alpha: float
-    prompt: list[int] | None
-    output: list[int]
-    is_reported: bool
+    key: int  # in the guide's session
+    alpha: float  # its strength
+    prompt: list[int] | None  # its token ids; None: the engine was given embeddings, so that the text is not known
+    output: list[int]  # the engine's own list of the tokens so far (first runner), which grows
+    is_reported: bool  # log its account at its end
     account: Account = field(default_factory=Account)
 
     def last_ids(self, count: int | None) -> tuple[list[int], int]:
@@ -150,8 +134,8 @@ class CalibFusionProcessor(V1LogitsProcessor, V2LogitsProcessor):  # type: ignor
             raise ValueError(f"Unknown option {unknown[0]!r}; calibfuse knows {ALPHA_KEY!r} and {REPORT_KEY!r}.")
         alpha = given.get(ALPHA_KEY)
         is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
-        if alpha is not None and not (is_number and math.isfinite(alpha) and 0.0 <= alpha <= _HIGHEST_ALPHA):
-            raise ValueError(f"{ALPHA_KEY} must be a number from 0 (off) to {_HIGHEST_ALPHA:g}, got {alpha!r}.")
+        if alpha is not None and not (is_number and math.isfinite(alpha) and 0.0 <= alpha <= MAX_ALPHA):
+            raise ValueError(f"{ALPHA_KEY} must be a number from 0 (off) to {MAX_ALPHA:g}, got {alpha!r}.")
         if not isinstance(given.get(REPORT_KEY, False), bool | int):
             raise ValueError(f"{REPORT_KEY} must be true or false, got {given[REPORT_KEY]!r}.")
 

@@ -97,7 +97,6 @@ class BoundCalibrator(Guide):
 
     @property
     def recommended(self) -> Mapping[str, Any]:
-        """See `Guide.recommended`."""
         return self.calibrator.config.fusion
 
     @property
@@ -111,16 +110,13 @@ class BoundCalibrator(Guide):
 
     @property
     def reach(self) -> int:
-        """See `Guide.reach`."""
         return max(self.calibrator.body.reach, REACH)
 
     def session(self) -> CalibratorSession:
-        """See `Guide.session`."""
         return CalibratorSession(self)
 
     @isolated
     def read_sequence(self, input_ids: Tensor, masked: Tensor | None) -> GuideStates:
-        """See `Guide.read_sequence`."""
         readable = input_ids if masked is None else input_ids.masked_fill(masked, -1)
         return GuideStates(self, self.states(input_ids, masked)[:, 1:], self.spelled(readable.tolist()))
 
@@ -188,13 +184,11 @@ class GuideStates(NextTokenScores):
         self._queries: dict[str, Tensor] = {}
 
     def positions(self, start: int, stop: int) -> GuideStates:
-        """See `NextTokenScores.positions`."""
         spelled = self._spelled.part(start, stop) if self._spelled is not None else None
         return GuideStates(self.bound, self.hidden[:, start:stop], spelled)
 
     @isolated
     def log_scores(self, head: str, token_ids: Tensor | None = None) -> Tensor:
-        """See `NextTokenScores.log_scores`."""
         bound, query = self.bound, self._query(head)
         biases = bound._biases[:, bound.heads.index(head)]
         if token_ids is None:
@@ -209,7 +203,6 @@ class GuideStates(NextTokenScores):
 
     @isolated
     def log_scores_at(self, heads: Sequence[str], places: Tensor, token_ids: Tensor) -> dict[str, Tensor]:
-        """See `NextTokenScores.log_scores_at`."""
         bound = self.bound
         queries = torch.stack([self._query(head).flatten(0, -2) for head in heads], dim=1)  # (rows, heads, width)
         known = token_ids.clamp(0, bound.target_vocab_size - 1)

@@ -33,7 +33,6 @@ class Calibrator(CalibratorNetwork, PretrainedCalibrator):
         device: torch.device | str | None = None,
         use_disk_cache: bool = True,
     ) -> BoundCalibrator:
-        """See `PretrainedCalibrator.bind`."""
         dtype = as_dtype(dtype) or torch.float32
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise InputError(f"Bound vectors can be float32, bfloat16 or float16, got dtype={dtype}.")
@@ -50,7 +49,6 @@ class Calibrator(CalibratorNetwork, PretrainedCalibrator):
         return bound.to(as_device(device) or self.boundary.device)
 
     def save_pretrained(self, folder: str | os.PathLike[str], *, dtype: torch.dtype = torch.bfloat16) -> Path:
-        """See `PretrainedCalibrator.save_pretrained`."""
         config = {"format": FORMAT_NAME, "format_version": FORMAT_VERSION, **self.config.to_dict()}
         tensors = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in self.state_dict().items()}
         lowered = sum(bias < 0.0 for bias in self.config.words.values())
@@ -70,7 +68,6 @@ class Calibrator(CalibratorNetwork, PretrainedCalibrator):
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> Calibrator:
-        """See `PretrainedCalibrator.read`."""
         if reference is not None:
             raise InputError(
                 f"reference= is for causal language models of transformers; the universal calibrator in "

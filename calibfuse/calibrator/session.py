@@ -61,7 +61,6 @@ class CalibratorSession(GuideSession):
         self.reset()
 
     def reset(self) -> None:
-        """See `GuideSession.reset`."""
         self._state: _State | None = None
 
     @property
@@ -77,7 +76,6 @@ class CalibratorSession(GuideSession):
     @isolated
     @torch.inference_mode()
     def drop(self, keys: Iterable[Hashable]) -> None:
-        """See `GuideSession.drop`."""
         state, gone = self._state, set(keys)
         if state is None or gone.isdisjoint(state.readings):
             return
@@ -89,7 +87,6 @@ class CalibratorSession(GuideSession):
     @isolated
     @torch.inference_mode()
     def copy(self, pairs: Mapping[Hashable, Hashable]) -> None:
-        """See `GuideSession.copy`."""
         state, self._state = self._state, None
         if state is None:
             return
@@ -109,7 +106,6 @@ class CalibratorSession(GuideSession):
     @isolated
     @torch.inference_mode()  # a tenth faster; what it fills is written to in this mode alone
     def step(self, requests: Sequence[Request]) -> NextTokenScores:
-        """See `GuideSession.step`."""
         state, self._state = self._state, None  # what breaks off leaves the session empty
         requests = [Request(*request) for request in requests]
         known = state.readings if state is not None else {}

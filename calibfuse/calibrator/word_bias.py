@@ -32,9 +32,6 @@ LOWERED, PROTECTED = -6.0, 1.0
 
 _LEAST_LETTERS = 3  # of a beginning that is given something
 
-_MULTIPLIER = 0x9E3779B97F4A7C15
-_INVERSE = pow(_MULTIPLIER, -1, 1 << 64)
-
 
 def read_words(path: str | os.PathLike[str], bias: float = LOWERED) -> dict[str, float]:
     """Words in lower case with their biases in nats: a word a line, and perhaps its bias (above 0: a protected name).
@@ -231,14 +228,12 @@ class WordBias:
         spaced: dict[bytes, list[int]] = defaultdict(list)
         bare: dict[bytes, list[int]] = defaultdict(list)
         ends = {word[cut:] for word in (*self._shifts, *self._protected_beginnings) for cut in range(len(word))}
-        starts, stops, hashes = _letter_runs(self._vocabulary)
-        wanted = np.array([_hash(end) for end in ends], dtype=np.uint64)
-        hits = np.flatnonzero(np.isin(hashes, wanted) & (stops > starts) & ~self._vocabulary.is_special)
-        data, offsets = self._vocabulary.data, self._vocabulary.offsets
-        for token in hits.tolist():
-            run = data[starts[token] : stops[token]].tobytes().lower()
-            if run in ends:
-                (spaced if starts[token] > offsets[token] else bare)[run].append(token)
+        text, starts, stops = _letter_runs(self._vocabulary)
+        offsets, longest = self._vocabulary.offsets, max(map(len, ends), default=0)
+        likely = np.flatnonzero((stops > starts) & (stops - starts <= longest))
+        for token, start, stop in zip(likely.tolist(), starts[likely].tolist(), stops[likely].tolist(), strict=True):
+            if (run := text[start:stop]) in ends:
+                (spaced if start > offsets[token] else bare)[run].append(token)
         return spaced, bare
 
 
@@ -261,28 +256,12 @@ def _lowered(plain: Completions | None, masked: Mapping[int, float]) -> Completi
     return _completions(shifts.items())
 
 
-def _letter_runs(
-    vocabulary: Vocabulary,
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint64]]:
-    """First letters of each token, behind at most one space: where they start and stop in `data`, and their hash."""
-    data, offsets = np.asarray(vocabulary.data), np.asarray(vocabulary.offsets)
-    ends = offsets[1:]
-    if not len(data):
-        return offsets[:-1].copy(), ends.copy(), np.zeros(len(ends), dtype=np.uint64)
-    lower = np.where((data >= 65) & (data <= 90), data + 32, data)
-    is_letter = (lower >= 97) & (lower <= 122)
-    places = np.where(is_letter, len(data), np.arange(len(data)))
-    next_other = np.append(np.minimum.accumulate(places[::-1])[::-1], len(data))
-    has_space = (data[np.minimum(offsets[:-1], len(data) - 1)] == 32) & (ends > offsets[:-1])
-    starts = offsets[:-1] + has_space
-    stops = np.minimum(next_other[starts], ends)
-    powers = np.cumprod(np.full(len(data), _MULTIPLIER, dtype=np.uint64))
-    running = np.zeros(len(data) + 1, dtype=np.uint64)
-    np.cumsum(lower.astype(np.uint64) * powers, out=running[1:])
-    shift_back = np.append(np.uint64(1), np.cumprod(np.full(len(data), _INVERSE, dtype=np.uint64)))
-    return starts, stops, (running[stops] - running[starts]) * shift_back[starts]
-
-
-def _hash(text: bytes) -> int:
-    """The hash of one string; `_letter_runs` makes the same for all tokens at once."""
-    return sum(byte * pow(_MULTIPLIER, place + 1, 1 << 64) for place, byte in enumerate(text)) & ((1 << 64) - 1)
+def _letter_runs(vocabulary: Vocabulary) -> tuple[bytes, NDArray[np.int64], NDArray[np.int64]]:
+    """All tokens' text in lower case, and where the first letters of each, behind at most one space, start and stop."""
+    text, begins, ends = vocabulary.data.tobytes().lower(), vocabulary.offsets[:-1], vocabulary.offsets[1:]
+    data = np.frombuffer(text + b"\n", dtype=np.uint8)  # a byte more: empty tokens at the end point there
+    is_letter = (data >= 97) & (data <= 122)
+    others = np.flatnonzero(~is_letter)
+    starts = begins + ((data[begins] == 32) & (ends > begins))
+    stops = np.minimum(others[np.searchsorted(others, starts)], ends)
+    return text, starts, stops

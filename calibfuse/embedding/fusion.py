@@ -1,13 +1,7 @@
 """Mode "embedding": the source paper's fusion of last hidden states, done on scores (Tian et al. 2025).
 
-With h the hidden state that the target's output head receives, t the calibrator's last hidden state, A the alignment
-matrix and a = alpha:
-
-    h' = (1 - a) h + a LN(t A)                      LN: layer normalisation without learned parameters
-    scores' = cap(scale (W h' + b))
-
-W h' + b = (1 - a) (W h + b) + a (W LN(t A) + b), so the scores of the target and one more call of its head give the
-fusion exactly, over the whole vocabulary.
+h' = (1 - a) h + a LN(t A): h the state that the target's output head receives, t the calibrator's, A the alignment. The
+head is linear, so the target's scores and one more call of its head give the fusion exactly, over all tokens.
 """
 
 from __future__ import annotations

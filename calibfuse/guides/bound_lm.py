@@ -66,7 +66,6 @@ class BoundCausalLM(Guide):
 
     @property
     def recommended(self) -> Mapping[str, Any]:
-        """See `Guide.recommended`."""
         options: Mapping[str, Any] = self.calibrator.config.fusion
         return options
 
@@ -111,14 +110,12 @@ class LMSession(GuideSession):
             self.reset()
 
     def copy(self, pairs: Mapping[Hashable, Hashable]) -> None:
-        """See `GuideSession.copy`."""
         self._known.update({new: self._known[old] for new, old in pairs.items() if old in self._known})
         if self._reader is not None:
             self._reader.copy(pairs)
 
     @isolated
     def step(self, requests: Sequence[Request]) -> NextTokenScores:
-        """See `GuideSession.step`."""
         texts = {request[0]: list(request[1]) for request in requests}
         keys = list(texts)
         if self._last is not None and self._last[0] == keys:
@@ -141,11 +138,9 @@ class LMLogits(NextTokenScores):
         self._size = target_vocab_size
 
     def positions(self, start: int, stop: int) -> LMLogits:
-        """See `NextTokenScores.positions`."""
         return LMLogits({name: each[:, start:stop] for name, each in self._logits.items()}, self._size)
 
     def log_scores(self, head: str, token_ids: Tensor | None = None) -> Tensor:
-        """See `NextTokenScores.log_scores`."""
         logits = self._logits[head]
         if token_ids is not None:
             return logits.gather(-1, token_ids.clamp(0, min(self._size, logits.shape[-1]) - 1))

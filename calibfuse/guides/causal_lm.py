@@ -144,7 +144,6 @@ class CausalLMCalibrator(PretrainedCalibrator):
         device: torch.device | str | None,
         dtype: torch.dtype,
     ) -> CausalLMCalibrator:
-        """See `PretrainedCalibrator.read`."""
         folder = source.resolve(allow_patterns=ALLOWED_FILES)
         model, tokenizer = load_model(folder, dtype, device), load_tokenizer(folder)
         name = str(source.name_or_path or folder)
@@ -171,7 +170,6 @@ class CausalLMCalibrator(PretrainedCalibrator):
         device: torch.device | str | None = None,
         use_disk_cache: bool = True,
     ) -> BoundCausalLM:
-        """See `PretrainedCalibrator.bind`."""
         dtype, device = as_dtype(dtype), as_device(device)
         target = Vocabulary.from_tokenizer(tokenizer)
         if self.tokenizer is None:

@@ -32,7 +32,6 @@ class CombinedGuide(Guide):
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """See `Guide.parts`."""
         return self._parts
 
     @property
@@ -46,7 +45,6 @@ class CombinedGuide(Guide):
         return self.guides[0].device
 
     def to(self, device: torch.device | str) -> CombinedGuide:
-        """See `Guide.to`."""
         moved = [guide.to(device) for guide in self.guides]
         if all(new is old for new, old in zip(moved, self.guides, strict=True)):
             return self
@@ -57,11 +55,9 @@ class CombinedGuide(Guide):
         return torch.stack([guide.covers(token_ids) for guide in self.guides]).all(dim=0)
 
     def session(self) -> CombinedSession:
-        """See `Guide.session`."""
         return CombinedSession([guide.session() for guide in self.guides])
 
     def read_sequence(self, input_ids: Tensor, masked: Tensor | None) -> CombinedScores:
-        """See `Guide.read_sequence`."""
         return CombinedScores([guide.read_sequence(input_ids, masked) for guide in self.guides])
 
     @property
@@ -72,7 +68,6 @@ class CombinedGuide(Guide):
 
     @property
     def memory_bytes(self) -> int:
-        """See `Guide.memory_bytes`."""
         return sum(guide.memory_bytes for guide in self.guides)
 
     def always_candidates(self, vocab_size: int) -> Tensor | None:
@@ -94,22 +89,18 @@ class CombinedSession(GuideSession):
         self._sessions = sessions
 
     def step(self, requests: Sequence[Request]) -> CombinedScores:
-        """See `GuideSession.step`."""
         return CombinedScores([session.step(requests) for session in self._sessions])
 
     def copy(self, pairs: Mapping[Hashable, Hashable]) -> None:
-        """See `GuideSession.copy`."""
         for session in self._sessions:
             session.copy(pairs)
 
     def drop(self, keys: Iterable[Hashable]) -> None:
-        """See `GuideSession.drop`."""
         gone = list(keys)
         for session in self._sessions:
             session.drop(gone)
 
     def reset(self) -> None:
-        """See `GuideSession.reset`."""
         for session in self._sessions:
             session.reset()
 
@@ -121,16 +112,13 @@ class CombinedScores(NextTokenScores):
         self._said = said
 
     def positions(self, start: int, stop: int) -> CombinedScores:
-        """See `NextTokenScores.positions`."""
         return CombinedScores([each.positions(start, stop) for each in self._said])
 
     def log_scores(self, head: str, token_ids: Tensor | None = None) -> Tensor:
-        """See `NextTokenScores.log_scores`."""
         said, own_head = self._of(head)
         return said.log_scores(own_head, token_ids)
 
     def log_scores_at(self, heads: Sequence[str], places: Tensor, token_ids: Tensor) -> dict[str, Tensor]:
-        """See `NextTokenScores.log_scores_at`."""
         found = {}
         for said, names in itertools.groupby(heads, key=lambda head: self._of(head)[0]):
             own = {self._of(head)[1]: head for head in names}

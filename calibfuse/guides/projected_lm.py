@@ -44,7 +44,6 @@ class ProjectedLM(BoundCausalLM):
         super().__init__(calibrator, models, target, start_id=source_text.start_id)
 
     def make_tables(self) -> None:
-        """See `BoundCausalLM.make_tables`."""
         text = self.source_text
         self.projection = Projection(text.vocabulary, self.vocabulary, self.device, initial_space=text.adds_space)
 
@@ -87,7 +86,6 @@ class ProjectedLM(BoundCausalLM):
         return [self.start_id, *tokens[1 + min(self.left_out(len(tokens) + extra), len(tokens) - 1) :]]
 
     def read(self, reader: RaggedReader, keys: Sequence[Hashable], prefixes: Sequence[SourcePrefix]) -> LMLogits:
-        """See `BoundCausalLM.read`."""
         marginals, projection = self.marginals(reader, keys, prefixes), self.projection
         logs = {head: projection.log_by_id(projection.token_masses(each)) for head, each in marginals.items()}
         return LMLogits(logs, len(self.vocabulary))

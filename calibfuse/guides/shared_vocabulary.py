@@ -1,8 +1,6 @@
 """A causal LM as guide of a target with the same vocabulary: it reads the target's own ids in lock-step.
 
-A start token stands in place of the leading run of special tokens of a text (left padding, begin marks); further on
-they are read as they are. Texts longer than the model can read are read from a later token on, which moves by half the
-length at a time, so that the cache stays of use.
+A start token stands in place of a text's leading run of special tokens; beyond the model's length, of its beginning.
 """
 
 from __future__ import annotations
@@ -24,7 +22,6 @@ class LockStepLM(BoundCausalLM):
     lock_step = True
 
     def make_tables(self) -> None:
-        """See `BoundCausalLM.make_tables`."""
         self._readable = min(map(embeddings_of, self.models.values()))
         # Special is also what has no embedding, and, in the entry behind all ids, what lies beyond the vocabulary.
         special = [*self.vocabulary.is_special[: self._readable].tolist()]
@@ -43,7 +40,6 @@ class LockStepLM(BoundCausalLM):
         return [self.start_id, *(each if 0 <= each < self._readable else self.start_id for each in ids[lead:])]
 
     def read(self, reader: RaggedReader, keys: Sequence[Hashable], prefixes: Sequence[list[int]]) -> LMLogits:
-        """See `BoundCausalLM.read`."""
         # The last token is always read, so that a distribution after it is at hand.
         news = reader.arrange(keys, [prefix[:-1] for prefix in prefixes])
         news = [[*new, prefix[-1]] for new, prefix in zip(news, prefixes, strict=True)]
@@ -54,7 +50,6 @@ class LockStepLM(BoundCausalLM):
 
     @isolated
     def read_sequence(self, input_ids: Tensor, masked: Tensor | None) -> LMLogits:
-        """See `Guide.read_sequence`."""
         rows = (input_ids if masked is None else input_ids.masked_fill(masked, -1)).tolist()
         logits: dict[str, list[Tensor]] = {
             name: [torch.zeros(len(rows), 0, len(self.vocabulary), device=self.device)] for name in self.models

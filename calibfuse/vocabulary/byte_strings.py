@@ -1,18 +1,7 @@
-r"""How each family of tokenizers spells text, recognised from the tokens, and undone into plain bytes.
+"""How each family of tokenizers spells text, recognised from the tokens, and undone into plain bytes.
 
-The same bytes mean the same in every family: a word that starts after a space carries that space in front.
-
-| spelling | example | bytes |
-|---|---|---|
-| byte-level alphabet (GPT-2, Llama-3, Qwen) | `Ġthe`, `âĤ¬` | b" the", the three bytes of the euro sign |
-| metaspace (SentencePiece: Llama-2, T5) | `▁the`, `<0x0A>` | b" the", b"\n" |
-| continuation prefix (WordPiece: BERT) | `the`, `##ing`, `,` | b" the", b"ing", b"," |
-| word suffix (GPT-1, CLIP) | `the</w>` | b"the " |
-| raw bytes (tiktoken), or one character per byte (ByT5) | b" the", `\xe9` | as they are |
-| none of these | `the` | b"the" |
-
-Families can combine (CLIP is byte-level with a word suffix). Left out: normalisation; the bytes of a token of a
-tokenizer that lower-cases are those of the normalised text.
+The same bytes mean the same in every family: a word that starts after a space carries that space in front. Families can
+combine (CLIP is byte-level with a word suffix). Normalisation is not undone: lower-cased text stays so.
 """
 
 import re
@@ -123,7 +112,8 @@ def _is_one_character_per_byte(tokens: Sequence[str]) -> bool:
 def encode_tokens(table: TokenTable) -> tuple[list[bytes], npt.NDArray[np.bool_]]:
     """The bytes of every token of a table, and which tokens are fallbacks.
 
-    A fallback is a byte token (`<0x2C>`) or an inner piece of a word that begins with punctuation (`##,`): the tokenizer makes it only where no other token has its bytes.
+    A fallback is a byte token (`<0x2C>`) or an inner piece of a word that begins with punctuation (`##,`): the
+    tokenizer makes it only where no other token has its bytes.
     """
     spelling = spelling_of(table)
     tokens = [_to_bytes(table, token_id, spelling) for token_id in range(len(table.tokens))]
