@@ -12,7 +12,7 @@ from calibfuse.cli.commands.demo import _most_different
 from calibfuse.cli.prompts import bundled_prompts
 from calibfuse.errors import CheckpointError
 from calibfuse.evaluation.sampling import PromptRecord
-from calibfuse.generation.continuations import Continuation
+from calibfuse.generation.decoding import Continuation
 
 
 @pytest.fixture

@@ -12,8 +12,7 @@ from tiny_calibrators import make_calibrator
 from calibfuse.cli.prompts import read_prompts_file
 from calibfuse.cli.terminal import Terminal, display_width, printable, wants_colour, wrap
 from calibfuse.errors import CheckpointError, DataError, FusionNotAppliedError, InputError
-from calibfuse.generation.continuations import decode_continuation
-from calibfuse.generation.decoding import Decoding, continue_prompts
+from calibfuse.generation.decoding import Decoding, continue_prompts, decode_continuation
 from calibfuse.generation.language_model import load_language_model
 from calibfuse.processor import CalibFusion
 

@@ -21,15 +21,15 @@ from calibfuse.errors import InputError, MissingDependencyError, ScorerError
 from calibfuse.evaluation import LanguageModel, Method, Prompt, SamplingConfig, evaluate, to_data, to_markdown
 from calibfuse.evaluation.bootstrap import Estimate, Sums
 from calibfuse.evaluation.budget import compare_within_budget, pick_alpha, write_recommendation
+from calibfuse.evaluation.evaluate import run_stage
 from calibfuse.evaluation.given_text.suites import LabelledText, Suite
 from calibfuse.evaluation.metrics import Measured, _worst_part, measure
 from calibfuse.evaluation.report import write_report
 from calibfuse.evaluation.report.charts import PALETTE, Point, bars, curves
 from calibfuse.evaluation.report.page import to_html
 from calibfuse.evaluation.sampling import Journal, PromptRecord
-from calibfuse.evaluation.stages import run_stage
 from calibfuse.fusion import FusionConfig
-from calibfuse.generation.continuations import Continuation
+from calibfuse.generation.decoding import Continuation
 from calibfuse.html import render
 from calibfuse.scorers import load_scorer
 

@@ -12,8 +12,7 @@ from transformers.generation.logits_process import TopPLogitsWarper
 from calibfuse.errors import DataError, InputError
 from calibfuse.evaluation import LanguageModel, Prompt, SamplingConfig, sample_continuations
 from calibfuse.evaluation.sampling import Journal, PromptRecord
-from calibfuse.generation.continuations import Continuation, encode
-from calibfuse.generation.decoding import Decoding
+from calibfuse.generation.decoding import Continuation, Decoding, encode
 from calibfuse.generation.seeded_sampling import SeededSampling, gumbel_noise, nucleus, row_key
 
 TEXTS = ["The river", "A long walk through the town and then", "She said", "Every morning he", "It"]

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from calibfuse import CalibFusion
-from calibfuse.generation.continuations import encode, pad_right
+from calibfuse.generation.decoding import encode, pad_right
 from calibfuse.generation.language_model import LanguageModel, load_language_model
 from calibfuse.scorers.labelled_files import Fold, scored_parts
 from calibfuse.textfiles import read_rows

@@ -11,12 +11,17 @@ from calibfuse.evaluation.given_text.holistic_bias import HolisticBias, load_hol
 from calibfuse.evaluation.given_text.neutrality import measure_neutrality
 from calibfuse.evaluation.given_text.suites import Suite, load_suite, measure_suite
 from calibfuse.evaluation.given_text.utility import Utility, load_utility, measure_utility
-from calibfuse.evaluation.methods import PLAIN, Method
 from calibfuse.evaluation.metrics import METRICS
 from calibfuse.evaluation.prompts import Prompt, load_prompts
-from calibfuse.evaluation.protocols import PROTOCOLS, EvaluationProtocol
 from calibfuse.evaluation.report import to_data, to_markdown
-from calibfuse.evaluation.sampling import SamplingConfig, sample_continuations
+from calibfuse.evaluation.sampling import (
+    PLAIN,
+    PROTOCOLS,
+    EvaluationProtocol,
+    Method,
+    SamplingConfig,
+    sample_continuations,
+)
 from calibfuse.generation.language_model import LanguageModel
 
 __all__ = [

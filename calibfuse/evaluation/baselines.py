@@ -20,8 +20,8 @@ from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsW
 from calibfuse.errors import InputError
 from calibfuse.evaluation.given_text.neutral_text import BENIGN_TEXTS
 from calibfuse.evaluation.given_text.reading import batches_by_length, method_log_probs, whole_ids
-from calibfuse.evaluation.methods import Method, ProcessorFactory
-from calibfuse.generation.continuations import pad_right
+from calibfuse.evaluation.sampling import Method, ProcessorFactory
+from calibfuse.generation.decoding import pad_right
 from calibfuse.generation.language_model import LanguageModel
 from calibfuse.scorers import ToxicityScorer, check_scores
 from calibfuse.scorers.words import strong_words

@@ -1,21 +1,26 @@
 """A whole evaluation: sample every method, measure, compare with plain decoding.
 
-Text and the result of each stage are left in the output folder as they come, so a killed run repeats at most a batch of
-text or one stage of one method.
+Text, and what each stage found (scores, a suite, timings) as a JSON file, are left in the output folder as they come,
+so a killed run repeats at most a batch of text or one stage of one method.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import json
 import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from calibfuse.errors import InputError
@@ -26,16 +31,22 @@ from calibfuse.evaluation.given_text.neutrality import Neutrality, measure_neutr
 from calibfuse.evaluation.given_text.reading import check_texts
 from calibfuse.evaluation.given_text.suites import Suite, SuiteResult, measure_suite
 from calibfuse.evaluation.given_text.utility import Utility, UtilityResult, instruction_ids, measure_utility
-from calibfuse.evaluation.methods import PLAIN, Method
 from calibfuse.evaluation.metrics import FEWEST_FLAGGED, TOXIC_FROM, Measured, measure
 from calibfuse.evaluation.prompts import Prompt
-from calibfuse.evaluation.protocols import EvaluationProtocol
-from calibfuse.evaluation.sampling import Journal, SamplingConfig, sample_continuations
+from calibfuse.evaluation.sampling import (
+    PLAIN,
+    EvaluationProtocol,
+    Journal,
+    Method,
+    SamplingConfig,
+    sample_continuations,
+)
 from calibfuse.evaluation.speed import Speed, measure_speed
-from calibfuse.evaluation.stages import run_stage
 from calibfuse.generation.language_model import LanguageModel
+from calibfuse.hub import write_files
 from calibfuse.scorers import ToxicityScorer, check_scores
 
+_STAGE = {"format": "calibfuse-evaluation-stage", "format_version": 3}
 _Found = TypeVar("_Found")
 
 
@@ -126,9 +137,11 @@ def evaluate(
     benign = BENIGN_TEXTS if benign_texts is None else tuple(benign_texts)
     check_output(output, resume=resume)
     _check_names(everything, prompts, suites, scorers)
-    check_texts(target, [*benign, *(each.text for suite in suites for each in suite.texts)])
-    check_texts(target, () if utility is None else utility.passages)
-    instruction_ids(target, () if utility is None else utility.instructions)
+    passages = () if utility is None else utility.passages
+    if texts := [*benign, *(each.text for suite in suites for each in suite.texts), *passages]:
+        check_texts(target, texts)
+    if utility is not None:
+        instruction_ids(target, utility.instructions)
     run = _Run(target, sampling, Path(output), batch_size, resume, show_progress)
     measured = [run.continuations(method, prompts, scorers, judge, toxic_from) for method in everything]
     figures = compare([each.sums for each in measured], resamples=resamples, seed=sampling.seed)
@@ -197,8 +210,9 @@ class _Run:
     def _stage(
         self, name: str, kind: type[_Found], settings: Mapping[str, Any], compute: Callable[[], _Found]
     ) -> _Found:
-        place = self.output / "stages" / f"{name}.json"
-        return run_stage(place, kind, {**self.settings, **settings}, compute, resume=self.resume)
+        return run_stage(
+            self.output / "stages" / f"{name}.json", kind, {**self.settings, **settings}, compute, resume=self.resume
+        )
 
     def continuations(
         self,
@@ -272,6 +286,50 @@ class _Run:
             settings,
             lambda: measure_speed(self.target, methods, prompts, self.sampling, **options),
         )
+
+
+def run_stage(
+    place: Path, kind: type[_Found], settings: Mapping[str, Any], compute: Callable[[], _Found], *, resume: bool
+) -> _Found:
+    """What a stage found: from its file, where that was made with the same settings, else computed and written.
+
+    `kind` is a dataclass of numbers, texts, arrays, tuples, dictionaries by text, and such dataclasses; `settings` are
+    JSON values that determine the result. A damaged file counts as none, and without `resume` none is looked for.
+    """
+    header = json.loads(json.dumps({**_STAGE, "settings": settings}))
+    if resume:
+        # Whatever is wrong with the file, its stage can be computed again.
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, IndexError):
+            data = json.loads(place.read_bytes())
+            if {name: data[name] for name in header} == header:
+                kept: _Found = _decode(kind, data["found"])
+                return kept
+    found = compute()
+    encoded = json.dumps({**header, "found": found}, default=_encode)
+    write_files(place.parent, {place.name: encoded.encode("utf-8")})
+    return found
+
+
+def _encode(value: Any) -> Any:  # noqa: ANN401
+    """What `json.dumps` does not know."""
+    return asdict(value) if is_dataclass(value) else value.tolist()  # type: ignore[arg-type]
+
+
+def _decode(kind: Any, value: Any) -> Any:  # noqa: ANN401
+    """A value of a type from what `json.loads` made of it."""
+    arguments = get_args(kind)
+    if is_dataclass(kind):
+        hints = get_type_hints(kind)
+        return kind(**{each.name: _decode(hints[each.name], value[each.name]) for each in fields(kind)})  # type: ignore[operator]
+    if get_origin(kind) is UnionType:  # X | None
+        return None if value is None else _decode(arguments[0], value)
+    if kind == NDArray[np.float64]:
+        return np.asarray(value, dtype=np.float64)
+    if get_origin(kind) is tuple:
+        return tuple(_decode(arguments[0], each) for each in value)
+    if get_origin(kind) is dict:
+        return {key: _decode(arguments[1], each) for key, each in value.items()}
+    return value
 
 
 def _fingerprint(scorer: ToxicityScorer) -> list[str | float]:

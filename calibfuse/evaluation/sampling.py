@@ -1,4 +1,4 @@
-"""Continuations of prompts by any causal language model and any logits processors, batched and resumable.
+"""Continuations of prompts by any language model and method, batched and resumable; and the field's protocols.
 
 They go to a journal, one JSON line per prompt as they come, so that a killed run repeats at most a batch. The draw
 belongs to the row, not to the batch, see generation/seeded_sampling.py.
@@ -9,22 +9,59 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+from transformers import LogitsProcessor
 
 from calibfuse.errors import CheckpointError, DataError, InputError
-from calibfuse.evaluation.methods import ProcessorFactory
 from calibfuse.evaluation.prompts import Prompt
-from calibfuse.generation.continuations import Continuation, end_ids, find_padding_id, read_continuation
-from calibfuse.generation.decoding import Decoding, check_lengths, generate_tokens
+from calibfuse.generation.decoding import (
+    Continuation,
+    Decoding,
+    check_lengths,
+    end_ids,
+    find_padding_id,
+    generate_tokens,
+    read_continuation,
+)
 from calibfuse.generation.language_model import LanguageModel
 from calibfuse.generation.seeded_sampling import SeededSampling, row_key
 
 _FORMAT = "calibfuse-continuations"
+ProcessorFactory = Callable[[], Sequence[LogitsProcessor]]
+
+
+@dataclass(frozen=True, eq=False)
+class Method:
+    """One way of decoding; InputError where its key cannot name a file."""
+
+    key: str  # unique, of letters, digits, dots, dashes and underscores; names the method's files
+    title: str  # in tables
+    make_processors: ProcessorFactory  # called once per batch; the processors act before truncation and draw
+    family: str = ""  # methods of one family are points of one curve
+    alpha: float | None = None  # the strength on that curve; None: no curve
+    # JSON values that determine what the method does; a run is resumed only with equal ones.
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    is_default: bool = False  # whether this is the strength of the paper, or the one that the calibrator recommends
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.key):
+            raise InputError(
+                f"The key of a method must be letters, digits, dots, dashes, underscores; got {self.key!r}."
+            )
+
+    def identity(self) -> dict[str, Any]:
+        """What tells it from every other method, as JSON values."""
+        return {"key": self.key, **self.settings}
+
+
+PLAIN = Method("plain", "plain", list, family="plain", alpha=0.0)
+"""The target alone. Truncation happens at the draw, equally for all methods, so it is also the control of alpha 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +69,43 @@ class SamplingConfig(Decoding):
     """Decoding as the kit does it: several draws of each prompt."""
 
     samples: int = 10
+
+
+@dataclass(frozen=True)
+class EvaluationProtocol:
+    """A preset of an evaluation."""
+
+    name: str  # for reports
+    description: str  # one line
+    prompts: dict[str, float | bool]  # options of `load_prompts` that choose the prompts
+    samples: int  # continuations of each prompt, of 20 tokens, top-p 0.9
+    metrics: tuple[str, ...]  # the figures that the field reports with it, keys of METRICS
+
+    def sampling(self, seed: int = 0) -> SamplingConfig:
+        """How it draws."""
+        return SamplingConfig(samples=self.samples, max_new_tokens=20, top_p=0.9, seed=seed)
+
+
+_FLUENCY = ("target_perplexity", "perplexity", "bits_per_byte")
+_EVERY_SAMPLE = ("expected_maximum_toxicity", "toxicity_probability")
+_VARIETY = ("distinct_1", "distinct_2", "distinct_3")
+
+PROTOCOLS: dict[str, EvaluationProtocol] = {
+    "challenging": EvaluationProtocol(
+        "challenging",
+        "RealToxicityPrompts' challenging prompts, 10 continuations of 20 tokens, top-p 0.9",
+        {"challenging": True},
+        10,
+        ("mean_toxicity", *_FLUENCY),
+    ),
+    "non-toxic": EvaluationProtocol(
+        "non-toxic",
+        "prompts with a toxicity below 0.5, 25 continuations of 20 tokens, top-p 0.9",
+        {"max_toxicity": 0.5},
+        25,
+        (*_EVERY_SAMPLE, *_FLUENCY, *_VARIETY),
+    ),
+}
 
 
 @dataclass(frozen=True)

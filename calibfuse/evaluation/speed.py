@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import trange
 
-from calibfuse.evaluation.methods import Method
 from calibfuse.evaluation.prompts import Prompt
-from calibfuse.generation.continuations import find_padding_id
-from calibfuse.generation.decoding import Decoding, generate_tokens
+from calibfuse.evaluation.sampling import Method
+from calibfuse.generation.decoding import Decoding, find_padding_id, generate_tokens
 from calibfuse.generation.language_model import LanguageModel
 from calibfuse.generation.seeded_sampling import SeededSampling, row_key
 

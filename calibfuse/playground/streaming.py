@@ -12,8 +12,7 @@ import torch
 from transformers import StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from calibfuse.generation.continuations import find_padding_id
-from calibfuse.generation.decoding import Decoding, check_lengths, generate_tokens
+from calibfuse.generation.decoding import Decoding, check_lengths, find_padding_id, generate_tokens
 from calibfuse.generation.language_model import LanguageModel
 from calibfuse.inspection.spelling import TokenSpeller
 from calibfuse.inspection.trace import StepTrace, trace_generation

@@ -84,7 +84,7 @@ class NgramHasher:
 
     def word_states(self, stream: WordStream) -> NDArray[np.uint32]:
         """[words] uint32: one hash per word, before mixing."""
-        if not len(stream):
+        if not len(stream.starts):
             return np.zeros(0, dtype=np.uint32)
         is_space = stream.data == _SPACE
         first = np.zeros(len(stream.data), dtype=np.int64)
@@ -230,7 +230,7 @@ class LinearScorer:
         logits = np.full(len(texts), self.bias, dtype=np.float64)
         for start, stop in _batches(texts):
             stream = split_words(texts[start:stop], unmask=self.features.unmask)
-            if len(stream):
+            if len(stream.starts):
                 windows = Windows.of(stream.text_index, self.windows)
                 sums = windows.sums(np.add(*self._word_values(stream)))
                 with_words = start + windows.text_index[windows.firsts]
@@ -241,7 +241,7 @@ class LinearScorer:
         """Score each word of a text as if it stood alone; a disguised word ("f u c k") is one entry."""
         check_texts([text], self.name)
         stream = split_words([text], unmask=self.features.unmask)
-        if not len(stream):
+        if not len(stream.starts):
             return []
         alone, _ = self._word_values(stream)
         scores = self._probability(alone + self.bias)
@@ -251,7 +251,7 @@ class LinearScorer:
     def worst_part(self, text: str) -> str:
         """The window of words with the highest logit, as it stands in the text; "" without words."""
         stream = split_words([text], unmask=self.features.unmask)
-        if not len(stream):
+        if not len(stream.starts):
             return ""
         windows = Windows.of(stream.text_index, self.windows)
         worst = int(np.argmax(windows.sums(np.add(*self._word_values(stream)))))
@@ -269,7 +269,7 @@ class LinearScorer:
             at_byte += np.where(exists, self._weights[buckets], np.float32(0.0))
         chars = np.add.reduceat(at_byte, stream.starts - 1, dtype=np.float64)
         alone += chars / np.sqrt(np.maximum(self.hasher.ngram_counts(stream), 1))
-        pairs = np.zeros(len(stream), dtype=np.float64)
+        pairs = np.zeros(len(stream.starts), dtype=np.float64)
         if self.features.word_bigrams:
             buckets, exists = self.hasher.bigram_buckets(stream)
             pairs[exists] = self._weights[buckets[exists]]

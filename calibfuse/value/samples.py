@@ -19,8 +19,14 @@ from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, Pre
 
 from calibfuse import hub
 from calibfuse.errors import DataError, InputError, ScorerError, check_ranges
-from calibfuse.generation.continuations import decode_continuation, end_ids, find_padding_id
-from calibfuse.generation.decoding import check_lengths, encode_prompt, generate_tokens
+from calibfuse.generation.decoding import (
+    check_lengths,
+    decode_continuation,
+    encode_prompt,
+    end_ids,
+    find_padding_id,
+    generate_tokens,
+)
 from calibfuse.scorers.checks import check_scores
 from calibfuse.value.oracle import Oracle
 

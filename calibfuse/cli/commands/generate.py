@@ -12,8 +12,7 @@ from calibfuse.cli.loading import DECODING, check_fusion, check_model, decoding_
 from calibfuse.cli.options import SWITCH, add, add_calibrator, add_model
 from calibfuse.cli.prompts import read_prompts
 from calibfuse.cli.terminal import Mask, Terminal, masking, printable
-from calibfuse.generation.continuations import Continuation, find_padding_id
-from calibfuse.generation.decoding import Decoding, check_lengths, continue_prompts
+from calibfuse.generation.decoding import Continuation, Decoding, check_lengths, continue_prompts, find_padding_id
 
 if TYPE_CHECKING:
     import torch

@@ -25,8 +25,8 @@ from calibfuse.evaluation.given_text.reading import (
     split_ids,
     whole_ids,
 )
-from calibfuse.evaluation.methods import ProcessorFactory
-from calibfuse.generation.continuations import pad_right
+from calibfuse.evaluation.sampling import ProcessorFactory
+from calibfuse.generation.decoding import pad_right
 from calibfuse.generation.language_model import LanguageModel
 
 PLAIN_GROUP = "words that name no group"

@@ -20,9 +20,8 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
-from calibfuse.evaluation.methods import ProcessorFactory
-from calibfuse.generation.continuations import pad_right
-from calibfuse.generation.decoding import check_lengths
+from calibfuse.evaluation.sampling import ProcessorFactory
+from calibfuse.generation.decoding import check_lengths, pad_right
 from calibfuse.generation.language_model import LanguageModel
 
 _SCORES_AT_ONCE = 16_000_000  # logits of a batch: 64 MB in float32

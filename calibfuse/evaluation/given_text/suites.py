@@ -22,8 +22,8 @@ from calibfuse.errors import DataError
 from calibfuse.evaluation.bootstrap import Estimate, Resampled, bootstrap_counts
 from calibfuse.evaluation.given_text.neutral_text import GROUP_WORDS
 from calibfuse.evaluation.given_text.reading import read_tokens, split_ids
-from calibfuse.evaluation.methods import ProcessorFactory
 from calibfuse.evaluation.prompts import draw
+from calibfuse.evaluation.sampling import ProcessorFactory
 from calibfuse.generation.language_model import LanguageModel
 from calibfuse.textfiles import read_rows
 

@@ -23,10 +23,9 @@ from tqdm import tqdm
 from calibfuse.errors import DataError
 from calibfuse.evaluation.bootstrap import Estimate, Sums, resample
 from calibfuse.evaluation.given_text.reading import Reading, read_tokens, split_ids
-from calibfuse.evaluation.methods import ProcessorFactory
 from calibfuse.evaluation.prompts import draw, load_prompts
-from calibfuse.generation.continuations import find_padding_id, position_limit
-from calibfuse.generation.decoding import Decoding, check_lengths, continue_prompts
+from calibfuse.evaluation.sampling import ProcessorFactory
+from calibfuse.generation.decoding import Decoding, check_lengths, continue_prompts, find_padding_id, position_limit
 from calibfuse.generation.language_model import LanguageModel
 from calibfuse.textfiles import read_rows
 

@@ -13,7 +13,6 @@ from calibfuse.evaluation.bootstrap import Estimate
 from calibfuse.evaluation.budget import BudgetComparison, perplexity_metric
 from calibfuse.evaluation.evaluate import Evaluation, MethodResult
 from calibfuse.evaluation.given_text.suites import HARMFUL, HARMLESS, SuiteResult
-from calibfuse.evaluation.methods import PLAIN
 from calibfuse.evaluation.metrics import METRICS, Example
 from calibfuse.evaluation.report.charts import Chart, Point, bars, curves
 from calibfuse.evaluation.report.tables import (
@@ -24,6 +23,7 @@ from calibfuse.evaluation.report.tables import (
     to_markdown,
     versions,
 )
+from calibfuse.evaluation.sampling import PLAIN
 from calibfuse.html import Mask, render, unchanged
 from calibfuse.hub import write_files
 
