@@ -390,4 +390,4 @@ def test_words_and_heads_alone_are_methods(run, bundle, tmp_path):
 def test_tasks_are_named(run, given):
     code, _, err = run("--utility", given)
     assert code == 2
-    assert "Expected lambada=FILE, wikitext=FILE, instructions=FILE after" in err
+    assert "Expected lambada=FILE, wikitext=FILE after" in err

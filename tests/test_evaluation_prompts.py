@@ -8,7 +8,6 @@ import pytest
 
 from calibfuse.errors import DataError, InputError
 from calibfuse.evaluation import load_prompts
-from calibfuse.evaluation.prompts import load_texts
 
 
 def write_rows(path, rows):
@@ -110,8 +109,3 @@ def test_missing_files_and_impossible_wishes_are_refused(tmp_path, graded):
         load_prompts(graded, count=0)
     with pytest.raises(DataError, match="None of the 20 prompts"):
         load_prompts(graded, min_toxicity=0.99)
-
-
-def test_long_texts_are_cut_after_a_word(tmp_path):
-    path = write_rows(tmp_path / "t.jsonl", [{"text": "word " * 100}, {"text": "short"}])
-    assert load_texts(path, max_characters=23) == ["word word word word", "short"]

@@ -7,16 +7,14 @@ import pytest
 import torch
 from transformers import LogitsProcessor
 
-from calibfuse.errors import DataError, InputError
+from calibfuse.errors import DataError
 from calibfuse.evaluation import LanguageModel, Utility, load_utility, measure_utility
 from calibfuse.evaluation.given_text.reading import split_ids
-from calibfuse.evaluation.given_text.utility import _changed_part, instruction_ids
 
 TASKS = Utility(
     passages=("She went to the old river", "He said nothing at all", "It rained on the town"),
     articles=("The river was wide and slow.\nIt rained all day.", "A long walk through the town"),
 )
-ASKED = Utility(instructions=("Say something", "Tell me of the river"))
 
 
 class Scale(LogitsProcessor):
@@ -27,18 +25,6 @@ class Scale(LogitsProcessor):
 
     def __call__(self, input_ids, scores):
         return scores * self.factor
-
-
-class Prefer(LogitsProcessor):
-    """Makes one id the first choice."""
-
-    def __init__(self, token_id):
-        self.token_id = token_id
-
-    def __call__(self, input_ids, scores):
-        scores = scores.clone()
-        scores[:, self.token_id] += 100.0
-        return scores
 
 
 @pytest.fixture(scope="module")
@@ -89,37 +75,7 @@ def test_long_text_is_read_in_windows(target, monkeypatch):
     assert windows["word_perplexity"].plain.value == pytest.approx(windows["word_perplexity"].guided.value)
 
 
-def test_changed_answers_are_counted_and_shown(target):
-    same = measure_utility(target, lambda: [Scale(3.0)], ASKED, resamples=5)
-    assert [each.guided.value for each in same.figures] == [0.0, 0.0]
-    assert same.changed == ()
-    token_id = target.tokenizer("river", add_special_tokens=False)["input_ids"][0]
-    other = measure_utility(target, lambda: [Prefer(token_id)], ASKED, resamples=5)
-    found = by_name(other)
-    assert found["changed_answers"].change.value == found["changed_answers"].guided.value == 1.0
-    assert found["changed_answers"].plain.value == 0.0
-    assert 0.5 < found["changed_words"].guided.value <= 1.0
-    assert tuple(each.instruction for each in other.changed) == ASKED.instructions
-    assert len(set(other.changed[0].guided.split())) < 3 < len(other.changed[0].plain.split())
-
-
-def test_the_part_of_an_answer_that_changes():
-    assert _changed_part("a b c d", "a b x d") == pytest.approx(0.25)
-    assert _changed_part("a b", "a b") == 0.0
-    assert 0.0 < _changed_part("a b", "a  b") < 1e-6
-
-
-def test_instructions_need_a_chat_template(byte_level_tokenizer, wrap_tokenizer, target):
-    bare = LanguageModel("bare", target.model, wrap_tokenizer(byte_level_tokenizer))
-    with pytest.raises(InputError, match="no chat template"):
-        instruction_ids(bare, ASKED.instructions)
-    with pytest.raises(InputError, match="positions"):
-        instruction_ids(target, ["word " * 5000])
-
-
 def test_files_are_read_in_their_own_formats(tmp_path):
-    (tmp_path / "asked.txt").write_text("Say something\nTell me more\n")
-    assert load_utility(instructions=tmp_path / "asked.txt").instructions == ("Say something", "Tell me more")
     (tmp_path / "lambada.jsonl").write_text(
         "".join(json.dumps({"text": text}) + "\n" for text in ("a b c", "one", "d e"))
     )

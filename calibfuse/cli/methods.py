@@ -76,7 +76,6 @@ def check_methods(args: argparse.Namespace) -> None:
 
 
 def _options(args: argparse.Namespace, mode: str | None, alpha: float | None) -> dict[str, Any]:
-    """The fusion options that were given."""
     values = {"mode": mode, "alpha": alpha, "max_shift": args.max_shift}
     return {name: value for name, value in values.items() if value is not None}
 
@@ -130,7 +129,6 @@ class BoundFusions:
         return recommended_config(self.calibrator.config.fusion, {} if mode is None else {"mode": mode})
 
     def _guide(self, part: str) -> Guide:
-        """The calibrator, or a part of it alone, bound."""
         if part not in self._guides:
             from calibfuse.evaluation.ablations import heads_alone, words_alone
 
@@ -226,7 +224,6 @@ def baseline_methods(
 
 
 def _fusion_baselines(fusions: BoundFusions, spec: str, top_p: float) -> list[Method]:
-    """One method per strength of a specification."""
     name = spec.partition(":")[0]
     baseline = FUSION_BASELINES[name]
     before = top_p if baseline.truncates_first and top_p < 1.0 else None

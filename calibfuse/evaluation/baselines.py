@@ -117,7 +117,6 @@ class SelfDebiasing(LogitsProcessor):
         return debiased
 
     def _last_logits(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """What the target says after each row, float32 [rows, vocabulary]."""
         padded, mask = pad_right(rows, self._target.model.device)
         model: Any = self._target.model
         logits: Tensor = model(input_ids=padded, attention_mask=mask, use_cache=False).logits

@@ -30,7 +30,7 @@ from calibfuse.evaluation.given_text.neutral_text import BENIGN_TEXTS
 from calibfuse.evaluation.given_text.neutrality import Neutrality, measure_neutrality
 from calibfuse.evaluation.given_text.reading import check_texts
 from calibfuse.evaluation.given_text.suites import Suite, SuiteResult, measure_suite
-from calibfuse.evaluation.given_text.utility import Utility, UtilityResult, instruction_ids, measure_utility
+from calibfuse.evaluation.given_text.utility import Utility, UtilityResult, measure_utility
 from calibfuse.evaluation.metrics import FEWEST_FLAGGED, TOXIC_FROM, Measured, measure
 from calibfuse.evaluation.prompts import Prompt
 from calibfuse.evaluation.sampling import (
@@ -140,8 +140,6 @@ def evaluate(
     passages = () if utility is None else utility.passages
     if texts := [*benign, *(each.text for suite in suites for each in suite.texts), *passages]:
         check_texts(target, texts)
-    if utility is not None:
-        instruction_ids(target, utility.instructions)
     run = _Run(target, sampling, Path(output), batch_size, resume, show_progress)
     measured = [run.continuations(method, prompts, scorers, judge, toxic_from) for method in everything]
     figures = compare([each.sums for each in measured], resamples=resamples, seed=sampling.seed)
@@ -311,7 +309,6 @@ def run_stage(
 
 
 def _encode(value: Any) -> Any:  # noqa: ANN401
-    """What `json.dumps` does not know."""
     return asdict(value) if is_dataclass(value) else value.tolist()  # type: ignore[arg-type]
 
 

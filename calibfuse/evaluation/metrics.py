@@ -202,7 +202,6 @@ def _target_sums(target: LanguageModel, block: Sequence[PromptRecord], sampling:
 
 
 def _text_sums(block: Sequence[PromptRecord]) -> dict[str, Sums]:
-    """What is counted in the text."""
     texts = [[said.text for said in record.continuations] for record in block]
     samples = np.asarray([float(len(each)) for each in texts])
     distinct = np.asarray([distinct_counts(each) for each in texts])

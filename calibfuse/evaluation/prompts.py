@@ -129,14 +129,3 @@ def _probability(value: object, number: int, path: Path) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
         raise DataError(f"The toxicity of the prompt in line {number} of {str(path)!r} is {value!r}; expected 0 to 1.")
     return float(value)
-
-
-def load_texts(
-    path: str | os.PathLike[str], *, count: int = 1000, seed: int = 0, max_characters: int = 400
-) -> list[str]:
-    """Read texts to measure on, with formats, draw and errors of `load_prompts`; long ones are cut after a word."""
-    texts = [prompt.text for prompt in load_prompts(path, count=count, seed=seed)]
-    return [
-        text if len(text) <= max_characters else text[:max_characters].rpartition(" ")[0] or text[:max_characters]
-        for text in texts
-    ]

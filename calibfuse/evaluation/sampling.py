@@ -200,7 +200,6 @@ class Journal:
         self._texts[record.prompt_id] = hash(record.prompt)
 
     def _open_again(self) -> None:
-        """Check the header, index the records, cut off a torn last line."""
         with self.path.open("r+b") as stream:
             self._check_header(stream.readline())
             place, number = stream.tell(), 1

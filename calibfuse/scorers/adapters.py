@@ -205,7 +205,6 @@ def find_toxic_label(id_to_label: Mapping[Any, str], label: str | None, name: st
 
 
 def _computes_bfloat16(device: torch.device) -> bool:
-    """Whether a device multiplies bfloat16 numbers faster than float32 ones."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported())
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")

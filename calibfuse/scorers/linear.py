@@ -327,7 +327,6 @@ def check_window_sizes(sizes: Sequence[int]) -> None:
 
 
 def _batches(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """Cut texts into runs of about `_BATCH_CHARACTERS`, as (start, stop)."""
     start = size = 0
     for stop, text in enumerate(texts, start=1):
         size += len(text) + 1

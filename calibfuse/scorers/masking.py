@@ -19,7 +19,6 @@ _BEGINNINGS = (b"nigger", b"nigga", b"shitt", b"retarded")  # ... and these at i
 
 @cache
 def _plain_strong_words() -> frozenset[bytes]:
-    """The strong words in the plain form of `split_words`."""
     words = split_words(strong_words())
     return frozenset(words.word(i) for i in range(len(words)))
 

@@ -51,7 +51,6 @@ class TrainingOptions:
 
 
 def _add_up(index: NDArray[np.int64], values: NDArray[np.float64], size: int) -> NDArray[np.float64]:
-    """[size] float64: the sum of the values that share an index."""
     return np.bincount(index, values, minlength=size).astype(np.float64, copy=False)
 
 
@@ -201,7 +200,6 @@ def _needs_sklearn() -> MissingDependencyError:
 
 
 def _minimise(objective: _Objective, iterations: int, progress: Callable[[float], None]) -> NDArray[np.float64]:
-    """The parameters of the lowest loss, found from zeros."""
     try:
         from scipy.optimize import OptimizeResult, minimize
     except ImportError as error:

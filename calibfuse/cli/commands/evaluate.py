@@ -44,7 +44,7 @@ examples:
 
   # what it does to meaning, to names of groups, and what it costs at tasks
   calibfuse evaluate --model ./my-model --suite hatecheck.jsonl holistic_bias/ \\
-      --utility lambada=lambada.jsonl wikitext=wiki.test.tokens instructions=ask.txt --output meaning
+      --utility lambada=lambada.jsonl wikitext=wiki.test.tokens --output meaning
 
   # by two scorers: the first one's figures lead, the second's are shown beside them
   calibfuse evaluate --prompts mine.txt --scorer bundled org/toxicity-classifier --output results
@@ -63,7 +63,7 @@ the same command goes on with --resume. --alpha 0 measures plain decoding and th
 
 _OUTPUT = "calibfuse-evaluation"
 _BUDGET = 0.05
-_TASKS = ("lambada", "wikitext", "instructions")
+_TASKS = ("lambada", "wikitext")
 
 SAMPLING = Fields(
     "calibfuse.evaluation.sampling:SamplingConfig",
@@ -138,8 +138,7 @@ def _add_measures(parser: argparse.ArgumentParser) -> None:
             "nargs": "+",
             "default": [],
             "metavar": "TASK=FILE",
-            "help": "what guidance costs at tasks: lambada=FILE, wikitext=FILE, instructions=FILE (greedy "
-            "answers in the chat template)",
+            "help": "what guidance costs at tasks: lambada=FILE, wikitext=FILE",
         },
         suite_count=count | {"default": 1000, "help": "texts of each suite and task; 0: all"},
         no_neutrality=SWITCH | {"help": "skip benign text and group words"},

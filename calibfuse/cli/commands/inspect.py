@@ -90,7 +90,6 @@ def _describe(args: argparse.Namespace) -> int:
 
 
 def _flat(values: Mapping[str, Any], indent: str = "  ") -> list[str]:
-    """Nested facts as indented lines."""
     lines = []
     for key, value in values.items():
         if isinstance(value, Mapping):

@@ -177,7 +177,6 @@ def measure_holistic_bias(
 
 
 def _cases(name: GroupName, data: HolisticBias) -> Iterator[tuple[str, str, bool]]:
-    """Beginning, word, and whether the beginning is hateful."""
     if name.singular:
         yield from ((f"{beginning} {name.article}", name.singular, False) for beginning in data.singular)
     yield from ((beginning, name.plural, False) for beginning in data.plural)

@@ -103,10 +103,6 @@ class SuiteResult:
     groups: tuple[SuiteRow, ...]  # the harmless sentences of each group
     contrasts: tuple[Contrast, ...]  # of all sentences first; empty where all have one label
 
-    def total(self, label: str) -> SuiteRow | None:
-        """The row of all harmful or all harmless sentences; None: there are none."""
-        return next((row for row in self.rows if (row.name, row.label) == ("all", label)), None)
-
 
 def load_suite(path: str | os.PathLike[str], *, count: int | None = 1000, seed: int = 0, name: str = "") -> Suite:
     """Read labelled sentences, in bounded memory.

@@ -1,14 +1,11 @@
 """What it costs a model to be guided: tasks that have nothing to do with toxicity, plain against guided.
 
 LAMBADA (Paperno et al. 2016): the last word of a passage, its perplexity and whether it is the model's first choice.
-WikiText-2 (Merity et al. 2017): perplexity per word of running text, in windows. Instructions: how many greedy answers
-in the model's chat template change, and how much. The texts are the user's own, given by path. Left out: tasks with
-several choices, and whether a changed answer is a worse one.
+WikiText-2 (Merity et al. 2017): perplexity per word of running text, in windows. The texts are the user's own.
 """
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -18,20 +15,17 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from calibfuse.errors import DataError
 from calibfuse.evaluation.bootstrap import Estimate, Sums, resample
 from calibfuse.evaluation.given_text.reading import Reading, read_tokens, split_ids
-from calibfuse.evaluation.prompts import draw, load_prompts
+from calibfuse.evaluation.prompts import draw
 from calibfuse.evaluation.sampling import ProcessorFactory
-from calibfuse.generation.decoding import Decoding, check_lengths, continue_prompts, find_padding_id, position_limit
+from calibfuse.generation.decoding import position_limit
 from calibfuse.generation.language_model import LanguageModel
 from calibfuse.textfiles import read_rows
 
 _WINDOW = 256  # tokens of running text that are read at once
-_ANSWERS = Decoding(do_sample=False, max_new_tokens=64, chat=True)
-_KEPT_ANSWERS = 10
 
 
 @dataclass(frozen=True)
@@ -40,7 +34,6 @@ class Utility:
 
     passages: tuple[str, ...] = ()  # of LAMBADA, each with its last word
     articles: tuple[str, ...] = ()  # running text; words are what white space parts
-    instructions: tuple[str, ...] = ()  # what a user says
 
 
 @dataclass(frozen=True)
@@ -56,34 +49,22 @@ class UtilityFigure:
 
 
 @dataclass(frozen=True)
-class ChangedAnswer:
-    """An instruction that is answered in other words."""
-
-    instruction: str
-    plain: str
-    guided: str
-
-
-@dataclass(frozen=True)
 class UtilityResult:
     """What a method costs."""
 
     figures: tuple[UtilityFigure, ...]  # of the tasks that there were
-    changed: tuple[ChangedAnswer, ...]  # the first answers that changed
 
 
 def load_utility(
     *,
     lambada: str | os.PathLike[str] | None = None,
     wikitext: str | os.PathLike[str] | None = None,
-    instructions: str | os.PathLike[str] | None = None,
     count: int | None = None,
     seed: int = 0,
 ) -> Utility:
     """Read at most `count` texts of each task, drawn at random; DataError where a file cannot be read, or has no text.
 
-    LAMBADA is .jsonl with a passage in "text", WikiText its own format: articles under a line "= Title =", and
-    instructions are what `load_prompts` reads.
+    LAMBADA is .jsonl with a passage in "text", WikiText its own format: articles under a line "= Title =".
     """
     passages: list[str] = []
     if lambada is not None:
@@ -96,8 +77,7 @@ def load_utility(
         articles = draw(_articles(Path(wikitext).expanduser()), count, np.random.default_rng([seed, 23]))
         if not articles:
             raise DataError(f"Expected running text in {str(wikitext)!r}, found none.")
-    asked = [] if instructions is None else [each.text for each in load_prompts(instructions, count=count, seed=seed)]
-    return Utility(tuple(passages), tuple(articles), tuple(asked))
+    return Utility(tuple(passages), tuple(articles))
 
 
 def measure_utility(
@@ -118,7 +98,6 @@ def measure_utility(
         return read_tokens(target, make_processors, pairs, title=f"{title}, {task}", **options)
 
     figures: list[UtilityFigure] = []
-    changed: list[ChangedAnswer] = []
     draws: dict[str, Any] = {"resamples": resamples, "seed": seed}
     if data.passages:
         found = read("LAMBADA", [_last_word(target, text) for text in data.passages])
@@ -138,51 +117,7 @@ def measure_utility(
             nats[1][number] -= float(each.fused.sum())
         words = np.asarray([float(len(text.split())) for text in data.articles])
         figures.append(_figure("word_perplexity", "word perplexity", nats, words, is_perplexity=True, **draws))
-    if data.instructions:
-        answers = [
-            _answers(target, processors, data.instructions, batch_size, f"{title}, {task}", show_progress)
-            for task, processors in (("plain answers", list), ("answers", make_processors))
-        ]
-        parts = [_changed_part(*pair) for pair in zip(*answers, strict=True)]
-        none, counts = [0.0] * len(parts), np.ones(len(parts))
-        changed_at_all = [float(part > 0.0) for part in parts]
-        figures.append(_figure("changed_answers", "greedy answers changed", [none, changed_at_all], counts, **draws))
-        figures.append(_figure("changed_words", "words of greedy answers changed", [none, parts], counts, **draws))
-        triples = zip(data.instructions, *answers, strict=True)
-        changed = [ChangedAnswer(*texts) for texts, part in zip(triples, parts, strict=True) if part][:_KEPT_ANSWERS]
-    return UtilityResult(tuple(figures), tuple(changed))
-
-
-def instruction_ids(target: LanguageModel, instructions: Sequence[str]) -> list[list[int]]:
-    """Ids in the chat template; InputError: the tokenizer has none, or one leaves no room for an answer."""
-    rows = [_ANSWERS.encode(target.tokenizer, each) for each in instructions]
-    check_lengths(target.model, rows, _ANSWERS.max_new_tokens, "instruction")
-    return rows
-
-
-def _answers(
-    target: LanguageModel,
-    make_processors: ProcessorFactory,
-    instructions: Sequence[str],
-    batch_size: int,
-    title: str,
-    show_progress: bool,
-) -> list[str]:
-    rows = instruction_ids(target, instructions)
-    if find_padding_id(target.model, target.tokenizer) is None:
-        batch_size = 1
-    answers: list[str] = []
-    for start in tqdm(range(0, len(rows), batch_size), desc=title, unit="batch", disable=not show_progress):
-        batch = rows[start : start + batch_size]
-        answers += [said.text for (said,) in continue_prompts(target, batch, _ANSWERS, list(make_processors()))]
-    return answers
-
-
-def _changed_part(plain: str, guided: str) -> float:
-    """Share of the words of two answers that is not common to both; white space alone counts as little as can be."""
-    if plain == guided:
-        return 0.0
-    return max(1e-9, 1.0 - difflib.SequenceMatcher(None, plain.split(), guided.split(), autojunk=False).ratio())
+    return UtilityResult(tuple(figures))
 
 
 def _figure(
@@ -194,7 +129,6 @@ def _figure(
     is_perplexity: bool = False,
     **draws: int,
 ) -> UtilityFigure:
-    """A ratio of sums over texts, of plain and guided."""
     arrays = [np.asarray(each, dtype=np.float64) for each in numerators]
     sums = {str(place): Sums(each, denominator, is_perplexity) for place, each in enumerate(arrays)}
     plain, guided = resample(sums, **draws).values()

@@ -157,7 +157,6 @@ def bars(
 
 @contextmanager
 def _drawing(height: float, entries: int) -> Iterator[tuple[Figure, Axes]]:
-    """A figure with room for a legend; matplotlib's settings hold inside the block."""
     matplotlib = require("matplotlib")
     from matplotlib.figure import Figure
 
@@ -182,7 +181,6 @@ def _draw_curve(axes: Axes, name: str, number: int, points: Sequence[Point]) -> 
 
 
 def _draw_mark(axes: Axes, point: Point, name: str, colour: str, **style: Any) -> None:  # noqa: ANN401
-    """A mark with its intervals and its tooltip."""
     x, y = point.x, point.y
     _draw_line(axes, (x.low, x.high), (y.value, y.value), colour)
     _draw_line(axes, (x.value, x.value), (y.low, y.high), colour)

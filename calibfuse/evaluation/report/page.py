@@ -134,7 +134,6 @@ def curve_chart(evaluation: Evaluation) -> Chart | None:
 
 
 def _curve(results: Sequence[MethodResult], name: str) -> Chart | None:
-    """Toxic continuations against a perplexity; None where nothing has that perplexity."""
     if name not in results[0].estimates:
         return None
 
@@ -160,7 +159,6 @@ def _colours(shown: Sequence[MethodResult], results: Sequence[MethodResult]) -> 
 
 
 def _bar_charts(shown: Sequence[MethodResult], colours: Mapping[str, int]) -> dict[str, list[str]]:
-    """By key of the section that they stand in."""
     words: Rows = {}
     suites: dict[str, list[tuple[str, SuiteResult]]] = {}
     for result in shown:

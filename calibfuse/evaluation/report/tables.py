@@ -314,7 +314,6 @@ def _row(*cells: str | Cell) -> list[Cell]:
 
 
 def _cell(estimate: Estimate | None, show: Callable[[float], str]) -> Cell:
-    """A figure with its interval, if it has one; a dash where there is no figure."""
     if estimate is None or not math.isfinite(estimate.value):
         return Cell("-")
     ends = (show(estimate.low), show(estimate.high)) if math.isfinite(estimate.low) else None
@@ -326,7 +325,6 @@ def _with_interval(cell: Cell) -> str:
 
 
 def _lines(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table."""
     lines = [headers, ["---", *["---:"] * (len(headers) - 1)], *rows]
     return ["| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in line) + " |" for line in lines]
 
