@@ -259,7 +259,7 @@ def test_a_missing_prompts_file_is_named(tmp_path):
         (["a", "--top-k", "-1"], "--top-k must be at least 0"),
         (["a", "--seed", "-1"], "--seed must lie"),
         (["a", "--words", "./no-such-words.txt"], "Cannot read words"),
-        (["a", "--device", "toaster"], "Unknown device 'toaster'"),
+        (["a", "--device", "toaster"], "device must be one of torch's, such as 'cpu' or 'cuda:0', got 'toaster'"),
         (["a", "--model", "./no/such/folder"], "no model folder"),
         (["a", "--model", "no-one/nothing"], "Cannot load the tokenizer of 'no-one/nothing'"),
         (["a", "--model", " "], "empty name"),

@@ -370,7 +370,7 @@ def _nothing():
 
 
 def test_a_rate_that_diverges(target):
-    config = AuxiliaryTrainingConfig(steps=30, batch_size=8, learning_rate=1e18, max_gradient_norm=1e30)
+    config = AuxiliaryTrainingConfig(steps=30, batch_size=8, learning_rate=1e18)
     with pytest.raises(InputError, match="training has diverged. Choose a lower learning rate"):
         train_auxiliary(make(target), target, labelled(), config, show_progress=False)
 

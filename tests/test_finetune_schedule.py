@@ -140,5 +140,5 @@ def test_devices_are_shared_out():
 
 def test_devices_that_are_not_there_are_refused():
     assert find_devices("cpu, cpu") == ["cpu", "cpu"]
-    with pytest.raises(InputError, match="Unknown device 'abacus'"):
+    with pytest.raises(InputError, match="device must be one of torch's, such as 'cpu' or 'cuda:0', got 'abacus'"):
         find_devices("cpu,abacus")

@@ -160,7 +160,7 @@ def test_bad_options_are_found_before_the_text_is_read(text, tmp_path, monkeypat
     missing = replace(text, wanted=[str(tmp_path / "none.txt")])
     with pytest.raises(DataError, match="No such file"):
         train(missing, tmp_path / "out")
-    with pytest.raises(InputError, match="Unknown device 'abacus'"):
+    with pytest.raises(InputError, match="device must be one of torch's, such as 'cpu' or 'cuda:0', got 'abacus'"):
         run_training(text, tmp_path / "out", device="abacus", show_progress=False)
 
 

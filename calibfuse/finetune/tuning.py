@@ -34,14 +34,13 @@ class TuningConfig:
     learning_rate: float = 1e-4  # peak
     warmup: float = 0.05  # share of the steps of all iterations in which the rate rises from 0; then it falls to 0
     weight_decay: float = 0.0  # of matrices
-    max_gradient_norm: float = 1.0  # longer gradients are shortened to this
     precision: str = "fp32"  # "fp32", or "bf16" for autocast; weights stay as they were loaded
     seed: int = 0  # of the order of blocks and samples, and of dropout
 
     def __post_init__(self) -> None:
         """Validate."""
         check_ranges(self, **dict.fromkeys(("steps", "batch_size", "sample_batch_size"), "[1, inf)"))
-        check_ranges(self, **dict.fromkeys(("learning_rate", "strength", "max_gradient_norm"), "(0, inf)"))
+        check_ranges(self, **dict.fromkeys(("learning_rate", "strength"), "(0, inf)"))
         check_ranges(self, kl_weight="[0, inf)", weight_decay="[0, inf)", warmup="[0, 1]", precision=("fp32", "bf16"))
 
     def rate_at(self, step: int, iterations: int) -> float:
@@ -125,7 +124,6 @@ class _TuningLoop(TrainingLoop):
             first_step=first,
             rate=partial(config.rate_at, iterations=iterations),
             label=f"tuning {iteration}",
-            max_gradient_norm=config.max_gradient_norm,
             show_progress=show_progress,
         )
         self.model, self.corpus, self.config = model, corpus, config

@@ -163,15 +163,10 @@ def choose_device(device: str | None) -> torch.device:
 
     from calibfuse.loading import as_device
 
-    if device is None:
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f"Unknown device {device!r}; expected cpu, cuda, cuda:1, mps or the like.") from error
-    return as_device(device) or chosen
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    chosen = as_device(device or best)
+    assert chosen is not None
+    return chosen
 
 
 def quiet_transformers() -> None:

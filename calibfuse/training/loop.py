@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 STATE_FORMAT = 2
 _SMOOTHING = 0.98
+_MAX_GRADIENT_NORM = 1.0  # longer gradients are shortened to this
 
 
 class TrainingLoop(ABC):
@@ -66,7 +67,6 @@ class TrainingLoop(ABC):
         identity: Mapping[str, Any] | None = None,
         save_every: int = 500,
         label: str = "training",
-        max_gradient_norm: float = 1.0,
         first_step: int = 0,
         show_progress: bool = True,
     ) -> None:
@@ -74,8 +74,7 @@ class TrainingLoop(ABC):
         self.steps, self.rate, self.save_every = steps, rate, save_every
         self.folder = folder
         self.identity = json.loads(json.dumps(identity or {}))
-        self.label, self.max_gradient_norm = label, max_gradient_norm
-        self.show_progress = show_progress
+        self.label, self.show_progress = label, show_progress
         self.step = first_step
         self.tokens, self.seconds = 0, 0.0
         self.history: list[dict[str, float]] = []
@@ -108,7 +107,7 @@ class TrainingLoop(ABC):
                     f"diverged. Choose a lower learning rate{kept}."
                 )
         trained = [parameter for parameter in self.parameters.values() if parameter.requires_grad]
-        torch.nn.utils.clip_grad_norm_(trained, self.max_gradient_norm)
+        torch.nn.utils.clip_grad_norm_(trained, _MAX_GRADIENT_NORM)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1

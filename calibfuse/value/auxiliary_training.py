@@ -41,13 +41,12 @@ class AuxiliaryTrainingConfig:
     consistency_share: float = 0.25  # share of a batch's samples at whose positions it is asked for
     weight_decay: float = 0.01  # of the matrices
     held_out_share: float = 0.1  # share of the prompts (of the samples where there are few prompts) that only measures
-    max_gradient_norm: float = 1.0  # gradients are scaled down to this norm
     seed: int = 0  # of the held-out draw and the order of the samples
 
     def __post_init__(self) -> None:
         """Validate."""
         check_ranges(self, steps="[1, inf)", batch_size="[1, inf)", learning_rate="(0, inf)")
-        check_ranges(self, consistency_weight="[0, inf)", weight_decay="[0, inf)", max_gradient_norm="(0, inf)")
+        check_ranges(self, consistency_weight="[0, inf)", weight_decay="[0, inf)")
         check_ranges(self, consistency_share="(0, 1]", held_out_share="[0, 1)")
 
 
@@ -142,7 +141,6 @@ class _AuxiliaryLoop(TrainingLoop):
             identity={"auxiliary model": {name: list(each.shape) for name, each in parameters.items()}},
             save_every=save_every,
             label="auxiliary model",
-            max_gradient_norm=config.max_gradient_norm,
             show_progress=show_progress,
         )
         self.auxiliary, self.base = auxiliary, base.eval()  # type: ignore[no-untyped-call]
