@@ -67,12 +67,12 @@ def test_errors_reach_the_reader(target, fusion):
 def test_the_account_names_what_was_lowered_masked(target, fusion):
     steps = list(stream_both(target, fusion, PROMPT, DECODING))[-1].steps
     told = account(steps, lambda text: "#" * len(text))
-    assert told.startswith("**8 tokens**")
-    named = told.split("Most lowered:")[1]
+    assert told.startswith("8 steps, ")
+    named = told.split("most lowered:")[1]
     assert "#" in named
-    assert not any(letter.isalpha() for letter in named.replace("points", ""))
+    assert not any(letter.isalpha() for letter in named)
     untouched = list(stream_both(target, CalibFusion(fusion.guide, FusionConfig(alpha=0.0)), PROMPT, DECODING))[-1]
-    assert "0 of them touched" in account(untouched.steps, str)
+    assert "8 steps, 0 touched" in account(untouched.steps, str)
     assert len(candidate_rows(steps[0], str)[0]) == 4
 
 
@@ -117,14 +117,14 @@ def test_the_page_in_a_browser(address, scheme, width):
             join = "spans => spans.map(each => each.textContent).join('')"
             return [page.eval_on_selector_all(f"#{side} .text", join) for side in ("plain", "guided")]
 
-        plain, guided = continue_and_read("40 tokens")
+        plain, guided = continue_and_read("40 steps")
         assert plain.strip()
         assert guided.strip()
         page.locator("#guided .text").nth(1).click()
         page.wait_for_selector("#candidates table")
         page.fill("#strength input[type=number]", "0")
         page.press("#strength input[type=number]", "Tab")
-        again, off = continue_and_read("40 tokens, 0 of them touched")
+        again, off = continue_and_read("40 steps, 0 touched")
         assert again == plain
         assert off == plain  # strength 0 is the plain model
         assert page.evaluate("document.documentElement.scrollWidth") <= width

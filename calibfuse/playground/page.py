@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from math import exp
 from typing import Any
 
-from calibfuse.account import TOUCHED_FROM
+from calibfuse.account import TOUCHED_FROM, Report
 from calibfuse.errors import InputError, MissingDependencyError
 from calibfuse.fusion import MODES, recommended_config
 from calibfuse.generation.decoding import Decoding
@@ -147,21 +147,17 @@ def _colour(step: StepTrace) -> float | None:
 
 
 def account(steps: Sequence[StepTrace], mask: Mask) -> str:
-    """What the fusion did to a continuation, in a few figures, as Markdown."""
+    """What the fusion did to a continuation, in a few figures."""
     if not steps:
         return ""
-    touched = sum(step.moved_mass >= TOUCHED_FROM for step in steps)
-    moved = sum(step.moved_mass for step in steps) / len(steps)
     lowered: Counter[str] = Counter()
     for step in steps:
         for each in step.candidates:
             lowered[each.text.strip()] += max(0.0, exp(each.plain) - exp(each.fused))  # type: ignore[assignment]
-    named = [f"{mask(text)} (-{100 * lost:.1f} points)" for text, lost in lowered.most_common(_NAMED) if text and lost]
-    told = (
-        f"**{len(steps)} tokens**, {touched} of them touched (a hundredth of the probability moved, or more); "
-        f"{100 * moved:.1f} % moved on average."
-    )
-    return f"{told}\n\nMost lowered: {', '.join(named)}." if named else told
+    named = tuple((mask(text), lost) for text, lost in lowered.most_common(_NAMED) if text and lost)
+    touched = sum(step.moved_mass >= TOUCHED_FROM for step in steps)
+    moved = sum(step.moved_mass for step in steps) / len(steps)
+    return str(Report(len(steps), touched, moved, left_alone=0, lowered=named))
 
 
 def candidate_rows(step: StepTrace, mask: Mask) -> list[list[str]]:

@@ -51,14 +51,13 @@ class PassageStore:
             raise DataError(
                 f"The passage store {self.folder} is missing or damaged ({error}). Delete the folder to build it again."
             ) from error
-        if self.meta.get("format") != STORE_FORMAT:
-            raise DataError(
-                f"The passage store {self.folder} has format {self.meta.get('format')}, expected {STORE_FORMAT}. "
-                "Delete the folder to build it again."
-            )
         count = len(self._offsets) - 1
-        if not len(self.labels) == len(is_validation) == count or self._offsets[-1] != len(self._data):
-            raise DataError(f"The files of the passage store {self.folder} do not fit together. Delete the folder.")
+        is_whole = len(self.labels) == len(is_validation) == count and self._offsets[-1] == len(self._data)
+        if not is_whole or self.meta.get("format") != STORE_FORMAT:
+            raise DataError(
+                f"The files of the passage store {self.folder} do not fit together, or are of another version of "
+                "calibfuse. Delete the folder to build it again."
+            )
         self.train_indices: np.ndarray = np.flatnonzero(~is_validation)
         self.validation_indices: np.ndarray = np.flatnonzero(is_validation)
 
