@@ -17,7 +17,6 @@ MIN_PROBABILITY = 5e-5  # by default every token that the target gives at least 
 MIN_CANDIDATES = 200  # ... and this many of its best in any case
 # A log-probability below this is that of an excluded token, however that was written: its probability is 0 in float32.
 EXCLUDED = -103.0
-_BLOCK = 16  # entries of a row that are searched as one
 _STEP_DOWN = 4.0  # nats
 
 
@@ -57,11 +56,11 @@ def choose_candidates(
     if count == 0 or vocab_size <= (MIN_CANDIDATES if count is None else count) or not scores.numel():
         return Candidates(None, log_probs, log_probs > EXCLUDED)
     if count is not None:
-        values, token_ids = best(log_probs, count)
+        values, token_ids = log_probs.topk(count, dim=-1, sorted=False)
         return Candidates(token_ids, values, values > EXCLUDED)
     # On an accelerator counting would make the host wait, and a full head costs nothing.
     searched = _raised(log_probs, always)
-    least = best(searched, MIN_CANDIDATES)[0].amin(dim=-1, keepdim=True)
+    least = searched.topk(MIN_CANDIDATES, dim=-1).values[..., -1:]
     return Candidates(None, log_probs, searched >= least.clamp(EXCLUDED, math.log(MIN_PROBABILITY)))
 
 
@@ -106,22 +105,3 @@ def _fill_up(chosen: NDArray[np.bool_], row: NDArray[np.float32], log_sum: float
     if len(others) > missing:
         others = others[np.argpartition(-row[others], missing - 1)[:missing]]
     chosen[others] = True
-
-
-def best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` best of each row, in no order, with their indices: `topk`, several times as fast on wide rows.
-
-    The row is seen as blocks (a strided comb of _BLOCK entries each). Fewer than `count` blocks have a maximum above
-    the count-th best entry, so the best `count` blocks hold all of the best entries, and only these are searched.
-    """
-    blocks = scores.shape[-1] // _BLOCK
-    if blocks < 2 * count:
-        values, index = scores.topk(count, dim=-1, sorted=False)
-        return values, index
-    combed = scores[..., : blocks * _BLOCK].reshape(*scores.shape[:-1], _BLOCK, blocks)
-    found = combed.amax(dim=-2).topk(count, dim=-1, sorted=False).indices
-    teeth = torch.arange(0, blocks * _BLOCK, blocks, device=scores.device)
-    rest = torch.arange(blocks * _BLOCK, scores.shape[-1], device=scores.device)
-    index = torch.cat([(found[..., None, :] + teeth[:, None]).flatten(-2), rest.expand(*found.shape[:-1], -1)], dim=-1)
-    values, chosen = scores.gather(-1, index).topk(count, dim=-1, sorted=False)
-    return values, index.gather(-1, chosen)

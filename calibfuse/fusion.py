@@ -141,11 +141,12 @@ class Layout:
     Entries where `fixed` is True do not count.
     """
 
-    def __init__(self, fixed: Tensor | None = None) -> None:
+    def __init__(self, fixed: Tensor | None) -> None:
         self.fixed = fixed
 
     def _fill(self, values: Tensor, number: float) -> Tensor:
-        return values if self.fixed is None else values.masked_fill(self.fixed, number)
+        assert self.fixed is not None
+        return values.masked_fill(self.fixed, number)
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over each row's candidates."""
@@ -172,7 +173,7 @@ class _List(Layout):
     """Candidates as a list [n], those of one row after those of another; none is fixed."""
 
     def __init__(self, places: Tensor, rows: int) -> None:
-        super().__init__()
+        super().__init__(fixed=None)
         self._places = places
         starts = np.searchsorted(places.numpy(), np.arange(rows + 1))
         counts = np.diff(starts)
@@ -247,7 +248,6 @@ def _disagreement(difference: Tensor, log_r: Tensor | None, margin: float, harm_
 
 
 def _worth(log_r: Tensor, target: Tensor, layout: Layout, strength: Strength) -> Tensor:
-    """What the head "value" adds to each candidate."""
     return (strength * _relative(log_r, target, layout)).clamp(-_MAX_LOSS, _MAX_GAIN)
 
 
@@ -284,14 +284,12 @@ def _harmful_share(log_r: Tensor, harm_threshold: float) -> Tensor:
 def _geometric(
     target: Tensor, guide: Mapping[str, Tensor], layout: Layout, alpha: Strength, config: FusionConfig
 ) -> Tensor:
-    """Log-linear mixture."""
     return (1.0 - alpha) * target + alpha * guide["calibrator"]
 
 
 def _blend(
     target: Tensor, guide: Mapping[str, Tensor], layout: Layout, alpha: Strength, config: FusionConfig
 ) -> Tensor:
-    """Linear mixture of probabilities."""
     share = torch.as_tensor(alpha, dtype=torch.float64, device=target.device)  # 1 - 0.99999 has few digits in float32
     kept, given = ((-share).log1p().to(target.dtype), share.log().to(target.dtype))
     return torch.logaddexp(target + kept, guide["calibrator"] + given)
@@ -543,6 +541,5 @@ def _chosen(among: Tensor, token_ids: Tensor | None, vocab_size: int) -> Tensor:
 
 
 def _fit(guide_scores: Tensor, width: int) -> Tensor:
-    """Cut or fill up to the width of a model head that is narrower or wider than the tokenizer; fillers are unused."""
     missing = width - guide_scores.shape[-1]
     return functional.pad(guide_scores, (0, missing)) if missing else guide_scores  # a negative pad cuts

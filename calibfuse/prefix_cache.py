@@ -50,8 +50,6 @@ class Text(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """What the last step saw."""
-
     tails: Tensor  # int64 [rows, n], the last ids of each row, as far as they matter
     length: int
     keys: list[Hashable]  # in the session

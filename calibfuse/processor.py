@@ -505,7 +505,6 @@ class CalibFusion(LogitsProcessor):
         return True
 
     def _warn(self, message: str) -> None:
-        """Warn once of each thing."""
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(message, UserWarning, stacklevel=5)
@@ -547,7 +546,6 @@ def _name_of(thing: object) -> str:
 
 
 def _head_width(target: PreTrainedModel | None) -> int | None:
-    """How many scores a model gives; None where it does not say."""
     head: Any = getattr(target, "get_output_embeddings", lambda: None)()
     weight = getattr(head, "weight", None)
     return int(weight.shape[0]) if isinstance(weight, Tensor) and weight.ndim == 2 else None

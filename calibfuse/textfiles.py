@@ -192,7 +192,6 @@ def _kind_of(path: Path) -> str:
 
 
 def _texts_of(source: str, text_field: str | None, max_bytes: int) -> Iterator[str]:
-    """Documents of one file or Hub data set, not yet cut or stripped."""
     if source.startswith(HUB_PREFIX):
         for number, row in enumerate(_hub_rows(source), start=1):
             yield _text_of(row, text_field, f"{source}, example {number}")

@@ -302,7 +302,6 @@ class _Metrics:
 
 
 def _tokenizer_of(model_config: Any) -> Any:  # noqa: ANN401
-    """The tokenizer that the engine uses, as transformers loads it."""
     from transformers import AutoTokenizer
 
     if getattr(model_config, "skip_tokenizer_init", False):

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calibfuse.candidates import MIN_CANDIDATES, MIN_PROBABILITY, best, choose_candidates
+from calibfuse.candidates import MIN_CANDIDATES, MIN_PROBABILITY, choose_candidates
 from calibfuse.fusion import FusionConfig, fuse
 
 NEG = -math.inf
@@ -177,25 +177,3 @@ def test_excluded_tokens_leave_the_others_candidates():
     rows[:, 50:] = NEG
     chosen = chosen_sets(rows.log_softmax(-1), None)[0]
     assert set(range(50)) <= chosen
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    vocab=st.integers(1, 700),
-    count=st.integers(1, 20),
-    rows=st.integers(1, 4),
-    seed=st.integers(0, 999),
-    ties=st.booleans(),
-    excluded=st.floats(0, 0.99),
-)
-def test_the_best_of_wide_rows_are_those_of_topk(vocab, count, rows, seed, ties, excluded):
-    count = min(count, vocab)
-    generator = torch.Generator().manual_seed(seed)
-    scores = torch.randn(rows, vocab, generator=generator)
-    if ties:
-        scores = scores.round()
-    scores = scores.masked_fill(torch.rand(rows, vocab, generator=generator) < excluded, NEG)
-    values, index = best(scores, count)
-    assert torch.equal(values, scores.gather(-1, index))
-    assert torch.equal(values.sort(-1, descending=True).values, scores.topk(count, -1).values)
-    assert all(len(set(row)) == count for row in index.tolist())

@@ -364,7 +364,7 @@ def test_facts_and_recommended_fusion_travel_in_the_config(checkpoint):
     calibrator = Calibrator.from_pretrained(checkpoint)
     assert calibrator.config.fusion == {"mode": "geometric", "alpha": 0.25}
     facts = describe_calibrator(calibrator)
-    assert facts["parameters"] == {"calibrator": sum(p.numel() for p in calibrator.parameters())}
+    assert facts["parameters"] == {"calibrator": sum(p.numel() for _, p in calibrator.named_parameters())}
     assert facts["shape"]["num_hidden_layers"] == 2
     assert facts["training"]["model_type"] == "gpt2"
 

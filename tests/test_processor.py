@@ -453,8 +453,7 @@ def test_without_a_config_the_guides_recommendation_counts():
     options = {"alpha": 1.5, "margin": 0.25, "max_shift": 3.5, "hold": True}
     guide = make_bound(fusion=options)
     expected = FusionConfig(alpha=1.5, margin=0.25, max_shift=3.5, mass_to_others=True)
-    written = FusionConfig(alpha=1.5, margin=0.25, max_shift=3.5, mass_to_others=True)
-    assert CalibFusion(guide).config == expected == written
+    assert CalibFusion(guide).config == expected
     assert CalibFusion(guide, FusionConfig()).config == FusionConfig()
     assert recommended_config(guide.recommended, {"mass_to_others": False}).mass_to_others is False
 

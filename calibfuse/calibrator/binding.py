@@ -87,12 +87,10 @@ class BoundCalibrator(Guide):
 
     @property
     def heads(self) -> tuple[str, ...]:
-        """Names of the heads."""
         return self.calibrator.config.heads
 
     @property
     def device(self) -> torch.device:
-        """Where the bound vectors are."""
         return self.vectors.device
 
     @property

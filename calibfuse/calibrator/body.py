@@ -52,7 +52,6 @@ class KeyValueRing:
         self.rows = rows
 
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
-        """Make each row of `targets` what the row of `sources` was; all are read before one is written."""
         if self._entries is not None:
             self._entries[:, :, list(targets)] = self._entries[:, :, list(sources)]
 

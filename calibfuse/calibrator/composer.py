@@ -42,7 +42,6 @@ class TokenFeatures:
 
 
 def _mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The finaliser of splitmix64."""
     values = values ^ (values >> np.uint64(30))
     values = values * np.uint64(0xBF58476D1CE4E5B9)
     values = values ^ (values >> np.uint64(27))
@@ -91,7 +90,6 @@ def _shape_codes(data: NDArray[np.uint8], offsets: NDArray[np.int64]) -> NDArray
 
 
 def _first_bytes(data: NDArray[np.uint8], offsets: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """The first byte of every token; 0 for empty ones."""
     if not len(data):
         return np.zeros(len(offsets) - 1, dtype=np.uint8)
     first = data[np.minimum(offsets[:-1], len(data) - 1)]

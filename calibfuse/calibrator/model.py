@@ -144,14 +144,8 @@ class CalibratorNetwork(nn.Module):
         self.token_in = nn.Linear(config.token_width, config.width, bias=False)
         nn.init.normal_(self.token_in.weight, std=0.1)
         self.boundary = nn.Parameter(torch.randn(config.width) * 0.05)
-        self.body = Body(
-            width=config.width,
-            layer_count=config.layer_count,
-            head_count=config.head_count,
-            hidden_width=config.hidden_width,
-            window=config.window,
-            value_layer_count=config.value_layer_count,
-        )
+        sizes = ("width", "layer_count", "head_count", "hidden_width", "window", "value_layer_count")
+        self.body = Body(**{name: getattr(config, name) for name in sizes})
         self.heads = nn.ModuleDict({name: self._head(name) for name in config.heads})
 
     def _head(self, name: str) -> Head:
@@ -213,7 +207,6 @@ class CalibratorNetwork(nn.Module):
 
     @property
     def fingerprint(self) -> str:
-        """Hex digest of config shape and weights; the key of everything derived from them."""
         # Of the config, what determines the numbers; recommendations and metadata do not.
         shape = {key: value for key, value in self.config.to_dict().items() if key not in ("fusion", "training")}
         digest = hashlib.sha256(repr(sorted(shape.items())).encode())

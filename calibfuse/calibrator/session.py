@@ -27,8 +27,6 @@ _BOUNDARY = -1  # stands for the slot before a text
 
 @dataclass(frozen=True)
 class _Reading:
-    """One text, as far as it has been read."""
-
     row: int  # of the ring
     text: Text  # its last ids
     origin: int  # number of the token in slot 1; slot 0 is a boundary
@@ -37,8 +35,6 @@ class _Reading:
 
 
 class _New(NamedTuple):
-    """Ids to be read into a row that has `slots` slots so far."""
-
     row: int
     slots: int
     ids: list[int]
@@ -65,7 +61,6 @@ class CalibratorSession(GuideSession):
 
     @property
     def keys(self) -> tuple[Hashable, ...]:
-        """The texts that are known."""
         return tuple(self._state.readings) if self._state is not None else ()
 
     @property
@@ -155,7 +150,6 @@ class CalibratorSession(GuideSession):
         return _Reading(row, text, origin, new + 1, origin > lead)
 
     def _read(self, state: _State, group: Sequence[_New]) -> None:
-        """One forward."""
         device = self._bound.device
         rows, slots, ids = (list(column) for column in zip(*sorted(group), strict=True))
         counts = [len(each) for each in ids]
@@ -172,7 +166,6 @@ class CalibratorSession(GuideSession):
         state.hidden[torch.tensor(rows, device="cpu").to(device, non_blocking=True)] = last
 
     def _with_rows(self, state: _State | None, more: int) -> _State:
-        """A state with room for `more` further texts."""
         if state is None:
             body, boundary = self._bound.calibrator.body, self._bound.calibrator.boundary
             state = _State({}, KeyValueRing(len(body.blocks), body.window), boundary.new_zeros(0, body.state_width))

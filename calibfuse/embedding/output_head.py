@@ -115,7 +115,6 @@ def find_output_head(target: PreTrainedModel) -> OutputHead:
 
 
 def _gives(head: OutputHead, logits: Tensor, scores: Tensor) -> bool:
-    """Whether the head's output gives the model's scores, but for rounding and excluded tokens."""
     if logits.shape != scores.shape:
         return False
     tolerance = 4.0 * max(torch.finfo(each.dtype).eps for each in (logits, scores))

@@ -47,8 +47,6 @@ _FEWEST_TOKENS = 20
 
 @dataclass(frozen=True, eq=False)
 class _Pairs:
-    """Both sides' embeddings of the common tokens."""
-
     source: Tensor  # float32 [common, width], the calibrator's
     rows: Tensor  # [target rows, hidden_size], the target's, in its own dtype
     ids: Tensor  # int64 [common], the row of each common token
@@ -137,7 +135,6 @@ def _name_of(target: PreTrainedModel) -> str:
 def _fit(
     pairs: _Pairs, train: Tensor, generator: torch.Generator, *, epochs: int, progress: bool
 ) -> tuple[Tensor, tuple[tuple[int, float], ...]]:
-    """Adam on the cross-entropy; the matrix and its loss curve."""
     device = pairs.rows.device
     norms = pairs.source.norm(dim=-1).mean() * pairs.target(train[:1024].to(device)).norm(dim=-1).mean()
     start = torch.randn(pairs.source.shape[1], pairs.rows.shape[1], generator=generator)
@@ -182,7 +179,6 @@ def _other_tokens(batch: Tensor, tokens: Tensor, count: int, generator: torch.Ge
 
 
 def _choice_scores(pairs: _Pairs, matrix: Tensor, positives: Tensor, others: Tensor) -> Tensor:
-    """Inner products with the own embedding (first) and the others': [batch, 1 + others]."""
     mapped = pairs.source[positives] @ matrix
     choices = pairs.target(torch.cat([positives[:, None], others], dim=1))
     return torch.einsum("bd,bkd->bk", mapped, choices)

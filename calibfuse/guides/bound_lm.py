@@ -61,7 +61,6 @@ class BoundCausalLM(Guide):
 
     @property
     def heads(self) -> tuple[str, ...]:
-        """Names of the heads."""
         return tuple(self.models)
 
     @property
@@ -71,7 +70,6 @@ class BoundCausalLM(Guide):
 
     @property
     def device(self) -> torch.device:
-        """Where the models are."""
         return next(iter(self.models.values())).device
 
     def to(self, device: torch.device | str) -> BoundCausalLM:
@@ -85,7 +83,6 @@ class BoundCausalLM(Guide):
         return moved
 
     def session(self) -> LMSession:
-        """A new session."""
         return LMSession(self)
 
 
@@ -97,13 +94,11 @@ class LMSession(GuideSession):
         self.reset()
 
     def reset(self) -> None:
-        """Forget all texts."""
         self._reader: RaggedReader | None = None
         self._known: dict[Hashable, tuple[list[int], Any]] = {}
         self._last: tuple[list[Hashable], NextTokenScores] | None = None
 
     def drop(self, keys: Iterable[Hashable]) -> None:
-        """See `GuideSession.drop`; what they held goes with the next step, which names the texts that stay."""
         for key in keys:
             self._known.pop(key, None)
         if not self._known:

@@ -105,12 +105,10 @@ class CausalLMCalibrator(PretrainedCalibrator):
 
     @property
     def heads(self) -> tuple[str, ...]:
-        """Names of the heads."""
         return self.config.heads
 
     @property
     def fingerprint(self) -> str:
-        """Hex digest of the weights of all models; the key of everything derived from them."""
         digest = hashlib.sha256(b"calibfuse causal lm 1")
         for head, model in self.models.items():
             digest.update(head.encode())
@@ -122,10 +120,6 @@ class CausalLMCalibrator(PretrainedCalibrator):
         for head, model in self.models.items():
             for name, parameter in model.named_parameters():
                 yield f"{head}.{name}", parameter
-
-    def parameters(self) -> Iterator[torch.nn.Parameter]:
-        """Parameters of all models."""
-        return (parameter for _, parameter in self.named_parameters())
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
         """See `PretrainedCalibrator.save_pretrained`; weights as they are, the reference in the folder `reference`."""
@@ -226,7 +220,6 @@ def _mapping(value: object) -> dict[str, Any]:
 
 
 def _shape_of(model: PreTrainedModel) -> dict[str, int]:
-    """Sizes by the names that most configs understand."""
     names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "max_position_embeddings", "vocab_size")
     sizes = {name: getattr(model.config, name, None) for name in names}
     return {name: size for name, size in sizes.items() if isinstance(size, int)}

@@ -36,12 +36,10 @@ class CombinedGuide(Guide):
 
     @property
     def heads(self) -> tuple[str, ...]:
-        """The numbered heads of all guides."""
         return tuple(head for part in self._parts for head in part.heads)
 
     @property
     def device(self) -> torch.device:
-        """Where the guides run."""
         return self.guides[0].device
 
     def to(self, device: torch.device | str) -> CombinedGuide:

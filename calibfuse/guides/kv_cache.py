@@ -32,7 +32,6 @@ class CachedLM:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything."""
         self._cache = DynamicCache()
         self.slots = 0
 
@@ -87,7 +86,6 @@ class RaggedReader:
         self._row_of: dict[Hashable, int] = {}
 
     def copy(self, pairs: Mapping[Hashable, Hashable]) -> None:
-        """Let new keys stand for what others have read."""
         self._row_of.update({new: self._row_of[old] for new, old in pairs.items() if old in self._row_of})
 
     def arrange(self, keys: Sequence[Hashable], tokens: Sequence[list[int]]) -> list[list[int]]:

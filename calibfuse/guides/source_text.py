@@ -104,7 +104,6 @@ class SourceText:
         return Spelling(tuple(ids), ends, word[ends[-1] if ends else 0 :])
 
     def _match(self, text: bytes) -> list[int]:
-        """Longest match first, as far as there is one."""
         ids: list[int] = []
         at = 0
         while at < len(text):

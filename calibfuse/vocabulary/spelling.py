@@ -74,7 +74,6 @@ def masked_patterns(spelling: str) -> tuple[re.Pattern[str], re.Pattern[str]]:
 
 
 def _letter_pattern(char: str) -> str:
-    """Return a pattern of the letters that one character may stand for."""
     if char == "v":
         return "[uv]"
     if char in "@!":  # beside their looks, both are written for any vowel

@@ -44,7 +44,6 @@ def _from_library(tokenizer: Any, name: str) -> TokenTable:  # noqa: ANN401 (the
 
 
 def _unknown_ids(tokenizer: Any) -> list[int]:  # noqa: ANN401
-    """The id of the unknown token, if there is one."""
     if hasattr(tokenizer.model, "unk_token"):
         unknown = tokenizer.model.unk_token
         token_id = tokenizer.token_to_id(unknown) if unknown else None

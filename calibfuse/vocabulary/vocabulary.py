@@ -108,7 +108,6 @@ class Vocabulary:
         return shares
 
     def _ids_with_equal_bytes(self) -> list[list[int]]:
-        """Groups of two or more ids."""
         whole, covered = self.data.tobytes(), np.flatnonzero(~self.is_special)
         begins, ends = self.offsets[covered].tolist(), self.offsets[covered + 1].tolist()
         # By their hashes first: to hold the bytes of all tokens at once would take 25 MB for 150,000 of them.
