@@ -125,12 +125,7 @@ def wants_colour(stream: TextIO) -> bool:
 
 
 def printable(text: str, *, keep_lines: bool = False) -> str:
-    r"""Take out of a text what a terminal would obey instead of show.
-
-    Example:
-        >>> printable("a\x1b[2Jb\nc")
-        'a[2Jb ¶ c'
-    """
+    """Take out of a text what a terminal would obey instead of show."""
     text = text.replace("\r\n", "\n").replace("\t", " ")
     if not keep_lines:
         text = text.replace("\n", " ¶ ")

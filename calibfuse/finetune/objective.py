@@ -17,13 +17,6 @@ def constrained_log_probs(base_log_probs: Tensor, log_r: Tensor) -> Tensor:
     """Log q = log_softmax(log p + log R), float [..., vocab], nats; -inf where p is 0.
 
     With exact R the normaliser is R(x_<i) itself; normalising over the vocabulary gives a distribution for any R.
-    Logits will do for log p (a constant per row cancels); multiply log R to change the strength.
-
-    Example:
-        >>> import torch
-        >>> p, r = torch.tensor([0.5, 0.5]), torch.tensor([0.9, 0.3])
-        >>> constrained_log_probs(p.log(), r.log()).exp()
-        tensor([0.7500, 0.2500])
     """
     if base_log_probs.shape != log_r.shape:
         raise InputError(
@@ -45,13 +38,7 @@ def constrained_kl(log_q: Tensor, log_p: Tensor) -> Tensor:
 
 
 def continuation_positions(lengths: Tensor, prompt_lengths: Tensor, length: int) -> Tensor:
-    """Where the next token is one of the continuation: bool [rows, length - 1], entry i speaks of token i + 1.
-
-    Example:
-        >>> import torch
-        >>> continuation_positions(torch.tensor([4]), torch.tensor([2]), 5).tolist()
-        [[False, True, True, False]]
-    """
+    """Where the next token is one of the continuation: bool [rows, length - 1], entry i speaks of token i + 1."""
     predicted = torch.arange(1, length, device=lengths.device)
     return (predicted >= prompt_lengths[:, None]) & (predicted < lengths[:, None])
 

@@ -200,11 +200,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folde
 
 
 def thin_satisfied(samples: SampleSet, share: float, *, seed: int) -> SampleSet:
-    """Keep a random share of the samples that satisfy the constraint, and all others.
-
-    The kept ones stand for those that were left out: log(1 / share) is added to their log-weights, so weighted means
-    over the result estimate those over all samples.
-    """
+    """Keep all samples but a share of those that satisfy the constraint; weights make up for what is left out."""
     if share >= 1.0:
         return samples
     satisfied = samples.satisfaction >= _SATISFIED  # nan is not

@@ -39,12 +39,7 @@ def product_folder(work: Path, role: str, step: int) -> Path:
 
 
 def plan_stages(schedule: str, iterations: int, *, constrained: bool = True) -> tuple[tuple[Job, ...], ...]:
-    """The stages of a run, one after the other; the jobs of one may run at the same time.
-
-    Example:
-        >>> [[job.role for job in jobs] for jobs in plan_stages("parallel", 1)]
-        [['samples'], ['auxiliary'], ['samples', 'auxiliary', 'model']]
-    """
+    """The stages of a run, one after the other; the jobs of one may run at the same time."""
     if schedule not in (SEQUENTIAL, PARALLEL):
         raise InputError(f"Unknown schedule {schedule!r}; expected {SEQUENTIAL} or {PARALLEL}.")
     if iterations < 1:

@@ -73,11 +73,7 @@ class Decoding:
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool = False, system: str | None = None
 ) -> list[int]:
-    """Token ids of a prompt, with the marks that the tokenizer puts before a text; at least one.
-
-    Raises:
-        InputError: the tokenizer has no chat template, or one without a system message; or the prompt has no tokens.
-    """
+    """Token ids of a prompt, with the marks that the tokenizer puts before a text; at least one."""
     if not chat and system is None:
         return encode(tokenizer, prompt)
     if not tokenizer.chat_template:

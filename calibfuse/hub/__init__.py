@@ -94,9 +94,6 @@ def read_tensors(
 
     The fingerprint that `write_checkpoint` leaves is compared: a flipped bit in the weights is found, not only a
     damaged header.
-
-    Raises:
-        CheckpointError: missing, truncated, damaged, another kind of file, or not the `expected` names and shapes.
     """
     name = os.fspath(path)
     try:
@@ -134,12 +131,8 @@ def write_checkpoint(
 ) -> None:
     """Write a checkpoint, its weights and further text files, so that it is either whole or absent.
 
-    All files are first written under temporary names, then renamed, the configuration last: if the disk fills up, an
-    older checkpoint stays; if the machine stops between two renames, new weights have no old configuration.
-
-    Raises:
-        InputError: the configuration has no "format" and "format_version", or something cannot be stored.
-        CheckpointError: the files could not be written; nothing half-written is left.
+    If the disk fills up, an older checkpoint stays; the configuration is renamed last, so that new weights never stand
+    beside an old one.
     """
     if "format" not in config or "format_version" not in config:
         raise InputError(f"A configuration needs 'format' and 'format_version', but has only {sorted(config)}.")
@@ -255,10 +248,6 @@ def resolve_checkpoint(
 
     A folder that exists wins over a Hub id of the same spelling; None stands for the bundled checkpoint `default`. The
     other arguments are those of huggingface_hub's `snapshot_download`.
-
-    Raises:
-        InputError: a revision was given for a local or bundled checkpoint.
-        CheckpointError: no such folder, no such repository or revision, no access, or not cached while offline.
     """
     if name_or_path is None:
         folder = _BUNDLED / default

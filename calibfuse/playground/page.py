@@ -39,16 +39,7 @@ CSS = """
 
 
 def build_page(target: LanguageModel, first: CalibFusion, mask: Mask) -> Any:  # noqa: ANN401
-    """The page as gradio Blocks.
-
-    Args:
-        target: the model.
-        first: the fusion that the page begins with, bound to the target's tokenizer.
-        mask: what offensive words look like until they are asked for.
-
-    Raises:
-        MissingDependencyError: gradio is not installed.
-    """
+    """The page as gradio Blocks."""
     gr = import_gradio()
     has_chat = bool(target.tokenizer.chat_template)
 

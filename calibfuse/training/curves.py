@@ -14,10 +14,7 @@ _SMOOTHED_OVER = 40  # a curve is the mean of so many parts of the run
 
 
 def draw_curves(path: Path, history: Sequence[Mapping[str, float]], panels: Mapping[str, Sequence[str]]) -> None:
-    """Draw figures of a loop's history over its steps, one panel below the other, as SVG.
-
-    `panels` gives for the label of each vertical axis the names of its figures.
-    """
+    """Draw figures of a loop's history over its steps, one panel below the other, as SVG."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

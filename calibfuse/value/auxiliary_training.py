@@ -70,11 +70,6 @@ def train_auxiliary(
         "samples" and "left_out" (counts), "effective_samples" (Kish's count under the weights), "mean_satisfaction"
         (weighted), "held_out_bce" and "prior_bce" (nats per position of the held-out samples, under the model and under
         the mean alone), "consistency_gap" (mean |sum_y R p - R| there, or nan), "loss" (of the last tenth of steps).
-
-    Raises:
-        ScorerError: no sample has a label.
-        DataError: too few samples.
-        KeyboardInterrupt: Ctrl-C; with a folder, after a checkpoint was written.
     """
     if not len(samples):
         raise DataError("An auxiliary model needs samples to learn from, got none.")
@@ -238,13 +233,7 @@ def normalised_weights(log_weights: Tensor) -> Tensor:
 
 
 def bernoulli_cross_entropy(labels: Tensor, log_r: Tensor) -> Tensor:
-    """-C log R - (1 - C) log(1 - R), elementwise, nats; labels C in [0, 1], log R at most 0.
-
-    Example:
-        >>> import math, torch
-        >>> round(float(bernoulli_cross_entropy(torch.tensor(1.0), torch.tensor(math.log(0.5)))), 4)
-        0.6931
-    """
+    """-C log R - (1 - C) log(1 - R), elementwise, nats; labels C in [0, 1], log R at most 0."""
     log_r = log_r.clamp(max=_CLOSEST)
     return -labels * log_r - (1.0 - labels) * log_one_minus_exp(log_r)
 

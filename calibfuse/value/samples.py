@@ -176,10 +176,7 @@ def draw_samples(
 
 
 class _WeightedDraw(LogitsProcessor):
-    """Draws the next token of each row from the whole distribution, and keeps the log-weights, float32 [rows].
-
-    Must be the only processor, under `do_sample=False`.
-    """
+    """Draws the next token of each row from the whole distribution, and keeps the log-weights, float32 [rows]."""
 
     supports_continuous_batching = False
 

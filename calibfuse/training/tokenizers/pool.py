@@ -166,11 +166,7 @@ class TokenizerPool:
     def train(
         cls, sample: Sequence[str], specs: Sequence[PoolSpec] = DEFAULT_POOL, *, show_progress: bool = True
     ) -> TokenizerPool:
-        """Train every tokenizer of the pool.
-
-        A small sample gives smaller vocabularies than asked for, which is logged; specs that then become equal to an
-        earlier one are left out.
-        """
+        """Train every tokenizer of the pool."""
         sample_bytes = sum(len(text.encode()) for text in sample)
         if sample_bytes < 2_000:
             raise DataError(

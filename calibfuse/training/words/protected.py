@@ -45,13 +45,10 @@ def protected_shifts(
     seed: int,
     show_progress: bool = False,
 ) -> dict[str, float]:
-    """Measure calibrator minus reference where names occur.
+    """Name -> shift above 0, nats: what brings calibrator minus reference to 0 in all but QUANTILE of its occurrences.
 
-    `bound` is the trained calibrator without words of its own, bound to the entry's vocabulary; `holders` gives for
-    each lower-case name the passages that hold it; `excluded` bool [passages] were left out of the training.
-
-    Returns:
-        Name -> shift above 0, nats, rounded to 0.01: what brings all but QUANTILE of its occurrences to 0 or above.
+    `bound` has no words of its own; `holders` gives for each lower-case name the passages that hold it; `excluded` bool
+    [passages] were left out of the training.
     """
     is_used = np.zeros(len(store), dtype=bool)
     is_used[store.train_indices] = True
