@@ -18,8 +18,7 @@ from calibfuse.training.tokenizers.negatives import (
     negative_byte_strings,
     text_pieces,
 )
-from calibfuse.training.tokenizers.pool import DEFAULT_POOL, PoolSpec, TokenizerPool
-from calibfuse.training.tokenizers.splitting import SplitTable
+from calibfuse.training.tokenizers.pool import DEFAULT_POOL, PoolSpec, SplitTable, TokenizerPool
 from calibfuse.training.tokenizers.styles import STYLES, train_tokenizer
 from calibfuse.vocabulary import Vocabulary
 

@@ -141,7 +141,7 @@ def write_checkpoint(
     except (TypeError, ValueError) as error:
         raise InputError(f"The configuration cannot be written as JSON: {error}.") from error
     texts = {name: value.encode("utf-8") for name, value in {**(files or {}), CONFIG_NAME: text}.items()}
-    _write_whole(folder, {WEIGHTS_NAME: _tensor_writer(tensors, fingerprint=True), **texts}, durable=True)
+    write_files(folder, {WEIGHTS_NAME: _tensor_writer(tensors, fingerprint=True), **texts})
 
 
 def write_tensors(
@@ -160,12 +160,7 @@ def write_tensors(
     """
     target = Path(path)
     writer = _tensor_writer(tensors, fingerprint=fingerprint, alignment=alignment)
-    _write_whole(target.parent, {target.name: writer}, durable=durable)
-
-
-def write_files(folder: str | os.PathLike[str], contents: Mapping[str, bytes]) -> None:
-    """Write several files of one folder under temporary names, then rename them in the given order."""
-    _write_whole(folder, contents, durable=True)
+    write_files(target.parent, {target.name: writer}, durable=durable)
 
 
 def _tensor_writer(tensors: Mapping[str, Tensor], *, fingerprint: bool, alignment: int = 8) -> Callable[[Path], object]:
@@ -196,10 +191,13 @@ def _tensor_writer(tensors: Mapping[str, Tensor], *, fingerprint: bool, alignmen
     return write
 
 
-def _write_whole(
-    folder: str | os.PathLike[str], contents: Mapping[str, bytes | Callable[[Path], object]], *, durable: bool
+def write_files(
+    folder: str | os.PathLike[str], contents: Mapping[str, bytes | Callable[[Path], object]], *, durable: bool = True
 ) -> None:
-    """`write_files`, of bytes or by functions that write one file each."""
+    """Write files of one folder, as bytes or by a function, under temporary names; then rename them in their order.
+
+    The last one is the mark that all are there: an old one is removed before the first rename.
+    """
     place = Path(folder).expanduser()
     temporary: dict[Path, Path] = {}
     made: list[Path] = []

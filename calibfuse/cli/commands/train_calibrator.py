@@ -5,14 +5,10 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from typing import TYPE_CHECKING
 
 from calibfuse.cli.loading import check_calibrator
 from calibfuse.cli.options import FILES, Fields, add
 from calibfuse.errors import InputError
-
-if TYPE_CHECKING:
-    from calibfuse.training.config import TrainingText
 
 EXAMPLES = """\
 examples:
@@ -94,7 +90,9 @@ def run(args: argparse.Namespace) -> int:
     # cache grew to several gigabytes in a long CPU run. Read when torch is first used.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     from calibfuse.calibrator.model import CalibratorConfig
-    from calibfuse.training.config import TrainingConfig
+    from calibfuse.hub import resolve_checkpoint
+    from calibfuse.scorers import load_scorer
+    from calibfuse.training.config import TrainingConfig, TrainingText
     from calibfuse.training.run import run_training
 
     logging.basicConfig(level=logging.WARNING if args.quiet else logging.INFO, format="%(message)s")
@@ -103,7 +101,14 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("The shape is that of --init-from: leave out --layers, --width, --token-width and --buckets.")
     training = TrainingConfig(**TRAINING.values(args))
     check_calibrator(None if args.init_from == "bundled" else args.init_from)
-    text = _training_text(args)
+    text = TrainingText(
+        wanted=args.wanted,
+        unwanted=args.unwanted,
+        unfiltered=args.text,
+        scorer=load_scorer(args.scorer, fast=True) if args.text else None,
+        threshold=args.toxic_from,
+        text_field=args.text_field,
+    )
     if "width" in chosen:
         chosen["hidden_width"] = 4 * chosen["width"]
     output = run_training(
@@ -112,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
         training=training,
         shape=CalibratorConfig(**chosen) if chosen else None,
         pool_folder=args.pool,
-        init_from=args.init_from if args.init_from != "bundled" else _bundled(),
+        init_from=args.init_from if args.init_from != "bundled" else resolve_checkpoint(None),
         resume=args.resume,
         device=args.device,
         facts={key: value for key, value in (("name", args.name), ("license", args.license)) if value},
@@ -124,23 +129,3 @@ def run(args: argparse.Namespace) -> int:
     trial = f'calibfuse generate "The new neighbour is" --calibrator {output} --compare'
     print(f"Calibrator written to {output}. Try: {trial}")
     return 0
-
-
-def _training_text(args: argparse.Namespace) -> TrainingText:
-    from calibfuse.scorers import load_scorer
-    from calibfuse.training.config import TrainingText
-
-    return TrainingText(
-        wanted=args.wanted,
-        unwanted=args.unwanted,
-        unfiltered=args.text,
-        scorer=load_scorer(args.scorer, fast=True) if args.text else None,
-        threshold=args.toxic_from,
-        text_field=args.text_field,
-    )
-
-
-def _bundled() -> str:
-    from calibfuse.hub import resolve_checkpoint
-
-    return str(resolve_checkpoint(None))
