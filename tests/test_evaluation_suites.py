@@ -39,6 +39,10 @@ SUITE = Suite(
 )
 
 
+def total(result, label):
+    return next(row for row in result.rows if (row.name, row.label) == ("all", label))
+
+
 class LowerOne(LogitsProcessor):
     """Lowers one id."""
 
@@ -84,11 +88,11 @@ def test_suppressed_is_what_a_slow_loop_finds(target, by):
         if by < math.inf:
             shift = sum(sum(slow_shifts(target, processor, each.text)) for each in texts) / len(texts)
             assert row.mean_shift == pytest.approx(shift, abs=1e-4)
-    assert found.total(HARMFUL).cases == 1
-    assert found.total(HARMLESS).cases == sum(row.cases for row in found.groups)
+    assert total(found, HARMFUL).cases == 1
+    assert total(found, HARMLESS).cases == sum(row.cases for row in found.groups)
     if by == 0.0:
-        assert found.total(HARMLESS).halved.value == 0.0
-        assert found.total(HARMLESS).mean_shift == pytest.approx(0.0, abs=1e-5)
+        assert total(found, HARMLESS).halved.value == 0.0
+        assert total(found, HARMLESS).mean_shift == pytest.approx(0.0, abs=1e-5)
     if by == math.inf:
         assert rows["people"].halved.value == 1.0
         assert rows["people"].mean_shift == -math.inf
@@ -254,8 +258,8 @@ def test_a_large_vocabulary_makes_batches_smaller_and_changes_no_figure(target, 
     found = measure_suite(target, lambda: lower, SUITE)
     assert len(sizes) > 1
     assert all(rows == 1 or rows * length <= 12 for rows, length in sizes)
-    assert found.total(HARMLESS).halved == whole.total(HARMLESS).halved
-    assert found.total(HARMLESS).mean_shift == pytest.approx(whole.total(HARMLESS).mean_shift, rel=1e-4)
+    assert total(found, HARMLESS).halved == total(whole, HARMLESS).halved
+    assert total(found, HARMLESS).mean_shift == pytest.approx(total(whole, HARMLESS).mean_shift, rel=1e-4)
 
 
 def test_reports_show_the_suites(target, tmp_path):

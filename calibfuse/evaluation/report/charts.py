@@ -28,7 +28,7 @@ PALETTE = (
 _INK, _PAPER = "#1c2430", "#fefefe"
 _TIP = "tip: "
 _MARKS = "osD^v"
-_WIDTH = 7.6  # inches; a page scales them to its width
+_WIDTH = 5.2  # inches; a page scales them to its width, down to that of a telephone
 _LOG_FROM = 3.0  # largest over smallest value from which on a horizontal axis is logarithmic
 _SETTINGS: dict[Any, Any] = {
     **{f"{part}.color": _INK for part in ("text", "xtick", "ytick", "grid")},
@@ -95,7 +95,7 @@ def curves(
     everything = [*start, *(point for points in kept.values() for point in points)]
 
     def draw() -> Figure:
-        with _drawing(0.5 * _WIDTH, len(kept)) as (figure, axes):
+        with _drawing(0.6 * _WIDTH, len(kept)) as (figure, axes):
             for number, (name, points) in enumerate(kept.items()):
                 _draw_curve(axes, name, number, points)
             for point in start:
