@@ -439,6 +439,9 @@ def fuse(
     if keep_scale and not is_off and pick is not None and raw.device.type == "cpu" and not raw.requires_grad:
         result = raw if in_place and raw.is_contiguous() else raw.clone(memory_format=torch.contiguous_format)
         log_sums = _log_sums(result)
+    elif raw.device.type == "cpu" and not raw.requires_grad:
+        # NumPy asks for large pages: to get the memory costs less than to fill it, not more.
+        result = torch.log_softmax(raw, dim=-1, out=torch.from_numpy(np.empty(raw.shape, dtype=np.float32)))
     else:
         result = raw.log_softmax(dim=-1)
     scale = None
