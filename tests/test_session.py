@@ -1,7 +1,6 @@
 """Texts known by keys, as a serving engine has them: whatever comes and goes, each row is that of its text alone."""
 
 import time
-from functools import lru_cache
 
 import pytest
 import torch
@@ -34,27 +33,32 @@ def ids_of(length, seed=0, special=False):
     return torch.randint(0 if special else 3, 6 if special else SIZE, (length,), generator=generator).tolist()
 
 
-@lru_cache(maxsize=1_000)  # most texts of a step are those of the step before
-def alone(bound, ids):
-    """What the guide says after a text, a tuple of ids, that it reads as a whole."""
-    if not ids:
-        return bound.first_log_probs(), bound.states(torch.zeros(1, 0, dtype=torch.int64))[0, -1]
-    said = bound.sequence(torch.tensor([ids])).positions(len(ids) - 1, len(ids))
-    return bound.normalise(said.log_scores("calibrator"))[0, 0], said.hidden[0, 0]
-
-
-def check(bound, session, texts, only_tails=False):
-    """One step over all texts."""
+def step(bound, session, texts, only_tails=False):
+    """One step over all texts: each of them, and what the session said of it."""
     reach = bound.reach
     requests = [
         Request(key, ids[-reach:], len(ids)) if only_tails and ids and ids[0] > 2 else (key, ids)
         for key, ids in texts.items()
     ]
     said = session.step(requests)
-    scores = bound.normalise(said.log_scores("calibrator"))
-    expected, hidden = zip(*(alone(bound, tuple(ids)) for ids in texts.values()), strict=True)
-    torch.testing.assert_close(said.hidden, torch.stack(hidden), atol=2e-4, rtol=1e-3)
-    torch.testing.assert_close(scores, torch.stack(expected), atol=1e-3, rtol=1e-3)
+    return zip(map(tuple, texts.values()), said.hidden, bound.normalise(said.log_scores("calibrator")), strict=True)
+
+
+def check(bound, said):
+    """What a session said of texts is what the guide says of each that it reads as a whole."""
+    texts = [ids for ids, _, _ in said]
+    whole = list(filter(None, dict.fromkeys(texts)))
+    alone = {(): (bound.states(torch.zeros(1, 0, dtype=torch.int64))[0, -1], bound.first_log_probs())}
+    # a causal guide never looks right, so that texts may be filled up there and read in one forward pass
+    longest = max(map(len, texts))
+    if whole:
+        read = bound.sequence(torch.tensor([[*ids, *[3] * (longest - len(ids))] for ids in whole]))
+        last = torch.arange(len(whole)), torch.tensor([len(ids) - 1 for ids in whole])
+        scores, hidden = bound.normalise(read.log_scores("calibrator"))[last], read.hidden[last]
+        alone |= {ids: (hidden[row], scores[row]) for row, ids in enumerate(whole)}
+    for number, tolerance in ((0, 2e-4), (1, 1e-3)):
+        wanted = torch.stack([alone[ids][number] for ids in texts])
+        torch.testing.assert_close(torch.stack([each[1 + number] for each in said]), wanted, atol=tolerance, rtol=1e-3)
 
 
 action = st.one_of(
@@ -74,7 +78,7 @@ scripts = st.lists(st.tuples(st.sampled_from(KEYS), action), max_size=40)
 
 def run(bound, script, seed):
     """Follow a script; every entry is one step over the texts that are not paused, in some order."""
-    session, texts, paused = bound.session(), {}, set()
+    session, texts, paused, said = bound.session(), {}, set(), []
     for number, (key, (what, count, flag)) in enumerate(script):
         ids = texts.get(key)
         if what == "join" or ids is None:
@@ -96,10 +100,12 @@ def run(bound, script, seed):
         order = sorted(texts, key=lambda name: hash((name, number, seed)))
         asked = {name: texts[name] for name in order if name not in paused}
         if asked:
-            check(bound, session, asked, only_tails=flag)
+            said += step(bound, session, asked, only_tails=flag)
         assert set(session.keys) <= set(texts)
     session.drop(texts)
     assert session.memory_bytes == 0
+    if said:
+        check(bound, said)
     return len(script)
 
 
@@ -110,10 +116,10 @@ def test_any_history(bound, script, seed):
 
 
 @pytest.mark.slow
-def test_five_thousand_random_steps(bound):
+def test_ten_thousand_random_steps(bound):
     done = 0
 
-    @settings(max_examples=280, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
+    @settings(max_examples=560, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
     @given(
         script=st.lists(st.tuples(st.sampled_from(KEYS), action), min_size=10, max_size=40), seed=st.integers(0, 10**6)
     )
@@ -122,7 +128,7 @@ def test_five_thousand_random_steps(bound):
         done += run(bound, script, seed)
 
     explore()
-    assert done >= 5_000
+    assert done >= 10_000
 
 
 def test_two_thousand_texts_in_a_row_leave_nothing(bound):
@@ -145,19 +151,19 @@ def test_two_thousand_texts_in_a_row_leave_nothing(bound):
 
 def test_a_long_prompt_is_read_only_as_far_back_as_the_body_sees(bound, monkeypatch):
     fed = []
-    step = type(bound.calibrator.body).step
+    body_step = type(bound.calibrator.body).step
 
     def counted(self, states, *arguments):
         fed.append(tuple(states.shape[:2]))
-        return step(self, states, *arguments)
+        return body_step(self, states, *arguments)
 
     monkeypatch.setattr(type(bound.calibrator.body), "step", counted)
     session, texts = bound.session(), {"long": ids_of(4_000), "short": ids_of(6, 1), "middle": ids_of(8, 2)}
-    check(bound, session, texts)
+    check(bound, list(step(bound, session, texts)))
     assert sorted(fed) == [(1, bound.reach + 1), (2, 9)]
     fed.clear()
     texts = {key: [*ids, 7] for key, ids in texts.items()}
-    check(bound, session, texts)
+    check(bound, list(step(bound, session, texts)))
     assert fed == [(3, 1)], "one forward for texts of three lengths"
 
 
@@ -185,7 +191,7 @@ def test_a_step_that_breaks_off_leaves_nothing_wrong_behind(bound, monkeypatch, 
         session = bound.session()
         texts = {"a": ids_of(12), "b": ids_of(30, 1), "c": ids_of(20, 2)}
         breaking.at = -1
-        check(bound, session, texts)
+        check(bound, list(step(bound, session, texts)))
         calls[0], breaking.at = 0, at
         grown = {"a": [*texts["a"], 5], "b": texts["b"][:28], "c": [*texts["c"], 6, 7]}
 
@@ -196,7 +202,7 @@ def test_a_step_that_breaks_off_leaves_nothing_wrong_behind(bound, monkeypatch, 
         with pytest.raises(error):
             go_on()
         breaking.at = -1
-        check(bound, session, {"a": [*texts["a"][:11], 9], "b": texts["b"][:29], "d": ids_of(3)})
+        check(bound, list(step(bound, session, {"a": [*texts["a"][:11], 9], "b": texts["b"][:29], "d": ids_of(3)})))
 
 
 def test_each_row_has_its_own_strength(bound):
