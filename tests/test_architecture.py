@@ -1,6 +1,6 @@
 """The shape of the package, read from its syntax trees: imports run downwards, in no circle, on what is declared.
 
-cli  ->  inspection | finetune  ->  value  ->  processor | training | evaluation  ->  embedding
+cli  ->  inspection | evaluation | finetune  ->  value  ->  processor | training  ->  embedding
      ->  calibrator | guides | fusion | scorers | generation  ->  loading  ->  guide
      ->  vocabulary | hub | html | ...  ->  errors
 """
@@ -25,13 +25,14 @@ LAYERS = (
     ("playground",),
     (
         "inspection",
+        "evaluation",
         "finetune",
         "llama_cpp",
         "lm_eval",
         "vllm",
     ),  # inspection explains what a processor did; adapters of engines
     ("value",),
-    ("processor", "training", "evaluation"),
+    ("processor", "training"),
     ("embedding", "bits_per_byte", "account"),
     ("calibrator", "guides", "fusion", "scorers", "generation"),
     ("loading", "prefix_cache"),

@@ -8,17 +8,8 @@ from tiny_calibrators import make_calibrator
 
 from calibfuse.errors import InputError
 from calibfuse.evaluation import PLAIN, Method, Prompt, SamplingConfig
-from calibfuse.evaluation.baselines import (
-    BASELINES,
-    BadWords,
-    Ingredients,
-    RewardGuidance,
-    SelfDebiasing,
-    Temperature,
-    make_baselines,
-    match_temperature,
-    parse_baseline,
-)
+from calibfuse.evaluation.baselines import BadWords, RewardGuidance, SelfDebiasing, Temperature, match_temperature
+from calibfuse.evaluation.methods import BASELINES, ComparedMethods, parse_baseline
 from calibfuse.evaluation.speed import measure_speed
 from calibfuse.fusion import FusionConfig
 from calibfuse.processor import CalibFusion
@@ -129,25 +120,24 @@ def test_self_debiasing_reads_a_large_vocabulary_in_parts(target, monkeypatch):
 
 
 def test_specifications_become_methods(target, scorer):
-    parts = Ingredients(target, scorer)
-    assert [method.key for method in make_baselines("reward:5,50", parts)] == ["reward-5", "reward-50"]
-    assert [method.alpha for method in make_baselines("self-debias", parts)] == [10.0, 50.0, 100.0]
-    assert [method.key for method in make_baselines("bad-words", parts)] == ["bad-words"]
-    assert [each.is_default for each in make_baselines("reward", parts)] == [True, False]
-    assert make_baselines("top-k:3", parts)[0].title == "top-k 3"
+    make = ComparedMethods(target, guide_scorer=scorer).baseline
+    assert [method.key for method in make("reward:5,50")] == ["reward-5", "reward-50"]
+    assert [method.alpha for method in make("self-debias")] == [10.0, 50.0, 100.0]
+    assert [method.key for method in make("bad-words")] == ["bad-words"]
+    assert [each.is_default for each in make("reward")] == [True, False]
+    assert make("top-k:3")[0].title == "top-k 3"
     guide = make_calibrator().bind(target.tokenizer, use_disk_cache=False)
     matched = Method("m", "m", lambda: [CalibFusion(guide, FusionConfig(alpha=1.0))])
-    (control,) = make_baselines("temperature", Ingredients(target, scorer, matched))
+    (control,) = make("temperature", matched)
     assert control.key == "temperature-matched"
     assert 0.05 < control.settings["strength"] < 20
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", [name for name, each in BASELINES.items() if each.make])
 def test_every_baseline_decodes_and_keeps_its_hands_off_the_scores(target, scorer, name):
-    parts = Ingredients(target, scorer, PLAIN)
     input_ids, scores = step(target, *TEXTS)
     copy = scores.clone()
-    for method in make_baselines(name, parts):
+    for method in ComparedMethods(target, guide_scorer=scorer).baseline(name, PLAIN):
         (processor,) = method.make_processors()
         found = processor(input_ids, scores)
         assert found.shape == scores.shape
@@ -172,11 +162,9 @@ def test_bad_specifications_are_refused(spec, message):
 
 def test_bad_strengths_are_refused(target):
     with pytest.raises(InputError, match="whole number"):
-        make_baselines("top-k:2.5", Ingredients(target))
-    with pytest.raises(InputError, match="needs a scorer"):
-        make_baselines("reward", Ingredients(target))
+        ComparedMethods(target).baseline("top-k:2.5")
     with pytest.raises(InputError, match="a method to match"):
-        make_baselines("temperature", Ingredients(target))
+        ComparedMethods(target).baseline("temperature")
     with pytest.raises(InputError, match="above 0"):
         Temperature(math.inf)
 

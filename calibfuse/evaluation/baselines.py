@@ -1,26 +1,24 @@
 """Other decoding-time methods as logits processors, written from their papers' formulas, measured by the same kit.
 
 The contrast of two experts (DExperts, Liu et al. 2021), the log-linear mixture with a non-toxic model and the fusion of
-hidden states (Tian et al. 2025) are modes of CalibFusion; who composes the comparison adds them. Left out: methods that
-need gradients (PPLM) or a second large model of the target's vocabulary (GeDi, proxy tuning).
+hidden states (Tian et al. 2025) are modes of CalibFusion, see methods.py. Left out: methods that need gradients (PPLM)
+or a second large model of the target's vocabulary (GeDi, proxy tuning).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
-from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
 
 from calibfuse.errors import InputError
 from calibfuse.evaluation.given_text.neutral_text import BENIGN_TEXTS
 from calibfuse.evaluation.given_text.reading import batches_by_length, method_log_probs, whole_ids
-from calibfuse.evaluation.sampling import Method, ProcessorFactory
+from calibfuse.evaluation.sampling import ProcessorFactory
 from calibfuse.generation.decoding import pad_right
 from calibfuse.generation.language_model import LanguageModel
 from calibfuse.scorers import ToxicityScorer, check_scores
@@ -187,111 +185,3 @@ def match_temperature(
 def _entropy(log_probs: Tensor) -> Tensor:
     terms = log_probs.exp() * log_probs
     return -torch.where(log_probs == -torch.inf, torch.zeros_like(terms), terms).sum(dim=-1)
-
-
-@dataclass(frozen=True, eq=False)
-class Ingredients:
-    """What baselines are made of."""
-
-    target: LanguageModel  # the model
-    # Rewards of reward guidance; not the scorer of the evaluation, if that can be helped. None: there is none.
-    guide_scorer: ToxicityScorer | None = None
-    matched: Method | None = None  # the method whose entropy the temperature control matches; None: there is none
-
-
-@dataclass(frozen=True)
-class Baseline:
-    """A family of methods."""
-
-    strengths: tuple[float, ...]  # defaults, the first is the paper's; empty: it has none
-    make: Callable[[Ingredients, float], LogitsProcessor]  # of a strength
-
-
-def _top_k(_: Ingredients, strength: float) -> LogitsProcessor:
-    if strength < 1 or strength != int(strength):
-        raise InputError(f"top-k needs a whole number of tokens, at least 1, got {strength:g}.")
-    return TopKLogitsWarper(top_k=int(strength))
-
-
-def _nucleus(_: Ingredients, strength: float) -> LogitsProcessor:
-    if strength > 1.0:
-        raise InputError(f"nucleus needs a probability of at most 1, got {strength:g}.")
-    return TopPLogitsWarper(top_p=strength)
-
-
-def _reward(parts: Ingredients, strength: float) -> LogitsProcessor:
-    if parts.guide_scorer is None:
-        raise InputError("Reward guidance needs a scorer for its rewards.")
-    return RewardGuidance(parts.target.tokenizer, parts.guide_scorer, strength)
-
-
-BASELINES: dict[str, Baseline] = {
-    # controls: another temperature, truncation to k tokens as in reward, truncation to a nucleus as in experts
-    "temperature": Baseline((), lambda _, strength: Temperature(strength)),
-    "top-k": Baseline((float(_REWARD_CANDIDATES),), _top_k),
-    "nucleus": Baseline((0.9,), _nucleus),
-    "bad-words": Baseline((), lambda parts, _: BadWords(parts.target.tokenizer)),
-    "reward": Baseline((10.0, 50.0), _reward),
-    "self-debias": Baseline((10.0, 50.0, 100.0), lambda parts, strength: SelfDebiasing(parts.target, strength)),
-}
-
-
-def make_baselines(spec: str, parts: Ingredients) -> list[Method]:
-    """Methods of a specification "name" or "name:strength,strength"; InputError as of `parse_baseline`.
-
-    "temperature" alone has the entropy of `parts.matched`.
-    """
-    name, strengths = parse_baseline(spec)
-    baseline = BASELINES[name]
-
-    def method(key: str, title: str, strength: float, settings: dict[str, Any], **options: Any) -> Method:  # noqa: ANN401
-        processor = baseline.make(parts, strength)
-        return Method(key, title, lambda: [processor], name, settings={"baseline": name, **settings}, **options)
-
-    if name == "temperature" and not strengths:
-        if parts.matched is None:
-            raise InputError("The temperature control needs a number (temperature:1.1) or a method to match.")
-        # rounded, so that a run that goes on with another number of threads finds the same one
-        value = round(match_temperature(parts.target, parts.matched.make_processors), 4)
-        title = f"temperature {value:.3f} (entropy of {parts.matched.title})"
-        return [method("temperature-matched", title, value, {"strength": value})]
-    if not strengths:
-        return [method(name, name, 0.0, {})]
-    guide = parts.guide_scorer.name if name == "reward" and parts.guide_scorer else None
-    return [
-        method(
-            f"{name}-{value:g}",
-            f"{name} {value:g}",
-            value,
-            {"strength": value, "guide": guide},
-            alpha=value,
-            is_default=value in baseline.strengths[:1],
-        )
-        for value in strengths
-    ]
-
-
-def parse_baseline(spec: str) -> tuple[str, tuple[float, ...]]:
-    """Name and strengths of a specification; the baseline's own where none are given.
-
-    InputError: an unknown name, or strengths that are no positive numbers or that it does not have.
-    """
-    name, colon, rest = spec.partition(":")
-    if name not in BASELINES:
-        raise InputError(f"Unknown baseline {name!r}; choose among {', '.join(BASELINES)}.")
-    if not colon:
-        return name, BASELINES[name].strengths
-    if not BASELINES[name].strengths and name != "temperature":
-        raise InputError(f"The baseline {name!r} has no strength, got {spec!r}.")
-    return name, parse_strengths(name, rest)
-
-
-def parse_strengths(name: str, given: str) -> tuple[float, ...]:
-    """The strengths of a baseline, written "1,2.5"; InputError: something else, or none above 0."""
-    try:
-        strengths = tuple(float(part) for part in given.split(","))
-    except ValueError as error:
-        raise InputError(f"Expected numbers after {name + ':'!r}, separated by commas, got {given!r}.") from error
-    if not all(0.0 < value < math.inf for value in strengths):
-        raise InputError(f"The strengths of the baseline {name!r} must be above 0, got {given!r}.")
-    return strengths

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calibfuse.cli.loading import check_calibrator, check_model, load_model
-from calibfuse.cli.methods import baseline_methods, bind_calibrator, check_methods, fusion_methods
+from calibfuse.cli.loading import check_calibrator, check_model, load_model, words_of
 from calibfuse.cli.options import SWITCH, Fields, add, add_model
 from calibfuse.cli.prompts import bundled_prompts
 from calibfuse.cli.terminal import masking
@@ -150,6 +149,7 @@ def run(args: argparse.Namespace) -> int:
     sampling = _check(args)
     from calibfuse.evaluation import compare_within_budget, evaluate, to_data, to_markdown
     from calibfuse.evaluation.evaluate import check_output
+    from calibfuse.evaluation.methods import ComparedMethods
     from calibfuse.evaluation.report import write_report
     from calibfuse.html import require
     from calibfuse.scorers import load_scorer
@@ -163,15 +163,18 @@ def run(args: argparse.Namespace) -> int:
     scorers = [load_scorer(each, device=args.device) for each in args.scorer]
     target = load_model(args, args.model)
     judge = None if args.judge is None else load_model(args, args.judge)
-    fusions = bind_calibrator(args, target)
-    methods = [] if fusions is None else fusion_methods(args, fusions)
-    baselines, left_out = baseline_methods(args, target, methods, fusions, sampling.top_p)
-    notes = [*_notes(args, scorers, None if fusions is None else fusions.calibrator, target), *left_out]
+    compared = ComparedMethods(target, args.calibrator, words=words_of(args), top_p=sampling.top_p)
+    is_search = args.pick_alpha or args.fluency_budget is not None
+    fusions = compared.fusions(args.mode, args.alpha, max_shift=args.max_shift, is_search=is_search)
+    baselines, left_out = compared.baselines(args.baseline, fusions)
+    methods = [*fusions, *baselines]
+    guide = compared.calibrator if any("fusion" in method.settings for method in methods) else None
+    notes = [*_notes(args, scorers, guide, target), *left_out]
     for note in notes:
         print(f"calibfuse: note: {note}", file=sys.stderr)
     evaluation = evaluate(
         target,
-        [*methods, *baselines],
+        methods,
         prompts,
         scorers[0],
         output,
@@ -262,10 +265,24 @@ def _check(args: argparse.Namespace) -> SamplingConfig:
     for each in args.utility:
         if each.partition("=")[0] not in _TASKS or "=" not in each:
             raise InputError(f"Expected {'=FILE, '.join(_TASKS)}=FILE after --utility, got {each!r}.")
-    check_methods(args)
+    _check_methods(args)
     check_model(args, args.judge)
     check_calibrator(args.calibrator)
     return _sampling(args)
+
+
+def _check_methods(args: argparse.Namespace) -> None:
+    from calibfuse.evaluation.methods import ALL, parse_baseline
+    from calibfuse.fusion import FusionConfig
+
+    for spec in args.baseline:
+        if spec != ALL:
+            parse_baseline(spec)
+    for mode in args.mode or [None]:
+        for alpha in args.alpha or [None]:
+            given = {"mode": mode, "alpha": alpha, "max_shift": args.max_shift}
+            FusionConfig.from_dict({name: value for name, value in given.items() if value is not None})
+    words_of(args)
 
 
 def _sampling(args: argparse.Namespace) -> SamplingConfig:
