@@ -48,7 +48,9 @@ def check(bound, said):
     """What a session said of texts is what the guide says of each that it reads as a whole."""
     texts = [ids for ids, _, _ in said]
     whole = list(filter(None, dict.fromkeys(texts)))
-    alone = {(): (bound.states(torch.zeros(1, 0, dtype=torch.int64))[0, -1], bound.first_log_probs())}
+    alone = {}
+    if () in texts:
+        alone[()] = bound.states(torch.zeros(1, 0, dtype=torch.int64))[0, -1], bound.first_log_probs()
     # a causal guide never looks right, so that texts may be filled up there and read in one forward pass
     longest = max(map(len, texts))
     if whole:
