@@ -14,12 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from calibfuse.errors import DataError, MissingDependencyError, reason_of
+from calibfuse.errors import DataError
 
 TEXT_FIELDS = ("text", "content", "comment", "sentence", "document")
 """Names under which the text of a .jsonl or .csv row is looked for, in this order, when none is given."""
 
-HUB_PREFIX = "hf:"
 MAX_ROW_BYTES = 16_777_216  # a longer line is refused rather than read into memory
 _SNIFF_BYTES = 8_192  # of a file that are looked at to tell text from something else
 
@@ -91,22 +90,19 @@ def iter_documents(
     paths: Sequence[str | os.PathLike[str]],
     *,
     text_field: str | None = None,
-    min_bytes: int = 1,
     max_bytes: int = 65_536,
 ) -> Iterator[str]:
-    """The texts of files, one after the other: blocks between blank lines (.txt), rows or examples (Hub).
+    """The texts of files, one after the other: blocks between blank lines (.txt), or rows.
 
     Surrounding white space is removed, and documents longer than `max_bytes` come in several pieces, nothing lost.
 
     Args:
-        paths: files, folders (all supported files inside, recursively, sorted by name) or `hf:NAME[:[CONFIG:]SPLIT]`.
+        paths: files, or folders (all supported files inside, recursively, sorted by name).
         text_field: the field of rows that holds the text; without it the first of `TEXT_FIELDS` that is present.
-        min_bytes: documents with fewer UTF-8 bytes are skipped.
         max_bytes: the longest piece that is returned, in UTF-8 bytes; at least 4.
 
     Raises:
         DataError: a path that cannot be read, a row without text, or a file without a usable line.
-        MissingDependencyError: `hf:` without the `datasets` package (extra `train`).
     """
     if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
@@ -115,23 +111,16 @@ def iter_documents(
             found = False
             for document in _texts_of(source, text_field, max_bytes):
                 for piece in split_passages(document, max_bytes):
-                    text = piece.strip()
-                    if text and len(text.encode()) >= min_bytes:
+                    if text := piece.strip():
                         found = True
                         yield text
             if not found:
-                raise DataError(
-                    f"{source} holds no usable line: expected text of at least {min_bytes} bytes, found only blank or "
-                    "shorter lines. Give a file with text."
-                )
+                raise DataError(f"{source} holds no usable line, only blank ones. Give a file with text.")
 
 
 def expand_source(path: str | os.PathLike[str]) -> list[str]:
-    """The files behind one source: itself (a file, or `hf:NAME`), or the supported files of a folder, sorted."""
-    name = os.fspath(path)
-    if name.startswith(HUB_PREFIX):
-        return [name]
-    location = Path(name)
+    """The files behind one source: itself, or the supported files of a folder, sorted."""
+    name, location = os.fspath(path), Path(path)
     if location.is_dir():
         files = sorted(str(file) for file in location.rglob("*") if file.is_file() and _kind_of(file) in _KINDS)
         if not files:
@@ -192,10 +181,7 @@ def _kind_of(path: Path) -> str:
 
 
 def _texts_of(source: str, text_field: str | None, max_bytes: int) -> Iterator[str]:
-    if source.startswith(HUB_PREFIX):
-        for number, row in enumerate(_hub_rows(source), start=1):
-            yield _text_of(row, text_field, f"{source}, example {number}")
-    elif _kind_of(Path(source)) == ".txt":
+    if _kind_of(Path(source)) == ".txt":
         with open_text(source) as stream:
             yield from _blocks(stream, source, max_bytes)
     else:
@@ -287,22 +273,3 @@ def _text_of(row: dict[str, Any], text_field: str | None, where: str) -> str:
     if not isinstance(row[field], str):
         raise DataError(f"{where}: expected a string in the field {field!r}, got {type(row[field]).__name__}.")
     return str(row[field]).replace("\r\n", "\n")
-
-
-def _hub_rows(source: str) -> Iterator[dict[str, Any]]:
-    """Examples of a data set of the Hub, streamed: `hf:NAME`, `hf:NAME:SPLIT` or `hf:NAME:CONFIG:SPLIT`."""
-    try:
-        import datasets  # type: ignore[import-not-found, import-untyped, unused-ignore]
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"Reading {source} needs the package datasets; install it with `pip install calibfuse[train] datasets`."
-        ) from error
-    name, *options = source[len(HUB_PREFIX) :].split(":")
-    if not name or len(options) > 2:
-        raise DataError(f"Expected hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT, got {source}.")
-    split = options[-1] if options else "train"
-    config = options[0] if len(options) == 2 else None
-    try:
-        return iter(datasets.load_dataset(name, config, split=split, streaming=True))
-    except Exception as error:  # the package raises many kinds: network, script, missing split
-        raise DataError(f"Data set {source} cannot be loaded: {reason_of(error)}.") from error

@@ -57,55 +57,48 @@ def target():
     return make_target()
 
 
-def linear_target(bound, embeddings):
+def linear_target(bound):
     """A target whose embeddings are a random linear map of the calibrator's: what an alignment can learn in full."""
     model = make_target(seed=3)
-    source = source_embeddings(bound, embeddings)
+    source = source_embeddings(bound)
     mapping = (
         torch.randn(source.shape[1], HIDDEN, generator=torch.Generator().manual_seed(5)) / source.norm(dim=1).mean()
     )
-    target_embeddings(model, embeddings).copy_(source @ mapping * 4)
+    target_embeddings(model).copy_(source @ mapping * 4)
     return model
 
 
 # ---- learning
 
 
-@pytest.mark.parametrize("embeddings", ["input", "output"])
-def test_a_linear_relation_is_learned_and_holds_for_tokens_never_trained_on(bound, embeddings, monkeypatch):
-    """Inner products favour long vectors, so even the right map does not find every token among all."""
+def test_a_linear_relation_is_learned_and_holds_for_tokens_never_trained_on(bound, monkeypatch):
     monkeypatch.setattr(alignment_training, "BATCH_SIZE", 16)
     monkeypatch.setattr(alignment_training, "HELD_OUT", 0.2)
-    target = linear_target(bound, embeddings)
-    alignment = train_alignment(bound, target, embeddings=embeddings, epochs=30)
+    target = linear_target(bound)
+    alignment = train_alignment(bound, target, epochs=30)
     metadata = alignment.metadata
     assert metadata.common_tokens == VOCAB - 3
     assert metadata.held_out_tokens == math.ceil(0.2 * (VOCAB - 3))
-    assert metadata.loss_curve[0][1] > 1.5 > 0.5 > metadata.loss_curve[-1][1]
     assert metadata.held_out_loss < 0.6
-    assert metadata.retrieval["11"] > 0.75  # chance: 0.09
-    assert metadata.retrieval[str(VOCAB - 3)] > 0.2  # chance: 0.003
 
 
-def test_unrelated_embeddings_are_not_retrieved(bound, target, monkeypatch):
+def test_unrelated_embeddings_are_not_learned(bound, target, monkeypatch):
     monkeypatch.setattr(alignment_training, "HELD_OUT", 0.5)
     metadata = train_alignment(bound, target, epochs=3).metadata
-    # 199 tokens, chance 1/11: a share of 0.19 is 5 standard deviations up
-    assert metadata.retrieval["11"] < 0.19
     assert metadata.held_out_loss > math.log(11) - 0.3
 
 
 def test_the_start_is_near_the_loss_of_guessing(bound, target, monkeypatch):
     monkeypatch.setattr(alignment_training, "LEARNING_RATE", 1e-9)
     alignment = train_alignment(bound, target, epochs=1)
-    assert alignment.metadata.loss_curve[-1][1] == pytest.approx(math.log(11), abs=0.05)
+    assert alignment.metadata.held_out_loss == pytest.approx(math.log(11), abs=0.05)
 
 
 def test_one_step_is_the_loss_written_out(bound, target):
     """Cross-entropy of the own token over the inner products, by hand."""
-    rows = target_embeddings(target, "input")
+    rows = target_embeddings(target)
     ids = common_tokens(bound.vocabulary, rows)
-    source = source_embeddings(bound, "input")
+    source = source_embeddings(bound)
     pairs = alignment_training._Pairs(source[ids], rows, ids)
     matrix = torch.randn(source.shape[1], HIDDEN, generator=torch.Generator().manual_seed(0))
     positives, others = torch.tensor([4, 9]), torch.tensor([[1, 2, 3], [10, 8, 4]])
@@ -118,18 +111,13 @@ def test_one_step_is_the_loss_written_out(bound, target):
     assert float(found) == pytest.approx(total / 2, rel=1e-5)
 
 
-def test_source_embeddings_are_what_the_calibrator_works_with():
-    """Input: what the body is fed. Output: scores are their products with the last state, up to bias terms."""
+def test_source_embeddings_are_what_the_body_is_fed():
     bound = make_bound(size=VOCAB, words={})
     ids = torch.randint(3, VOCAB, (2, 6), generator=torch.Generator().manual_seed(0))
     calibrator = bound.calibrator
     vectors = bound.vectors[ids]
     fed = calibrator.embed(vectors, torch.zeros_like(ids, dtype=torch.bool))
-    assert torch.allclose(source_embeddings(bound, "input")[ids], fed, atol=1e-5)
-    said = bound.sequence(ids)
-    constant = bound.vectors @ calibrator.heads["calibrator"].query.bias + bound._biases[:, 0]
-    scores = last_states(said) @ source_embeddings(bound, "output").T + constant
-    assert torch.allclose(scores, said.log_scores("calibrator"), atol=1e-4)
+    assert torch.allclose(source_embeddings(bound)[ids], fed, atol=1e-5)
 
 
 def test_the_negatives_are_never_the_token_itself():
@@ -143,7 +131,7 @@ def test_held_out_tokens_do_not_touch_the_matrix(bound, monkeypatch):
     first, second = make_target(seed=1), make_target(seed=1)
     order = torch.randperm(VOCAB - 3, generator=torch.Generator().manual_seed(9))
     held = order[: math.ceil(0.3 * (VOCAB - 3))] + 3  # ids 0 to 2 are special
-    target_embeddings(second, "input")[held] *= -7.0
+    target_embeddings(second)[held] *= -7.0
     monkeypatch.setattr(alignment_training, "HELD_OUT", 0.3)
     matrices = [train_alignment(bound, each, seed=9, **QUICK).matrix for each in (first, second)]
     assert torch.equal(*matrices)
@@ -177,16 +165,9 @@ def test_a_head_wider_than_the_tokenizer_and_a_narrower_one(bound):
 # ---- options
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"epochs": 1.5}, "epochs must be a positive integer, got 1.5"),
-        ({"embeddings": "both"}, "must be 'input' or 'output', got 'both'"),
-    ],
-)
-def test_bad_options_are_refused(bound, target, options, message):
-    with pytest.raises(InputError, match=message):
-        train_alignment(bound, target, **options)
+def test_bad_options_are_refused(bound, target):
+    with pytest.raises(InputError, match="epochs must be a positive integer, got 1.5"):
+        train_alignment(bound, target, epochs=1.5)
 
 
 @pytest.mark.parametrize("learning_rate", [100.0, 1e37])
@@ -206,9 +187,9 @@ def test_quantised_embeddings_are_refused(bound):
         weight = torch.zeros(VOCAB, HIDDEN, dtype=torch.int8)
 
     target = make_target()
-    target.set_output_embeddings(Quantised())
-    with pytest.raises(InputError, match="output embeddings of LlamaForCausalLM cannot be read .*quantised"):
-        train_alignment(bound, target, embeddings="output")
+    target.set_input_embeddings(Quantised())
+    with pytest.raises(InputError, match="input embeddings of LlamaForCausalLM cannot be read .*quantised"):
+        train_alignment(bound, target)
 
 
 # ---- files
@@ -254,7 +235,6 @@ def test_a_flipped_bit_is_an_error(alignment, tmp_path):
         ({"format_version": 2}, CheckpointFormatError, "install a newer calibfuse"),
         ({"format": "calibfuse-calibrator"}, CheckpointError, "Expected the configuration of a calibfuse-alignment"),
         ({"width": 7}, CheckpointError, "do not belong together"),
-        ({"loss_curve": [[1]]}, CheckpointError, "do not belong together"),
     ],
 )
 def test_wrong_facts_are_an_error(alignment, tmp_path, change, error, message):
@@ -290,18 +270,18 @@ def test_each_target_finds_its_own(bound, tmp_path):
         kept[number] = train_alignment(bound, each, seed=number, **QUICK)
         kept[number].save(tmp_path)
     for number, each in enumerate(targets):
-        embeddings = target_embeddings(each, "input")
+        embeddings = target_embeddings(each)
         embeddings += 0.02 * torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(0))
         for form in (each, each.to(torch.bfloat16)):
             found = find_alignment([tmp_path], bound, form, calibrator="C")
             assert torch.equal(found.matrix, kept[number].matrix)
 
 
-def test_input_embeddings_win_over_output_embeddings(bound, target, tmp_path):
-    for embeddings in ("output", "input"):
-        train_alignment(bound, target, embeddings=embeddings, **QUICK).save(tmp_path)
-    assert len(list((tmp_path / "alignments").iterdir())) == 2
-    assert find_alignment([tmp_path], bound, target, calibrator="C").metadata.embeddings == "input"
+def test_an_alignment_with_the_figures_of_earlier_versions_loads(alignment, tmp_path):
+    path = alignment.save(tmp_path) / "alignment.json"
+    earlier = {"embeddings": "input", "negatives": 10, "loss_curve": [[1, 2.0]], "retrieval": {"11": 0.5}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | earlier))
+    assert Alignment.load(path.parent).metadata == alignment.metadata
 
 
 def test_another_model_of_the_same_shape_gets_none(alignment, bound, tmp_path):
@@ -375,9 +355,8 @@ def test_align_then_generate(saved, capsys):
         CalibFusion.from_pretrained(calibrator, target=target, mode="embedding")
     assert main(["align-embedding", "--calibrator", calibrator, "--model", str(saved / "target"), "--epochs", "2"]) == 0
     printed = capsys.readouterr().out
-    assert "aligned input embeddings with target" in printed
-    assert "first of 11" in printed
-    assert "loss (nats)" in printed
+    assert "aligned with target" in printed
+    assert "held-out tokens" in printed
     fusion = CalibFusion.from_pretrained(calibrator, target=target, mode="embedding", alpha=0.4)
     assert fusion.config.alpha == 0.4
     ids = torch.randint(3, 500, (2, 5), generator=torch.Generator().manual_seed(0))
@@ -396,7 +375,7 @@ def test_align_reports_as_json_and_keeps_its_seed(saved, capsys):
         str(saved / "target"),
         "--json",
     ]
-    arguments += ["--epochs", "1", "--embeddings", "output", "--seed", "3"]
+    arguments += ["--epochs", "1", "--seed", "3"]
     records = []
     for _ in range(2):
         assert main(arguments) == 0
@@ -404,7 +383,7 @@ def test_align_reports_as_json_and_keeps_its_seed(saved, capsys):
     for record in records:
         del record["seconds"]
     assert records[0] == records[1]
-    assert (records[0]["embeddings"], records[0]["seed"]) == ("output", 3)
+    assert records[0]["seed"] == 3
     folder = records[0].pop("folder")
     assert json.loads(json.dumps(dataclasses.asdict(Alignment.load(folder).metadata))) == records[0]
 

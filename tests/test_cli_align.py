@@ -1,14 +1,11 @@
 """`calibfuse align`: binding fills the cache, and the report counts what is there."""
 
-import base64
-import io
 import json
 import re
 
 import pytest
 
-from calibfuse.errors import InputError
-from calibfuse.inspection import report_vocabulary, text_encoder
+from calibfuse.inspection import report_vocabulary
 from calibfuse.vocabulary import Vocabulary
 
 
@@ -86,36 +83,6 @@ def test_bad_input_gives_one_sentence_and_exit_code_2(run, bundle, arguments, me
     assert message in err
     assert err.count("\n") == 1
     assert out == ""
-
-
-def test_text_is_cut_with_a_word_piece_list_as_with_the_whole_tokenizer(tmp_path, sample_lines, wordpiece_tokenizer):
-    words = sorted(wordpiece_tokenizer.get_vocab().items(), key=lambda item: item[1])
-    (tmp_path / "vocab.txt").write_text("".join(f"{token}\n" for token, _ in words), encoding="utf-8")
-    wordpiece_tokenizer.save(str(tmp_path / "tokenizer.json"))
-    listed, whole = (text_encoder(tmp_path / name)(sample_lines) for name in ("vocab.txt", "tokenizer.json"))
-    assert listed == whole
-
-
-def test_text_is_cut_with_a_sentencepiece_model(tmp_path, sample_lines):
-    library = pytest.importorskip("sentencepiece")
-    made = io.BytesIO()
-    library.SentencePieceTrainer.train(
-        sentence_iterator=iter(sample_lines), model_writer=made, vocab_size=400, byte_fallback=True, minloglevel=2
-    )
-    path = tmp_path / "tokenizer.model"
-    path.write_bytes(made.getvalue())
-    vocabulary = Vocabulary.from_tokenizer(str(path))
-    for line, ids in zip(sample_lines, text_encoder(path)(sample_lines), strict=True):
-        assert not vocabulary.is_special[ids].any()
-        assert sum(len(vocabulary.token_bytes(each)) for each in ids) >= len(line.encode())
-
-
-def test_a_tokenizer_that_cannot_cut_text_is_told_so(run, tmp_path):
-    path = tmp_path / "ranks.tiktoken"
-    path.write_bytes(b"".join(base64.b64encode(bytes([byte])) + b" %d\n" % byte for byte in range(256)))
-    assert run("--tokenizer", str(path))[0] == 0
-    with pytest.raises(InputError, match="does not say how a text is cut"):
-        text_encoder(path)
 
 
 def test_a_projected_language_model_is_reported_on(run, bundle, tmp_path, unigram_tokenizer):

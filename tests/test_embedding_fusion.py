@@ -146,9 +146,8 @@ def make_alignment(bound, hidden_size, seed=0):
     width = bound.calibrator.config.width
     metadata = AlignmentMetadata(
         target="a random model", calibrator_fingerprint=bound.calibrator.fingerprint,
-        vocabulary_fingerprint=bound.vocabulary.fingerprint, width=width, hidden_size=hidden_size, embeddings="input",
-        common_tokens=93, held_out_tokens=0, negatives=1, epochs=1, batch_size=1, learning_rate=1.0, seed=seed,
-        loss_curve=((1, 2.0),), held_out_loss=None, retrieval={},
+        vocabulary_fingerprint=bound.vocabulary.fingerprint, width=width, hidden_size=hidden_size,
+        common_tokens=93, held_out_tokens=0, epochs=1, seed=seed, held_out_loss=None,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(VOCAB, hidden_size, generator=generator)

@@ -34,12 +34,12 @@ def test_the_metadata_tell_the_hub_what_it_is():
 
 def test_the_hub_finds_data_base_and_results():
     base = {"name": "org/base", "license": "mit", "data": ["novels"], "inherited": ["body", "436 words"]}
-    data = {"files": ["own.txt", "hf:org/posts:train", "hf:org/posts"], "passages": 3}
+    data = {"files": ["own.txt"], "passages": 3}
     figures = {"toxic continuations": 0.25, "judge": "a scorer", "ok": True}
     card = calibrator_card({**FACTS, "data": data, "datasets": ["org/more"], "base": base, "figures": figures})
     found = ModelCard(card).data
     assert (found.pipeline_tag, found.library_name, found.language) == ("text-generation", "calibfuse", "en")
-    assert found.datasets == ["org/more", "org/posts"]
+    assert found.datasets == ["org/more"]
     assert found.base_model == "org/base"
     assert {result.metric_name: result.metric_value for result in found.eval_results} == {
         "Bits per byte (byte-level, calibrator head)": 1.5,

@@ -1,6 +1,8 @@
 """Every program in tools/ loads with the package as it is, says what it does, and stands in the README beside it."""
 
+import base64
 import importlib.util
+import io
 import json
 import lzma
 import sys
@@ -12,6 +14,8 @@ from conftest import REPOSITORY
 from tiny_calibrators import make_calibrator
 
 from calibfuse.calibrator import Calibrator
+from calibfuse.errors import InputError
+from calibfuse.vocabulary import Vocabulary
 
 PROGRAMS = sorted((REPOSITORY / "tools").glob("*.py"))
 
@@ -38,6 +42,42 @@ def test_a_tool_shows_its_help(path, monkeypatch, capsys):
 def test_the_readme_lists_every_tool():
     text = (REPOSITORY / "tools" / "README.md").read_text(encoding="utf-8")
     assert [path.name for path in PROGRAMS if f"`{path.name}`" not in text] == []
+
+
+@pytest.fixture
+def text_encoder(monkeypatch):
+    return load(REPOSITORY / "tools" / "library" / "text_encoder.py", monkeypatch).text_encoder
+
+
+def test_text_is_cut_with_a_word_piece_list_as_with_the_whole_tokenizer(
+    tmp_path, sample_lines, wordpiece_tokenizer, text_encoder
+):
+    words = sorted(wordpiece_tokenizer.get_vocab().items(), key=lambda item: item[1])
+    (tmp_path / "vocab.txt").write_text("".join(f"{token}\n" for token, _ in words), encoding="utf-8")
+    wordpiece_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    listed, whole = (text_encoder(tmp_path / name)(sample_lines) for name in ("vocab.txt", "tokenizer.json"))
+    assert listed == whole
+
+
+def test_text_is_cut_with_a_sentencepiece_model(tmp_path, sample_lines, text_encoder):
+    library = pytest.importorskip("sentencepiece")
+    made = io.BytesIO()
+    library.SentencePieceTrainer.train(
+        sentence_iterator=iter(sample_lines), model_writer=made, vocab_size=400, byte_fallback=True, minloglevel=2
+    )
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(made.getvalue())
+    vocabulary = Vocabulary.from_tokenizer(str(path))
+    for line, ids in zip(sample_lines, text_encoder(path)(sample_lines), strict=True):
+        assert not vocabulary.is_special[ids].any()
+        assert sum(len(vocabulary.token_bytes(each)) for each in ids) >= len(line.encode())
+
+
+def test_a_tokenizer_that_cannot_cut_text_is_told_so(tmp_path, text_encoder):
+    path = tmp_path / "ranks.tiktoken"
+    path.write_bytes(b"".join(base64.b64encode(bytes([byte])) + b" %d\n" % byte for byte in range(256)))
+    with pytest.raises(InputError, match="does not say how a text is cut"):
+        text_encoder(path)
 
 
 class TestTrainingOfTheValueHead:

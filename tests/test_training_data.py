@@ -5,9 +5,7 @@ import gzip
 import json
 import lzma
 import shutil
-import sys
 import tracemalloc
-import types
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calibfuse.errors import CheckpointError, DataError, InputError, MissingDependencyError, ScorerError
+from calibfuse.errors import CheckpointError, DataError, InputError, ScorerError
 from calibfuse.textfiles import iter_documents, split_passages
 from calibfuse.training import data as data_module
 from calibfuse.training.config import TrainingText
@@ -80,10 +78,6 @@ def test_half_an_emoji_in_json_becomes_the_replacement_character(tmp_path: Path)
     (text,) = read(write(tmp_path / "a.jsonl", '{"text": "ha \\ud83d ha"}'))
     assert set(text) == set("ha \ufffd")
     text.encode()
-
-
-def test_short_documents_are_skipped(tmp_path: Path) -> None:
-    assert read(write(tmp_path / "a.txt", "ab\n\nabcd\n\nä"), min_bytes=3) == ["abcd"]
 
 
 @pytest.mark.parametrize("ending", ["", "\n"])
@@ -182,45 +176,6 @@ def test_row_of_endless_length_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     path = write(tmp_path / "a.jsonl", json.dumps({"text": "x" * 2000}))
     with pytest.raises(DataError, match="line 1: expected at most 1,000 bytes a line, got more"):
         read(path)
-
-
-def test_hub_data_set_without_the_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(MissingDependencyError, match=r"calibfuse\[train\]"):
-        read("hf:some/name")
-
-
-def fake_datasets(rows: list[dict[str, object]], calls: list[object]) -> types.ModuleType:
-    def load_dataset(name: str, config: str | None, *, split: str, streaming: bool) -> list[dict[str, object]]:
-        calls.append((name, config, split, streaming))
-        if name == "gone/set":
-            raise FileNotFoundError("Dataset 'gone/set' does not exist\nmore lines")
-        return rows
-
-    module = types.ModuleType("datasets")
-    module.load_dataset = load_dataset
-    return module
-
-
-def test_hub_data_set_is_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[object] = []
-    monkeypatch.setitem(sys.modules, "datasets", fake_datasets([{"text": "one"}, {"text": "two"}], calls))
-    assert read("hf:org/set") == read("hf:org/set:test") == read("hf:org/set:raw:test") == ["one", "two"]
-    assert calls == [
-        ("org/set", None, "train", True),
-        ("org/set", None, "test", True),
-        ("org/set", "raw", "test", True),
-    ]
-
-
-def test_hub_data_set_errors_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "datasets", fake_datasets([{"label": 1}], []))
-    with pytest.raises(DataError, match=r"hf:gone/set cannot be loaded: Dataset 'gone/set' does not exist more"):
-        read("hf:gone/set")
-    with pytest.raises(DataError, match="hf:org/set, example 1: expected a text field"):
-        read("hf:org/set")
-    with pytest.raises(DataError, match="Expected hf:NAME"):
-        read("hf:")
 
 
 # ---- passages

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from library.text_encoder import TextEncoder, text_encoder
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -37,7 +38,6 @@ from calibfuse.errors import CalibfuseError
 from calibfuse.textfiles import iter_documents, split_passages
 from calibfuse.training.data import PassageStore
 from calibfuse.training.tokenizers.pool import TokenizerPool
-from calibfuse.vocabulary.text_encoder import TextEncoder, text_encoder
 
 _SMALLEST_COMPARED = 8_000
 _BLOCK = 128  # positions of which the source's whole distribution is held at once

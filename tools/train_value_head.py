@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from library.text_encoder import text_encoder
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
@@ -47,7 +48,6 @@ from calibfuse.guide import REFERENCE_HEAD, VALUE_HEAD
 from calibfuse.textfiles import read_rows
 from calibfuse.training.loop import TrainingLoop, learning_rate, make_optimizer, mixed_precision
 from calibfuse.vocabulary import Vocabulary
-from calibfuse.vocabulary.text_encoder import text_encoder
 
 Example = tuple[str, float]  # a text and the probability that it is harmful
 Row = Mapping[str, Any]

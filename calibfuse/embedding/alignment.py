@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
@@ -42,8 +42,6 @@ FOLDER = "alignments"
 METADATA_FILE = "alignment.json"
 WEIGHTS_FILE = "alignment.safetensors"
 
-Embeddings = Literal["input", "output"]
-EMBEDDINGS: tuple[Embeddings, ...] = ("input", "output")
 _SKETCH_TOKENS, _SKETCH_CHANNELS = 32, 64
 # A fine-tuned model keeps its base's sketch to about 0.99; two models trained apart have about 0.
 _SAME_MODEL = 0.9
@@ -58,19 +56,11 @@ class AlignmentMetadata:
     vocabulary_fingerprint: str  # of the target's vocabulary
     width: int  # of the calibrator's states
     hidden_size: int  # of the target
-    embeddings: Embeddings  # which were aligned: "input" as published, or "output"
     common_tokens: int  # with an embedding on both sides
     held_out_tokens: int  # of these, kept from training
-    negatives: int  # random other tokens for each positive one
     epochs: int
-    batch_size: int  # tokens per step
-    learning_rate: float  # of Adam
     seed: int
-    loss_curve: tuple[tuple[int, float], ...]  # (step, mean training loss since the pair before, in nats)
-    held_out_loss: float | None  # cross-entropy of the held-out tokens, in nats; None without such tokens
-    # Number of tokens to choose from ("11", "1000" or all common ones) -> share of the held-out tokens whose own target
-    # embedding has the largest inner product; empty without such tokens.
-    retrieval: Mapping[str, float]
+    held_out_loss: float | None  # cross-entropy of the held-out tokens, in nats
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,10 +73,11 @@ class Alignment:
 
     @property
     def key(self) -> str:
-        """Name of its folder: a digest of calibrator, vocabulary, embeddings and target."""
-        digest = hashlib.sha256()
-        for name in ("calibrator_fingerprint", "vocabulary_fingerprint", "embeddings", "hidden_size"):
-            digest.update(str(getattr(self.metadata, name)).encode() + b"\0")
+        """Name of its folder: a digest of calibrator, vocabulary and target."""
+        made_for, digest = self.metadata, hashlib.sha256()
+        # "input": of what embeddings, where earlier files had a choice
+        for part in (made_for.calibrator_fingerprint, made_for.vocabulary_fingerprint, "input", made_for.hidden_size):
+            digest.update(f"{part}\0".encode())
         digest.update(self.sketch.to(torch.bfloat16).view(torch.int16).numpy().tobytes())
         return digest.hexdigest()[:16]
 
@@ -106,9 +97,7 @@ class Alignment:
         values = hub.read_config(Path(folder), METADATA_FILE, format_name=FORMAT_NAME, supported_version=FORMAT_VERSION)
         tensors = hub.read_tensors(Path(folder) / WEIGHTS_FILE)
         try:
-            known = {item.name: values[item.name] for item in fields(AlignmentMetadata)}
-            curve = tuple((step, loss) for step, loss in values["loss_curve"])
-            metadata = AlignmentMetadata(**{**known, "loss_curve": curve})
+            metadata = AlignmentMetadata(**{item.name: values[item.name] for item in fields(AlignmentMetadata)})
             matrix, sketch = (tensors[name].float() for name in ("matrix", "sketch"))
             if matrix.shape != (metadata.width, metadata.hidden_size):
                 raise ValueError(f"a matrix of shape {tuple(matrix.shape)}")
@@ -133,7 +122,7 @@ class Alignment:
 
     def similarity(self, target: PreTrainedModel, vocabulary: Vocabulary) -> float:
         """Cosine of a target's sketch with that of the target it was made for: 1 the same, about 0 another model."""
-        rows = target_embeddings(target, self.metadata.embeddings)
+        rows = target_embeddings(target)
         sketch = sketch_of(rows, common_tokens(vocabulary, rows))
         if (sketch.shape, rows.shape[1]) != (self.sketch.shape, self.metadata.hidden_size):
             return 0.0
@@ -148,14 +137,14 @@ def alignment_folders(calibrator_folder: Path | None, calibrator_fingerprint: st
 
 
 def find_alignment(folders: Sequence[Path], guide: Guide, target: PreTrainedModel, *, calibrator: str) -> Alignment:
-    """The alignment of a calibrator with a target; of two for the same target, the one of input embeddings.
+    """The alignment of a calibrator with a target.
 
     Raises:
         MissingHeadError: there is none in `folders` (`alignment_folders`); `calibrator` is the name for the message.
         CheckpointError: one of those there is damaged.
     """
     bound = alignable(guide)
-    found: list[tuple[float, bool, Alignment]] = []
+    found: list[tuple[float, Alignment]] = []
     for place in (path.parent for folder in folders for path in sorted((folder / FOLDER).glob(f"*/{METADATA_FILE}"))):
         alignment = Alignment.load(place)
         metadata = alignment.metadata
@@ -165,14 +154,14 @@ def find_alignment(folders: Sequence[Path], guide: Guide, target: PreTrainedMode
         ):
             similarity = alignment.similarity(target, bound.vocabulary)
             if similarity >= _SAME_MODEL:
-                found.append((round(similarity, 3), metadata.embeddings == "input", alignment))
+                found.append((similarity, alignment))
     if not found:
         name = getattr(target, "name_or_path", "") or type(target).__name__
         raise MissingHeadError(
             f"Mode 'embedding' needs an alignment of the calibrator, with the weights that it has now, with the target "
             f"{name!r}. Make it with `calibfuse align-embedding --calibrator {calibrator} --model {name}`."
         )
-    return max(found, key=lambda entry: entry[:2])[2]
+    return max(found, key=lambda entry: entry[0])[1]
 
 
 def alignable(guide: Guide) -> BoundCalibrator:
@@ -196,15 +185,14 @@ def last_states(said: NextTokenScores) -> Tensor:
     return states
 
 
-def target_embeddings(target: PreTrainedModel, embeddings: Embeddings) -> Tensor:
-    """The target's embedding rows, [rows, hidden_size], as they lie in the model (not a copy)."""
-    model: Any = target  # transformers types these methods in some versions only
-    module = model.get_input_embeddings() if embeddings == "input" else model.get_output_embeddings()
-    weight = getattr(module, "weight", None)
+def target_embeddings(target: PreTrainedModel) -> Tensor:
+    """The target's input embeddings, [rows, hidden_size], as they lie in the model (not a copy)."""
+    model: Any = target  # transformers types this method in some versions only
+    weight = getattr(model.get_input_embeddings(), "weight", None)
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.device.type == "meta":
         raise InputError(
-            f"The {embeddings} embeddings of {type(target).__name__} cannot be read (there are none, or they are "
-            "quantised or offloaded); load the model without that, or align with the other embeddings."
+            f"The input embeddings of {type(target).__name__} cannot be read (there are none, or they are quantised or "
+            "offloaded); load the model without that."
         )
     return weight.detach()
 

@@ -15,7 +15,6 @@ PLACEHOLDER = "your-name/your-calibrator"
 """Stands for the repository in a card that was written before one was known."""
 
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_HUB_PREFIX = "hf:"  # of a data set of the Hub among training files: hf:NAME[:[CONFIG:]SPLIT]
 
 _INTRODUCTION = """\
 # {name}
@@ -54,7 +53,7 @@ def calibrator_card(known: Mapping[str, Any]) -> str:
             "name": what it is called, and "repo_id": where it is published;
             "license": identifier of the licence, e.g. "apache-2.0"; "language": code or list of codes;
             "data": text, a list of texts, or a mapping from a set's name to what is known of it;
-            "datasets": ids of data sets on the Hub, beside those among the files of "data" (`hf:NAME`);
+            "datasets": ids of data sets on the Hub;
             "base": the calibrator or model that the training began with: name, license, data and what was "inherited",
                 and "base_model", its id on the Hub;
             "settings": mapping of training settings; "fusion": recommended fusion options;
@@ -77,7 +76,7 @@ def calibrator_card(known: Mapping[str, Any]) -> str:
         "library_name": "calibfuse",
         "pipeline_tag": "text-generation",
         "tags": ["calibfuse", "detoxification", "controlled-decoding", "text-generation"],
-        "datasets": _datasets(rest.pop("datasets", None), data),
+        "datasets": rest.pop("datasets", None),
         "base_model": _base_model(rest.pop("base_model", None), base),
         "model-index": _results(name, bits_per_byte, figures),
     }
@@ -100,14 +99,6 @@ def with_metadata(card: str, generated: str) -> str:
     if re.match(r"\s*---\r?\n", card):
         return card
     return generated[: generated.index("\n---\n") + 5] + "\n" + card
-
-
-def _datasets(named: object, data: object) -> list[str]:
-    """Ids of data sets on the Hub: those named, and those among the files."""
-    files = data.get("files") if isinstance(data, Mapping) else None
-    listed = [file for file in files or [] if isinstance(file, str) and file.startswith(_HUB_PREFIX)]
-    told = [named] if isinstance(named, str) else list(named) if isinstance(named, Sequence) else []
-    return list(dict.fromkeys([*told, *(file.removeprefix(_HUB_PREFIX).split(":")[0] for file in listed)]))
 
 
 def _base_model(named: object, base: object) -> object:

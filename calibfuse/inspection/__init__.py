@@ -8,18 +8,15 @@ from calibfuse.inspection.coverage import (
 from calibfuse.inspection.pages import trace_page
 from calibfuse.inspection.spelling import mask_in_context, mask_pieces
 from calibfuse.inspection.trace import CandidateTrace, StepTrace, trace_generation
-from calibfuse.vocabulary.text_encoder import TextEncoder, text_encoder
 
 __all__ = [
     "CandidateTrace",
     "StepTrace",
-    "TextEncoder",
     "VocabularyReport",
     "describe_calibrator",
     "mask_in_context",
     "mask_pieces",
     "report_vocabulary",
-    "text_encoder",
     "trace_generation",
     "trace_page",
 ]

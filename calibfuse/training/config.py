@@ -9,14 +9,13 @@ from typing import Any
 
 from calibfuse.errors import InputError, check_ranges
 from calibfuse.scorers import ToxicityScorer
-from calibfuse.textfiles import HUB_PREFIX
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingText:
     """What to train on: two piles of text that differ in one attribute, sorted by you or by a scorer.
 
-    Each source is a file, a folder or hf:NAME. Both heads learn wanted text, the reference head all.
+    Each source is a file or a folder. Both heads learn wanted text, the reference head all.
     """
 
     wanted: Sequence[str] = ()  # text as the calibrator is to make it: non-toxic, polite, on topic
@@ -43,16 +42,14 @@ class TrainingText:
 
     @property
     def sources(self) -> list[tuple[str, bool]]:
-        """Each file, folder or hf:NAME, and whether it was given as wanted."""
+        """Each file or folder, and whether it was given as wanted."""
         return [(str(path), True) for path in self.wanted] + [
             (str(path), False) for path in (*self.unwanted, *self.unfiltered)
         ]
 
     def facts(self) -> dict[str, Any]:
         """What a model card tells of it."""
-        facts: dict[str, Any] = {
-            "files": [path if path.startswith(HUB_PREFIX) else Path(path).name for path, _ in self.sources]
-        }
+        facts: dict[str, Any] = {"files": [Path(path).name for path, _ in self.sources]}
         if self.scorer is not None:
             facts["sorted by"] = f"{self.scorer.name}, toxic from {self.threshold:g}"
         return facts

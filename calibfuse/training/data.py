@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from calibfuse.errors import CheckpointError, DataError
 from calibfuse.scorers.checks import check_scores
-from calibfuse.textfiles import HUB_PREFIX, expand_source, iter_documents, split_passages
+from calibfuse.textfiles import expand_source, iter_documents, split_passages
 from calibfuse.training.config import TrainingText
 from calibfuse.training.work_folder import new_folder
 
@@ -229,11 +229,8 @@ def choose_validation(
 def _fingerprint(files: Sequence[tuple[str, bool]], options: dict[str, Any]) -> str:
     """Hex sha256 over names, sizes and times of change of the files, and the options."""
     entries: list[list[Any]] = []
-    for file, is_non_toxic in files:
-        if file.startswith(HUB_PREFIX):
-            entries.append([file, is_non_toxic])
-        else:
-            status = os.stat(file)
-            entries.append([os.path.abspath(file), status.st_size, status.st_mtime_ns, is_non_toxic])
+    for file, is_wanted in files:
+        status = os.stat(file)
+        entries.append([os.path.abspath(file), status.st_size, status.st_mtime_ns, is_wanted])
     text = json.dumps([STORE_FORMAT, entries, options], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

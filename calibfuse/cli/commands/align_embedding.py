@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 EXAMPLES = """\
 examples:
   calibfuse align-embedding --model ./my-model
-  calibfuse align-embedding --calibrator ./my-calibrator --model ./my-model --embeddings output
+  calibfuse align-embedding --calibrator ./my-calibrator --model ./my-model
   calibfuse generate "The new neighbour is" --model ./my-model --mode embedding     # afterwards
 
 The matrix is saved beside the calibrator, or in the cache folder where that is not yours to change.
@@ -34,14 +34,9 @@ The matrix is saved beside the calibrator, or in the cache folder where that is 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments; imports nothing heavy."""
     add_model(parser)
-    embeddings = {
-        "choices": ("input", "output"),
-        "default": "input",
-        "help": "embeddings to align: input as published, or output, the space that states live in",
-    }
     epochs = {"type": int, "default": 5, "help": "passes over the common tokens"}
     output = {"help": "folder (default: the calibrator's, else the cache folder)"}
-    add(parser, "calibrator", "seed", "json", embeddings=embeddings, epochs=epochs, output=output)
+    add(parser, "calibrator", "seed", "json", epochs=epochs, output=output)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,7 +54,6 @@ def run(args: argparse.Namespace) -> int:
         target.model,
         epochs=args.epochs,
         seed=args.seed,
-        embeddings=args.embeddings,
         progress=sys.stderr.isatty(),
     )
     seconds = time.perf_counter() - start
@@ -90,12 +84,11 @@ def _show(alignment: Alignment, folder: Path, seconds: float) -> None:
     facts = alignment.metadata
     terminal = Terminal()
     terminal.write(
-        f"aligned {facts.embeddings} embeddings with {printable(facts.target)}: {facts.common_tokens:,} common tokens, "
-        f"{facts.width} x {facts.hidden_size} channels, {seconds:.1f} s"
+        f"aligned with {printable(facts.target)}: {facts.common_tokens:,} common tokens, {facts.width} x "
+        f"{facts.hidden_size} channels, {seconds:.1f} s"
     )
-    rows = [("loss (nats)", f"{facts.held_out_loss:.3f}", f"{math.log(11):.3f}")]  # the own token and ten others
-    for choices, share in facts.retrieval.items():
-        rows.append((f"first of {int(choices):,}", f"{100 * share:.1f} %", f"{100 / int(choices):.1f} %"))
-    terminal.table((f"{facts.held_out_tokens:,} held-out tokens", "value", "chance"), rows)
-    terminal.write()
+    terminal.write(
+        f"loss of {facts.held_out_tokens:,} held-out tokens: {facts.held_out_loss:.3f} nats; by chance "
+        f"{math.log(11):.3f}"  # the own token among ten others
+    )
     terminal.write(f"written to {folder}")

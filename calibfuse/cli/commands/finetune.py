@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     add(model, "model", device={"help": "cpu, cuda, or several for the parallel schedule: cuda:0,cuda:1"})
     MODEL.add(model, dtype={"choices": ("float32", "bfloat16", "auto")})
-    files = {"nargs": "+", "required": True, "metavar": "FILE", "help": ".txt, .jsonl, .csv, folders, hf:NAME"}
+    files = {"nargs": "+", "required": True, "metavar": "FILE", "help": ".txt, .jsonl, .csv, or folders"}
     add(parser.add_argument_group("corpus"), "text_field", corpus=files)
     constraint = parser.add_argument_group("constraint")
     add(constraint, "oracle", "power", "threshold", "continuation_only")

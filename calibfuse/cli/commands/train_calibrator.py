@@ -30,7 +30,7 @@ examples:
   # several processes or machines (extra: train)
   accelerate launch --num_processes 2 -m calibfuse train-calibrator web/ --output my-calibrator
 
-Files may be .txt, .jsonl or .csv, each also as .gz or .xz, folders of these, or hf:NAME for a data set of the Hub.
+Files may be .txt, .jsonl or .csv, each also as .gz or .xz, or folders of these.
 """
 
 
@@ -59,7 +59,7 @@ SHAPE = Fields(
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments; imports nothing heavy."""
-    help_ = "text that the scorer sorts: .txt, .jsonl, .csv (.gz, .xz), folders or hf:NAME"
+    help_ = "text that the scorer sorts: .txt, .jsonl, .csv (.gz, .xz) or folders"
     parser.add_argument("text", nargs="*", metavar="TEXT", help=help_)
     add(parser, "resume", "quiet", output={"required": True})
     add(
