@@ -8,7 +8,7 @@ import torch
 from transformers import LogitsProcessor
 
 from calibfuse.errors import DataError
-from calibfuse.evaluation import load_holistic_bias, measure_holistic_bias
+from calibfuse.evaluation import GuidedReader, load_holistic_bias, measure_holistic_bias
 from calibfuse.evaluation.given_text.holistic_bias import HATEFUL_BEGINNINGS
 from calibfuse.evaluation.given_text.reading import split_ids
 
@@ -64,7 +64,7 @@ def test_what_names_keep_is_what_a_slow_loop_finds(target, folder):
     data = load_holistic_bias(folder)
     lowered = split_ids(target.tokenizer, "I'm an", " atheist")[1][:1]
     processor = Lower(lowered, 2.0)
-    found = measure_holistic_bias(target, lambda: [processor], data, batch_size=3)
+    found = measure_holistic_bias(GuidedReader(target, lambda: [processor], batch_size=3), data)
 
     def slow_kept(beginning, word):
         before, after = split_ids(target.tokenizer, beginning, f" {word}")
@@ -92,9 +92,9 @@ def test_what_names_keep_is_what_a_slow_loop_finds(target, folder):
 def test_nouns_that_hateful_beginnings_raise_are_named(target, folder):
     data = load_holistic_bias(folder)
     raised = split_ids(target.tokenizer, "kill all the", " atheists")[1][:1]
-    found = measure_holistic_bias(target, lambda: [Lower(raised, -1.0)], data)
+    found = measure_holistic_bias(GuidedReader(target, lambda: [Lower(raised, -1.0)]), data)
     assert [each.name for each in found.raised_nouns] == ["atheists"]
-    assert not measure_holistic_bias(target, list, data).raised_nouns
+    assert not measure_holistic_bias(GuidedReader(target, list), data).raised_nouns
 
 
 def test_bad_folders_give_one_sentence(folder, tmp_path):

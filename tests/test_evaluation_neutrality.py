@@ -8,7 +8,7 @@ from tiny_calibrators import make_calibrator
 from torch.nn import functional
 from transformers import LogitsProcessor
 
-from calibfuse.evaluation import measure_neutrality
+from calibfuse.evaluation import GuidedReader, measure_neutrality
 from calibfuse.evaluation.given_text.neutral_text import BENIGN_TEXTS, GROUP_WORDS, TEMPLATES
 from calibfuse.evaluation.given_text.neutrality import PLAIN_GROUP, divergence
 from calibfuse.evaluation.given_text.reading import method_log_probs, split_ids
@@ -35,9 +35,9 @@ class StepByStep(LogitsProcessor):
         return self.fusion(input_ids, scores)
 
 
-def measure(target, processors, **options):
-    settings = {"templates": BEGINNINGS, "group_words": WORDS, "plain_words": ("late",)} | options
-    return measure_neutrality(target, lambda: processors, TEXTS, **settings)
+def measure(target, processors, **how):
+    settings = {"templates": BEGINNINGS, "group_words": WORDS, "plain_words": ("late",)}
+    return measure_neutrality(GuidedReader(target, lambda: processors, **how), TEXTS, **settings)
 
 
 def slow_log_prob(target, processors, before, after):

@@ -32,22 +32,27 @@ def slow_nats(model, prompt, continuation):
 @pytest.mark.parametrize("batch_size", [1, 3, 32])
 def test_nats_equal_those_of_a_slow_loop_in_any_batch(model, tokenizer, batch_size):
     pairs = [split_ids(tokenizer, *pair) for pair in zip(PROMPTS, CONTINUATIONS, strict=True)]
-    found = score_ids(model, [pair[0] for pair in pairs], [pair[1] for pair in pairs], batch_size=batch_size)
+    found = score_ids(
+        LanguageModel("model", model, None),
+        [pair[0] for pair in pairs],
+        [pair[1] for pair in pairs],
+        batch_size=batch_size,
+    )
     np.testing.assert_allclose(found.nats, [slow_nats(model, *pair) for pair in pairs], rtol=1e-4)
     assert found.tokens.tolist() == [len(pair[1]) for pair in pairs]
 
 
 def test_large_batches_are_cut_to_what_fits(model, tokenizer, monkeypatch):
     pairs = [split_ids(tokenizer, *pair) for pair in zip(PROMPTS, CONTINUATIONS, strict=True)]
-    whole = score_ids(model, [pair[0] for pair in pairs], [pair[1] for pair in pairs])
+    whole = score_ids(LanguageModel("model", model, None), [pair[0] for pair in pairs], [pair[1] for pair in pairs])
     monkeypatch.setattr("calibfuse.evaluation.given_text.reading._SCORES_AT_ONCE", 1)
-    cut = score_ids(model, [pair[0] for pair in pairs], [pair[1] for pair in pairs])
+    cut = score_ids(LanguageModel("model", model, None), [pair[0] for pair in pairs], [pair[1] for pair in pairs])
     np.testing.assert_allclose(cut.nats, whole.nats, rtol=1e-4)
 
 
 def test_text_is_scored_as_its_ids(model, tokenizer):
     pairs = [split_ids(tokenizer, *pair) for pair in zip(PROMPTS, CONTINUATIONS, strict=True)]
-    by_ids = score_ids(model, [pair[0] for pair in pairs], [pair[1] for pair in pairs])
+    by_ids = score_ids(LanguageModel("model", model, None), [pair[0] for pair in pairs], [pair[1] for pair in pairs])
     by_text = score_texts(LanguageModel("judge", model, tokenizer), PROMPTS, CONTINUATIONS)
     np.testing.assert_allclose(by_text.nats, by_ids.nats)
     assert by_text.nats[1] == by_text.tokens[1] == 0.0
@@ -75,4 +80,4 @@ def test_a_slow_tokenizer_is_cut_at_the_first_difference(tokenizer, monkeypatch)
 
 def test_texts_longer_than_the_model_are_refused(model):
     with pytest.raises(InputError, match="300 tokens, but the model has 256"):
-        score_ids(model, [[5] * 290], [[6] * 10])
+        score_ids(LanguageModel("model", model, None), [[5] * 290], [[6] * 10])

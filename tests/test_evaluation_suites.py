@@ -12,6 +12,7 @@ from transformers import LogitsProcessor
 
 from calibfuse.errors import DataError
 from calibfuse.evaluation import (
+    GuidedReader,
     Method,
     Prompt,
     SamplingConfig,
@@ -77,7 +78,7 @@ def slow_shifts(target, processor, text):
 def test_suppressed_is_what_a_slow_loop_finds(target, by):
     token_id = split_ids(target.tokenizer, "", "She said nothing at all")[1][-1]
     processor = LowerOne(token_id, by)
-    found = measure_suite(target, lambda: [processor], SUITE, batch_size=2)
+    found = measure_suite(GuidedReader(target, lambda: [processor], batch_size=2), SUITE)
     measured = [each for each in SUITE.texts if len(split_ids(target.tokenizer, "", each.text)[1]) > 0]
     rows = {row.name: row for row in found.groups}
     for group, row in rows.items():
@@ -249,13 +250,13 @@ def test_wilson_intervals_are_where_a_shares_own_error_reaches_the_figure():
 def test_a_large_vocabulary_makes_batches_smaller_and_changes_no_figure(target, monkeypatch):
     """Scores of all sentences at once would need memory in proportion to the vocabulary."""
     lower = [LowerOne(300, 3.0)]
-    whole = measure_suite(target, lambda: lower, SUITE)
+    whole = measure_suite(GuidedReader(target, lambda: lower), SUITE)
     sizes = []
     forward = target.model.forward
     monkeypatch.setattr(target.model, "forward", lambda *a, **k: sizes.append(k["input_ids"].shape) or forward(*a, **k))
     vocabulary = target.model.config.vocab_size
     monkeypatch.setattr("calibfuse.evaluation.given_text.reading._SCORES_AT_ONCE", 12 * vocabulary)
-    found = measure_suite(target, lambda: lower, SUITE)
+    found = measure_suite(GuidedReader(target, lambda: lower), SUITE)
     assert len(sizes) > 1
     assert all(rows == 1 or rows * length <= 12 for rows, length in sizes)
     assert total(found, HARMLESS).halved == total(whole, HARMLESS).halved

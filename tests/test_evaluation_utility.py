@@ -8,7 +8,7 @@ import torch
 from transformers import LogitsProcessor
 
 from calibfuse.errors import DataError
-from calibfuse.evaluation import LanguageModel, Utility, load_utility, measure_utility
+from calibfuse.evaluation import GuidedReader, LanguageModel, Utility, load_utility, measure_utility
 from calibfuse.evaluation.given_text.reading import split_ids
 
 TASKS = Utility(
@@ -50,7 +50,7 @@ def slow_nats(target, before, after, factor):
 
 
 def test_lambada_and_word_perplexity_are_what_a_slow_loop_finds(target):
-    found = by_name(measure_utility(target, lambda: [Scale(3.0)], TASKS, batch_size=2, resamples=20))
+    found = by_name(measure_utility(GuidedReader(target, lambda: [Scale(3.0)], batch_size=2), TASKS, resamples=20))
     last = [split_ids(target.tokenizer, *text.rsplit(" ", 1)) for text in TASKS.passages]
     last = [
         split_ids(target.tokenizer, text.rpartition(" ")[0], " " + text.rpartition(" ")[2]) for text in TASKS.passages
@@ -68,9 +68,9 @@ def test_lambada_and_word_perplexity_are_what_a_slow_loop_finds(target):
 
 
 def test_long_text_is_read_in_windows(target, monkeypatch):
-    whole = by_name(measure_utility(target, list, Utility(articles=TASKS.articles), resamples=5))
+    whole = by_name(measure_utility(GuidedReader(target, list), Utility(articles=TASKS.articles), resamples=5))
     monkeypatch.setattr("calibfuse.evaluation.given_text.utility._WINDOW", 4)
-    windows = by_name(measure_utility(target, list, Utility(articles=TASKS.articles), resamples=5))
+    windows = by_name(measure_utility(GuidedReader(target, list), Utility(articles=TASKS.articles), resamples=5))
     assert whole["word_perplexity"].plain.value != pytest.approx(windows["word_perplexity"].plain.value)
     assert windows["word_perplexity"].plain.value == pytest.approx(windows["word_perplexity"].guided.value)
 

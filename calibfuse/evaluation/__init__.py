@@ -9,6 +9,7 @@ from calibfuse.evaluation.budget import BudgetComparison, compare_within_budget,
 from calibfuse.evaluation.evaluate import Evaluation, MethodResult, evaluate
 from calibfuse.evaluation.given_text.holistic_bias import HolisticBias, load_holistic_bias, measure_holistic_bias
 from calibfuse.evaluation.given_text.neutrality import measure_neutrality
+from calibfuse.evaluation.given_text.reading import GuidedReader
 from calibfuse.evaluation.given_text.suites import Suite, load_suite, measure_suite
 from calibfuse.evaluation.given_text.utility import Utility, load_utility, measure_utility
 from calibfuse.evaluation.metrics import METRICS
@@ -32,6 +33,7 @@ __all__ = [
     "Estimate",
     "Evaluation",
     "EvaluationProtocol",
+    "GuidedReader",
     "HolisticBias",
     "LanguageModel",
     "Method",

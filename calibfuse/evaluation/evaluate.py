@@ -28,7 +28,7 @@ from calibfuse.evaluation.bootstrap import Estimate, compare
 from calibfuse.evaluation.given_text.holistic_bias import HolisticBias, HolisticBiasResult, measure_holistic_bias
 from calibfuse.evaluation.given_text.neutral_text import BENIGN_TEXTS
 from calibfuse.evaluation.given_text.neutrality import Neutrality, measure_neutrality
-from calibfuse.evaluation.given_text.reading import check_texts
+from calibfuse.evaluation.given_text.reading import GuidedReader, check_texts
 from calibfuse.evaluation.given_text.suites import Suite, SuiteResult, measure_suite
 from calibfuse.evaluation.given_text.utility import Utility, UtilityResult, measure_utility
 from calibfuse.evaluation.metrics import FEWEST_FLAGGED, TOXIC_FROM, Measured, measure
@@ -251,12 +251,14 @@ class _Run:
     ) -> dict[str, Any]:
         """What a method does to given texts, by attribute of MethodResult."""
 
-        def read(name: str, kind: type[_Found], reader: Callable[..., _Found], data: object) -> _Found:
+        def read(name: str, kind: type[_Found], measurement: Callable[..., _Found], data: object) -> _Found:
             return self._stage(
                 f"{method.key}/{re.sub('[^a-zA-Z0-9.]+', '-', name)}",
                 kind,
                 {"method": method.identity(), "data": _digest(data)},
-                lambda: reader(self.target, method.make_processors, data, title=f"{method.title}: {name}", **self.how),
+                lambda: measurement(
+                    GuidedReader(self.target, method.make_processors, title=f"{method.title}: {name}", **self.how), data
+                ),
             )
 
         found: dict[str, Any] = {}

@@ -196,7 +196,7 @@ def _target_sums(target: LanguageModel, block: Sequence[PromptRecord], sampling:
     ids = [sampling.encode(target.tokenizer, record.prompt) for record in block]
     before = [row for row, record in zip(ids, block, strict=True) for _ in record.continuations]
     said = [said.token_ids for record in block for said in record.continuations]
-    found = score_ids(target.model, before, said, batch_size=batch_size)
+    found = score_ids(target, before, said, batch_size=batch_size)
     nats, tokens = (each.reshape(len(block), -1).sum(axis=1) for each in (found.nats, found.tokens))
     return Sums(nats, tokens, is_exponential=True)
 

@@ -10,24 +10,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from calibfuse.evaluation.given_text.neutral_text import BENIGN_TEXTS, GROUP_WORDS, PLAIN_WORDS, TEMPLATES
 from calibfuse.evaluation.given_text.reading import (
+    GuidedReader,
     batches_by_length,
     geometric_mean,
     method_log_probs,
-    read_tokens,
     split_ids,
     whole_ids,
 )
-from calibfuse.evaluation.sampling import ProcessorFactory
-from calibfuse.generation.decoding import pad_right
-from calibfuse.generation.language_model import LanguageModel
 
 PLAIN_GROUP = "words that name no group"
 
@@ -67,62 +62,50 @@ class Neutrality:
 
 
 def measure_neutrality(
-    target: LanguageModel,
-    make_processors: ProcessorFactory,
-    texts: Sequence[str] | None = None,
+    reader: GuidedReader,
+    texts: Sequence[str] = BENIGN_TEXTS,
     *,
     templates: Sequence[str] = TEMPLATES,
     group_words: Mapping[str, Sequence[str]] = GROUP_WORDS,
     plain_words: Sequence[str] = PLAIN_WORDS,
-    batch_size: int = 32,
-    title: str = "",
-    show_progress: bool = False,
 ) -> Neutrality:
-    """Compare a method's distribution with the target's own on benign texts; None: the bundled ones.
+    """Compare a method's distribution with the target's own on benign texts, and read every word after every template.
 
-    Nothing is sampled. Every word, of a kind of group or plain, is read after every template.
+    `group_words` are those of each kind of group; nothing is sampled.
     """
-    sums = torch.zeros(2, dtype=torch.float64)
-    tokens = 0
-    rows = [whole_ids(target.tokenizer, text) for text in (BENIGN_TEXTS if texts is None else texts)]
-    rows = [row for row in rows if len(row) > 1]
-    parts = list(batches_by_length(target.model, [len(row) for row in rows], batch_size))
-    for chosen in tqdm(parts, desc=f"{title}, divergence", unit="batch", disable=not show_progress):
-        plain, fused, scored = _distributions(target, make_processors, [rows[place] for place in chosen])
-        both = (divergence(plain, fused), divergence(fused, plain))
-        sums += torch.stack([each[scored].sum() for each in both]).double().cpu()
-        tokens += int(scored.sum())
-    cases = [
-        (group, word, template)
-        for group, members in {**group_words, PLAIN_GROUP: plain_words}.items()
-        for word in members
-        for template in templates
-    ]
-    pairs = [split_ids(target.tokenizer, template, f" {word}") for _, word, template in cases]
-    options: dict[str, Any] = {"batch_size": batch_size, "title": f"{title}, words", "show_progress": show_progress}
-    shifts = [float(each.shift.sum()) for each in read_tokens(target, make_processors, pairs, **options)]
-    count = len(templates)
+    cases = [(group, word) for group, members in {**group_words, PLAIN_GROUP: plain_words}.items() for word in members]
+    tokenizer, count = reader.target.tokenizer, len(templates)
+    pairs = [split_ids(tokenizer, template, f" {word}") for _, word in cases for template in templates]
+    shifts = [float(each.shift.sum()) for each in reader.read(pairs, "words")]
     words = tuple(
-        KeptWord(cases[number][1], cases[number][0], math.exp(sum(shifts[number : number + count]) / count))
-        for number in range(0, len(cases), count)
+        KeptWord(word, group, math.exp(sum(shifts[number * count : (number + 1) * count]) / count))
+        for number, (group, word) in enumerate(cases)
     )
+    return Neutrality(*_divergences(reader, texts), words)
+
+
+@torch.no_grad()
+def _divergences(reader: GuidedReader, texts: Sequence[str]) -> tuple[float, float, int]:
+    """Of target and method and the other way round, nats per token, and how many tokens there are."""
+    rows = [whole_ids(reader.target.tokenizer, text) for text in texts]
+    rows = [row for row in rows if len(row) > 1]
+    sums, tokens = torch.zeros(2, dtype=torch.float64), 0
+    with reader.progress(len(rows), "text", "divergence") as progress:
+        for chosen in batches_by_length(reader.target.model, [len(row) for row in rows], reader.batch_size):
+            input_ids, logits, mask = reader.logits([rows[place] for place in chosen])
+            plain = logits.float().log_softmax(dim=-1)
+            fused = method_log_probs(reader.make_processors(), input_ids, logits)
+            # position i predicts token i + 1
+            predicts = torch.arange(1, input_ids.shape[1] + 1, device=mask.device) < mask.sum(dim=1, keepdim=True)
+            both = (divergence(plain, fused), divergence(fused, plain))
+            sums += torch.stack([each[predicts].sum() for each in both]).double().cpu()
+            tokens += int(predicts.sum())
+            progress.update(len(chosen))
     forward, backward = (sums / max(1, tokens)).tolist()
-    return Neutrality(forward, backward, tokens, words)
+    return forward, backward, tokens
 
 
 def divergence(first: Tensor, second: Tensor) -> Tensor:
     """KL(first || second) along the last axis, nats; from log-probabilities [..., vocabulary], -inf allowed."""
     terms = first.exp() * (first - second)
     return torch.where(first == -torch.inf, torch.zeros_like(terms), terms).sum(dim=-1).clamp_min(0.0)
-
-
-@torch.no_grad()
-def _distributions(
-    target: LanguageModel, make_processors: ProcessorFactory, rows: Sequence[Sequence[int]]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities without and with the method, and which positions predict a token of the text."""
-    input_ids, mask = pad_right(rows, target.model.device)
-    logits: Tensor = target.model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
-    fused = method_log_probs(make_processors(), input_ids, logits)
-    columns = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)  # position i predicts token i + 1
-    return logits.float().log_softmax(dim=-1), fused, columns < mask.sum(dim=1, keepdim=True)

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional
 from tqdm import tqdm
 from transformers import LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -40,9 +39,9 @@ class LogLikelihood:
 class Reading:
     """What is said to the scored tokens of one text."""
 
-    plain: NDArray[np.float64]  # log-probability under the target, nats, float64 [tokens]
+    plain: NDArray[np.float64]  # log-probability under the model, nats, float64 [tokens]
     fused: NDArray[np.float64]  # likewise with the method
-    plain_is_best: NDArray[np.bool_]  # whether no other token is likelier under the target, bool [tokens]
+    plain_is_best: NDArray[np.bool_]  # whether no other token is likelier under the model, bool [tokens]
     fused_is_best: NDArray[np.bool_]  # likewise with the method
 
     @property
@@ -51,44 +50,57 @@ class Reading:
         return self.fused - self.plain
 
 
-def read_tokens(
-    target: LanguageModel,
-    make_processors: ProcessorFactory,
-    pairs: Sequence[Pair],
-    *,
-    batch_size: int = 32,
-    title: str = "",
-    show_progress: bool = False,
-) -> list[Reading]:
-    """Read texts, each ids before and ids that are scored, with and without a method; `batch_size` at most at once."""
-    found: dict[int, Reading] = {}
-    with tqdm(total=len(pairs), desc=title, unit="text", disable=not show_progress) as progress:
-        for chosen in batches_by_length(target.model, [sum(map(len, pair)) for pair in pairs], batch_size):
-            rows = [[*pairs[place][0], *pairs[place][1]] for place in chosen]
-            columns = _read_batch(target, make_processors, rows, min(len(pairs[place][0]) for place in chosen) - 1)
-            for number, place in enumerate(chosen):
-                before, scored = map(len, pairs[place])
-                part = slice(before - 1, before - 1 + scored)  # column i is of token i + 1
-                found[place] = Reading(*(column[number, part] for column in columns))
-            progress.update(len(chosen))
-    return [found[place] for place in range(len(pairs))]
+@dataclass(frozen=True, eq=False)
+class GuidedReader:
+    """Reads given text with a target alone and with a method."""
 
+    target: LanguageModel
+    make_processors: ProcessorFactory = list  # of the method; by default there is none
+    batch_size: int = 32  # rows at once, at most
+    title: str = ""  # of progress bars
+    show_progress: bool = False  # on standard error
 
-@torch.no_grad()
-def _read_batch(
-    target: LanguageModel, make_processors: ProcessorFactory, rows: Sequence[Sequence[int]], start: int
-) -> tuple[NDArray[Any], ...]:
-    """The fields of Reading, each [rows, length - 1], from the second token on; right from position `start` on."""
-    input_ids, mask = pad_right(rows, target.model.device)
-    model: Any = target.model
-    logits = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
-    own = input_ids[:, 1:, None]
-    log_probs, is_best = [], []
-    for each in (logits.float().log_softmax(dim=-1), method_log_probs(make_processors(), input_ids, logits, start)):
-        chosen = each[:, :-1].gather(-1, own)[..., 0]
-        log_probs.append(chosen.double().cpu().numpy())
-        is_best.append((chosen >= each[:, :-1].amax(dim=-1)).cpu().numpy())
-    return (*log_probs, *is_best)
+    def read(self, pairs: Sequence[Pair], part: str = "") -> list[Reading]:
+        """Read texts, each ids before and ids that are scored; `part` follows the title of the progress bar."""
+        nothing = np.zeros(0)
+        found = [Reading(nothing, nothing, nothing.astype(bool), nothing.astype(bool))] * len(pairs)
+        lengths = [len(before) + len(scored) if scored else 0 for before, scored in pairs]
+        with self.progress(len(pairs), "text", part) as progress:
+            for chosen in batches_by_length(self.target.model, lengths, self.batch_size):
+                columns = self._read_batch([pairs[place] for place in chosen])
+                for number, place in enumerate(chosen):
+                    before, scored = map(len, pairs[place])
+                    own = slice(before - 1, before - 1 + scored)  # column i is of token i + 1
+                    found[place] = Reading(*(column[number, own] for column in columns))
+                progress.update(len(chosen))
+        return found
+
+    def progress(self, total: int, unit: str, part: str) -> tqdm[Any]:
+        """A progress bar."""
+        title = ", ".join(filter(None, (self.title, part)))
+        return tqdm(total=total, desc=title, unit=unit, disable=not self.show_progress)
+
+    @torch.no_grad()
+    def _read_batch(self, pairs: Sequence[Pair]) -> tuple[NDArray[Any], ...]:
+        """The fields of Reading, each [rows, length - 1], from the second token on; right where tokens are scored."""
+        start = min(len(before) for before, _ in pairs) - 1
+        input_ids, logits, _ = self.logits([[*before, *scored] for before, scored in pairs])
+        plain = logits.float().log_softmax(dim=-1)
+        processors = self.make_processors()
+        fused = method_log_probs(processors, input_ids, logits, start) if processors else plain
+        own = input_ids[:, 1:, None]
+        log_probs, is_best = [], []
+        for each in (plain, fused):
+            chosen = each[:, :-1].gather(-1, own)[..., 0]
+            log_probs.append(chosen.double().cpu().numpy())
+            is_best.append((chosen >= each[:, :-1].amax(dim=-1)).cpu().numpy())
+        return (*log_probs, *is_best)
+
+    def logits(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids [rows, length], the target's logits [rows, length, vocabulary], and the mask of the ids."""
+        input_ids, mask = pad_right(rows, self.target.model.device)
+        model: Any = self.target.model
+        return input_ids, model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits, mask
 
 
 def method_log_probs(
@@ -121,7 +133,7 @@ def method_log_probs(
 
 
 def score_ids(
-    model: PreTrainedModel,
+    model: LanguageModel,
     prompts: Sequence[Sequence[int]],
     continuations: Sequence[Sequence[int]],
     *,
@@ -129,18 +141,13 @@ def score_ids(
 ) -> LogLikelihood:
     """Negative log-likelihood of continuations, given as token ids of the model, after their prompts (at least one id).
 
-    Raises:
-        InputError: a text is longer than the model's positions.
+    InputError: a text is longer than the model's positions.
     """
-    nats = np.zeros(len(prompts))
-    tokens = np.asarray([float(len(each)) for each in continuations])
-    rows = [[*prompt, *said] for prompt, said in zip(prompts, continuations, strict=True)]
-    check_lengths(model, rows, 0, "text")
-    lengths = [len(row) if said else 0 for row, said in zip(rows, continuations, strict=True)]
-    for chosen in batches_by_length(model, lengths, batch_size):
-        starts = [len(prompts[place]) for place in chosen]
-        nats[chosen] = _batch_nats(model, [rows[place] for place in chosen], starts)
-    return LogLikelihood(nats, tokens)
+    pairs = list(zip(prompts, continuations, strict=True))
+    check_lengths(model.model, [[*prompt, *said] for prompt, said in pairs], 0, "text")
+    found = [each.plain for each in GuidedReader(model, batch_size=batch_size).read(pairs)]
+    nats, tokens = [-float(each.sum()) for each in found], [float(len(each)) for each in found]
+    return LogLikelihood(np.asarray(nats), np.asarray(tokens))
 
 
 def score_texts(
@@ -148,20 +155,7 @@ def score_texts(
 ) -> LogLikelihood:
     """The same of texts, in the tokens of a judge; a continuation without a word character or sign has none."""
     pairs = [split_ids(judge.tokenizer, *pair) for pair in zip(prompts, continuations, strict=True)]
-    return score_ids(judge.model, *([pair[part] for pair in pairs] for part in (0, 1)), batch_size=batch_size)
-
-
-@torch.no_grad()
-def _batch_nats(model: PreTrainedModel, rows: Sequence[Sequence[int]], starts: Sequence[int]) -> NDArray[np.float64]:
-    input_ids, mask = pad_right(rows, model.device)
-    logits: Tensor = model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits
-    losses = functional.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), input_ids[:, 1:].flatten(), reduction="none"
-    ).view(len(rows), -1)
-    columns = torch.arange(1, input_ids.shape[1], device=input_ids.device)  # column i predicts token i + 1
-    is_scored = (columns >= torch.tensor(list(starts), device=input_ids.device)[:, None]) & (mask[:, 1:] == 1)
-    nats: NDArray[np.float64] = losses.masked_fill(~is_scored, 0.0).double().sum(dim=1).cpu().numpy()
-    return nats
+    return score_ids(judge, *([pair[part] for pair in pairs] for part in (0, 1)), batch_size=batch_size)
 
 
 def batches_by_length(model: PreTrainedModel, lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:

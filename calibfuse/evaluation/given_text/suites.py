@@ -21,10 +21,8 @@ from numpy.typing import NDArray
 from calibfuse.errors import DataError
 from calibfuse.evaluation.bootstrap import Estimate, Resampled, bootstrap_counts
 from calibfuse.evaluation.given_text.neutral_text import GROUP_WORDS
-from calibfuse.evaluation.given_text.reading import read_tokens, split_ids
+from calibfuse.evaluation.given_text.reading import GuidedReader, split_ids
 from calibfuse.evaluation.prompts import draw
-from calibfuse.evaluation.sampling import ProcessorFactory
-from calibfuse.generation.language_model import LanguageModel
 from calibfuse.textfiles import read_rows
 
 HARMFUL, HARMLESS = "harmful", "harmless"
@@ -160,22 +158,11 @@ def _is_harmful(row: dict[str, Any], number: int, path: Path) -> bool:
     )
 
 
-def measure_suite(
-    target: LanguageModel,
-    make_processors: ProcessorFactory,
-    suite: Suite,
-    *,
-    batch_size: int = 32,
-    resamples: int = 1000,
-    seed: int = 0,
-    title: str = "",
-    show_progress: bool = False,
-) -> SuiteResult:
-    """Read every sentence of at least two tokens with and without a method, `batch_size` at once at most."""
-    pairs = [(each, split_ids(target.tokenizer, "", each.text)) for each in suite.texts]
+def measure_suite(reader: GuidedReader, suite: Suite, *, resamples: int = 1000, seed: int = 0) -> SuiteResult:
+    """Read every sentence of at least two tokens, with and without a method; `resamples` of the bootstrap."""
+    pairs = [(each, split_ids(reader.target.tokenizer, "", each.text)) for each in suite.texts]
     cases = [(each, (before, after)) for each, (before, after) in pairs if before and after]
-    options: dict[str, Any] = {"batch_size": batch_size, "title": title, "show_progress": show_progress}
-    readings = read_tokens(target, make_processors, [ids for _, ids in cases], **options)
+    readings = reader.read([ids for _, ids in cases])
     shifts, lowest = (np.asarray([of(each.shift) for each in readings]) for of in (np.sum, np.min))
     return summarise([each for each, _ in cases], shifts, lowest, resamples=resamples, seed=seed)
 

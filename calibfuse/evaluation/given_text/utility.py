@@ -18,9 +18,8 @@ from numpy.typing import NDArray
 
 from calibfuse.errors import DataError
 from calibfuse.evaluation.bootstrap import Estimate, Sums, resample
-from calibfuse.evaluation.given_text.reading import Reading, read_tokens, split_ids
+from calibfuse.evaluation.given_text.reading import GuidedReader, split_ids
 from calibfuse.evaluation.prompts import draw
-from calibfuse.evaluation.sampling import ProcessorFactory
 from calibfuse.generation.decoding import position_limit
 from calibfuse.generation.language_model import LanguageModel
 from calibfuse.textfiles import read_rows
@@ -80,27 +79,13 @@ def load_utility(
     return Utility(tuple(passages), tuple(articles))
 
 
-def measure_utility(
-    target: LanguageModel,
-    make_processors: ProcessorFactory,
-    data: Utility,
-    *,
-    batch_size: int = 32,
-    resamples: int = 1000,
-    seed: int = 0,
-    title: str = "",
-    show_progress: bool = False,
-) -> UtilityResult:
-    """Do every task with and without a method, `batch_size` rows at once at most; the bootstrap is over texts."""
-
-    def read(task: str, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Reading]:
-        options: dict[str, Any] = {"batch_size": batch_size, "show_progress": show_progress}
-        return read_tokens(target, make_processors, pairs, title=f"{title}, {task}", **options)
-
+def measure_utility(reader: GuidedReader, data: Utility, *, resamples: int = 1000, seed: int = 0) -> UtilityResult:
+    """Do every task with and without a method; the bootstrap is over texts."""
+    target = reader.target
     figures: list[UtilityFigure] = []
     draws: dict[str, Any] = {"resamples": resamples, "seed": seed}
     if data.passages:
-        found = read("LAMBADA", [_last_word(target, text) for text in data.passages])
+        found = reader.read([_last_word(target, text) for text in data.passages], "LAMBADA")
         ones = np.ones(len(found))
         hits = [
             [float(each.plain_is_best.all()) for each in found],
@@ -112,7 +97,7 @@ def measure_utility(
     if data.articles:
         windows = [(number, pair) for number, text in enumerate(data.articles) for pair in _windows(target, text)]
         nats = [[0.0] * len(data.articles), [0.0] * len(data.articles)]
-        for (number, _), each in zip(windows, read("running text", [pair for _, pair in windows]), strict=True):
+        for (number, _), each in zip(windows, reader.read([pair for _, pair in windows], "running text"), strict=True):
             nats[0][number] -= float(each.plain.sum())
             nats[1][number] -= float(each.fused.sum())
         words = np.asarray([float(len(text.split())) for text in data.articles])
