@@ -119,6 +119,9 @@ class Fields:
                 settings["action"] = argparse.BooleanOptionalAction
             elif kind == "bool":
                 settings |= {"action": "store_const", "const": True}
+            elif kind.startswith("Sequence"):
+                settings |= {"nargs": "+", "metavar": "FILE"}
+                default = None
             else:
                 if kind.startswith("tuple"):
                     kind, default, settings["nargs"] = kind[6:9], " ".join(map(str, default)), "+"

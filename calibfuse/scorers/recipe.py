@@ -41,19 +41,19 @@ _SHORTEST = 4  # words; anything shorter is common speech, not a copy
 class ScorerData:
     """What a linear scorer learns from."""
 
-    data: Sequence[str | os.PathLike[str]] = ()  # files of rows with text and label
-    pairs: Sequence[str | os.PathLike[str]] = ()  # files of rows with a toxic text and neutral rewrites
-    realtoxicityprompts: Sequence[str | os.PathLike[str]] = ()  # files of prompts and continuations with scores
+    data: Sequence[str | os.PathLike[str]] = ()  # rows with a text and its toxicity, 0 to 1
+    pairs: Sequence[str | os.PathLike[str]] = ()  # rows with "toxic" texts and "neutral" rewrites
+    realtoxicityprompts: Sequence[str | os.PathLike[str]] = ()  # prompts and continuations with Perspective's scores
     fold: Fold = Fold()  # part of the texts of `realtoxicityprompts`
-    exclude: Sequence[str | os.PathLike[str]] = ()  # files whose texts must not be learned from
+    exclude: Sequence[str | os.PathLike[str]] = ()  # drop texts that repeat these texts
     background: Sequence[str] = ()  # texts that count as not toxic
-    text_field: str | None = None  # of `data`; None: found by name
-    label_field: str | None = None  # of `data`; None: found by name
+    text_field: str | None = None  # key or column of the text in `data` (default: found by name)
+    label_field: str | None = None  # of the toxicity in `data` (default: found by name)
     where: Mapping[str, str] = field(default_factory=dict)  # only such rows of `data`
-    distrust_lowercase: bool = False  # leave out texts of `data` labelled clean that have no capital letter
-    identity_terms: bool = False  # add texts that make names of groups neutral
-    ambiguous_words: bool = False  # add texts that let the context of an ambiguous word decide
-    strong_words: bool = False  # add texts that teach the bundled list
+    distrust_lowercase: bool = False  # leave out texts of `data` labelled clean without a capital letter
+    identity_terms: bool = False  # make names of groups of people neutral
+    ambiguous_words: bool = False  # let the context of words such as screw decide
+    strong_words: bool = False  # teach the bundled list of swear words and slurs
     seed: int = 0  # of the draws
 
 

@@ -32,34 +32,25 @@ FEATURES = Fields(
     seed="hash_seed",
 )
 TRAINING = Fields("calibfuse.scorers.training:TrainingOptions", "windows", "iterations", "seed")
-_FILES = ("data", "pairs", "realtoxicityprompts", "exclude")
-_FIELDS = ("text_field", "label_field", "distrust_lowercase")
-_ADDED = ("identity_terms", "ambiguous_words", "strong_words")
+DATA = Fields(
+    "calibfuse.scorers.recipe:ScorerData",
+    *("data", "text_field", "label_field", "distrust_lowercase", "pairs", "realtoxicityprompts", "exclude"),
+)
+ADDED = Fields("calibfuse.scorers.recipe:ScorerData", "identity_terms", "ambiguous_words", "strong_words")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments; imports nothing heavy."""
+    data = parser.add_argument_group("data (.jsonl or .csv, also .gz or .xz)")
+    DATA.add(data)
     add(
-        parser.add_argument_group("data (.jsonl or .csv, also .gz or .xz)"),
-        "text_field",
-        data=FILES | {"help": "rows with a text and its toxicity, 0 to 1"},
-        label_field={"help": "field of the toxicity (default: found by name)"},
+        data,
         where={"action": "append", "default": [], "metavar": "FIELD=VALUE", "help": "only such rows of --data"},
-        pairs=FILES | {"help": "rows with `toxic` and `neutral` texts"},
-        realtoxicityprompts=FILES | {"help": "prompts and continuations with Perspective's scores"},
-        fold={"default": "1/1", "metavar": "I/N", "help": "only part I of N of their texts, by hash (default: all)"},
+        fold={"default": "1/1", "metavar": "I/N", "help": "part I of N of --realtoxicityprompts, by hash of the texts"},
         non_toxic=FILES | {"help": "clean text without labels (also .txt)"},
         non_toxic_limit={"type": int, "default": 6000, "help": "texts drawn from each --non-toxic file"},
-        distrust_lowercase=SWITCH
-        | {"help": "leave out texts labelled clean without a capital letter (bad copies in some collections)"},
-        exclude=FILES | {"help": "drop texts that repeat these texts"},
     )
-    add(
-        parser.add_argument_group("added texts"),
-        identity_terms=SWITCH | {"help": "make names of groups of people neutral"},
-        ambiguous_words=SWITCH | {"help": "let the context of words such as screw decide"},
-        strong_words=SWITCH | {"help": "teach the bundled list of swear words and slurs"},
-    )
+    ADDED.add(parser.add_argument_group("added texts"))
     run = parser.add_argument_group("training")
     add(
         run,
@@ -95,7 +86,8 @@ def run(args: argparse.Namespace) -> int:
     options = TrainingOptions(features=FeatureConfig(**FEATURES.values(args)), l2=2e-5, **TRAINING.values(args))
     background = [text for path in args.non_toxic for text in _sample(path, args.non_toxic_limit, options.seed)]
     source = ScorerData(
-        **{name: getattr(args, name) for name in (*_FILES, *_FIELDS, *_ADDED)},
+        **DATA.values(args),
+        **ADDED.values(args),
         fold=Fold.parse(args.fold),
         background=background,
         where=dict(map(_condition, args.where)),
