@@ -35,6 +35,10 @@ class AtBudget:
     default: MethodResult | None  # the strength of the paper, or the calibrator's own; None: it was not measured
 
 
+def _key(result: MethodResult | None) -> str | None:
+    return None if result is None else result.method.key
+
+
 @dataclass(frozen=True, eq=False)
 class BudgetComparison:
     """All families at one budget."""
@@ -46,12 +50,7 @@ class BudgetComparison:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready dictionary."""
         families = [
-            {
-                "family": each.family,
-                "best": None if each.best is None else each.best.method.key,
-                "default": None if each.default is None else each.default.method.key,
-            }
-            for each in self.families
+            {"family": each.family, "best": _key(each.best), "default": _key(each.default)} for each in self.families
         ]
         return {"budget": self.budget, "measured_by": self.measured_by, "families": families}
 
@@ -75,12 +74,8 @@ def compare_within_budget(evaluation: Evaluation, budget: float) -> BudgetCompar
     for result in evaluation.results[1:]:
         families.setdefault(result.method.family or result.method.title, []).append(result)
     compared = (
-        AtBudget(
-            family,
-            _best_within(results, budget, name),
-            next((result for result in results if result.method.is_default), None),
-        )
-        for family, results in families.items()
+        AtBudget(family, _best_within(own, budget, name), next((each for each in own if each.method.is_default), None))
+        for family, own in families.items()
     )
     return BudgetComparison(budget, name, tuple(compared))
 
@@ -91,29 +86,19 @@ def pick_alpha(evaluation: Evaluation, budget: float) -> Choice:
     None where plain decoding says too little toxic text, or the change is not sure of its direction.
     """
     name = _perplexity_within(evaluation, budget)
-
     flagged = int(evaluation.results[0].measured.sums["toxic_share"].numerator.sum())
     if flagged < FEWEST_FLAGGED:
-        return Choice(
-            None,
-            f"plain decoding gave {flagged} toxic continuations, and fewer than {FEWEST_FLAGGED} tell nothing; use "
-            "more or other prompts, or more samples.",
-        )
+        reason = f"plain decoding gave {flagged} toxic continuations, and fewer than {FEWEST_FLAGGED} tell nothing; "
+        return Choice(None, reason + "use more or other prompts, or more samples.")
     methods = [(result, result.method.settings) for result in evaluation.results[1:]]
     strengths = [result for result, settings in methods if "fusion" in settings and "baseline" not in settings]
     best = _best_within(strengths, budget, name)
     if best is None or best.differences[_CRITERION].value >= 0.0:
-        return Choice(
-            None,
-            f"none of the {len(strengths)} strengths lowers mean toxicity at a cost of at most {budget:.1%} in "
-            "perplexity and distinct-n.",
-        )
+        reason = f"none of the {len(strengths)} strengths lowers mean toxicity at a cost of at most {budget:.1%} in "
+        return Choice(None, reason + "perplexity and distinct-n.")
     if not best.differences[_CRITERION].high < 0.0:
-        return Choice(
-            None,
-            f"the best strength within {budget:.1%} ({best.method.title}) may change mean toxicity either way; use "
-            "more prompts or samples.",
-        )
+        reason = f"the best strength within {budget:.1%} ({best.method.title}) may change mean toxicity either way; "
+        return Choice(None, reason + "use more prompts or samples.")
     toxicity, perplexity = best.changes[_CRITERION], best.changes[name]
     reason = (
         f"lowest mean toxicity within {budget:.1%}: {toxicity.value:+.1%} [{toxicity.low:+.1%}, {toxicity.high:+.1%}], "
@@ -141,9 +126,7 @@ def write_recommendation(
             files = {path for pattern in ALLOWED_FILES for path in origin.glob(pattern)}
             contents = {path.name: path.read_bytes() for path in sorted(files)}
         except OSError as error:
-            raise CheckpointError(
-                f"Cannot read the calibrator in {str(origin)!r}: {error.strerror or error}."
-            ) from error
+            raise CheckpointError(f"Cannot read the calibrator {str(origin)!r}: {error.strerror or error}.") from error
     contents.pop(CONFIG_NAME, None)
     contents[README_NAME] = calibrator_card({**config.get("training", {}), "fusion": config["fusion"]}).encode("utf-8")
     contents[CONFIG_NAME] = (json.dumps(config, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")

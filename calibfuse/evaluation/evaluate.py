@@ -14,6 +14,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -116,8 +117,8 @@ def evaluate(
         judge: a separate language model, for fluency.
         benign_texts: for the divergence on benign text; None: a bundled set; empty: neutrality is not measured.
         suites: labelled sentences that are read, not continued; with distinct names.
-        holistic_bias: names of groups that are read after neutral and hateful beginnings.
-        utility: tasks that a guided model should do as well as before.
+        holistic_bias: names of groups, likewise.
+        utility: tasks, likewise.
         toxic_from: a continuation is toxic from this score on.
         batch_size: rows per forward pass.
         resamples: of the bootstrap.
@@ -140,8 +141,10 @@ def evaluate(
     passages = () if utility is None else utility.passages
     if texts := [*benign, *(each.text for suite in suites for each in suite.texts), *passages]:
         check_texts(target, texts)
-    run = _Run(target, sampling, Path(output), batch_size, resume, show_progress)
-    measured = [run.continuations(method, prompts, scorers, judge, toxic_from) for method in everything]
+    run = _Run(
+        target, prompts, sampling, Path(output), resume, {"batch_size": batch_size, "show_progress": show_progress}
+    )
+    measured = [run.continuations(method, scorers, judge, toxic_from) for method in everything]
     figures = compare([each.sums for each in measured], resamples=resamples, seed=sampling.seed)
     results = [
         MethodResult(method, own, *found) for method, own, found in zip(everything, measured, figures, strict=True)
@@ -150,10 +153,19 @@ def evaluate(
         replace(result, **run.read_all(result.method, benign, suites, holistic_bias, utility)) for result in results[1:]
     ]
     if speed_rounds:
-        speeds = run.speeds(everything, prompts, speed_rounds)
+        speeds = run.speeds(everything, speed_rounds)
         results = [replace(result, speed=speeds[result.method.key]) for result in results]
     facts = {
-        **run.facts(scorers, judge, toxic_from),
+        **run.settings,
+        "target_parameters": target.model.num_parameters(),
+        "scorer": scorer.name,
+        "other_scorers": [each.name for each in other_scorers],
+        "judge": None if judge is None else judge.name,
+        "toxic_from": toxic_from,
+        "sampling": sampling.to_dict(),
+        "batch_size": batch_size,
+        "torch_threads": torch.get_num_threads(),
+        "device": str(target.model.device),
         "protocol": None if protocol is None else f"{protocol.name}: {protocol.description}",
         "prompt_count": len(prompts),
         "resamples": resamples,
@@ -173,55 +185,33 @@ def check_output(output: str | os.PathLike[str], *, resume: bool) -> None:
 
 
 class _Run:
-    """The stages of one evaluation, each kept in the output folder."""
+    """The stages of one evaluation, each kept in the output folder; `how` are batch size and progress bars."""
 
     def __init__(
         self,
         target: LanguageModel,
+        prompts: Sequence[Prompt],
         sampling: SamplingConfig,
         output: Path,
-        batch_size: int,
         resume: bool,
-        show_progress: bool,
+        how: dict[str, Any],
     ) -> None:
-        self.target, self.sampling, self.output, self.resume = target, sampling, output, resume
-        self.how: dict[str, Any] = {"batch_size": batch_size, "show_progress": show_progress}
+        self.target, self.prompts, self.sampling = target, prompts, sampling
+        self.output, self.resume, self.how = output, resume, how
         self.settings = {"target": target.name, "target_weights": weights_digest(target.model)}
-
-    def facts(
-        self, scorers: Sequence[ToxicityScorer], judge: LanguageModel | None, toxic_from: float
-    ) -> dict[str, Any]:
-        """What a report says of the run."""
-        return {
-            **self.settings,
-            "target_parameters": self.target.model.num_parameters(),
-            "scorer": scorers[0].name,
-            "other_scorers": [each.name for each in scorers[1:]],
-            "judge": None if judge is None else judge.name,
-            "toxic_from": toxic_from,
-            "sampling": self.sampling.to_dict(),
-            "batch_size": self.how["batch_size"],
-            "torch_threads": torch.get_num_threads(),
-            "device": str(self.target.model.device),
-        }
+        self.prompts_digest = _digest([(prompt.id, prompt.text) for prompt in prompts])
 
     def _stage(
         self, name: str, kind: type[_Found], settings: Mapping[str, Any], compute: Callable[[], _Found]
     ) -> _Found:
-        return run_stage(
-            self.output / "stages" / f"{name}.json", kind, {**self.settings, **settings}, compute, resume=self.resume
-        )
+        place = self.output / "stages" / f"{name}.json"
+        return run_stage(place, kind, {**self.settings, **settings}, compute, resume=self.resume)
 
     def continuations(
-        self,
-        method: Method,
-        prompts: Sequence[Prompt],
-        scorers: Sequence[ToxicityScorer],
-        judge: LanguageModel | None,
-        toxic_from: float,
+        self, method: Method, scorers: Sequence[ToxicityScorer], judge: LanguageModel | None, toxic_from: float
     ) -> Measured:
         """Sample what is missing, and score it."""
-        target, sampling, title = self.target, self.sampling, method.title
+        target, prompts, sampling, title = self.target, self.prompts, self.sampling, method.title
         made = {"sampling": sampling.to_dict(), "method": method.identity()}
         place = self.output / "continuations" / f"{method.key}.jsonl"
         journal = Journal(place, {**self.settings, **made}, resume=self.resume)
@@ -231,7 +221,7 @@ class _Run:
             "scorers": [_fingerprint(each) for each in scorers],
             "judge": None if judge is None else [judge.name, weights_digest(judge.model)],
             "toxic_from": toxic_from,
-            "prompts": _digest([(prompt.id, prompt.text) for prompt in prompts]),
+            "prompts": self.prompts_digest,
         }
         options = {"target": target, "judge": judge, "sampling": sampling, "toxic_from": toxic_from, **self.how}
         return self._stage(
@@ -271,21 +261,17 @@ class _Run:
             found["utility"] = read("utility", UtilityResult, measure_utility, utility)
         return found
 
-    def speeds(self, methods: Sequence[Method], prompts: Sequence[Prompt], rounds: int) -> dict[str, Speed]:
+    def speeds(self, methods: Sequence[Method], rounds: int) -> dict[str, Speed]:
         """Time all methods in turn."""
         settings = {
             "sampling": self.sampling.to_dict(),
             "methods": [method.identity() for method in methods],
-            "prompts": _digest([(prompt.id, prompt.text) for prompt in prompts]),
+            "prompts": self.prompts_digest,
             "rounds": rounds,
         }
         options = {"rounds": rounds, "show_progress": self.how["show_progress"]}
-        return self._stage(
-            "speed",
-            dict[str, Speed],
-            settings,
-            lambda: measure_speed(self.target, methods, prompts, self.sampling, **options),
-        )
+        compute = partial(measure_speed, self.target, methods, self.prompts, self.sampling, **options)
+        return self._stage("speed", dict[str, Speed], settings, compute)
 
 
 def run_stage(

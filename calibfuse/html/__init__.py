@@ -65,8 +65,3 @@ def render(template: str, **values: object) -> str:
 def visible(text: str) -> str:
     """Spaces and line ends of a token made visible."""
     return text.replace(" ", "␣").replace("\n", "⏎").replace("\r", "␍").replace("\t", "⇥")
-
-
-def unchanged(text: str) -> str:
-    """A mask that masks nothing."""
-    return text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from calibfuse.html import Mask, render, unchanged, visible
+from calibfuse.html import Mask, render, visible
 from calibfuse.inspection.spelling import mask_in_context, mask_pieces
 from calibfuse.inspection.trace import StepTrace
 
@@ -26,7 +26,7 @@ def trace_page(
     Raises:
         MissingDependencyError: jinja2 is not installed.
     """
-    mask = mask or unchanged
+    mask = mask or str
     pieces = [prompt, *(step.text for step in steps)]
     texts = ["".join(pieces[: number + 1]) for number in range(len(steps))]
     return render(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from math import exp
 from typing import Any
 
@@ -13,12 +13,12 @@ from calibfuse.errors import InputError, MissingDependencyError
 from calibfuse.fusion import MODES, recommended_config
 from calibfuse.generation.decoding import Decoding
 from calibfuse.generation.language_model import LanguageModel
+from calibfuse.html import Mask
 from calibfuse.inspection.spelling import mask_pieces
 from calibfuse.inspection.trace import StepTrace
 from calibfuse.playground.streaming import stream_both
 from calibfuse.processor import CalibFusion
 
-Mask = Callable[[str], str]
 Shown = tuple[str, tuple[StepTrace, ...]]  # the plain continuation, and the steps of the guided one
 
 _PROMPT = "My new neighbour is a"

@@ -49,16 +49,9 @@ class FunctionScorer:
 class TransformersScorer:
     """Any transformers text-classification model as a scorer.
 
-    Args:
-        model: a sequence classification model, on its device.
-        tokenizer: its tokenizer.
-        name: what reports call it.
-        label: name of the toxic class; None finds it by name.
-        batch_size: pieces of text per forward pass, at least 1; several times as many of short ones.
-        fast: compute in bfloat16 where the device has it, for scores within 0.01 of the exact ones.
-
-    Raises:
-        InputError: no class of that name, none found by name, a slow tokenizer, or a batch size below 1.
+    `label` names the toxic class, None finds it by name; `batch_size` counts pieces of text per forward pass, several
+    times as many of short ones; `fast` computes in bfloat16 where the device has it, for scores within 0.01.
+    InputError: no such class, none found by name, a slow tokenizer, or a batch size below 1.
     """
 
     def __init__(
@@ -95,12 +88,7 @@ class TransformersScorer:
         local_files_only: bool = False,
         **options: Any,  # noqa: ANN401
     ) -> TransformersScorer:
-        """Load a model with its tokenizer; weights must be safetensors, `options` are those of the class.
-
-        Raises:
-            CheckpointError: the model or tokenizer cannot be loaded.
-            InputError: the toxic class cannot be found.
-        """
+        """Load a model with its tokenizer, else a CheckpointError; `options` are those of the class."""
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         name = os.fspath(name_or_path)
@@ -123,10 +111,7 @@ class TransformersScorer:
         return cls(model.to(device if device is not None else "cpu"), tokenizer, name=name, **options)
 
     def score(self, texts: Sequence[str]) -> NDArray[np.float64]:
-        """Score texts; one that is longer than the model reads is cut into overlapping pieces, the worst one counts.
-
-        Many texts in one call are faster than many calls: pieces of like length share a batch.
-        """
+        """Score texts; one that is longer than the model reads is cut into overlapping pieces, the worst one counts."""
         check_texts(texts, self.name)
         if not texts:
             return np.zeros(0, dtype=np.float64)
@@ -171,7 +156,7 @@ class TransformersScorer:
                 size = max(1, self._batch_size * _USUAL_TOKENS // max(_USUAL_TOKENS // 4, len(pieces[order[start]])))
                 chosen = order[start : start + (size if self._batch_size > 1 else 1)]
                 batch = self._batch([pieces[i] for i in chosen])
-                logits = self._model(**{key: value.to(device) for key, value in batch.items()}).logits.float()
+                logits = self._model(**{name: values.to(device) for name, values in batch.items()}).logits.float()
                 probabilities = logits.sigmoid() if self._sigmoid else logits.softmax(dim=-1)  # (pieces, labels)
                 result[chosen] = probabilities[:, self._label].cpu().numpy()
                 bar.update(len(chosen))

@@ -21,16 +21,9 @@ class ToxicityScorer(Protocol):
         ...
 
     def score(self, texts: Sequence[str]) -> NDArray[np.float64]:
-        """Score texts.
+        """One probability of being toxic per text, float64 (len(texts),) in [0, 1]; an empty text gets one too.
 
-        Args:
-            texts: any texts; an empty one gets a score too.
-
-        Returns:
-            (len(texts),), float64, probability in [0, 1]; 1 is toxic.
-
-        Raises:
-            ScorerError: a text could not be scored.
+        ScorerError: a text could not be scored.
         """
         ...
 
@@ -45,10 +38,9 @@ def check_texts(texts: Sequence[str], name: str) -> None:
 
 
 def check_scores(values: object, n_texts: int, name: str, *, may_be_nan: bool = False) -> NDArray[np.float64]:
-    """Return what a scorer gave for `n_texts` texts as float64 (n_texts,), or refuse it.
+    """What a scorer gave for `n_texts` texts as float64 (n_texts,).
 
-    Raises:
-        ScorerError: not numbers, wrong count, or a value that is not finite or outside [0, 1]; names the first text.
+    ScorerError: not numbers, wrong count, or a value that is not finite or outside [0, 1]; names the first text.
     """
     try:
         scores = np.asarray(values)

@@ -108,10 +108,9 @@ class NgramHasher:
         return self._bucket(pair ^ self._start(_PAIR)), np.diff(stream.text_index, prepend=-1) == 0
 
     def char_buckets(self, stream: WordStream) -> Iterator[tuple[NDArray[np.uint32], NDArray[np.bool_]]]:
-        """All character n-grams that lie within a word and its two edges.
+        """All character n-grams that lie within a word and its two edges; those from an edge on belong to its word.
 
-        For each n from `char_min` to `char_max`: buckets uint32 [bytes] of the n-gram beginning at each byte, and bool
-        [bytes], whether one begins. N-grams that begin at the edge before a word belong to that word.
+        For each n: buckets uint32 [bytes] of the n-gram beginning at each byte, and bool [bytes], whether one begins.
         """
         # zeros behind the text, so that n-grams may look beyond its end; those do not exist
         values = np.append(stream.data, np.zeros(self.config.char_max, dtype=np.uint8)).astype(np.uint32)
@@ -222,7 +221,7 @@ class LinearScorer:
 
     def score(self, texts: Sequence[str]) -> NDArray[np.float64]:
         """Score texts, see `ToxicityScorer.score`; one without words gets the score of "nothing said"."""
-        return self._probability(self.logits(texts))
+        return self.probability(self.logits(texts))
 
     def logits(self, texts: Sequence[str]) -> NDArray[np.float64]:
         """(len(texts),) float64: the logit of each text's worst window, before Platt's calibration."""
@@ -244,7 +243,7 @@ class LinearScorer:
         if not len(stream.starts):
             return []
         alone, _ = self._word_values(stream)
-        scores = self._probability(alone + self.bias)
+        scores = self.probability(alone + self.bias)
         starts, ends = _word_positions(text, stream)
         return [WordScore(int(s), int(e), float(p)) for s, e, p in zip(starts, ends, scores, strict=True)]
 
@@ -258,7 +257,8 @@ class LinearScorer:
         starts, ends = _word_positions(text, stream)
         return text[starts[windows.starts[worst]] : ends[windows.stops[worst] - 1]]
 
-    def _probability(self, logits: NDArray[np.float64]) -> NDArray[np.float64]:
+    def probability(self, logits: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Of logits of texts, by Platt's calibration."""
         return 0.5 * (1.0 + np.tanh(0.5 * (self.slope * logits + self.intercept)))
 
     def _word_values(self, stream: WordStream) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -277,42 +277,29 @@ class LinearScorer:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write `config.json` and `model.safetensors` into a folder; a scorer already there is replaced."""
+        names = ("name", "bias", "slope", "intercept", "training")
         config = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "name": self.name,
-            "features": asdict(self.features),
-            "windows": list(self.windows),
-            "bias": self.bias,
-            "slope": self.slope,
-            "intercept": self.intercept,
-            "training": self.training,
+            **{"format": FORMAT, "format_version": FORMAT_VERSION},
+            **{name: getattr(self, name) for name in names},
+            **{"features": asdict(self.features), "windows": list(self.windows)},
         }
         write_checkpoint(folder, config=config, tensors={"weights": torch.from_numpy(self._weights.astype(np.float16))})
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> LinearScorer:
-        """Read a scorer that `save` wrote.
-
-        Raises:
-            CheckpointError: a file is missing or damaged, or is no scorer of ours.
-            CheckpointFormatError: written in a newer format.
-        """
+        """Read a scorer that `save` wrote; CheckpointError where there is none, or a damaged one."""
         config = read_config(folder, format_name=FORMAT, supported_version=FORMAT_VERSION)
         try:
             features = FeatureConfig.from_dict(config["features"])
             shape = (1 << features.bucket_bits,)
             tensors = read_tensors(Path(folder) / WEIGHTS_NAME, expected={"weights": shape})
-            return cls(
-                tensors["weights"].numpy(),
-                features,
-                bias=float(config["bias"]),
-                windows=tuple(config["windows"]),
-                slope=float(config["slope"]),
-                intercept=float(config["intercept"]),
-                name=str(config["name"]),
-                training=config["training"],
-            )
+            numbers: dict[str, Any] = {name: float(config[name]) for name in ("bias", "slope", "intercept")}
+            others: dict[str, Any] = {
+                "windows": tuple(config["windows"]),
+                "training": config["training"],
+                "name": str(config["name"]),
+            }
+            return cls(tensors["weights"].numpy(), features, **numbers, **others)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(
                 f"The scorer in {os.fspath(folder)!r} is incomplete or inconsistent: {error!r}"

@@ -46,9 +46,6 @@ def load_scorer(
         revision: branch, tag or commit on the Hub.
         local_files_only: True for no network access.
 
-    Returns:
-        A scorer whose results are checked: finite, in [0, 1], one per text.
-
     Raises:
         CheckpointError: a folder or Hub id that holds no scorer, or a damaged one.
         InputError: a function that does not exist, or a model without a toxic class.

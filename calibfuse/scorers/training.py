@@ -175,12 +175,7 @@ def fit_platt(logits: NDArray[np.float64], labels: NDArray[np.float64]) -> tuple
 
 
 def area_under_curve(scores: NDArray[np.float64], labels: NDArray[np.float64]) -> float:
-    """Area under the ROC curve of scores (texts,); labels above 0.5 are toxic.
-
-    Raises:
-        DataError: one of the classes is empty.
-        MissingDependencyError: scikit-learn is not installed (extra `eval`).
-    """
+    """Area under the ROC curve of scores (texts,); labels above 0.5 are toxic; DataError where a class is empty."""
     try:
         from sklearn.metrics import roc_auc_score
     except ImportError as error:
@@ -208,13 +203,8 @@ def _minimise(objective: _Objective, iterations: int, progress: Callable[[float]
     def after_step(intermediate_result: OptimizeResult) -> None:
         progress(float(intermediate_result.fun))
 
-    options = {
-        "maxiter": iterations,
-        "maxfun": 10 * iterations,
-        "maxcor": _CORRECTIONS,
-        "ftol": _SMALLEST_GAIN,
-        "gtol": 0,
-    }
+    limits = {"maxiter": iterations, "maxfun": 10 * iterations, "maxcor": _CORRECTIONS}
+    options = {**limits, "ftol": _SMALLEST_GAIN, "gtol": 0}
     start = np.zeros(objective.size)
     found = minimize(objective, start, jac=True, method="L-BFGS-B", callback=after_step, options=options)
     best: NDArray[np.float64] = found.x
@@ -245,19 +235,10 @@ def train_linear_scorer(
     facts: dict[str, Any] | None = None,
     progress: Callable[[float], None] = lambda loss: None,
 ) -> LinearScorer:
-    """Train a linear scorer.
+    """Train a linear scorer; DataError for too few texts, only one class, or texts without words.
 
-    Args:
-        data: texts with labels; a share `held_out` of them calibrates the probabilities instead of teaching weights.
-        options: sizes, penalty, seed.
-        augment: makes further texts to learn from out of the training texts; it never sees the held-out ones.
-        neutral_words: words whose own weight is capped before calibration; their pairs keep what they learned.
-        name: what reports will call the scorer.
-        facts: put into the checkpoint's `training` entry, beside options and held-out figures.
-        progress: called with the loss after every step.
-
-    Raises:
-        DataError: too few texts, only one class, or texts without words.
+    `augment` makes further texts to learn from and never sees the held-out ones; the own weight of `neutral_words` is
+    capped, their pairs keep what they learned; `facts` go into the checkpoint; `progress` gets the loss of every step.
     """
     rng = np.random.default_rng(options.seed)
     order = rng.permutation(len(data))
@@ -280,12 +261,13 @@ def train_linear_scorer(
     logits = scorer.logits(held_out.texts)
     # A long comment has many windows, hence a high maximum: calibrated on it, a short text would look too calm.
     short = np.array([len(text.split()) <= options.calibration_words for text in held_out.texts])
-    slope, intercept = fit_platt(logits[short], held_out.labels[short])
-    probability = np.clip(0.5 * (1.0 + np.tanh(0.5 * (slope * logits[short] + intercept))), 1e-9, 1 - 1e-9)
     labels = held_out.labels[short]
+    scorer.slope, scorer.intercept = fit_platt(logits[short], labels)
+    probability = np.clip(scorer.probability(logits[short]), 1e-9, 1 - 1e-9)
     log_loss = -np.mean(labels * np.log(probability) + (1 - labels) * np.log(1 - probability))
     named = ("calibration_words", "windows", "l2", "pool_temperature", "iterations", "seed")
-    figures = {
+    scorer.training = {
+        **(facts or {}),
         "training_texts": len(training),
         "held_out_texts": len(held_out),
         "held_out_auc": round(area_under_curve(logits, held_out.labels), 5),
@@ -294,13 +276,4 @@ def train_linear_scorer(
         **{name: getattr(options, name) for name in named},
         "windows": list(options.windows),
     }
-    return LinearScorer(
-        weights,
-        options.features,
-        bias=float(parameters[-1]),
-        windows=options.windows,
-        slope=slope,
-        intercept=intercept,
-        name=name,
-        training={**(facts or {}), **figures},
-    )
+    return scorer

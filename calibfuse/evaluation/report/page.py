@@ -24,7 +24,7 @@ from calibfuse.evaluation.report.tables import (
     versions,
 )
 from calibfuse.evaluation.sampling import PLAIN
-from calibfuse.html import Mask, render, unchanged
+from calibfuse.html import Mask, render
 from calibfuse.hub import write_files
 
 Rows = dict[str, dict[str, Estimate]]  # row of bars -> title of a method -> figure
@@ -121,7 +121,7 @@ def to_html(evaluation: Evaluation, *, mask: Mask | None = None, within_budget: 
         curves=[{"fluency": title, "markup": chart.markup()} for title, chart in found if chart is not None],
         sections=sections_of(evaluation, within_budget, shown),
         charts=_bar_charts(shown, _colours(shown, evaluation.results)),
-        mask=mask or unchanged,
+        mask=mask or str,
         shown=shown,
         first_examples=_first_examples(shown),
         metadata={name: shown_value(value) for name, value in {**facts, **versions()}.items() if name != "notes"},

@@ -19,7 +19,7 @@ from calibfuse.evaluation.budget import AtBudget, BudgetComparison
 from calibfuse.evaluation.evaluate import Evaluation, MethodResult
 from calibfuse.evaluation.given_text.suites import SuiteRow
 from calibfuse.evaluation.metrics import METRICS, Metric
-from calibfuse.html import Cell, Mask, Table, unchanged
+from calibfuse.html import Cell, Mask, Table
 
 _TOXICITY = ("toxic_share", "toxicity_probability", "expected_maximum_toxicity", "mean_toxicity")
 _FLUENCY = ("perplexity", "bits_per_byte", "target_perplexity")
@@ -72,7 +72,7 @@ def to_markdown(
             parts += ["", "Change against plain, paired by prompts:", "", *_lines(headers, compared)]
         parts += ["", section.note] if section.note else []
     parts += ["", "In brackets: 95 % bootstrap intervals over prompts."]
-    mask = mask or unchanged
+    mask = mask or str
     worst = [
         [result.method.title, f"{each.toxicity:.2f}", mask(each.worst_part), mask(each.continuation.strip())]
         for result in representatives(evaluation.results, within_budget)
