@@ -77,8 +77,6 @@ class ServerOptions:
 
 @dataclass
 class _Served:
-    """A request in the engine's batch."""
-
     key: int  # in the guide's session
     alpha: float  # its strength
     prompt: list[int] | None  # its token ids; None: the engine was given embeddings, so that the text is not known
@@ -278,8 +276,6 @@ class CalibFusionProcessor(V1LogitsProcessor, V2LogitsProcessor):  # type: ignor
 
 
 class _Metrics:
-    """Counters beside vLLM's own, on the page /metrics."""
-
     def __init__(self) -> None:
         from prometheus_client import REGISTRY, Counter
 

@@ -110,7 +110,7 @@ def test_a_map_of_equal_strings_is_a_distribution(script, bound):
 
 
 @pytest.mark.slow
-def test_the_script_compares_tokenizers(repository, sample_lines, byte_level_tokenizer, tmp_path):
+def test_the_script_compares_tokenizers(repository, sample_lines, byte_level_tokenizer, tmp_path, monkeypatch):
     from calibfuse.training.config import TrainingText
     from calibfuse.training.data import PassageStore
     from calibfuse.training.tokenizers.pool import PoolSpec, TokenizerPool
@@ -118,7 +118,8 @@ def test_the_script_compares_tokenizers(repository, sample_lines, byte_level_tok
     text = tmp_path / "text.jsonl"
     rows = [json.dumps({"text": " ".join(sample_lines[i : i + 5])}) for i in range(len(sample_lines))]
     text.write_text("\n".join(rows))
-    store = PassageStore.build(TrainingText(wanted=[str(text)]), tmp_path, validation_share=0.2, show_progress=False)
+    monkeypatch.setattr("calibfuse.training.data.VALIDATION_SHARE", 0.2)
+    store = PassageStore.build(TrainingText(wanted=[str(text)]), tmp_path, show_progress=False)
     TokenizerPool.train(
         [row * 3 for row in rows], [PoolSpec(style="byte-level", vocab_size=300)], show_progress=False
     ).save(tmp_path / "pool")

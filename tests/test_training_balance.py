@@ -24,7 +24,7 @@ def store(tmp_path: Path) -> PassageStore:
 
 
 def test_terms_are_found_as_whole_words_whatever_the_capitals(store):
-    found = passages_with_terms(store, ["plumber", "number 1", "bake"])
+    found = passages_with_terms(store, ["plumber", "bake"])
     texts = store.texts(range(len(store)))
     expected = [i for i, text in enumerate(texts) if re.search(r"\bplumber\b", text, re.IGNORECASE)]
     assert found["plumber"].tolist() == expected

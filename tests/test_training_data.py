@@ -213,16 +213,19 @@ def text(tmp_path: Path, sample_lines: list[str]) -> TrainingText:
     return TrainingText(wanted=[str(tmp_path / "clean.jsonl.xz")], unwanted=[str(tmp_path / "mixed.jsonl.xz")])
 
 
-def build(text: TrainingText, folder: Path, **options: object) -> PassageStore:
-    return PassageStore.build(text, folder, show_progress=False, **options)
+def build(text: TrainingText, folder: Path) -> PassageStore:
+    return PassageStore.build(text, folder, show_progress=False)
 
 
 def unsorted(text: TrainingText, scorer: WordScorer) -> TrainingText:
     return TrainingText(unfiltered=[path for path, _ in text.sources], scorer=scorer)
 
 
-def test_store_holds_every_passage_with_its_label(tmp_path: Path, text: TrainingText) -> None:
-    store = build(text, tmp_path / "cache", passage_bytes=40)
+def test_store_holds_every_passage_with_its_label(
+    tmp_path: Path, text: TrainingText, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("calibfuse.training.data.PASSAGE_BYTES", 40)
+    store = build(text, tmp_path / "cache")
     expected = [
         (passage.strip(), int(is_wanted))
         for path, is_wanted in text.sources
@@ -230,7 +233,7 @@ def test_store_holds_every_passage_with_its_label(tmp_path: Path, text: Training
         for passage in split_passages(document, 40)
         if len(passage.strip().encode()) >= 16
     ]
-    assert [(store.text(index), store.label(index)) for index in range(len(store))] == expected
+    assert [(store.text(index), store.labels[index]) for index in range(len(store))] == expected
     assert store.total_bytes == sum(len(passage.encode()) for passage, _ in expected)
     assert store.texts([3, 0]) == [expected[3][0], expected[0][0]]
     indices = np.array([5, 1])
@@ -266,13 +269,16 @@ def test_sample_stays_within_its_budget_and_off_the_validation_text(tmp_path: Pa
     assert len(list(store.sample_texts(10**9, seed=0))) == len(store.train_indices)
 
 
-def test_store_is_reused_until_source_or_option_changes(tmp_path: Path, text: TrainingText) -> None:
+def test_store_is_reused_until_source_or_option_changes(
+    tmp_path: Path, text: TrainingText, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = build(text, tmp_path / "cache")
     written = (store.folder / "data.bin").stat().st_mtime_ns
     again = build(text, tmp_path / "cache")
     assert again.folder == store.folder
     assert (again.folder / "data.bin").stat().st_mtime_ns == written
-    assert build(text, tmp_path / "cache", passage_bytes=50).fingerprint != store.fingerprint
+    monkeypatch.setattr("calibfuse.training.data.PASSAGE_BYTES", 50)
+    assert build(text, tmp_path / "cache").fingerprint != store.fingerprint
     assert (
         build(TrainingText(wanted=text.unwanted, unwanted=text.wanted), tmp_path / "cache").fingerprint
         != store.fingerprint

@@ -14,7 +14,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from calibfuse.errors import VocabularyError
 from calibfuse.vocabulary import Vocabulary, quick_fingerprint
 from calibfuse.vocabulary.byte_strings import BYTE_ALPHABET, encode_tokens, spelling_of
-from calibfuse.vocabulary.sentencepiece import PieceType, read_pieces
+from calibfuse.vocabulary.sentencepiece import BYTE, NORMAL, read_pieces
 from calibfuse.vocabulary.token_table import Hints, TokenTable, is_mark
 from calibfuse.vocabulary.vocabulary import FALLBACK_SHARE
 
@@ -49,7 +49,7 @@ def sentencepiece_model(pieces) -> bytes:
     for text, kind in pieces:
         encoded = text.encode()
         piece = b"\x0a" + varint(len(encoded)) + encoded + b"\x15" + struct.pack("<f", -1.5)
-        piece += b"" if kind == PieceType.NORMAL else b"\x18" + bytes([kind])
+        piece += b"" if kind == NORMAL else b"\x18" + bytes([kind])
         body += b"\x0a" + varint(len(piece)) + piece
     trainer = b"\x1a\x03abc"
     return body + b"\x12" + varint(len(trainer)) + trainer
@@ -501,8 +501,8 @@ def test_sentencepiece_model_of_the_library_reads_as_the_library_says(tmp_path, 
     )
     processor = library.SentencePieceProcessor(model_file=f"{prefix}.model")
     pieces = read_pieces(prefix.with_suffix(".model").read_bytes())
-    assert [piece.text for piece in pieces] == [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
-    assert [piece.type == PieceType.BYTE for piece in pieces] == [processor.is_byte(i) for i in range(len(pieces))]
+    assert [text for text, _ in pieces] == [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
+    assert [kind == BYTE for _, kind in pieces] == [processor.is_byte(i) for i in range(len(pieces))]
     vocabulary = Vocabulary.from_tokenizer(prefix.with_suffix(".model"))
     for line in [*sample_lines, "日本 🙂 @tool x"]:
         ids = processor.encode(line)

@@ -125,7 +125,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _one_line(error: BaseException) -> str:
-    """The message of an error; the class name where it has none."""
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -168,6 +168,5 @@ def _pieces(word: str, width: int) -> list[str]:
 
 
 def _padded(cells: Sequence[str], widths: Sequence[int]) -> list[str]:
-    """Cells as wide as their columns, the first flush left, the others flush right."""
     spaces = [" " * (width - display_width(cell)) for cell, width in zip(cells, widths, strict=True)]
     return [cells[0] + spaces[0], *map("".join, zip(spaces[1:], cells[1:], strict=True))]

@@ -100,7 +100,6 @@ class RoleRunner:
         return load_oracle(**dataclasses.asdict(self.config.oracle), device=str(self.device))
 
     def _product(self, job: Job, role: str) -> Path:
-        """The product of a role that a job reads."""
         return product_folder(self.work, role, job.reads[role])
 
     def _model(self, step: int) -> PreTrainedModel:
@@ -184,7 +183,6 @@ class RoleRunner:
         return {**figures, "corpus_perplexity": corpus_perplexity(model, held_out)}
 
     def _trainable(self, step: int) -> PreTrainedModel:
-        """The model of a step with the parameters that learn."""
         if self.config.lora is None:
             return self._model(step).requires_grad_(True)
         base = self._model(0)

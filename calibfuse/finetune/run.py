@@ -111,7 +111,6 @@ def _check(config: FinetuneConfig, oracle: Oracle | None, prompts: Sequence[str]
 
 
 def _pack(runner: RoleRunner, documents: Iterable[str], *, show_progress: bool) -> PackedCorpus:
-    """The corpus in blocks; first the prompts are checked."""
     config, tokenizer = runner.config, runner.tokenizer
     source, plan = config.model, config.sampling
     if config.is_constrained:
@@ -149,7 +148,6 @@ def execute(
 
 
 def _summary(record: Mapping[str, Any]) -> str:
-    """One line of a record: seconds, then figures."""
     figures = [
         f"{name.replace('_', ' ')} {value:.4g}" for name, value in record["figures"].items() if value is not None
     ]
@@ -189,7 +187,6 @@ def _report(
 
 
 def _publish(model: Path, output: Path) -> None:
-    """Copy the last model to the output folder, with its adapter where there is one."""
     try:
         shutil.copytree(model, output, ignore=shutil.ignore_patterns(RECORD_NAME, OPTIMIZER_NAME), dirs_exist_ok=True)
     except OSError as error:

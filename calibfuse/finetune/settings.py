@@ -26,7 +26,6 @@ class ModelSource:
     trust_remote_code: bool = False  # run Python code that the model brings along
 
     def __post_init__(self) -> None:
-        """Validate."""
         check_ranges(self, dtype=DTYPES)
 
     def options(self) -> dict[str, Any]:
@@ -64,7 +63,6 @@ class FinetuneConfig:
     held_out_blocks: int = 200  # for the corpus perplexity after each iteration, at most
 
     def __post_init__(self) -> None:
-        """Validate."""
         plan_stages(self.schedule, self.iterations)
         check_ranges(self, held_out_blocks="[1, inf)", lora="[1, inf)", filter_corpus="(0, 1]", keep_satisfied="(0, 1]")
 

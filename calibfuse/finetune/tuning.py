@@ -38,7 +38,6 @@ class TuningConfig:
     seed: int = 0  # of the order of blocks and samples, and of dropout
 
     def __post_init__(self) -> None:
-        """Validate."""
         check_ranges(self, **dict.fromkeys(("steps", "batch_size", "sample_batch_size"), "[1, inf)"))
         check_ranges(self, **dict.fromkeys(("learning_rate", "strength"), "(0, inf)"))
         check_ranges(self, kl_weight="[0, inf)", weight_decay="[0, inf)", warmup="[0, 1]", precision=("fp32", "bf16"))
@@ -102,8 +101,6 @@ def tune(
 
 
 class _TuningLoop(TrainingLoop):
-    """The optimiser steps of one iteration; keeps nothing on the disk, since a step is quick to make anew."""
-
     def __init__(
         self,
         model: PreTrainedModel,
@@ -136,7 +133,6 @@ class _TuningLoop(TrainingLoop):
             self._rows = _batches(count, config.sample_batch_size, config.seed, 22, iteration)
 
     def losses(self) -> dict[str, float]:
-        """See `TrainingLoop.losses`."""
         model, config = self.model, self.config
         ids = self.corpus.train[torch.from_numpy(next(self._blocks))].to(model.device, torch.long)
         with mixed_precision(model.device, config.precision):

@@ -36,7 +36,6 @@ class Decoding:
     system: str | None = None  # system message of the chat template; implies `chat`
 
     def __post_init__(self) -> None:
-        """Validate."""
         check_ranges(self, **dict.fromkeys(("samples", "max_new_tokens", "num_beams"), "[1, inf)"))
         if not 0.0 < self.temperature < float("inf"):
             raise InputError(f"temperature must be above 0, got {self.temperature}; for no randomness decode greedily.")

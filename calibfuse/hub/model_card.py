@@ -1,6 +1,6 @@
 """The model card of a calibrator on the Hub, from the metadata of its training.
 
-Plain string formatting, not jinja2: templates come with the extra `eval`, and a card is written by every installation.
+Plain string formatting, not jinja2: that comes with the extra `eval`, and a card is written by every installation.
 Every entry is optional, and a card never states what it was not told.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 PLACEHOLDER = "your-name/your-calibrator"
@@ -16,33 +17,7 @@ PLACEHOLDER = "your-name/your-calibrator"
 
 _REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
-_INTRODUCTION = """\
-# {name}
-
-A calibrator for the Python package calibfuse: a small language model, trained on non-toxic text, that runs beside a
-larger target model and lowers the probability of harmful continuations, token by token. It serves any target model,
-whatever its tokenizer; the target's weights are not touched.
-
-## How to use
-
-```python
-from calibfuse import CalibFusion
-
-fusion = CalibFusion.from_pretrained("{repo_id}", tokenizer=tokenizer)
-model.generate(**inputs, logits_processor=[fusion])
-```
-"""
-
-_LIMITS = """\
-## Limits
-
-- It makes toxic continuations rarer; it does not make them impossible, and it judges no facts.
-- It was measured on text like its training text. Other languages, domains and kinds of harm are not covered by the
-  figures above.
-- It can make mentions of groups of people rarer where such mentions are rare in its training text; measure this on
-  text of your own before you rely on it.
-- The distribution that it was trained on reflects how its training text was chosen or sorted, errors included.
-"""
+_TEMPLATE = Path(__file__).with_suffix(".md")
 
 
 def calibrator_card(known: Mapping[str, Any]) -> str:
@@ -89,9 +64,9 @@ def calibrator_card(known: Mapping[str, Any]) -> str:
     )
     # Values are written as JSON, which is YAML, so that no entry can break it.
     front = "".join(f"{key}: {json.dumps(value, ensure_ascii=False)}\n" for key, value in entries.items() if value)
-    parts = [f"## {title}\n\n{text}" for title, text in sections if text]
-    start = f"---\n{front}---\n\n" + _INTRODUCTION.format(name=name, repo_id=repo_id)
-    return "\n".join([start, *parts, _LIMITS + _list(limits)])
+    filled = "".join(f"## {title}\n\n{text}\n" for title, text in sections if text)
+    template = _TEMPLATE.read_text(encoding="utf-8")
+    return template.format(front=front, name=name, repo_id=repo_id, sections=filled, limits=_list(limits))
 
 
 def with_metadata(card: str, generated: str) -> str:
@@ -109,7 +84,6 @@ def _base_model(named: object, base: object) -> object:
 
 
 def _results(name: str, bits_per_byte: Mapping[str, Any], figures: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The numbers among the figures as the Hub's `model-index`."""
     metrics: list[dict[str, Any]] = []
     for style, row in bits_per_byte.items():
         for head, value in row.items() if isinstance(row, Mapping) else [(None, row)]:
@@ -126,7 +100,6 @@ def _results(name: str, bits_per_byte: Mapping[str, Any], figures: Mapping[str, 
 
 
 def _list(value: object) -> str:
-    """A Markdown list of a text, a sequence of texts, or a mapping."""
     if not value:
         return ""
     if isinstance(value, Mapping):
@@ -141,7 +114,6 @@ def _words(key: object) -> str:
 
 
 def _value(value: object) -> str:
-    """One value on one line."""
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "none"}[value]
     if isinstance(value, int):
@@ -156,7 +128,6 @@ def _value(value: object) -> str:
 
 
 def _table(bits_per_byte: Mapping[str, Any]) -> str:
-    """The table of bits per byte, one row per tokenizer style."""
     if not bits_per_byte:
         return ""
     heads = list(dict.fromkeys(head for row in bits_per_byte.values() if isinstance(row, Mapping) for head in row))

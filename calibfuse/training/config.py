@@ -26,7 +26,6 @@ class TrainingText:
     text_field: str | None = None  # column or key of the text; None: found by name
 
     def __post_init__(self) -> None:
-        """Validate."""
         if self.unfiltered and (self.wanted or self.unwanted):
             raise InputError(
                 "Give either unfiltered text, which a scorer sorts, or wanted and unwanted text, not both."
@@ -84,7 +83,6 @@ class TrainingConfig:
     precision: str = "bf16"  # "bf16" or "fp32"
 
     def __post_init__(self) -> None:
-        """Validate."""
         counts = ("steps", "batch_size", "sequence_length", "candidate_count", "vocabulary_size", "save_every")
         check_ranges(self, **dict.fromkeys((*counts, "validation_bytes"), "[1, inf)"))
         check_ranges(self, **dict.fromkeys(("warmup", "decay", "split_rate", "neutral_share"), "[0, 1]"))

@@ -24,6 +24,10 @@ from calibfuse.training.work_folder import new_folder
 logger = logging.getLogger(__name__)
 
 STORE_FORMAT = 1
+PASSAGE_BYTES = 600  # the longest
+_LEAST_BYTES = 16  # shorter passages are left out
+VALIDATION_SHARE = 0.005
+_LEAST_VALIDATION_BYTES, _MOST_VALIDATION_BYTES = 65_536, 2_000_000  # of no more than a twentieth of the text
 _SORTED_AT_ONCE = 8_192  # a scorer that reads sentences batches them by length, which needs many to choose from
 
 
@@ -39,7 +43,6 @@ class PassageStore:
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        """Open a store that `build` has written."""
         self.folder = Path(folder)
         try:
             self.meta: dict[str, Any] = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
@@ -67,20 +70,16 @@ class PassageStore:
         text: TrainingText,
         cache_folder: str | os.PathLike[str],
         *,
-        passage_bytes: int = 600,
-        min_bytes: int = 16,
-        validation_share: float = 0.005,
-        max_validation_bytes: int = 2_000_000,
         show_progress: bool = True,
     ) -> PassageStore:
         """Read and sort the text once and write the store, or reuse the one of the same files and options."""
         options = {
             "text_field": text.text_field,
-            "passage_bytes": passage_bytes,
-            "min_bytes": min_bytes,
+            "passage_bytes": PASSAGE_BYTES,
+            "min_bytes": _LEAST_BYTES,
             "sorter": f"{text.scorer.name} < {text.threshold:g}" if text.scorer else "",
-            "validation_share": validation_share,
-            "max_validation_bytes": max_validation_bytes,
+            "validation_share": VALIDATION_SHARE,
+            "max_validation_bytes": _MOST_VALIDATION_BYTES,
         }
         files = [(file, is_wanted) for path, is_wanted in text.sources for file in expand_source(path)]
         fingerprint = _fingerprint(files, options)
@@ -88,10 +87,10 @@ class PassageStore:
         if (folder / "meta.json").is_file():
             logger.info("Reusing the passages in %s", folder)
             return cls(folder)
-        passages = _passages(files, text, passage_bytes, min_bytes, show_progress=show_progress)
+        passages = _passages(files, text, show_progress=show_progress)
         try:
             with new_folder(folder, "the passages") as temporary:
-                _write_store(temporary, passages, text, fingerprint, validation_share, max_validation_bytes)
+                _write_store(temporary, passages, text, fingerprint)
         except CheckpointError:
             # another process may have finished the same store first; its files are equal to ours
             if not (folder / "meta.json").is_file():
@@ -102,7 +101,6 @@ class PassageStore:
         return store
 
     def __len__(self) -> int:
-        """Number of passages, validation included."""
         return len(self.labels)
 
     @property
@@ -124,10 +122,6 @@ class PassageStore:
         """Several passages at once."""
         return [self.text(int(index)) for index in indices]
 
-    def label(self, index: int) -> int:
-        """1 if the passage is wanted text, 0 if only the reference head learns from it."""
-        return int(self.labels[index])
-
     def byte_lengths(self, indices: np.ndarray) -> np.ndarray:
         """Bytes of the passages `indices`; int64, same shape."""
         return np.asarray(self._offsets[np.asarray(indices) + 1] - self._offsets[np.asarray(indices)])
@@ -138,16 +132,6 @@ class PassageStore:
         if label is not None:
             indices = indices[self.labels[indices] == label]
         return np.random.default_rng([seed, epoch]).permutation(indices)
-
-    def blocks(self, max_bytes: int) -> Iterator[tuple[int, np.ndarray, bytes]]:
-        """All passages in order, in blocks of about `max_bytes`, for scans of the raw bytes."""
-        first = 0
-        while first < len(self):
-            limit = self._offsets[first] + max_bytes
-            last = max(first + 1, int(np.searchsorted(self._offsets, limit, side="right")) - 1)
-            start, end = int(self._offsets[first]), int(self._offsets[last])
-            yield first, np.asarray(self._offsets[first:last]) - start, self._data[start:end].tobytes()
-            first = last
 
     def sample_texts(self, byte_budget: int, seed: int) -> Iterator[str]:
         """Random training passages up to a number of bytes, each at most once; for training tokenizers."""
@@ -161,25 +145,18 @@ class PassageStore:
 
 
 def _passages(
-    files: Sequence[tuple[str, bool]], text: TrainingText, passage_bytes: int, min_bytes: int, *, show_progress: bool
+    files: Sequence[tuple[str, bool]], text: TrainingText, *, show_progress: bool
 ) -> Iterator[tuple[str, bool]]:
     """All passages of the files, and whether each was given as wanted."""
     for file, is_wanted in tqdm(files, desc="reading text", unit="file", disable=not show_progress):
         for document in iter_documents([file], text_field=text.text_field):
-            for passage in split_passages(document, passage_bytes):
+            for passage in split_passages(document, PASSAGE_BYTES):
                 stripped = passage.strip()
-                if len(stripped.encode()) >= min_bytes:
+                if len(stripped.encode()) >= _LEAST_BYTES:
                     yield stripped, is_wanted
 
 
-def _write_store(
-    folder: Path,
-    passages: Iterator[tuple[str, bool]],
-    text: TrainingText,
-    fingerprint: str,
-    validation_share: float,
-    max_validation_bytes: int,
-) -> None:
+def _write_store(folder: Path, passages: Iterator[tuple[str, bool]], text: TrainingText, fingerprint: str) -> None:
     # array: 8 bytes a passage, against some 36 in a list of ints
     offsets, hashes, labels = array("q", [0]), array("Q"), bytearray()
     with (folder / "data.bin").open("wb") as file:
@@ -200,9 +177,7 @@ def _write_store(
             "Give more text."
         )
     ends = np.frombuffer(offsets, dtype=np.int64)
-    chosen = choose_validation(
-        np.frombuffer(hashes, dtype=np.uint64), np.diff(ends), validation_share, max_validation_bytes
-    )
+    chosen = choose_validation(np.frombuffer(hashes, dtype=np.uint64), np.diff(ends), VALIDATION_SHARE)
     np.save(folder / "offsets.npy", ends)
     np.save(folder / "labels.npy", np.frombuffer(bytes(labels), dtype=np.uint8))
     np.save(folder / "is_validation.npy", chosen)
@@ -211,13 +186,11 @@ def _write_store(
 
 
 def choose_validation(
-    hashes: np.ndarray, byte_lengths: np.ndarray, share: float, max_bytes: int, min_bytes: int = 65_536
+    hashes: np.ndarray, byte_lengths: np.ndarray, share: float, max_bytes: int = _MOST_VALIDATION_BYTES
 ) -> np.ndarray:
     """Choose the passages of the validation set: those with the lowest hashes."""
-    if not 0.0 < share <= 0.5:
-        raise DataError(f"validation_share must be above 0 and at most 0.5, got {share}.")
     total = int(byte_lengths.sum())
-    budget = min(max(share * total, min(min_bytes, total // 20)), max_bytes)
+    budget = min(max(share * total, min(_LEAST_VALIDATION_BYTES, total // 20)), max_bytes)
     order = np.argsort(hashes, kind="stable")
     taken = max(1, int(np.searchsorted(np.cumsum(byte_lengths[order]), budget, side="right")))
     chosen = hashes <= hashes[order[taken - 1]]

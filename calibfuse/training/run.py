@@ -148,7 +148,6 @@ def _initial_calibrator(
 def _own_pool(
     store: PassageStore, work: Path, specs: Sequence[PoolSpec], seed: int, *, show_progress: bool
 ) -> TokenizerPool:
-    """The pool of this text; other text in the same folder gets its own."""
     folder = work / f"pool-{store.fingerprint[:16]}"
     if (folder / "pool.json").is_file():
         return TokenizerPool.load(folder)
@@ -183,7 +182,6 @@ def _word_table(source: BatchSource, calibrator: Calibrator, *, show_progress: b
 def _base_facts(
     base: CalibratorConfig, source: str | os.PathLike[str], training: TrainingConfig, inherited_words: int
 ) -> dict[str, Any]:
-    """What the card tells of the calibrator that the training began with."""
     known = base.training
     parts = ["body and token vectors"] if training.heads_only else ["initial weights"]
     return {

@@ -152,7 +152,6 @@ class Trainer(TrainingLoop):
             self.objective = self._accelerator.prepare(self.objective)
 
     def losses(self) -> dict[str, float]:
-        """See `TrainingLoop.losses`."""
         config = self.config
         self.objective.train()
         batch = self.source.batch(self.step)
@@ -182,22 +181,18 @@ class Trainer(TrainingLoop):
         }
 
     def position(self) -> dict[str, int]:
-        """See `TrainingLoop.position`: how many passages of each label were used."""
         return {str(label): cursor for label, cursor in self.source.cursors.items()}
 
     def set_position(self, position: dict[str, int]) -> None:
-        """See `TrainingLoop.set_position`."""
         self.source.cursors = {int(label): int(cursor) for label, cursor in position.items()}
 
     def agree(self, told: bool) -> bool:
-        """See `TrainingLoop.agree`."""
         if not self._accelerator:
             return told
         flag = torch.tensor(float(told), device=self.device)
         return float(self._accelerator.reduce(flag, reduction="sum")) > 0
 
     def save_checkpoint(self) -> None:
-        """See `TrainingLoop.save_checkpoint`; the first process writes."""
         if self._accelerator:
             self._accelerator.wait_for_everyone()
         super().save_checkpoint()
@@ -210,7 +205,7 @@ class Trainer(TrainingLoop):
         indices = indices[np.cumsum(self.store.byte_lengths(indices)) <= budget] if len(indices) else indices
         if not len(indices):
             return {}
-        clean = [int(index) for index in indices if self.store.label(int(index))]
+        clean = [int(index) for index in indices if self.store.labels[index]]
         result: dict[str, dict[str, float]] = {}
         self.calibrator.eval()
         for entry in self.pool:

@@ -44,7 +44,6 @@ class AuxiliaryTrainingConfig:
     seed: int = 0  # of the held-out draw and the order of the samples
 
     def __post_init__(self) -> None:
-        """Validate."""
         check_ranges(self, steps="[1, inf)", batch_size="[1, inf)", learning_rate="(0, inf)")
         check_ranges(self, consistency_weight="[0, inf)", weight_decay="[0, inf)")
         check_ranges(self, consistency_share="(0, 1]", held_out_share="[0, 1)")
@@ -112,8 +111,6 @@ class _Terms:
 
 
 class _AuxiliaryLoop(TrainingLoop):
-    """Steps on batches of samples, which auxiliary and base model read."""
-
     def __init__(
         self,
         auxiliary: AuxiliaryModel,
@@ -149,18 +146,15 @@ class _AuxiliaryLoop(TrainingLoop):
         self._batches = endless_batches(train.numpy(), config.batch_size, lambda epoch: rng)
 
     def losses(self) -> dict[str, float]:
-        """See `TrainingLoop.losses`."""
         terms = self.terms(torch.from_numpy(next(self._batches)), self._consistent)
         loss = terms.bce + self.config.consistency_weight * terms.consistency
         loss.backward()  # type: ignore[no-untyped-call]
         return {"loss": float(loss.detach()), "BCE": float(terms.bce.detach())}
 
     def position(self) -> int:
-        """How many batches were drawn."""
         return self.step
 
     def set_position(self, position: int) -> None:
-        """Inverse of `position`, on batches not yet drawn from."""
         for _ in range(position):
             next(self._batches)
 

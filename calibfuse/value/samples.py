@@ -47,7 +47,6 @@ class SamplingPlan:
     system: str | None = None  # system message of the chat template; implies `chat`
 
     def __post_init__(self) -> None:
-        """Validate."""
         check_ranges(self, **dict.fromkeys(("per_prompt", "max_new_tokens", "batch_size"), "[1, inf)"))
         check_ranges(self, temperature="(0, inf)")
 
@@ -78,7 +77,6 @@ class SampleSet:
     satisfaction: Tensor  # float32 [n], C in [0, 1]; nan before labelling, and where labelling failed
 
     def __post_init__(self) -> None:
-        """Check that the parts fit together."""
         count = len(self.input_ids)
         shapes = {name: tuple(getattr(self, name).shape) for name in _COLUMNS}
         if self.input_ids.ndim != 2 or set(shapes.values()) != {(count,)}:
@@ -88,7 +86,6 @@ class SampleSet:
             )
 
     def __len__(self) -> int:
-        """Number of samples."""
         return len(self.input_ids)
 
     def rows(self, index: Tensor) -> SampleSet:

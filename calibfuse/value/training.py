@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from calibfuse import hub
 from calibfuse.calibrator import Calibrator
 from calibfuse.errors import CheckpointError, DataError
 from calibfuse.fusion import FusionConfig
@@ -41,7 +41,6 @@ class GuideConfig(SamplingPlan):
     seed: int = 0  # of draws and fresh weights
 
     def __post_init__(self) -> None:
-        """Validate."""
         super().__post_init__()
         FusionConfig(mode="value", alpha=self.alpha)
 
@@ -142,7 +141,6 @@ def _samples(
     *,
     show_progress: bool,
 ) -> SampleSet:
-    """All samples, labelled; shard by shard, those that lie in `work` already are read."""
     shards = []
     starts = range(0, len(prompts), _PROMPTS_PER_SHARD)
     for number, start in enumerate(starts):
@@ -172,23 +170,13 @@ def _samples(
 def _settings(
     target: PreTrainedModel, prompts: Sequence[str], oracle: Oracle, config: GuideConfig, auxiliary: AuxiliaryModel
 ) -> dict[str, Any]:
-    """Everything that the result depends on, ready for JSON."""
-    fresh = hashlib.sha256()
-    for name, parameter in sorted(auxiliary.named_parameters()):
-        fresh.update(name.encode())
-        fresh.update(_beginning(parameter))
-    about = hashlib.sha256(repr(sorted(target.config.to_dict().items(), key=str)).encode())
-    about.update(_beginning(next(target.parameters())))
+    parameters = {"target": next(target.parameters()), **dict(auxiliary.named_parameters())}
+    # some of each: enough to tell models apart, quick for large ones
+    beginnings = {name: each.reshape(-1)[:_HASHED_ELEMENTS] for name, each in parameters.items()}
     return {
-        "target": about.hexdigest(),
+        "target": hashlib.sha256(target.config.to_json_string().encode()).hexdigest(),
         "prompts": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
         "oracle": oracle.name,
-        "begins_with": fresh.hexdigest(),
+        "begins_with": hub.weights_fingerprint(beginnings),
         **{key: value for key, value in config.to_dict().items() if key != "alpha"},
     }
-
-
-def _beginning(tensor: torch.Tensor) -> bytes:
-    """Some of a tensor's contents: enough to tell models apart, quick for large ones."""
-    part = tensor.detach().reshape(-1)[:_HASHED_ELEMENTS].to("cpu", torch.float32)
-    return part.contiguous().numpy().tobytes()

@@ -124,7 +124,6 @@ def encode_tokens(table: TokenTable) -> tuple[list[bytes], npt.NDArray[np.bool_]
 
 
 def _to_bytes(table: TokenTable, token_id: int, spelling: Spelling) -> bytes:
-    """The bytes of one token; empty for control tokens and holes."""
     token = table.tokens[token_id]
     if not token or token_id in table.special:
         return b""

@@ -4,50 +4,28 @@ One protocol buffer message, `ModelProto`: field 1 are the pieces, of a piece fi
 """
 
 from collections.abc import Iterator
-from enum import IntEnum
-from typing import NamedTuple
 
-
-class PieceType(IntEnum):
-    """Types of pieces, numbered as in sentencepiece_model.proto."""
-
-    NORMAL = 1
-    UNKNOWN = 2
-    CONTROL = 3
-    USER_DEFINED = 4
-    UNUSED = 5
-    BYTE = 6
-
-
-class Piece(NamedTuple):
-    """One entry of the vocabulary; its id is its position."""
-
-    text: str
-    type: PieceType
-
-
+# Types of pieces, numbered as in sentencepiece_model.proto.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 _VARINT, _BYTES = 0, 2
 _FIXED_SIZES = {1: 8, 5: 4}
 
 
-def read_pieces(data: bytes) -> list[Piece]:
-    """The pieces of a .model file in the order of their ids, at least one; ValueError where it is damaged."""
-    pieces = [_piece(value) for number, value in _fields(data) if number == 1]
+def read_pieces(data: bytes) -> list[tuple[str, int]]:
+    """Text and type of the pieces of a .model file, by id, at least one; ValueError where it is damaged."""
+    pieces = []
+    for number, value in _fields(data):
+        if number == 1:
+            if isinstance(value, int):
+                raise ValueError("a piece is a number")
+            content = dict(_fields(value))
+            text, kind = content.get(1, b""), content.get(3, NORMAL)
+            if not isinstance(text, bytes) or kind not in range(NORMAL, BYTE + 1):
+                raise ValueError(f"a piece of type {kind!r}")
+            pieces.append((text.decode("utf-8"), int(kind)))
     if not pieces:
         raise ValueError("the message holds no pieces")
     return pieces
-
-
-def _piece(value: bytes | int) -> Piece:
-    if isinstance(value, int):
-        raise ValueError("a piece is a number")
-    text, kind = "", PieceType.NORMAL
-    for number, content in _fields(value):
-        if number == 1 and isinstance(content, bytes):
-            text = content.decode("utf-8")
-        elif number == 3 and isinstance(content, int):
-            kind = PieceType(content)
-    return Piece(text, kind)
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, bytes | int]]:

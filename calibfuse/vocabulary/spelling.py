@@ -84,7 +84,6 @@ def _letter_pattern(char: str) -> str:
 
 
 def _loose_pattern(part: str) -> str:
-    """Return a pattern of one character, or of a run of signs whose number is not that of the letters it hides."""
     return _letter_pattern(part) if len(part) == 1 else f"[a-z]{{1,{len(part) + _LONGER_BY}}}"
 
 

@@ -164,7 +164,6 @@ def _first_text(*values: object) -> str | None:
 
 
 def _steps(part: object) -> list[dict[str, Any]]:
-    """A decoder or pre-tokenizer as a flat list of steps."""
     if not isinstance(part, dict):
         return []
     nested = [step for key in ("decoders", "pretokenizers") for child in part.get(key) or [] for step in _steps(child)]

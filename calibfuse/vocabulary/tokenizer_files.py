@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from calibfuse.errors import VocabularyError
-from calibfuse.vocabulary.sentencepiece import PieceType, read_pieces
+from calibfuse.vocabulary.sentencepiece import CONTROL, UNKNOWN, UNUSED, USER_DEFINED, read_pieces
 from calibfuse.vocabulary.token_table import Hints, TokenTable, decoder_hints, table_from_ids
 
 TOKENIZER_KINDS = "tokenizer.json, a SentencePiece .model, .tiktoken, a WordPiece vocab.txt or vocab.json"
@@ -120,10 +120,9 @@ def _from_sentencepiece(data: bytes, name: str, side: _Side) -> TokenTable:
         raise VocabularyError(
             f"{name} is a damaged SentencePiece model or no tokenizer ({error}); expected {TOKENIZER_KINDS}."
         ) from error
-    without_text = (PieceType.CONTROL, PieceType.UNKNOWN, PieceType.UNUSED)
-    control = [token_id for token_id, piece in enumerate(pieces) if piece.type in without_text]
-    own = {i: (piece.text, False) for i, piece in enumerate(pieces) if piece.type == PieceType.USER_DEFINED}
-    items = [(piece.text, token_id) for token_id, piece in enumerate(pieces)]
+    control = [token_id for token_id, (_, kind) in enumerate(pieces) if kind in (CONTROL, UNKNOWN, UNUSED)]
+    own = {token_id: (text, False) for token_id, (text, kind) in enumerate(pieces) if kind == USER_DEFINED}
+    items = [(text, token_id) for token_id, (text, _) in enumerate(pieces)]
     hints = Hints(byte_level=False, metaspace=True)
     return table_from_ids(items, {**own, **side.added}, control, name=name, hints=hints)
 

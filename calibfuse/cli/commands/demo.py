@@ -104,7 +104,6 @@ def _read(journal: Path) -> list[PromptRecord]:
 
 
 def _pairs(records: Sequence[PromptRecord], scorer: ToxicityScorer) -> list[list[Pair]]:
-    """The continuations of each prompt, scored."""
     pairs = []
     for record in records:
         texts = [said.text for said in record.continuations]

@@ -110,7 +110,6 @@ def _continue_all(
 def _record(
     prompt: str, samples: Samples, toxicity: dict[str, list[float]], args: argparse.Namespace, fusion: CalibFusion
 ) -> dict[str, Any]:
-    """What `--json` prints of one prompt."""
     record: dict[str, Any] = {"prompt": prompt, "seed": args.seed, "fusion": fusion.config.to_dict()}
     for way, continuations in samples.items():
         record[way] = [

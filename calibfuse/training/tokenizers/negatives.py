@@ -71,7 +71,6 @@ def negative_byte_strings(
 
 
 def _word_pieces(words: Sequence[str]) -> tuple[set[bytes], set[bytes]]:
-    """Beginnings of the words (themselves included), and all their pieces of up to 6 letters with the words."""
     starts = {word[:end].encode() for word in words for end in range(1, len(word) + 1)}
     pieces = {
         word[start:end].encode()
@@ -91,7 +90,6 @@ def _bare(data: bytes) -> bytes:
 
 
 def _makers(source: random.Random, words: list[str]) -> dict[str, Maker]:
-    """One function for each kind."""
     chains = {script: _LetterChain(text.split()) for script, text in SCRIPT_WORDS.items()}
     latin = [_LetterChain(text.split()) for text in LATIN_WORDS.values()]
     code: list[str] = sorted(set(_DATA["code"].split()))
@@ -255,7 +253,6 @@ def _symbols(draw: random.Random) -> str:
 
 
 def _spaced(draw: random.Random, text: str, share: float) -> str:
-    """The text with a leading space in a share of cases."""
     return " " + text if draw.random() < share else text
 
 

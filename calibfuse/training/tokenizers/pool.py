@@ -41,7 +41,6 @@ class PoolSpec:
     draw_weight: float = 1.0  # relative frequency of being drawn
 
     def __post_init__(self) -> None:
-        """Validate."""
         check_style(self.style, self.vocab_size)
         check_ranges(self, draw_weight="(0, inf)")
 
@@ -187,15 +186,12 @@ class TokenizerPool:
         self._cumulative = np.cumsum(weights / weights.sum())
 
     def __len__(self) -> int:
-        """Number of tokenizers."""
         return len(self.entries)
 
     def __getitem__(self, index: int) -> PoolEntry:
-        """The entry at a position."""
         return self.entries[index]
 
     def __iter__(self) -> Iterator[PoolEntry]:
-        """The entries in order."""
         return iter(self.entries)
 
     def draw(self, rng: np.random.Generator) -> int:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from calibfuse.scorers.words import ADJECTIVES, PLURALS
 from calibfuse.training.data import PassageStore
-from calibfuse.training.words.counts import suspected_names
+from calibfuse.training.words.counts import suspected_names, words_of
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,6 @@ _SECOND_PARTS = ("aged", "eastern", "rican")
 TERMS: tuple[str, ...] = tuple(
     sorted({term for term in (*ADJECTIVES, *PLURALS, *_SINGULARS, *_SECOND_PARTS) if " " not in term})
 )
-_CHUNK_BYTES = 16_000_000
 
 
 @dataclass(frozen=True)
@@ -64,21 +63,8 @@ def balance_terms(store: PassageStore, seed: int, terms: Sequence[str] | None = 
 
 def passages_with_terms(store: PassageStore, terms: Sequence[str]) -> dict[str, NDArray[np.int64]]:
     """The passages that hold each term as a whole word, whatever its capitals: term -> sorted indices."""
-    found: dict[str, list[NDArray[np.int64]]] = {term: [] for term in terms}
-    for first, offsets, block in store.blocks(_CHUNK_BYTES):
-        text = block.lower()
-        is_letter = np.zeros(len(text) + 2, dtype=bool)  # one entry more on each side: block ends are word ends
-        codes = np.frombuffer(text, dtype=np.uint8)
-        is_letter[1:-1] = (codes >= 97) & (codes <= 122)
-        for term in terms:
-            pattern = term.encode()
-            places = []
-            place = text.find(pattern)
-            while place >= 0:
-                if not is_letter[place] and not is_letter[place + len(pattern) + 1]:
-                    places.append(place)
-                place = text.find(pattern, place + len(pattern))
-            if places:
-                passages = np.unique(np.searchsorted(offsets, np.asarray(places), side="right") - 1)
-                found[term].append(passages + first)
-    return {term: np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64) for term, parts in found.items()}
+    found: dict[str, list[int]] = {term: [] for term in terms}
+    for index in range(len(store)):
+        for term in found.keys() & words_of(store.text(index)):
+            found[term].append(index)
+    return {term: np.array(indices, dtype=np.int64) for term, indices in found.items()}

@@ -43,6 +43,11 @@ _WITHIN_SENTENCE = re.compile(r"(?<=[a-z,;] )[A-Za-z]+")
 _LONGEST_ACRONYM = 4  # longer words in capitals are shouting, not names
 
 
+def words_of(text: str) -> set[str]:
+    """The words of a text, in small letters."""
+    return set(_WORD.findall(text.lower()))
+
+
 class CapitalCounts:
     """How often each word begins with a capital within sentences."""
 
@@ -71,7 +76,7 @@ def suspected_names(store: PassageStore) -> tuple[str, ...]:
     for index in store.train_indices.tolist():
         text, label = store.text(index), int(store.labels[index])
         passages[label] += 1
-        holders[label].update(set(_WORD.findall(text.lower())))
+        holders[label].update(words_of(text))
         capitals.add(text)
     if not all(passages):
         return ()
@@ -106,7 +111,7 @@ def word_shifts(store: PassageStore, *, flagged_share: float, excluded: NDArray[
         passages[label] += 1
         text = store.text(index)
         capitals.add(text)
-        words = set(_WORD.findall(text.lower()))
+        words = words_of(text)
         counts[label].update(words)
         if not label:
             place = index // _PLACE

@@ -2,40 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from calibfuse.scorers.words import ADJECTIVES, PLURALS
 
-_SUBJECTS = (
-    "My cousin|The driver|Our landlord|His boss|The author|Her roommate|The singer|That actor|My aunt|The judge|"
-    "One of the players|The man at the counter|A woman in the queue|Their daughter|The boy next to me|The coach|"
-    "An old friend of mine|The owner of the shop|My lab partner|The candidate|The lawyer|This guy|Somebody at work|"
-    "The main character|Her husband|My sister|Everyone in the band|The winner|A student of mine|The pilot|I|We|He|She|"
-    "They|You"
-).split("|")
-_STATES = (
-    "is {a}|is {a} and works at the hospital|came out as {a}|was {a}|is not {a}|identifies as {a}|grew up {a}|"
-    "is also {a}|seems to be {a}|has always been {a}|happens to be {a}|is a {a} {n}|is a {a} {n} from Ohio|"
-    "married a {a} {n}|met a {a} {n} on the train|works with a {a} {n}|is proud to be {a}|talked about being {a}|"
-    "was raised by {a} parents|went to a {a} school|is the first {a} {n} in this job|is {a}, just like my uncle|"
-    "wrote about {a} life|is half {a}|lives with a {a} {n}|helped a {a} {n} find the station|is {a} or not"
-).split("|")
-_FIRST_PERSON = {"I": "am", "We": "are", "You": "are", "They": "are"}
-_NOUNS = (
-    "man woman person guy girl kid couple family writer nurse player student friend colleague artist politician worker "
-    "boy lady soldier engineer musician child teenager dad mom"
-).split()
-_PLURAL_SENTENCES = (
-    "{p} make up a third of the town|Most {p} voted early|I have worked with {p} for years|The film is about {p}|"
-    "There were {p} and tourists in the hall|{p} celebrate this week|The law protects {p} as well|Few {p} live here|"
-    "Two of my friends are {p}|A group of {p} sang on the stairs|We learned about {p} in class|Doctors, {p} and others "
-    "came|{p} have lived in the valley since 1890|The poll asked men, women, {p} and students"
-).split("|")
-_LEADS = ("I think", "Yes,", "As far as I know", "It turned out that", "In the end", "Well,")
+_PARTS: dict[str, Any] = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 _LEAD_SHARE = 0.5
-_ENDS = (".", ".", ".", ".", ".", ".", "!", "?", ", and that is fine.", ", by the way.", ", I believe.", "")
 _PLURAL_SHARE = 0.3
 _LOWER_SHARE = 0.15
 _CAPITAL_SHARE = 0.5  # of the names that follow a small letter ("muslim", "Muslim")
@@ -50,19 +27,19 @@ def neutral_passage(rng: np.random.Generator) -> str:
 
 def _sentence(rng: np.random.Generator) -> str:
     if rng.random() < _PLURAL_SHARE:
-        body = _choose(rng, _PLURAL_SENTENCES).replace("{p}", _name(rng, PLURALS))
+        body = _choose(rng, _PARTS["plural sentences"]).replace("{p}", _name(rng, PLURALS))
     else:
-        subject, state = _choose(rng, _SUBJECTS), _choose(rng, _STATES)
-        if subject in _FIRST_PERSON and state.startswith("is "):
-            state = _FIRST_PERSON[subject] + state[2:]
+        subject, state = _choose(rng, _PARTS["subjects"]), _choose(rng, _PARTS["states"])
+        if state.startswith("is "):
+            state = _PARTS["verbs after a pronoun"].get(subject, "is") + state[2:]
         name = _name(rng, ADJECTIVES)
         if name[0].lower() in "aeiou" and not name.lower().startswith("eu"):
             state = state.replace(" a {a}", " an {a}")
-        body = f"{subject} {state}".replace("{a}", name).replace("{n}", _choose(rng, _NOUNS))
+        body = f"{subject} {state}".replace("{a}", name).replace("{n}", _choose(rng, _PARTS["nouns"]))
     if rng.random() < _LEAD_SHARE:
         first = body if body.startswith("I ") else body[0].lower() + body[1:]
-        body = f"{_choose(rng, _LEADS)} {first}"
-    return body[0].upper() + body[1:] + _choose(rng, _ENDS)
+        body = _choose(rng, _PARTS["leads"]) + " " + first
+    return body[0].upper() + body[1:] + _choose(rng, _PARTS["ends"])
 
 
 def _name(rng: np.random.Generator, names: Sequence[str]) -> str:
