@@ -26,11 +26,10 @@ from calibfuse.generation.decoding import (
     check_lengths,
     end_ids,
     find_padding_id,
-    generate_tokens,
     read_continuation,
 )
 from calibfuse.generation.language_model import LanguageModel
-from calibfuse.generation.seeded_sampling import SeededSampling, row_key
+from calibfuse.generation.seeded_sampling import draw_tokens, row_key
 
 _FORMAT = "calibfuse-continuations"
 ProcessorFactory = Callable[[], Sequence[LogitsProcessor]]
@@ -134,15 +133,9 @@ class PromptRecord:
 class Journal:
     """The continuations of one method: a header with the settings that made the text, then one line per prompt.
 
-    Args:
-        path: the file; made, with its folder. A line that a kill tore is cut off when it is opened again.
-        settings: JSON values that determine the continuations; a file with other settings is refused.
-        resume: go on with an existing file; otherwise it is replaced.
-
-    Raises:
-        InputError: the file was made with other settings, or is no journal.
-        DataError: a line of the file cannot be read.
-        CheckpointError: the file cannot be opened or written.
+    With `resume` an existing file goes on, otherwise it is replaced; a line that a kill tore is cut off. InputError:
+    the file was made with other settings, or is no journal. DataError: a damaged line. CheckpointError: it cannot be
+    opened or written.
     """
 
     def __init__(self, path: str | os.PathLike[str], settings: Mapping[str, Any], *, resume: bool = False) -> None:
@@ -286,16 +279,8 @@ def _continue_batch(
     for start in range(0, len(rows), batch_size):  # several calls only where one prompt has more samples than fit
         part = rows[start : start + batch_size]
         keys = [row_key(config.seed, prompt.id, prompt.text, sample) for prompt, _, sample in part]
-        new = generate_tokens(
-            target.model,
-            [ids for _, ids, _ in part],
-            [*make_processors(), SeededSampling(keys, max(len(ids) for _, ids, _ in part), config)],
-            padding_id,
-            max_new_tokens=config.max_new_tokens,
-            eos_token_id=sorted(ends) or None,
-            do_sample=False,
-            num_beams=1,
-        )
+        encoded = [ids for _, ids, _ in part]
+        new = draw_tokens(target.model, encoded, keys, make_processors(), config, padding_id, ends)
         pairs = zip(part, new.tolist(), strict=True)
         said += [read_continuation(target.tokenizer, ids, row, ends) for (_, ids, _), row in pairs]
     count = config.samples

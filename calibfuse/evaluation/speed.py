@@ -11,9 +11,9 @@ from tqdm import trange
 
 from calibfuse.evaluation.prompts import Prompt
 from calibfuse.evaluation.sampling import Method
-from calibfuse.generation.decoding import Decoding, find_padding_id, generate_tokens
+from calibfuse.generation.decoding import Decoding, find_padding_id
 from calibfuse.generation.language_model import LanguageModel
-from calibfuse.generation.seeded_sampling import SeededSampling, row_key
+from calibfuse.generation.seeded_sampling import draw_tokens, row_key
 
 
 @dataclass(frozen=True)
@@ -49,18 +49,8 @@ def measure_speed(
     for number in trange(rounds + 1, desc="speed", unit="round", disable=not show_progress):
         keys = [row_key(sampling.seed + number, prompt.id, prompt.text, row) for row, prompt in enumerate(texts)]
         for method in [*methods[number % len(methods) :], *methods[: number % len(methods)]]:
-            draw = SeededSampling(keys, max(map(len, encoded)), sampling)
             began = time.perf_counter()
-            generate_tokens(
-                target.model,
-                encoded,
-                [*method.make_processors(), draw],
-                padding_id,
-                max_new_tokens=sampling.max_new_tokens,
-                eos_token_id=None,
-                do_sample=False,
-                num_beams=1,
-            ).cpu()
+            draw_tokens(target.model, encoded, keys, method.make_processors(), sampling, padding_id).cpu()
             if number:
                 seconds[method.key].append(time.perf_counter() - began)
     result = {}

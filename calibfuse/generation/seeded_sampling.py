@@ -7,15 +7,16 @@ processor draws by the Gumbel-max trick (Maddison et al. 2014) with noise that i
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, PreTrainedModel
 
 from calibfuse.errors import InputError
-from calibfuse.generation.decoding import Decoding
+from calibfuse.generation.decoding import Decoding, generate_tokens
 
 _MULTIPLIERS = (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)  # of splitmix64 (Steele et al. 2014), as signed numbers
 _INCREMENT = -0x61C8864680B583EB
@@ -103,3 +104,18 @@ class SeededSampling(LogitsProcessor):
         perturbed[rows, ids] = log_probs.to(place)[rows, ids].double() + noise
         chosen = perturbed.argmax(dim=-1, keepdim=True).to(scores.device)
         return torch.full_like(log_probs, -torch.inf).scatter(-1, chosen, 0.0)
+
+
+def draw_tokens(
+    model: PreTrainedModel,
+    rows: Sequence[Sequence[int]],
+    keys: Sequence[int],
+    processors: Sequence[LogitsProcessor],
+    decoding: Decoding,
+    padding_id: int | None,
+    end_ids: Iterable[int] = (),
+) -> Tensor:
+    """Decode a batch with `SeededSampling` behind the processors, up to one of `end_ids`; see `generate_tokens`."""
+    draw = SeededSampling(keys, max(map(len, rows)), decoding)
+    options: dict[str, Any] = {"max_new_tokens": decoding.max_new_tokens, "eos_token_id": sorted(end_ids) or None}
+    return generate_tokens(model, rows, [*processors, draw], padding_id, **options, do_sample=False, num_beams=1)

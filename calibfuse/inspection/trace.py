@@ -137,8 +137,6 @@ def _row(prompt: Any) -> list[int]:  # noqa: ANN401
 def _generate(
     model: PreTrainedModel, ids: list[int], recorder: _Recorder, seed: int | None, options: Mapping[str, object]
 ) -> list[int]:
-    if options.get("num_beams", 1) != 1 or options.get("num_return_sequences", 1) != 1:
-        raise InputError("A trace follows one row: leave num_beams and num_return_sequences at 1.")
     input_ids = torch.tensor([ids], device=model.device)
     if seed is not None:
         torch.manual_seed(seed)

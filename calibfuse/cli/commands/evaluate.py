@@ -34,8 +34,9 @@ EXAMPLES = """\
 examples:
   calibfuse evaluate --model org/any-llm                 # a first look, on the prompts of the demo
 
-  # your prompts, three strengths, fluency under another model
-  calibfuse evaluate --model org/any-llm --prompts mine.txt --alpha 1 3 5 --judge org/other-llm --output results
+  # your prompts, three strengths, by two scorers (the first leads), fluency under another model
+  calibfuse evaluate --model org/any-llm --prompts mine.txt --alpha 1 3 5 --scorer bundled org/toxicity-classifier \\
+      --judge org/other-llm --output results
 
   # as the field reports it: RealToxicityPrompts' challenging prompts, or those that are not toxic
   calibfuse evaluate --model ./my-model --prompts realtoxicityprompts.jsonl.xz --protocol challenging \\
@@ -44,9 +45,6 @@ examples:
   # what it does to meaning, to names of groups, and what it costs at tasks
   calibfuse evaluate --model ./my-model --suite hatecheck.jsonl holistic_bias/ \\
       --utility lambada=lambada.jsonl wikitext=wiki.test.tokens --output meaning
-
-  # by two scorers: the first one's figures lead, the second's are shown beside them
-  calibfuse evaluate --prompts mine.txt --scorer bundled org/toxicity-classifier --output results
 
   # the strongest alpha that costs at most 5 % perplexity, written into the calibrator's config.json
   calibfuse evaluate --model org/any-llm --prompts my-prompts.txt --calibrator ./mine --pick-alpha \\

@@ -70,32 +70,19 @@ def _describe(args: argparse.Namespace) -> int:
         terminal.write(json.dumps(facts, indent=2, ensure_ascii=False))
         return 0
     terminal.heading(args.calibrator or "the calibrator bundled with calibfuse")
-    terminal.write(f"fingerprint  {facts['fingerprint']}")
-    terminal.write(f"heads        {', '.join(facts['heads'])}")
-    terminal.write(f"parameters   {facts['parameter_count']:,} ({facts['bytes_in_memory'] / 1e6:.1f} MB as loaded)")
-    for headers, counts in ((("part", "parameters"), facts["parameters"]), (("shape", "size"), facts["shape"])):
-        terminal.write()
-        terminal.table(headers, [(name, f"{count:,}") for name, count in counts.items()])
-    for title, values, nothing in (
-        ("recommended fusion", facts["fusion"], "the defaults of FusionConfig"),
-        ("training", facts["training"], "nothing recorded"),
-    ):
-        terminal.write()
-        terminal.heading(title)
-        if not values:
-            terminal.note(nothing)
-        for line in _flat(values):
-            terminal.write(printable(line))
+    for line in _flat(facts):
+        terminal.write(printable(line))
     return 0
 
 
-def _flat(values: Mapping[str, Any], indent: str = "  ") -> list[str]:
+def _flat(values: Mapping[str, Any], indent: str = "") -> list[str]:
     lines = []
     for key, value in values.items():
         if isinstance(value, Mapping):
             lines += [f"{indent}{key}", *_flat(value, indent + "  ")]
         else:
-            lines.append(f"{indent}{key}: {value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)}")
+            shown = ", ".join(map(str, value)) if isinstance(value, list) else value
+            lines.append(f"{indent}{key}: {f'{shown:,}' if type(shown) is int else shown}")
     return lines
 
 
@@ -118,20 +105,17 @@ def _trace(args: argparse.Namespace, prompt: str) -> int:
         require("jinja2")
     check_model(args)
     target = load_model(args, args.model)
-    ids = decoding.encode(target.tokenizer, prompt)
-    if args.continuation is None:
-        check_lengths(target.model, [ids], decoding.max_new_tokens, "prompt")
-    else:
-        check_lengths(target.model, [decoding.encode(target.tokenizer, prompt + args.continuation)], 0, "text")
+    given = args.continuation
+    ids = decoding.encode(target.tokenizer, prompt + (given or ""))
+    check_lengths(target.model, [ids], decoding.max_new_tokens if given is None else 0, "prompt")
     fusion = load_fusion(args, target)
     from calibfuse.inspection import trace_generation, trace_page
 
-    if args.continuation is None:
+    options: dict[str, Any] = {"continuation": given}
+    if given is None:
         options = {**decoding.options(), "pad_token_id": target.tokenizer.pad_token_id, "seed": decoding.seed}
-        steps = trace_generation(target.model, target.tokenizer, fusion, ids, top=args.top, **options)
-    else:
-        options = {"continuation": args.continuation, "top": args.top}
-        steps = trace_generation(target.model, target.tokenizer, fusion, prompt, **options)
+    traced = ids if given is None else prompt
+    steps = trace_generation(target.model, target.tokenizer, fusion, traced, top=args.top, **options)
     settings = _settings(args, decoding, target, fusion)
     if page is not None:
         from calibfuse.hub import write_files
@@ -160,9 +144,8 @@ def _settings(
         "calibrator": args.calibrator or "bundled",
         "fusion": f"{config.mode}, alpha {config.alpha:g}, {candidates}",
     }
-    if args.continuation is not None:
-        return settings | {"continuation": "given"}
-    return settings | {"decoding": "greedy" if args.greedy else f"sampling, seed {decoding.seed}"}
+    drawn = "greedy" if args.greedy else f"sampling, seed {decoding.seed}"
+    return settings | ({"decoding": drawn} if args.continuation is None else {"continuation": "given"})
 
 
 def _show_steps(
