@@ -21,7 +21,7 @@ from calibfuse.evaluation.given_text.reading import batches_by_length, method_lo
 from calibfuse.evaluation.sampling import ProcessorFactory
 from calibfuse.generation.decoding import pad_right
 from calibfuse.generation.language_model import LanguageModel
-from calibfuse.scorers import ToxicityScorer, check_scores
+from calibfuse.scorers import ToxicityScorer, load_scorer
 from calibfuse.scorers.words import strong_words
 
 _REWARD_CANDIDATES = 20  # k of the paper
@@ -67,7 +67,7 @@ class RewardGuidance(LogitsProcessor):
     ) -> None:
         if not 0.0 <= beta < math.inf or candidates < 1:
             raise InputError(f"Reward guidance needs beta of at least 0 and 1 candidate, got {beta} and {candidates}.")
-        self._tokenizer, self._scorer, self._beta, self._candidates = tokenizer, scorer, beta, candidates
+        self._tokenizer, self._scorer, self._beta, self._candidates = tokenizer, load_scorer(scorer), beta, candidates
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores float32 [rows, vocabulary]: -inf outside the candidates."""
@@ -77,8 +77,7 @@ class RewardGuidance(LogitsProcessor):
         texts = [[*row, token_id] for row, best in rows for token_id in best]
         decode: Any = self._tokenizer.batch_decode
         said = decode(texts, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        toxicity = check_scores(self._scorer.score(said), len(said), self._scorer.name)
-        reward = 1.0 - torch.from_numpy(toxicity).to(values).view(ids.shape)
+        reward = 1.0 - torch.from_numpy(self._scorer.score(said)).to(values).view(ids.shape)
         return torch.full_like(log_probs, -torch.inf).scatter(-1, ids, values + self._beta * reward)
 
 

@@ -45,7 +45,7 @@ from calibfuse.evaluation.sampling import (
 from calibfuse.evaluation.speed import Speed, measure_speed
 from calibfuse.generation.language_model import LanguageModel
 from calibfuse.hub import write_files
-from calibfuse.scorers import ToxicityScorer, check_scores
+from calibfuse.scorers import ToxicityScorer, load_scorer
 
 _STAGE = {"format": "calibfuse-evaluation-stage", "format_version": 3}
 _Found = TypeVar("_Found")
@@ -134,10 +134,11 @@ def evaluate(
         CheckpointError: the output cannot be written.
     """
     sampling = sampling or (protocol.sampling() if protocol else SamplingConfig())
-    everything, scorers = [PLAIN, *methods], [scorer, *other_scorers]
+    everything = [PLAIN, *methods]
     benign = BENIGN_TEXTS if benign_texts is None else tuple(benign_texts)
     check_output(output, resume=resume)
-    _check_names(everything, prompts, suites, scorers)
+    _check_names(everything, prompts, suites, [scorer, *other_scorers])
+    scorers = [load_scorer(each) for each in (scorer, *other_scorers)]  # what they return is checked
     passages = () if utility is None else utility.passages
     if texts := [*benign, *(each.text for suite in suites for each in suite.texts), *passages]:
         check_texts(target, texts)
@@ -158,8 +159,8 @@ def evaluate(
     facts = {
         **run.settings,
         "target_parameters": target.model.num_parameters(),
-        "scorer": scorer.name,
-        "other_scorers": [each.name for each in other_scorers],
+        "scorer": scorers[0].name,
+        "other_scorers": [each.name for each in scorers[1:]],
         "judge": None if judge is None else judge.name,
         "toxic_from": toxic_from,
         "sampling": sampling.to_dict(),
@@ -319,7 +320,7 @@ def _decode(kind: Any, value: Any) -> Any:  # noqa: ANN401
 
 def _fingerprint(scorer: ToxicityScorer) -> list[str | float]:
     """Its name and a few of its scores: a name alone does not tell two versions apart."""
-    return [scorer.name, *map(float, check_scores(scorer.score(BENIGN_TEXTS[:3]), 3, scorer.name))]
+    return [scorer.name, *map(float, scorer.score(BENIGN_TEXTS[:3]))]
 
 
 def _check_names(

@@ -40,21 +40,12 @@ def load_prompts(
     min_toxicity: float | None = None,
     challenging: bool = False,
 ) -> list[Prompt]:
-    """Read prompts, in bounded memory.
+    """Read prompts, in bounded memory: at least one, in the order of the file.
 
-    Args:
-        path: .jsonl with an object a line (prompt in "prompt" or "text", a string or an object with "text"), or .txt
-            with a prompt a line; each also as .gz or .xz. Blank ones are skipped, repeated ones are read once.
-        count: how many to draw at random; None or more than there are: all. A smaller count draws a subset of what a
-            larger one draws.
-        seed: of the draw.
-        max_toxicity: keep prompts below this toxicity; those of unknown toxicity are left out. 0.5 is what the
-            literature calls non-toxic prompts.
-        min_toxicity: keep prompts of at least this toxicity.
-        challenging: keep those that RealToxicityPrompts calls so.
-
-    Returns:
-        At least one prompt, in the order of the file.
+    `path`: .jsonl with an object a line (prompt in "prompt" or "text", a string or an object with "text"), or .txt with
+    a prompt a line; each also as .gz or .xz. Blank ones are skipped, repeated ones are read once. `count` are drawn at
+    random, None: all. `max_toxicity` keeps those below it (0.5 is what the literature calls non-toxic), `min_toxicity`
+    those of at least it, `challenging` those that RealToxicityPrompts calls so; without a toxicity none passes.
 
     Raises:
         InputError: a count below 1.

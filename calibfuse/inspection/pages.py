@@ -15,16 +15,10 @@ _FULL_COLOUR = 2.0  # nats of change from which a token has the strongest colour
 def trace_page(
     steps: Sequence[StepTrace], *, prompt: str, metadata: Mapping[str, str], mask: Mask | None = None
 ) -> str:
-    """A trace as an HTML page, readable without JavaScript.
+    """The steps of `trace_generation` after a prompt as an HTML page, readable without JavaScript.
 
-    Args:
-        steps: of `trace_generation`.
-        prompt: the text before the first step.
-        metadata: names and values for the head of the page (target, calibrator, settings).
-        mask: replaces the letters of offensive words, one character by one; None shows them.
-
-    Raises:
-        MissingDependencyError: jinja2 is not installed.
+    `metadata` are names and values for its head; `mask` replaces the letters of offensive words, one character by one.
+    MissingDependencyError: jinja2 is not installed.
     """
     mask = mask or str
     pieces = [prompt, *(step.text for step in steps)]

@@ -106,17 +106,11 @@ class GuidedReader:
 def method_log_probs(
     processors: Sequence[LogitsProcessor], input_ids: Tensor, logits: Tensor, start: int = 0
 ) -> Tensor:
-    """A method's next-token log-probabilities at the positions of given sequences.
+    """A method's next-token log-probabilities, float32 nats, at the positions of given sequences.
 
-    Args:
-        processors: in order. Those with `fuse_logits` do whole sequences at once; others are called step by step. The
-            first gets the logits as they are, as in `generate()`: a fusion of hidden states undoes their soft cap.
-        input_ids: int64 [rows, length], padding only behind the text.
-        logits: float [rows, length, vocabulary]; not modified.
-        start: first position that is wanted; those before are left as they are by step-wise processors.
-
-    Returns:
-        float32, shape of `logits`, nats.
+    Processors with `fuse_logits` do whole sequences at once; others are called step by step from position `start` on.
+    The first gets the logits [rows, length, vocabulary] as they are, as in `generate()`: a fusion of hidden states
+    undoes their soft cap. `input_ids` [rows, length] are padded only behind the text.
     """
     result = logits.float()
     for processor in processors:
@@ -188,9 +182,8 @@ def whole_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def split_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, continuation: str) -> tuple[list[int], list[int]]:
     """Encode a text as a whole and cut it where the continuation begins.
 
-    Returns:
-        Ids before (at least one where the tokenizer has a begin mark), and ids of tokens that end inside the
-        continuation; the second is empty where the continuation is.
+    Ids before (at least one where the tokenizer has a begin mark), and ids of tokens that end inside the
+    continuation; the second is empty where the continuation is.
     """
     # Before a text stands the begin mark, or the end mark of the text before (GPT-2).
     marks = [mark for mark in (tokenizer.bos_token_id, tokenizer.eos_token_id) if mark is not None]

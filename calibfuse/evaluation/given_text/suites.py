@@ -108,14 +108,11 @@ def load_suite(path: str | os.PathLike[str], *, count: int | None = 1000, seed: 
     HateCheck (Röttger et al. 2021), ToxiGen (Hartvigsen et al. 2022), BOLD, identity-term templates (Dixon et al.
     2018), XSTest (Röttger et al. 2024), or anything with the same fields.
 
-    Args:
-        path: .jsonl with the sentence in "text", "prompt" or "test_case"; its label in "toxic" or "label" (0, 1 or a
-            probability; hateful, harmful, toxic, unsafe; harmless, neutral, safe, none), harmless without one; what it
-            tests in "functionality"; its group in "group", "category", "type" or "domain", else the kind of identity
-            term in it. Or .txt with a harmless sentence a line. Each also as .gz or .xz.
-        count: how many to draw at random; None: all.
-        seed: of the draw.
-        name: in reports; by default the file's.
+    `path`: .jsonl with the sentence in "text", "prompt" or "test_case"; its label in "toxic" or "label" (0, 1 or a
+    probability; hateful, harmful, toxic, unsafe; harmless, neutral, safe, none), harmless without one; what it tests in
+    "functionality"; its group in "group", "category", "type" or "domain", else the kind of identity term in it. Or .txt
+    with a harmless sentence a line; each also as .gz or .xz. `count` are drawn, None: all; `name` is by default the
+    file's.
 
     Raises:
         DataError: the file cannot be read, is empty, or has a label that is none of these.

@@ -41,10 +41,7 @@ def write_report(
     """Write the files into a folder, in the place of older ones; nothing half-written is left.
 
     `mask` makes offensive words of the page and of report.md unreadable; report.json holds text as it is.
-
-    Raises:
-        CheckpointError: the files cannot be written.
-        MissingDependencyError: jinja2 or matplotlib is not installed.
+    CheckpointError: the files cannot be written. MissingDependencyError: jinja2 or matplotlib is not installed.
     """
     data = to_data(evaluation, within_budget=within_budget)
     contents = {
