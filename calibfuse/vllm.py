@@ -69,11 +69,6 @@ class ServerOptions:
             raise InputError(f"Expected an object of calibfuse's options ({', '.join(sorted(known))}), got {values!r}.")
         return cls(**values)
 
-    def fusion_options(self) -> dict[str, Any]:
-        """The options of `CalibFusion.from_pretrained` that were given."""
-        given = {name: getattr(self, name) for name in ("revision", "alpha", "mode", "margin", "max_shift")}
-        return {name: value for name, value in given.items() if value is not None}
-
 
 @dataclass
 class _Served:
@@ -108,8 +103,12 @@ class CalibFusionProcessor(V1LogitsProcessor, V2LogitsProcessor):  # type: ignor
         self._states: Any = rest[0] if len(rest) == 1 else None
         device = torch.device(rest[0] if self._states is None else self._states.device)
         tokenizer = _tokenizer_of(vllm_config.model_config)
+        given = {name: getattr(options, name) for name in ("revision", "alpha", "mode", "margin", "max_shift")}
         fusion = CalibFusion.from_pretrained(
-            options.calibrator, tokenizer=tokenizer, device=device, **options.fusion_options()
+            options.calibrator,
+            tokenizer=tokenizer,
+            device=device,
+            **{name: value for name, value in given.items() if value is not None},
         )
         if MODES[fusion.config.mode].fuse is None:
             raise InputError(f"Mode {fusion.config.mode!r} cannot be served: vLLM shows logits, not hidden states.")

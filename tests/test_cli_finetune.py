@@ -220,7 +220,7 @@ def failing(model_folder, texts, capsys, *options, output="out"):
         (("--oracle", "bundled", "--filter-corpus", "2"), "--filter-corpus must be above 0 and at most 1"),
         (("--kl-weight", "0", "--lora", "0"), "lora must be at least 1"),
         (("--kl-weight", "0", "--iterations", "0"), "iterations must be at least 1"),
-        (("--kl-weight", "0", "--model", "no/such/folder"), "Cannot load the tokenizer of 'no/such/folder'"),
+        (("--kl-weight", "0", "--model", "no/such/folder"), "There is no model folder 'no/such/folder'"),
         (("--kl-weight", "0", "--batch-size", "5000"), "fewer than one batch of 5000"),
         (("--kl-weight", "0", "--block-length", "100000"), "fewer than one block of 100000"),
         (("--kl-weight", "0", "--corpus", "missing.txt"), "No such file or folder: missing.txt"),

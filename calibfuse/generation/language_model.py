@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calibfuse.errors import CheckpointError, InputError, MissingDependencyError, reason_of
-from calibfuse.hub import CONFIG_NAME, check_repository, read_json, resolve_checkpoint
+from calibfuse.hub import CONFIG_NAME, check_repository, find_folder, read_json, resolve_checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
 
 DEMO_TARGET = "demo-target"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _GGUF = ".gguf"
 
 
@@ -80,7 +78,7 @@ def load_language_model(
 
 def read_tokenizer(source: str, **options: Any) -> PreTrainedTokenizerBase:  # noqa: ANN401
     """A tokenizer from where `locate` found it, or CheckpointError; options that are None are left out."""
-    if not Path(source).exists() and _REPO_ID.fullmatch(source):
+    if find_folder(source, "model") is None:
         check_repository(
             source, revision=options.get("revision"), local_files_only=bool(options.get("local_files_only"))
         )
@@ -120,22 +118,15 @@ def locate(name: str | None, gguf_file: str | None = None, revision: str | None 
         if gguf_file is not None or revision is not None:
             raise InputError("A GGUF file or a revision was given without a model; name its folder or Hub id as well.")
         return str(resolve_checkpoint(None, default=DEMO_TARGET)), None
-    if not name.strip():
-        raise CheckpointError("Expected the folder or the Hub id of a model, got an empty name.")
-    folder = Path(name).expanduser()
-    if folder.is_file() and folder.suffix == _GGUF and gguf_file is None:
-        folder, gguf_file = folder.parent, folder.name
-    if folder.is_dir():
-        if revision is not None:
-            raise InputError(f"Revision {revision!r} was given, but the model is the local folder {str(folder)!r}.")
+    place = Path(name).expanduser()
+    if place.is_file() and place.suffix == _GGUF and gguf_file is None:
+        name, gguf_file = str(place.parent), place.name
+    folder = find_folder(name, "model", revision=revision)
+    if folder is not None:
         _check_folder(folder, gguf_file)
-    elif folder.exists():
-        raise CheckpointError(f"Expected the folder of a model, but {name!r} is a file; give the folder around it.")
-    elif not _REPO_ID.fullmatch(name):
-        raise CheckpointError(f"There is no model folder {name!r}, and it cannot be the id of a Hub repository.")
     if gguf_file is not None and importlib.util.find_spec("gguf") is None:
         raise MissingDependencyError("Reading a GGUF file needs the package gguf: pip install gguf.")
-    return str(folder) if folder.is_dir() else name, gguf_file
+    return name if folder is None else str(folder), gguf_file
 
 
 def _check_folder(folder: Path, gguf_file: str | None) -> None:

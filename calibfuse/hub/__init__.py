@@ -248,22 +248,15 @@ def resolve_checkpoint(
     other arguments are those of huggingface_hub's `snapshot_download`.
     """
     if name_or_path is None:
-        folder = _BUNDLED / default
-        if not folder.is_dir():
+        name_or_path = _BUNDLED / default
+        if not name_or_path.is_dir():
             raise CheckpointError(f"The bundled checkpoint {default!r} is missing from this installation of calibfuse.")
-        return _without_revision(folder, revision)
-    name = os.fspath(name_or_path) if isinstance(name_or_path, str | os.PathLike) else name_or_path
-    if not isinstance(name, str) or not name.strip():
+    if not isinstance(name_or_path, str | os.PathLike):
         raise CheckpointError(f"Expected a folder or a Hub id of a checkpoint, got {name_or_path!r}.")
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return _without_revision(folder, revision)
-    if folder.exists():
-        raise CheckpointError(
-            f"Expected the folder of a checkpoint, but {name!r} is a file; give the folder around it."
-        )
-    if not isinstance(name_or_path, str) or not _REPO_ID.fullmatch(name):
-        raise CheckpointError(f"There is no checkpoint folder {name!r}, and it cannot be the id of a Hub repository.")
+    # a path is no Hub id, even where it is spelled like one
+    name = name_or_path if isinstance(name_or_path, str) else str(Path(name_or_path).expanduser().absolute())
+    if (folder := find_folder(name, "checkpoint", revision=revision)) is not None:
+        return folder
     from huggingface_hub import snapshot_download
 
     try:
@@ -283,10 +276,20 @@ def resolve_checkpoint(
     return Path(downloaded)
 
 
-def _without_revision(folder: Path, revision: str | None) -> Path:
-    if revision is not None:
-        raise InputError(f"Revision {revision!r} was given, but the checkpoint is the local folder {str(folder)!r}.")
-    return folder
+def find_folder(name: str, what: str, *, revision: str | None = None) -> Path | None:
+    """The folder of this name, or None where it can only be a Hub id; `what` it holds, for messages."""
+    if not name.strip():
+        raise CheckpointError(f"Expected a folder or a Hub id of a {what}, got an empty name.")
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise InputError(f"Revision {revision!r} was given, but the {what} is the local folder {str(folder)!r}.")
+        return folder
+    if folder.exists():
+        raise CheckpointError(f"Expected the folder of a {what}, but {name!r} is a file; give the folder around it.")
+    if not _REPO_ID.fullmatch(name):
+        raise CheckpointError(f"There is no {what} folder {name!r}, and it cannot be the id of a Hub repository.")
+    return None
 
 
 def check_repository(repo_id: str, *, revision: str | None = None, local_files_only: bool = False) -> None:

@@ -11,8 +11,6 @@ import itertools
 import json
 import logging
 import math
-import os
-import shutil
 import signal
 import time
 import warnings
@@ -29,6 +27,7 @@ from tqdm.auto import tqdm
 
 from calibfuse import hub
 from calibfuse.errors import CheckpointError, InputError
+from calibfuse.training.work_folder import new_folder
 
 logger = logging.getLogger(__name__)
 
@@ -165,25 +164,10 @@ class TrainingLoop(ABC):
             "position": self.position(),
             "history": self.history,
         }
-        final, fresh, old = (self.folder / name for name in ("checkpoint", "checkpoint.new", "checkpoint.old"))
-        try:
-            shutil.rmtree(fresh, ignore_errors=True)
+        with new_folder(self.folder / "checkpoint", f"the checkpoint of step {self.step}") as fresh:
             hub.write_tensors(fresh / "model.safetensors", self.parameters)
             hub.write_tensors(fresh / "optimizer.safetensors", optimizer_tensors(self.optimizer, self.parameters))
             (fresh / "state.json").write_text(json.dumps(state), encoding="utf-8")
-            if final.exists():
-                shutil.rmtree(old, ignore_errors=True)
-                os.replace(final, old)
-            os.replace(fresh, final)
-            shutil.rmtree(old, ignore_errors=True)
-        except (OSError, CheckpointError) as error:
-            shutil.rmtree(fresh, ignore_errors=True)
-            if not final.exists() and old.exists():
-                os.replace(old, final)
-            raise CheckpointError(
-                f"The checkpoint of step {self.step} cannot be written to {self.folder}: {error} The one before it is "
-                "untouched; free some space and resume."
-            ) from error
 
     def resume(self) -> int:
         """Load the checkpoint in the folder and go on from there exactly; gives the step."""
@@ -224,7 +208,7 @@ def endless_batches(
 
 def find_checkpoint(folder: Path) -> Path | None:
     """The checkpoint of a loop in its folder, if there is one."""
-    # checkpoint.old: killed between the two renames of save_checkpoint
+    # checkpoint.old: killed between the two renames of `new_folder`
     places = (folder / name for name in ("checkpoint", "checkpoint.old"))
     return next((place for place in places if (place / "state.json").is_file()), None)
 

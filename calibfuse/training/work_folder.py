@@ -50,12 +50,22 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def new_folder(final: Path, what: str) -> Iterator[Path]:
-    """A folder under a temporary name, renamed to its own when the block ends, removed when the block fails."""
-    temporary = final.with_name(f".{final.name}-{uuid.uuid4().hex[:8]}.tmp")
+    """A folder under a temporary name, renamed to its own when the block ends, removed when the block fails.
+
+    One that is there is replaced: for a moment between two renames it lies beside its place, with the ending `.old`.
+    """
+    temporary, former = (
+        final.with_name(f".{final.name}-{uuid.uuid4().hex[:8]}.tmp"),
+        final.with_name(f"{final.name}.old"),
+    )
     try:
         temporary.mkdir(parents=True)
         yield temporary
+        if final.exists():
+            shutil.rmtree(former, ignore_errors=True)
+            os.replace(final, former)
         os.replace(temporary, final)
+        shutil.rmtree(former, ignore_errors=True)
     except CheckpointError:
         raise
     except (OSError, SafetensorError) as error:

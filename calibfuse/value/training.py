@@ -44,13 +44,6 @@ class GuideConfig(SamplingPlan):
         super().__post_init__()
         FusionConfig(mode="value", alpha=self.alpha)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The settings in one level, for files."""
-        values = asdict(self)
-        training = values.pop("training")
-        training.pop("seed")
-        return {**values, **{f"training_{key}": value for key, value in training.items()}}
-
 
 def train_guide(
     target: PreTrainedModel,
@@ -107,7 +100,7 @@ def train_guide(
     unlabelled = int(samples.satisfaction.isnan().sum())
     told: dict[str, Any] = {
         "data": {"prompts": len(prompts), "samples": len(samples), "without a label": unlabelled},
-        "settings": {"target": target_name or "in memory", "oracle": oracle.name, **config.to_dict()},
+        "settings": {"target": target_name or "in memory", "oracle": oracle.name, **asdict(config)},
         "figures": {name: round(value, 4) for name, value in figures.items() if math.isfinite(value)},
     }
     if warning := _doubt(figures, samples):
@@ -178,5 +171,5 @@ def _settings(
         "prompts": hashlib.sha256(json.dumps(list(prompts)).encode()).hexdigest(),
         "oracle": oracle.name,
         "begins_with": hub.weights_fingerprint(beginnings),
-        **{key: value for key, value in config.to_dict().items() if key != "alpha"},
+        **{key: value for key, value in asdict(config).items() if key != "alpha"},
     }

@@ -21,15 +21,8 @@ SPELLING_VERSION = 2
 # A mark on one token in twenty is a convention of the vocabulary; a stray one is text.
 _CLEAR_SHARE = 0.05
 # The blocks that BERT's basic tokenizer calls Chinese characters.
-_CJK_RANGES = (
-    (0x4E00, 0x9FFF),
-    (0x3400, 0x4DBF),
-    (0x20000, 0x2A6DF),
-    (0x2A700, 0x2B73F),
-    (0x2B740, 0x2B81F),
-    (0x2B820, 0x2CEAF),
-    (0xF900, 0xFAFF),
-    (0x2F800, 0x2FA1F),
+_IDEOGRAPH = re.compile(
+    "[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002ceaf\U0002f800-\U0002fa1f]"
 )
 # `[CLS]`, `[unused12]`: in WordPiece, brackets never join with letters, so no text can produce these.
 _BRACKETED_TOKEN = re.compile(r"\[[^\[\]\s]+\]")
@@ -177,12 +170,9 @@ def _undo_word_piece(token: str, prefix: str) -> str:
 
 def _stands_without_space(character: str) -> bool:
     """Whether BERT's basic tokenizer makes this character a word of its own: punctuation and CJK ideographs."""
-    code_point = ord(character)
-    if code_point < 0x80:
+    if character.isascii():
         return not character.isalnum()
-    if any(low <= code_point <= high for low, high in _CJK_RANGES):
-        return True
-    return unicodedata.category(character).startswith("P")
+    return _IDEOGRAPH.match(character) is not None or unicodedata.category(character).startswith("P")
 
 
 def _utf8(text: str, name: str) -> bytes:
