@@ -9,7 +9,7 @@ import json
 import lzma
 import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -155,6 +155,16 @@ def split_passages(document: str, max_bytes: int = 600) -> Iterator[str]:
         start = end
     if start < len(data):
         yield data[start:].decode()
+
+
+def up_to(texts: Iterable[str], byte_budget: int) -> Iterator[str]:
+    """The first texts, until they have a number of UTF-8 bytes."""
+    total = 0
+    for text in texts:
+        if total >= byte_budget:
+            return
+        total += len(text.encode())
+        yield text
 
 
 def _cut(data: bytes, start: int, max_bytes: int) -> int:

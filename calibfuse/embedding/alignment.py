@@ -7,14 +7,12 @@ size and a sketch of the target's embeddings, not by a name.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -28,7 +26,6 @@ from calibfuse.errors import (
     VocabularyMismatchError,
 )
 from calibfuse.guide import CALIBRATOR_HEAD
-from calibfuse.hub import FINGERPRINT_KEY
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -84,11 +81,12 @@ class Alignment:
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write it into `folder`/alignments/<key>/, where one for the same target is replaced; gives that folder."""
         place = Path(folder).expanduser() / FOLDER / self.key
-        tensors = {"matrix": self.matrix.contiguous(), "sketch": self.sketch.contiguous()}
-        weights = safetensors.torch.save(tensors, {"format": "pt", FINGERPRINT_KEY: hub.weights_fingerprint(tensors)})
-        values = {"format": FORMAT_NAME, "format_version": FORMAT_VERSION, **asdict(self.metadata)}
-        text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        hub.write_files(place, {WEIGHTS_FILE: weights, METADATA_FILE: text.encode("utf-8")})
+        hub.write_checkpoint(
+            place,
+            config={"format": FORMAT_NAME, "format_version": FORMAT_VERSION, **asdict(self.metadata)},
+            tensors={"matrix": self.matrix, "sketch": self.sketch},
+            names=(WEIGHTS_FILE, METADATA_FILE),
+        )
         return place
 
     @classmethod

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -40,15 +39,6 @@ class PackedCorpus:
     def block_length(self) -> int:
         """Tokens of a block."""
         return int(self.train.shape[1])
-
-    @property
-    def fingerprint(self) -> str:
-        """A hex digest of the blocks."""
-        digest = hashlib.sha256()
-        for blocks in (self.train, self.held_out):
-            digest.update(str(tuple(blocks.shape)).encode())
-            digest.update(blocks.contiguous().numpy().tobytes())
-        return digest.hexdigest()[:16]
 
     def save(self, path: Path) -> None:
         """Write one safetensors file, whole or not at all."""

@@ -177,7 +177,6 @@ def _report(
             "blocks": len(corpus.train),
             "held_out_blocks": len(corpus.held_out),
             "block_length": corpus.block_length,
-            "fingerprint": corpus.fingerprint,
         },
         "prompts": prompt_count,
         "corpus_perplexity": {"before": first["corpus_perplexity_before"], "after": last["corpus_perplexity"]},

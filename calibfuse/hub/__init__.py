@@ -128,6 +128,7 @@ def write_checkpoint(
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
     files: Mapping[str, str] | None = None,
+    names: tuple[str, str] = (WEIGHTS_NAME, CONFIG_NAME),
 ) -> None:
     """Write a checkpoint, its weights and further text files, so that it is either whole or absent.
 
@@ -140,8 +141,8 @@ def write_checkpoint(
         text = json.dumps(dict(config), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     except (TypeError, ValueError) as error:
         raise InputError(f"The configuration cannot be written as JSON: {error}.") from error
-    texts = {name: value.encode("utf-8") for name, value in {**(files or {}), CONFIG_NAME: text}.items()}
-    write_files(folder, {WEIGHTS_NAME: _tensor_writer(tensors, fingerprint=True), **texts})
+    texts = {name: value.encode("utf-8") for name, value in {**(files or {}), names[1]: text}.items()}
+    write_files(folder, {names[0]: _tensor_writer(tensors, fingerprint=True), **texts})
 
 
 def write_tensors(

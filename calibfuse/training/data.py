@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from calibfuse.errors import CheckpointError, DataError
 from calibfuse.scorers.checks import check_scores
-from calibfuse.textfiles import expand_source, iter_documents, split_passages
+from calibfuse.textfiles import expand_source, iter_documents, split_passages, up_to
 from calibfuse.training.config import TrainingText
 from calibfuse.training.work_folder import new_folder
 
@@ -135,13 +135,7 @@ class PassageStore:
 
     def sample_texts(self, byte_budget: int, seed: int) -> Iterator[str]:
         """Random training passages up to a number of bytes, each at most once; for training tokenizers."""
-        total = 0
-        for index in self.permutation(0, seed):
-            if total >= byte_budget:
-                return
-            text = self.text(int(index))
-            total += len(text.encode())
-            yield text
+        return up_to(map(self.text, self.permutation(0, seed).tolist()), byte_budget)
 
 
 def _passages(

@@ -1,4 +1,4 @@
-"""Masked spellings: which word "f**k", "sh!t", "fvck" or "f u c k" stands for, and how a word may be masked.
+"""Masked spellings: which word "f**k", "sh!t", "fvck" or "f u c k" stands for.
 
 Left out: letters left out or swapped ("fck", "fcuk"), which are other words to these rules.
 """
@@ -6,9 +6,9 @@ Left out: letters left out or swapped ("fck", "fcuk"), which are other words to 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
-__all__ = ["WordUnmasker", "masked_patterns", "masked_spellings"]
+__all__ = ["WordUnmasker", "masked_patterns"]
 
 MASK_SIGNS = "*#%&^_-+.?~'"
 """Signs that hide a letter, or stand beside one that does; letters may stand on both sides of them."""
@@ -85,30 +85,3 @@ def _letter_pattern(char: str) -> str:
 
 def _loose_pattern(part: str) -> str:
     return _letter_pattern(part) if len(part) == 1 else f"[a-z]{{1,{len(part) + _LONGER_BY}}}"
-
-
-def masked_spellings(word: str, *, signs: str = "*#-", separators: str = " .-_") -> Iterator[str]:
-    """Yield the ways in which people mask a word of three letters and more, each once and never the word itself.
-
-    Inner letters or all but the first hidden, letters as signs that look like them, "v" for "u", single letters.
-
-    Example:
-        >>> sorted(masked_spellings("damn", signs="*", separators=" "))
-        ['d a m n', 'd***', 'd**n', 'd*mn', 'd4mn', 'd@mn', 'da*n']
-    """
-    if len(word) < 3 or not word.isalpha():
-        return
-    seen = {word}
-    hidden = [(start, stop) for start in range(1, len(word) - 1) for stop in range(start + 1, len(word))]
-    if len(word) > 3:
-        hidden.append((1, len(word)))
-    found = [word[:start] + sign * (stop - start) + word[stop:] for sign in signs for start, stop in hidden]
-    for place, letter in enumerate(word):
-        if place:
-            looks = [sign for sign, letters in LETTERS_OF_SIGN.items() if letter in letters]
-            found += [word[:place] + sign + word[place + 1 :] for sign in [*looks, *("v" if letter == "u" else "")]]
-    found += [separator.join(word) for separator in separators]
-    for spelling in found:
-        if spelling not in seen:
-            seen.add(spelling)
-            yield spelling

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-from typing import Any
 
 from calibfuse.cli.loading import check_calibrator, check_model, load_model
 from calibfuse.cli.options import Fields, add, add_model
@@ -62,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
         **GUIDE.values(args),
         **SAMPLES.values(args),
     )
+    from calibfuse.calibrator import load_universal
     from calibfuse.evaluation.prompts import load_prompts
     from calibfuse.value.oracle import load_oracle
 
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
             oracle,
             args.output,
             config=config,
-            calibrator=_calibrator(args),
+            calibrator=load_universal(args.calibrator, why="The value head needs a universal calibrator"),
             target_name=target.name,
             facts={key: value for key, value in (("name", args.name), ("license", args.license)) if value},
             resume=args.resume,
@@ -99,11 +99,3 @@ def run(args: argparse.Namespace) -> int:
     trial = f'calibfuse generate "The new neighbour is"{source} --calibrator {args.output} --compare'
     print(f"Guide written to {args.output}. Try: {trial}")
     return 0
-
-
-def _calibrator(args: argparse.Namespace) -> Any:  # noqa: ANN401
-    if args.calibrator is None:
-        return None
-    from calibfuse.calibrator import load_universal
-
-    return load_universal(args.calibrator, why="The value head needs a universal calibrator")

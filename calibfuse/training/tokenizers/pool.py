@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from calibfuse import hub
 from calibfuse.errors import CheckpointError, CheckpointFormatError, DataError, InputError, check_ranges
+from calibfuse.textfiles import up_to
 from calibfuse.training.tokenizers.negatives import frequent_words, negative_byte_strings, text_pieces
 from calibfuse.training.tokenizers.styles import STYLES, check_style, train_tokenizer
 from calibfuse.vocabulary import Vocabulary
@@ -208,8 +209,8 @@ class TokenizerPool:
 
     def negatives(self, count: int, sample: Sequence[str], seed: int) -> list[bytes]:
         """Byte strings that no tokenizer of the pool and no text of the sample holds."""
-        texts = list(_up_to(sample, 2 * COUNT_BYTES))
-        words = frequent_words(_up_to(texts, COUNT_BYTES))
+        texts = list(up_to(sample, 2 * COUNT_BYTES))
+        words = frequent_words(up_to(texts, COUNT_BYTES))
         exclude = text_pieces(texts)
         for entry in self.entries:
             exclude.update(entry.vocabulary.token_bytes(index) for index in range(len(entry.vocabulary)))
@@ -276,23 +277,14 @@ def _train_entry(spec: PoolSpec, sample: Sequence[str], sample_bytes: int) -> Po
     # A vocabulary much larger than the text can support would only memorise it.
     size = min(spec.vocab_size, max(style.smallest_size, sample_bytes // 16))
     budget = min(MAX_SAMPLE_BYTES, 1_000_000 + size * style.bytes_per_token)
-    tokenizer = train_tokenizer(spec.style, list(_up_to(sample, budget)), size)
+    tokenizer = train_tokenizer(spec.style, list(up_to(sample, budget)), size)
     counts = np.zeros(tokenizer.get_vocab_size(), dtype=np.int64)
-    counted = list(_up_to(sample, COUNT_BYTES))
+    counted = list(up_to(sample, COUNT_BYTES))
     for start in range(0, len(counted), 256):
         encodings = tokenizer.encode_batch_fast(counted[start : start + 256], add_special_tokens=False)
         ids = np.concatenate([encoding.ids for encoding in encodings])
         counts += np.bincount(ids.astype(np.int64), minlength=len(counts))
     return PoolEntry(tokenizer, spec, unigram_counts=counts)
-
-
-def _up_to(sample: Sequence[str], byte_budget: int) -> Iterator[str]:
-    total = 0
-    for text in sample:
-        if total >= byte_budget:
-            return
-        total += len(text.encode())
-        yield text
 
 
 def _load_entry(folder: Path, row: dict[str, Any]) -> PoolEntry:
