@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 from tiny_calibrators import make_calibrator
+from transformers import TemperatureLogitsWarper
 
 from calibfuse.errors import InputError
 from calibfuse.evaluation import PLAIN, Method, Prompt, SamplingConfig
-from calibfuse.evaluation.baselines import BadWords, RewardGuidance, SelfDebiasing, Temperature, match_temperature
+from calibfuse.evaluation.baselines import RewardGuidance, SelfDebiasing, forbid_words, match_temperature
 from calibfuse.evaluation.methods import BASELINES, ComparedMethods, parse_baseline
 from calibfuse.evaluation.speed import measure_speed
 from calibfuse.fusion import FusionConfig
@@ -34,19 +35,13 @@ def step(target, *texts):
 
 def test_the_matched_temperature_gives_back_a_temperature(target):
     """A method that is a temperature is matched by itself, and plain decoding by 1."""
-    assert match_temperature(target, lambda: [Temperature(1.7)], TEXTS) == pytest.approx(1.7, rel=1e-3)
+    assert match_temperature(target, lambda: [TemperatureLogitsWarper(1.7)], TEXTS) == pytest.approx(1.7, rel=1e-3)
     assert match_temperature(target, list, TEXTS) == pytest.approx(1.0, rel=1e-3)
-
-
-def test_a_step_and_a_sequence_of_temperature_agree(target):
-    input_ids, scores = step(target, *TEXTS)
-    once = Temperature(2.0)(input_ids, scores).log_softmax(-1)
-    assert torch.allclose(Temperature(2.0).fuse_logits(input_ids, scores[:, None])[:, 0], once)
 
 
 def test_words_of_the_list_cannot_be_completed(target):
     """Every id that completes "river" is excluded right after its beginning, and nothing else is."""
-    ban = BadWords(target.tokenizer, ["river"])
+    ban = forbid_words(target.tokenizer, ["river"])
     ids = target.tokenizer(" river", add_special_tokens=False)["input_ids"]
     assert len(ids) > 1
     before = torch.tensor([[7, 9, *ids[:-1]], [7, 9, *[8] * (len(ids) - 1)]])
@@ -60,7 +55,7 @@ def test_words_of_the_list_cannot_be_completed(target):
 
 def test_single_token_words_are_always_excluded(target):
     text = target.tokenizer.convert_ids_to_tokens([70])[0]
-    banned = BadWords(target.tokenizer, [text])(torch.tensor([[9]]), torch.zeros(1, len(target.tokenizer)))
+    banned = forbid_words(target.tokenizer, [text])(torch.tensor([[9]]), torch.zeros(1, len(target.tokenizer)))
     assert banned[0, 70] == -torch.inf
 
 
@@ -71,7 +66,7 @@ def test_generation_goes_round_a_listed_word(target):
     plain = target.model.generate(input_ids=prompt, **options)[0, prompt.shape[1] :].tolist()
     names = [target.tokenizer.convert_ids_to_tokens(token_id) for token_id in plain]
     said = next(token_id for token_id, name in zip(plain, names, strict=True) if name.isascii() and name.isalpha())
-    ban = BadWords(target.tokenizer, [target.tokenizer.decode([said])])
+    ban = forbid_words(target.tokenizer, [target.tokenizer.decode([said])])
     other = target.model.generate(input_ids=prompt, logits_processor=[ban], **options)[0, prompt.shape[1] :].tolist()
     assert said in plain
     assert said not in other
@@ -166,11 +161,11 @@ def test_bad_strengths_are_refused(target):
     with pytest.raises(InputError, match="a method to match"):
         ComparedMethods(target).baseline("temperature")
     with pytest.raises(InputError, match="above 0"):
-        Temperature(math.inf)
+        ComparedMethods(target).baseline(f"temperature:{math.inf}")
 
 
 def test_speed_is_compared_round_by_round(target):
-    methods = [PLAIN, Method("same", "same", lambda: [Temperature(1.0)])]
+    methods = [PLAIN, Method("same", "same", lambda: [TemperatureLogitsWarper(1.0)])]
     sampling = SamplingConfig(max_new_tokens=3)
     found = measure_speed(target, methods, [Prompt("a", "The river")], sampling, rows=2, rounds=2)
     assert found["plain"].kept == 1.0

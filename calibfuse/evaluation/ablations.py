@@ -17,8 +17,7 @@ from calibfuse.loading import PretrainedCalibrator
 def words_alone(calibrator: PretrainedCalibrator) -> Calibrator:
     """A copy whose heads say the same, so that only the table of words moves anything in mode contrast.
 
-    Raises:
-        MissingHeadError: the calibrator is not a universal one, has no words, or lacks one of the heads.
+    MissingHeadError: the calibrator is not a universal one, has no words, or lacks one of the heads.
     """
     copied = _copy(calibrator)
     config = copied.config

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, PreTrainedTokenizerBase
+from transformers import LogitsProcessor, NoBadWordsLogitsProcessor, PreTrainedTokenizerBase
 
 from calibfuse.errors import InputError
 from calibfuse.evaluation.given_text.neutral_text import BENIGN_TEXTS
@@ -29,25 +29,6 @@ _DEBIAS_FLOOR = 0.01  # epsilon of the paper: no token is scaled below this
 _DEBIAS_PREFIX = "The following text is rude, hateful, threatening and full of swear words:\n\n"  # ours
 _MATCHING_STEPS = 24
 _TEMPERATURES = (0.05, 20.0)
-
-
-class Temperature(LogitsProcessor):
-    """Divides the scores by a temperature above 0."""
-
-    supports_continuous_batching = True
-
-    def __init__(self, temperature: float) -> None:
-        if not 0.0 < temperature < math.inf:
-            raise InputError(f"A temperature must be above 0, got {temperature}.")
-        self.temperature = temperature
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores [rows, vocabulary] over the temperature; as of all processors here, not modified in place."""
-        return scores / self.temperature
-
-    def fuse_logits(self, input_ids: Tensor, logits: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """The same for whole sequences: log-probabilities [batch, length, vocabulary]."""
-        return (logits.float() / self.temperature).log_softmax(dim=-1)
 
 
 class RewardGuidance(LogitsProcessor):
@@ -121,40 +102,20 @@ class SelfDebiasing(LogitsProcessor):
         return logits[torch.arange(len(rows), device=last.device), last].float()
 
 
-class BadWords(LogitsProcessor):
+def forbid_words(tokenizer: PreTrainedTokenizerBase, words: Sequence[str] | None = None) -> LogitsProcessor:
     """Excludes every token that would complete a listed word, also capitalised, in capitals and after a space.
 
     Without words: the bundled list of strong words.
     """
-
-    supports_continuous_batching = False
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, words: Sequence[str] | None = None) -> None:
-        spellings = {
-            lead + form
-            for word in (strong_words() if words is None else words)
-            for form in (word, word.capitalize(), word.upper())
-            for lead in ("", " ")
-        }
-        encoded = {tuple(tokenizer(each, add_special_tokens=False)["input_ids"]) for each in spellings}
-        kept = [ids for ids in encoded if ids and tokenizer.unk_token_id not in ids]
-        # by length: the tokens before the last, and the last
-        self._words = [
-            torch.tensor(sorted(ids for ids in kept if len(ids) == length)) for length in sorted({*map(len, kept)})
-        ]
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores [rows, vocabulary] with -inf for excluded tokens."""
-        excluded = torch.zeros_like(scores, dtype=torch.bool)
-        for words in self._words:
-            before, last = words[:, :-1].to(input_ids.device), words[:, -1].to(input_ids.device)
-            count = before.shape[1]
-            if count > input_ids.shape[1]:
-                continue
-            is_here = (input_ids[:, None, input_ids.shape[1] - count :] == before).all(dim=-1)  # (rows, words)
-            rows, which = is_here.nonzero(as_tuple=True)
-            excluded[rows, last[which]] = True
-        return scores.masked_fill(excluded, -torch.inf)
+    spellings = {
+        lead + form
+        for word in (strong_words() if words is None else words)
+        for form in (word, word.capitalize(), word.upper())
+        for lead in ("", " ")
+    }
+    encoded = {tuple(tokenizer(each, add_special_tokens=False)["input_ids"]) for each in spellings}
+    kept = sorted(ids for ids in encoded if ids and tokenizer.unk_token_id not in ids)
+    return NoBadWordsLogitsProcessor([list(ids) for ids in kept])
 
 
 def match_temperature(

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from transformers import LogitsProcessor
-from transformers.generation.logits_process import TopKLogitsWarper, TopPLogitsWarper
+from transformers import LogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from calibfuse.calibrator import Calibrator, load_universal
 from calibfuse.errors import InputError, MissingHeadError
 from calibfuse.evaluation.ablations import heads_alone, words_alone
-from calibfuse.evaluation.baselines import BadWords, RewardGuidance, SelfDebiasing, Temperature, match_temperature
+from calibfuse.evaluation.baselines import RewardGuidance, SelfDebiasing, forbid_words, match_temperature
 from calibfuse.evaluation.sampling import Method
 from calibfuse.fusion import MODES, FusionConfig, recommended_config
 from calibfuse.generation.language_model import LanguageModel
@@ -58,10 +57,10 @@ def _nucleus(_: ComparedMethods, strength: float) -> LogitsProcessor:
 
 BASELINES: dict[str, Baseline] = {
     # controls: another temperature, truncation to k tokens as in reward, truncation to a nucleus as in experts
-    "temperature": Baseline((), lambda _, strength: Temperature(strength)),
+    "temperature": Baseline((), lambda _, strength: TemperatureLogitsWarper(strength)),
     "top-k": Baseline((20.0,), _top_k),
     "nucleus": Baseline((0.9,), _nucleus),
-    "bad-words": Baseline(None, lambda its, _: BadWords(its.target.tokenizer)),
+    "bad-words": Baseline(None, lambda its, _: forbid_words(its.target.tokenizer)),
     "reward": Baseline((10.0, 50.0), lambda its, beta: RewardGuidance(its.target.tokenizer, its.guide_scorer, beta)),
     "self-debias": Baseline((10.0, 50.0, 100.0), lambda its, decay: SelfDebiasing(its.target, decay)),
     # DExperts (Liu et al. 2021): both heads, both ways, unclipped, after the target's nucleus

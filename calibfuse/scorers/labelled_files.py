@@ -97,7 +97,7 @@ def read_labelled(
     def of_row(row: Mapping[str, Any], place: str) -> list[Scored]:
         if any(str(row.get(key)) != value for key, value in conditions.items()):
             return []
-        text = _text(_field(row, (text_field,) if text_field else TEXT_FIELDS, place, "text"), place)
+        text = _text(row, (text_field,) if text_field else TEXT_FIELDS, place)
         label = _label(_field(row, (label_field,) if label_field else LABEL_FIELDS, place, "label"), place)
         return [(text, label)] if text.strip() else []
 
@@ -108,9 +108,9 @@ def read_pairs(paths: Paths) -> LabelledTexts:
     """Read rows with a text in the field `toxic` (label 1) and a rewrite, or a list of them, in `neutral` (label 0)."""
 
     def of_row(row: Mapping[str, Any], place: str) -> list[Scored]:
-        toxic = _text(_field(row, ("toxic",), place, "toxic text"), place)
         rewrites = _field(row, ("neutral",), place, "neutral rewrite")
-        neutral = [_text(value, place) for value in (rewrites if isinstance(rewrites, list) else [rewrites])]
+        toxic = _text(row, ("toxic",), place)
+        neutral = [_string(each, place) for each in (rewrites if isinstance(rewrites, list) else [rewrites])]
         return [(toxic, 1.0), *((text, 0.0) for text in neutral[:_REWRITES_PER_ROW])]
 
     return _gather(paths, of_row, "no usable row")
@@ -127,14 +127,13 @@ def read_texts(paths: Paths) -> list[str]:
     return _gather(paths, of_row, "no field with text").texts
 
 
-def read_scored_texts(paths: Paths, fold: Fold | None = None) -> LabelledTexts:
-    """Read prompts and continuations of RealToxicityPrompts as texts of their own; None: not only those of a fold."""
-    chosen = fold or Fold()
+def read_scored_texts(paths: Paths, fold: Fold = Fold()) -> LabelledTexts:
+    """Read prompts and continuations of RealToxicityPrompts as texts of their own, those of a fold."""
 
     def of_row(row: Mapping[str, Any], place: str) -> list[Scored]:
-        return [part for part in scored_parts(row, place) if part is not None and part[0] in chosen]
+        return [part for part in scored_parts(row, place) if part is not None and part[0] in fold]
 
-    return _gather(paths, of_row, f"no scored text (part {chosen.part} of {chosen.parts})")
+    return _gather(paths, of_row, f"no scored text (part {fold.part} of {fold.parts})")
 
 
 def scored_parts(row: Mapping[str, Any], place: str) -> tuple[Scored | None, Scored | None]:
@@ -175,7 +174,11 @@ def _label(value: object, where: str) -> float:
     return number
 
 
-def _text(value: object, where: str) -> str:
+def _text(row: Mapping[str, Any], names: Sequence[str], where: str) -> str:
+    return _string(_field(row, names, where, "text"), where)
+
+
+def _string(value: object, where: str) -> str:
     if not isinstance(value, str):
         raise DataError(f"{where} has a {type(value).__name__} where its text should be")
     return value

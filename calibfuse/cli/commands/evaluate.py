@@ -310,14 +310,13 @@ def _notes(
     target: LanguageModel,
 ) -> list[str]:
     """What a reader of the figures must know."""
-    notes = []
     sorters = _sorters(calibrator.config.training) if calibrator is not None else []
-    for scorer in scorers:
-        if any(name == scorer.name or name.startswith(f"{scorer.name},") for name in sorters):
-            notes.append(
-                f"THE SCORER {scorer.name!r} ALSO SORTED THE CALIBRATOR'S TRAINING TEXT: its toxicity figures flatter "
-                "the calibrator; use another one with --scorer"
-            )
+    notes = [
+        f"THE SCORER {scorer.name!r} ALSO SORTED THE CALIBRATOR'S TRAINING TEXT: its toxicity figures flatter the "
+        "calibrator; use another one with --scorer"
+        for scorer in scorers
+        if any(name == scorer.name or name.startswith(f"{scorer.name},") for name in sorters)
+    ]
     if calibrator is not None and not sorters:
         notes.append(
             "the calibrator does not tell which scorer sorted its training text; make sure that it is not this one"

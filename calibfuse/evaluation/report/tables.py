@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy
 import torch
@@ -63,11 +64,10 @@ def to_markdown(
     for section in sections_of(evaluation, within_budget):
         headers, rows = section.table.headers, section.table.rows
         parts += ["", f"## {section.title}", "", *_lines(headers, [[*map(_with_interval, row)] for row in rows])]
-        if any(cell.change for row in rows for cell in row):
+        changed = [row for row in rows if any(cell.change for cell in row)]
+        if changed:
             compared = [
-                [cell.change or (cell.text if cell.interval is None else "-") for cell in row]
-                for row in rows
-                if any(cell.change for cell in row)
+                [each.change or (each.text if each.interval is None else "-") for each in row] for row in changed
             ]
             parts += ["", "Change against plain, paired by prompts:", "", *_lines(headers, compared)]
         parts += ["", section.note] if section.note else []
@@ -78,12 +78,8 @@ def to_markdown(
         for result in representatives(evaluation.results, within_budget)
         for each in result.measured.worst[:_WORST_SHOWN]
     ]
-    parts += [
-        "",
-        "## The most toxic continuations",
-        "",
-        *_lines(["method", "toxicity", "worst part", "continuation"], worst),
-    ]
+    headers = ["method", "toxicity", "worst part", "continuation"]
+    parts += ["", "## The most toxic continuations", "", *_lines(headers, worst)]
     parts += ["", "## How it was made", ""]
     facts = {**evaluation.facts, **versions()}
     parts += [f"- {name.replace('_', ' ')}: {shown_value(value)}" for name, value in facts.items()]
@@ -190,19 +186,19 @@ def _budget_section(within_budget: BudgetComparison) -> Section:
 
 
 def _neutral_sections(results: Sequence[MethodResult], columns: Sequence[MethodResult]) -> list[Section]:
-    known = [(result.method.title, result.neutrality) for result in results if result.neutrality is not None]
+    known = _known(results, "neutrality")
     rows = [
         _row(
             title,
-            *(f"{each.divergence:.4f}", f"{each.reverse_divergence:.4f}"),
-            *(f"{each.kept:.1%}", f"{each.lowest_word.word} {each.lowest_word.kept:.1%}"),
+            *(f"{value:.4f}" for value in (each.divergence, each.reverse_divergence)),
+            *(_PERCENT(each.kept), f"{each.lowest_word.word} {_PERCENT(each.lowest_word.kept)}"),
         )
         for title, each in known
     ]
     headers = ["method", "KL(target, method)", "KL(method, target)", "group words keep", "lowest word"]
-    groups = {each.method.title: each.neutrality.groups() for each in columns if each.neutrality is not None}
+    groups = {title: each.groups() for title, each in _known(columns, "neutrality")}
     names = known[0][1].groups() if known else {}
-    kept = [_row(name, *(f"{each[name]:.1%}" for each in groups.values())) for name in names]
+    kept = [_row(name, *(_PERCENT(each[name]) for each in groups.values())) for name in names]
     words = "The probability that words keep after neutral beginnings such as “The new teacher is”; 100 % is unchanged."
     return [
         Section("neutral", "Neutral text", Table(headers, rows), "In nats per token, on benign text."),
@@ -253,14 +249,10 @@ def _suite_cell(row: SuiteRow) -> Cell:
 
 
 def _holistic_bias_sections(results: Sequence[MethodResult]) -> list[Section]:
-    known = [(result.method.title, result.holistic_bias) for result in results if result.holistic_bias is not None]
+    known = _known(results, "holistic_bias")
     names = list(known[0][1].axes()) if known else []
     axes = [
-        _row(
-            title,
-            *(f"{each.share_kept:.1%}", str(len(each.raised_nouns))),
-            *(f"{each.axes()[name]:.1%}" for name in names),
-        )
+        _row(title, _PERCENT(each.share_kept), str(len(each.raised_nouns)), *map(_PERCENT, each.axes().values()))
         for title, each in known
     ]
     headers = ["method", "names that keep 90 %", "nouns raised", *(name.replace("_", " ") for name in names)]
@@ -269,12 +261,12 @@ def _holistic_bias_sections(results: Sequence[MethodResult]) -> list[Section]:
         "geometric means; and how many nouns are likelier than before after hateful ones such as “kill all the”."
     )
     worst = [
-        _row(title, each.name, each.axis, f"{each.neutral:.1%}", f"{each.lowest:.1%}", each.lowest_after)
+        _row(title, each.name, each.axis, _PERCENT(each.neutral), _PERCENT(each.lowest), each.lowest_after)
         for title, found in known
         for each in found.worst()
     ]
     raised = [
-        _row(title, each.name, each.axis, f"{each.hateful:.1%}", each.highest_after)
+        _row(title, each.name, each.axis, _PERCENT(each.hateful), each.highest_after)
         for title, found in known
         for each in found.raised_nouns[:10]
     ]
@@ -289,11 +281,11 @@ def _holistic_bias_sections(results: Sequence[MethodResult]) -> list[Section]:
 def _utility_section(results: Sequence[MethodResult]) -> Section:
     """A row for each method and task: they have different units."""
     rows = []
-    for result in results:
-        for each in () if result.utility is None else result.utility.figures:
+    for title, found in _known(results, "utility"):
+        for each in found.figures:
             show = "{:.2f}".format if each.name.endswith("perplexity") else _PERCENT
             figures = (_cell(each.plain, show), _cell(each.guided, show), _cell(each.change, "{:+.2%}".format))
-            rows.append(_row(result.method.title, each.title, f"{each.texts:,}", *figures))
+            rows.append(_row(title, each.title, f"{each.texts:,}", *figures))
     note = "Plain against guided on the same texts; changes of perplexity relative, of shares in points."
     headers = ["method", "task", "texts", "plain", "guided", "change"]
     return Section("utility", "What guidance costs at tasks", Table(headers, rows), note)
@@ -301,12 +293,16 @@ def _utility_section(results: Sequence[MethodResult]) -> Section:
 
 def _speed_section(results: Sequence[MethodResult]) -> Section:
     rows = []
-    for result in results:
-        if (speed := result.speed) is not None:
-            kept = Cell(f"{speed.kept:.3f}", (f"{speed.lowest:.3f}", f"{speed.highest:.3f}"))
-            rows.append(_row(result.method.title, f"{speed.tokens_per_second:.0f}", kept))
+    for title, speed in _known(results, "speed"):
+        kept = Cell(f"{speed.kept:.3f}", (f"{speed.lowest:.3f}", f"{speed.highest:.3f}"))
+        rows.append(_row(title, f"{speed.tokens_per_second:.0f}", kept))
     note = "Timed in turn with plain decoding in one process, eight rows; the ends are the lowest and highest round."
     return Section("speed", "Speed", Table(["method", "tokens/s", "share of plain's"], rows), note)
+
+
+def _known(results: Sequence[MethodResult], what: str) -> list[tuple[str, Any]]:
+    """One attribute of the methods that have it, with their titles."""
+    return [(each.method.title, found) for each in results if (found := getattr(each, what)) is not None]
 
 
 def _row(*cells: str | Cell) -> list[Cell]:
