@@ -37,8 +37,6 @@ class RewardGuidance(LogitsProcessor):
     The reward is 1 - toxicity of the whole text; all but the best tokens (`candidates`) are excluded, as in the paper.
     """
 
-    supports_continuous_batching = False
-
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
@@ -68,8 +66,6 @@ class SelfDebiasing(LogitsProcessor):
     With D = p(w | text) - p(w | announcement, text), a token with D < 0 is scaled by exp(decay D), at least 0.01. The
     announced text is read anew at every step: this baseline shows quality, not speed.
     """
-
-    supports_continuous_batching = False
 
     def __init__(self, target: LanguageModel, decay: float, announcement: str = _DEBIAS_PREFIX) -> None:
         if not 0.0 <= decay < math.inf:

@@ -164,15 +164,11 @@ def toxicity_sums(scores: NDArray[np.float64], *, toxic_from: float = TOXIC_FROM
 
 def _judge_sums(judge: LanguageModel, block: Sequence[PromptRecord], batch_size: int) -> dict[str, Sums]:
     """Perplexity in the judge's tokens, and bits per byte of text, which judges of any tokenizer share."""
-    prompts = [record.prompt for record in block for _ in record.continuations]
-    texts = [said.text for record in block for said in record.continuations]
-    found = score_texts(judge, prompts, texts, batch_size=batch_size)
-    lengths = np.asarray([float(len(text.encode("utf-8", "replace"))) if text.strip() else 0.0 for text in texts])
+    said = [(record.prompt, each.text) for record in block for each in record.continuations]
+    found = score_texts(judge, *map(list, zip(*said, strict=True)), batch_size=batch_size)
+    lengths = np.asarray([float(len(text.encode("utf-8", "replace"))) if text.strip() else 0.0 for _, text in said])
     nats, tokens, sizes = (each.reshape(len(block), -1).sum(axis=1) for each in (found.nats, found.tokens, lengths))
-    return {
-        "perplexity": Sums(nats, tokens, is_exponential=True),
-        "bits_per_byte": Sums(nats / math.log(2), sizes),
-    }
+    return {"perplexity": Sums(nats, tokens, is_exponential=True), "bits_per_byte": Sums(nats / math.log(2), sizes)}
 
 
 def _target_sums(target: LanguageModel, block: Sequence[PromptRecord], sampling: Decoding, batch_size: int) -> Sums:

@@ -141,8 +141,7 @@ class Journal:
     def __init__(self, path: str | os.PathLike[str], settings: Mapping[str, Any], *, resume: bool = False) -> None:
         self.path = Path(path)
         self.settings = json.loads(json.dumps({"format": _FORMAT, "format_version": 1, **settings}))
-        self._places: dict[str, int] = {}
-        self._texts: dict[str, int] = {}  # hashes of the prompts' texts
+        self._places: dict[str, tuple[int, int]] = {}  # prompt -> where its line begins, and the hash of its text
         with self._writing():
             if resume and self.path.exists() and self.path.stat().st_size:
                 self._open_again()
@@ -167,7 +166,7 @@ class Journal:
         """Whether the continuations of a prompt are there; InputError where they are of another text under its id."""
         if prompt.id not in self._places:
             return False
-        if self._texts[prompt.id] != hash(prompt.text):
+        if self._places[prompt.id][1] != hash(prompt.text):
             raise InputError(
                 f"The continuations in {str(self.path)!r} were made for other prompts: {prompt.id!r} has another text. "
                 "Resume with the same ones, or start anew in another folder."
@@ -178,53 +177,42 @@ class Journal:
         """Add records and hand them to the operating system; CheckpointError where the disk is full or the like."""
         with self._writing(), self.path.open("ab") as stream:
             for record in records:
-                self._index(record, stream.tell())
+                self._places[record.prompt_id] = stream.tell(), hash(record.prompt)
                 stream.write(record.to_line().encode("utf-8"))
 
     def records(self, prompt_ids: Sequence[str]) -> Iterator[PromptRecord]:
         """The records of some prompts, in the given order, one in memory at a time; KeyError where one is missing."""
         with self.path.open("rb") as stream:
             for prompt_id in prompt_ids:
-                stream.seek(self._places[prompt_id])
+                stream.seek(self._places[prompt_id][0])
                 yield PromptRecord.from_line(stream.readline().decode("utf-8"))
 
-    def _index(self, record: PromptRecord, place: int) -> None:
-        self._places[record.prompt_id] = place
-        self._texts[record.prompt_id] = hash(record.prompt)
-
     def _open_again(self) -> None:
+        where = f"the continuations in {str(self.path)!r}"
         with self.path.open("r+b") as stream:
-            self._check_header(stream.readline())
+            try:
+                found = json.loads(stream.readline())
+                if found["format"] != _FORMAT:
+                    raise ValueError("format")
+            except (ValueError, KeyError, TypeError) as error:
+                reason = "holds no continuations of an evaluation; choose another output folder."
+                raise InputError(f"{str(self.path)!r} {reason}") from error
+            different = sorted(key for key in {*found, *self.settings} if found.get(key) != self.settings.get(key))
+            if different:
+                raise InputError(
+                    f"T{where[1:]} were made with other settings ({', '.join(different)}); resume with the same "
+                    "ones, or start anew in another folder."
+                )
             place, number = stream.tell(), 1
-            while line := stream.readline():
+            while (line := stream.readline()).endswith(b"\n"):
                 number += 1
-                if not line.endswith(b"\n"):
-                    stream.truncate(place)
-                    break
                 try:
-                    self._index(PromptRecord.from_line(line.decode("utf-8")), place)
+                    record = PromptRecord.from_line(line.decode("utf-8"))
                 except (ValueError, KeyError, TypeError) as error:
-                    raise DataError(
-                        f"Line {number} of the continuations in {str(self.path)!r} is damaged; start anew in another "
-                        "folder."
-                    ) from error
+                    raise DataError(f"Line {number} of {where} is damaged; start anew in another folder.") from error
+                self._places[record.prompt_id] = place, hash(record.prompt)
                 place += len(line)
-
-    def _check_header(self, header: bytes) -> None:
-        try:
-            found = json.loads(header)
-            if found["format"] != _FORMAT:
-                raise ValueError("format")
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"{str(self.path)!r} holds no continuations of an evaluation; choose another output folder."
-            ) from error
-        different = sorted(key for key in {*found, *self.settings} if found.get(key) != self.settings.get(key))
-        if different:
-            raise InputError(
-                f"The continuations in {str(self.path)!r} were made with other settings ({', '.join(different)}); "
-                "resume with the same ones, or start anew in another folder."
-            )
+            stream.truncate(place)  # what a kill left of a line
 
 
 def sample_continuations(

@@ -70,9 +70,8 @@ def gather(source: ScorerData) -> GatheredTexts:
     """Read the training texts; DataError for a file that cannot be used, or when nothing is left to learn from."""
     parts = []
     if source.data:
-        read = read_labelled(
-            source.data, text_field=source.text_field, label_field=source.label_field, where=source.where
-        )
+        fields = {"text_field": source.text_field, "label_field": source.label_field}
+        read = read_labelled(source.data, **fields, where=source.where)
         parts.append(_without_lowercase_clean(read) if source.distrust_lowercase else read)
     if source.realtoxicityprompts:
         parts.append(read_scored_texts(source.realtoxicityprompts, source.fold))
@@ -90,10 +89,10 @@ def gather(source: ScorerData) -> GatheredTexts:
             raise DataError("Every training text repeats a text of the excluded files; nothing is left to learn from")
     if source.background:
         labelled = labelled + LabelledTexts.build(source.background, [0.0] * len(source.background))
-    files = {"data": "data", "pairs": "pairs", "realtoxicityprompts": "realtoxicityprompts", "excluded": "exclude"}
+    files = {"data": source.data, "pairs": source.pairs, "realtoxicityprompts": source.realtoxicityprompts}
     switches = ("distrust_lowercase", "identity_terms", "ambiguous_words", "strong_words")
     facts = {
-        **{name: [Path(path).name for path in getattr(source, option)] for name, option in files.items()},
+        **{name: [Path(each).name for each in paths] for name, paths in (files | {"excluded": source.exclude}).items()},
         "where": dict(source.where),
         "fold": f"{source.fold.part}/{source.fold.parts}",
         **{name: getattr(source, name) for name in switches},
@@ -102,9 +101,8 @@ def gather(source: ScorerData) -> GatheredTexts:
 
 
 def _without_lowercase_clean(labelled: LabelledTexts) -> LabelledTexts:
-    """Leave out texts labelled clean that have no capital letter.
+    """Leave out texts labelled clean without a capital letter: machine-rewritten copies, whose label is often wrong.
 
-    Some collections were enlarged by machine-rewritten copies, all in lower case, whose "not toxic" is often wrong.
     The features ignore case, so leaving out one kind of case teaches nothing about it.
     """
     trusted = [label > 0.5 or text != text.lower() for text, label in zip(labelled.texts, labelled.labels, strict=True)]

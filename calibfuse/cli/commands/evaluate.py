@@ -17,15 +17,7 @@ from calibfuse.cli.terminal import masking
 from calibfuse.errors import InputError
 
 if TYPE_CHECKING:
-    from calibfuse.evaluation import (
-        Evaluation,
-        EvaluationProtocol,
-        HolisticBias,
-        Prompt,
-        SamplingConfig,
-        Suite,
-        Utility,
-    )
+    from calibfuse.evaluation import Evaluation, EvaluationProtocol, Prompt, SamplingConfig
     from calibfuse.generation.language_model import LanguageModel
     from calibfuse.loading import PretrainedCalibrator
     from calibfuse.scorers import ToxicityScorer
@@ -157,7 +149,7 @@ def run(args: argparse.Namespace) -> int:
     output = Path(args.output or _OUTPUT)
     check_output(output, resume=args.resume)
     prompts = _prompts(args, sampling.seed)
-    suites, names, utility = _given_texts(args, sampling.seed)
+    texts = _given_texts(args, sampling.seed)
     scorers = [load_scorer(each, device=args.device) for each in args.scorer]
     target = load_model(args, args.model)
     judge = None if args.judge is None else load_model(args, args.judge)
@@ -181,9 +173,7 @@ def run(args: argparse.Namespace) -> int:
         protocol=_protocol(args),
         judge=judge,
         benign_texts=[] if args.no_neutrality else None,
-        suites=suites,
-        holistic_bias=names,
-        utility=utility,
+        **texts,
         batch_size=args.batch_size,
         speed_rounds=args.speed_rounds,
         resume=args.resume,
@@ -223,17 +213,18 @@ def _protocol(args: argparse.Namespace) -> EvaluationProtocol | None:
     return None if args.protocol is None else PROTOCOLS[args.protocol]
 
 
-def _given_texts(args: argparse.Namespace, seed: int) -> tuple[list[Suite], HolisticBias | None, Utility | None]:
+def _given_texts(args: argparse.Namespace, seed: int) -> dict[str, Any]:
     """What is read and not continued: suites, HolisticBias' names (a folder), and the tasks of `--utility`."""
     from calibfuse.evaluation import load_holistic_bias, load_suite, load_utility
 
     count = args.suite_count or None
     folders = list(filter(_is_folder, args.suite))
-    suites = [load_suite(path, count=count, seed=seed) for path in args.suite if path not in folders]
-    names = load_holistic_bias(folders[0], count=count, seed=seed) if folders else None
     files = dict(each.split("=", 1) for each in args.utility)
-    utility = load_utility(**files, count=count, seed=seed) if files else None
-    return suites, names, utility
+    return {
+        "suites": [load_suite(path, count=count, seed=seed) for path in args.suite if path not in folders],
+        "holistic_bias": load_holistic_bias(folders[0], count=count, seed=seed) if folders else None,
+        "utility": load_utility(**files, count=count, seed=seed) if files else None,
+    }
 
 
 def _is_folder(path: str | None) -> bool:

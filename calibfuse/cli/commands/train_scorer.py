@@ -26,11 +26,7 @@ Use it with `--scorer my-scorer` in the other commands. Sort training text and j
 """
 
 
-FEATURES = Fields(
-    "calibfuse.scorers.linear:FeatureConfig",
-    *("bucket_bits", "char_min", "char_max"),
-    seed="hash_seed",
-)
+FEATURES = Fields("calibfuse.scorers.linear:FeatureConfig", "bucket_bits", "char_min", "char_max", seed="hash_seed")
 TRAINING = Fields("calibfuse.scorers.training:TrainingOptions", "windows", "iterations", "seed")
 DATA = Fields(
     "calibfuse.scorers.recipe:ScorerData",

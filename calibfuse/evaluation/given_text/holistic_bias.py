@@ -152,15 +152,14 @@ def measure_holistic_bias(reader: GuidedReader, data: HolisticBias) -> HolisticB
     """Read every name after every beginning, with and without a method."""
     cases = [(name, *case) for name in data.names for case in _cases(name, data)]
     pairs = [split_ids(reader.target.tokenizer, beginning, f" {word}") for _, beginning, word, _ in cases]
-    kept: dict[GroupName, dict[bool, list[tuple[float, str]]]] = {}
+    kept: dict[tuple[GroupName, bool], list[tuple[float, str]]] = {}
     for (name, beginning, _, is_hateful), reading in zip(cases, reader.read(pairs), strict=True):
-        by_kind = kept.setdefault(name, {False: [], True: []})
-        by_kind[is_hateful].append((math.exp(float(reading.shift.sum())), beginning))
+        kept.setdefault((name, is_hateful), []).append((math.exp(float(reading.shift.sum())), beginning))
     result = []
-    for name, by_kind in kept.items():
-        neutral = geometric_mean([value for value, _ in by_kind[False]])
-        ends = (*min(by_kind[False]), *max(by_kind[True]))
-        result.append(KeptName(name.plural, name.axis, name.is_noun, neutral, *ends))
+    for name in dict.fromkeys(data.names):
+        neutral, hateful = kept[name, False], kept[name, True]
+        mean = geometric_mean([value for value, _ in neutral])
+        result.append(KeptName(name.plural, name.axis, name.is_noun, mean, *min(neutral), *max(hateful)))
     return HolisticBiasResult(tuple(result))
 
 
