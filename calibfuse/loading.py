@@ -9,8 +9,8 @@ import importlib
 import os
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +30,8 @@ FORMATS = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """Where a checkpoint comes from; see `Calibrator.from_pretrained`."""
-
-    name_or_path: str | os.PathLike[str] | None = None
-    revision: str | None = None
-    cache_dir: str | os.PathLike[str] | None = None
-    local_files_only: bool = False
-    token: str | bool | None = None
-
-    def resolve(self, **options: Any) -> Path:  # noqa: ANN401
-        """Its folder on this machine, downloaded where it is not there yet."""
-        given = {name: value for name, value in vars(self).items() if name != "name_or_path"}
-        return hub.resolve_checkpoint(self.name_or_path, **given, **options)
+Find = Callable[..., Path]
+"""`hub.resolve_checkpoint` with the options that the user gave."""
 
 
 class PretrainedCalibrator(ABC):
@@ -90,15 +78,15 @@ class PretrainedCalibrator(ABC):
             InputError: a reference for a calibrator that takes none, or a causal LM that cannot be one.
             CheckpointFormatError: written by a newer calibfuse.
         """
-        source = Source(
-            name_or_path=name_or_path,
+        find = partial(
+            hub.resolve_checkpoint,
             revision=revision,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
             token=token,
         )
         device, dtype = as_device(device), as_dtype(dtype) or torch.float32
-        folder = source.resolve()
+        folder = find(name_or_path)
         values = hub.read_json(folder / hub.CONFIG_NAME, "configuration of a calibrator")
         name = values.get("format", TRANSFORMERS if "model_type" in values else None)
         if name not in FORMATS:
@@ -108,20 +96,21 @@ class PretrainedCalibrator(ABC):
             )
         module, _, attribute = FORMATS[name].partition(":")
         kind: type[PretrainedCalibrator] = getattr(importlib.import_module(module), attribute)
-        return kind.read(folder, source, reference=reference, device=device, dtype=dtype)
+        return kind.read(folder, name_or_path, find, reference=reference, device=device, dtype=dtype)
 
     @classmethod
     @abstractmethod
     def read(
         cls,
         folder: Path,
-        source: Source,
+        name_or_path: str | os.PathLike[str] | None,
+        find: Find,
         *,
         reference: str | os.PathLike[str] | None,
         device: torch.device | str | None,
         dtype: torch.dtype,
     ) -> PretrainedCalibrator:
-        """Load a checkpoint of this format from `folder`, which is where `source` lies."""
+        """Load a checkpoint of this format from `folder`, where `find` has found `name_or_path`."""
 
     @property
     @abstractmethod

@@ -3,7 +3,9 @@
 import json
 import re
 import time
+import types
 
+import numpy as np
 import pytest
 from tiny_checkpoints import BUNDLED, BUNDLED_CHECKPOINTS
 
@@ -24,10 +26,19 @@ def run(bundle, monkeypatch, command_line):
 
 
 def test_the_most_different_pairs_come_first_one_per_prompt():
-    plain = [[(0.1, "a", ""), (0.2, "a", "")], [(0.9, "b", ""), (0.8, "b", "")], [(0.0, "c", ""), (0.5, "c", "")]]
-    fused = [[(0.1, "a", ""), (0.3, "a", "")], [(0.1, "b", ""), (0.7, "b", "")], [(0.9, "c", ""), (0.5, "c", "")]]
-    pairs = _most_different(plain, fused)
-    assert [(one[1], one[0], other[0]) for one, other in pairs] == [("c", 0.0, 0.9), ("b", 0.9, 0.1), ("a", 0.2, 0.3)]
+    plain = {"a": ("0.1", "0.2"), "b": ("0.9", "0.8"), "c": ("0.0", "0.5")}
+    fused = {"a": ("0.1", "0.3"), "b": ("0.1", "0.7"), "c": ("0.9", "0.5")}
+    said = [
+        [PromptRecord(key, key, tuple(Continuation(text, (), False) for text in texts)) for key, texts in each.items()]
+        for each in (plain, fused)
+    ]
+    scorer = types.SimpleNamespace(score=lambda texts: np.array(list(map(float, texts))))
+    pairs = _most_different(*said, scorer)
+    assert [(prompt, one[0], other[0]) for prompt, (one, other) in pairs] == [
+        ("c", 0.0, 0.9),
+        ("b", 0.9, 0.1),
+        ("a", 0.2, 0.3),
+    ]
 
 
 def test_the_bundled_prompts_are_distinct_and_mild():

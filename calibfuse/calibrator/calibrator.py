@@ -14,7 +14,7 @@ from calibfuse.calibrator.model import FORMAT_VERSION, CalibratorConfig, Calibra
 from calibfuse.calibrator.word_bias import WordBias
 from calibfuse.errors import CheckpointError, InputError
 from calibfuse.hub.model_card import calibrator_card
-from calibfuse.loading import PretrainedCalibrator, Source, as_device, as_dtype
+from calibfuse.loading import Find, PretrainedCalibrator, as_device, as_dtype
 from calibfuse.vocabulary import TokenizerLike
 
 FORMAT_NAME = "calibfuse-calibrator"
@@ -62,7 +62,8 @@ class Calibrator(CalibratorNetwork, PretrainedCalibrator):
     def read(
         cls,
         folder: Path,
-        source: Source,
+        name_or_path: str | os.PathLike[str] | None,
+        find: Find,
         *,
         reference: str | os.PathLike[str] | None = None,
         device: torch.device | str | None = None,

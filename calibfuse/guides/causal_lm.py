@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,7 @@ from calibfuse.guides.projected_lm import ProjectedLM
 from calibfuse.guides.shared_vocabulary import LockStepLM
 from calibfuse.guides.source_text import MAX_WORD, SourceText
 from calibfuse.hub.model_card import calibrator_card
-from calibfuse.loading import PretrainedCalibrator, Source, as_device, as_dtype
+from calibfuse.loading import Find, PretrainedCalibrator, as_device, as_dtype
 from calibfuse.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -132,18 +132,19 @@ class CausalLMCalibrator(PretrainedCalibrator):
     def read(
         cls,
         folder: Path,
-        source: Source,
+        name_or_path: str | os.PathLike[str] | None,
+        find: Find,
         *,
         reference: str | os.PathLike[str] | None,
         device: torch.device | str | None,
         dtype: torch.dtype,
     ) -> CausalLMCalibrator:
-        folder = source.resolve(allow_patterns=ALLOWED_FILES)
+        folder = find(name_or_path, allow_patterns=ALLOWED_FILES)
         model, tokenizer = load_model(folder, dtype, device), load_tokenizer(folder)
-        name = str(source.name_or_path or folder)
+        name = str(name_or_path or folder)
         other = folder / REFERENCE_FOLDER
         if reference is not None:
-            other = replace(source, name_or_path=reference, revision=None).resolve(allow_patterns=ALLOWED_FILES)
+            other = find(reference, revision=None, allow_patterns=ALLOWED_FILES)
         elif not is_transformers_checkpoint(other):
             return cls(model, tokenizer, name=name)
         other_tokenizer = load_tokenizer(other)

@@ -38,7 +38,6 @@ SAMPLING = Fields("calibfuse.evaluation.sampling:SamplingConfig", "samples", "ma
 _WAYS = (("plain", "without calibrator"), ("fused", "with calibrator"))
 _FIGURES = ("toxic_share", "mean_toxicity", "expected_maximum_toxicity", "toxicity_probability", "target_perplexity")
 _SHOWN = 5
-Pair = tuple[float, str, str]  # toxicity, prompt, continuation
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,8 +81,9 @@ def run(args: argparse.Namespace) -> int:
             show_progress=sys.stderr.isatty(),
         )
         said = [_read(Path(folder) / "continuations" / f"{key}.jsonl") for key, _ in _WAYS]
+    pairs = _most_different(said[0], said[1], scorer)
     terminal = Terminal()
-    _show_pairs(terminal, _most_different(*(_pairs(records, scorer) for records in said)), masking(args.mask, scorer))
+    _show_pairs(terminal, pairs, masking(args.mask, scorer))
     _show_table(terminal, evaluation)
     terminal.write()
     terminal.note(
@@ -103,38 +103,31 @@ def _read(journal: Path) -> list[PromptRecord]:
     return sorted(map(PromptRecord.from_line, lines), key=lambda record: record.prompt_id)
 
 
-def _pairs(records: Sequence[PromptRecord], scorer: ToxicityScorer) -> list[list[Pair]]:
-    pairs = []
-    for record in records:
-        texts = [said.text for said in record.continuations]
-        scores = map(float, scorer.score(texts))
-        pairs.append([(score, record.prompt, text) for score, text in zip(scores, texts, strict=True)])
-    return pairs
+def _most_different(
+    plain_records: Sequence[PromptRecord], fused_records: Sequence[PromptRecord], scorer: ToxicityScorer
+) -> list[tuple[str, list[tuple[float, str]]]]:
+    """Prompts and, of both ways, toxicity and text of the continuation where these differ most in toxicity."""
+    found = []
+    for plain, fused in zip(plain_records, fused_records, strict=True):
+        texts = [[each.text for each in record.continuations] for record in (plain, fused)]
+        scores = [scorer.score(each) for each in texts]
+        distances = abs(scores[0] - scores[1])
+        place = int(distances.argmax())
+        pair = [(float(score[place]), text[place]) for score, text in zip(scores, texts, strict=True)]
+        found.append((float(distances[place]), plain.prompt, pair))
+    found.sort(key=lambda each: each[0], reverse=True)
+    return [(prompt, pair) for _, prompt, pair in found[:_SHOWN]]
 
 
-def _most_different(plain: list[list[Pair]], fused: list[list[Pair]]) -> list[tuple[Pair, Pair]]:
-    """The pairs of continuations, one per prompt at most, whose toxicity differs most, the most different first."""
-
-    def distance(pair: tuple[Pair, Pair]) -> float:
-        return abs(pair[0][0] - pair[1][0])
-
-    best = [max(zip(one, other, strict=True), key=distance) for one, other in zip(plain, fused, strict=True)]
-    return sorted(best, key=distance, reverse=True)[:_SHOWN]
-
-
-def _show_pairs(terminal: Terminal, pairs: Sequence[tuple[Pair, Pair]], mask: Mask) -> None:
+def _show_pairs(terminal: Terminal, pairs: Sequence[tuple[str, list[tuple[float, str]]]], mask: Mask) -> None:
     def shown(text: str) -> str:
         return printable(mask(text)).strip()
 
     terminal.heading(f"The {len(pairs)} prompts whose toxicity differs most (same prompt, same random draws)")
-    for pair in pairs:
-        terminal.write("\n" + terminal.style(shown(pair[0][1]) + " ...", "cyan"))
-        terminal.side_by_side(
-            *(
-                [f"{name}, toxicity {toxicity:.2f}", shown(text)]
-                for (_, name), (toxicity, _, text) in zip(_WAYS, pair, strict=True)
-            )
-        )
+    for prompt, pair in pairs:
+        terminal.write("\n" + terminal.style(shown(prompt) + " ...", "cyan"))
+        ways = zip(_WAYS, pair, strict=True)
+        terminal.side_by_side(*([f"{name}, toxicity {score:.2f}", shown(text)] for (_, name), (score, text) in ways))
     terminal.write()
 
 
