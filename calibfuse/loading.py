@@ -10,6 +10,7 @@ import os
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,26 @@ class PretrainedCalibrator(ABC):
             return hub.upload_folder(
                 place, repo_id, private=private, revision=revision, commit_message=commit_message, token=token
             )
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' progress bars and reports back; what matters of them is raised as an error."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging
+
+    verbosity: int = logging.get_verbosity()
+    had_bar, shows_downloads = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    if shows_downloads:
+        enable_progress_bars()  # transformers turns them off too, and a download may take minutes
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if had_bar:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

@@ -413,8 +413,8 @@ def test_a_download_shows_the_progress_bar_of_the_client_also_after_transformers
 ):
     server.add("org/name", files_of(checkpoint))
     code = (
-        "from calibfuse.generation.language_model import quiet_transformers; quiet_transformers()\n"
-        "from calibfuse import hub; hub.resolve_checkpoint('org/name')"
+        "from calibfuse import hub; from calibfuse.loading import quiet_transformers\n"
+        "with quiet_transformers(): hub.resolve_checkpoint('org/name')"
     )
     environment = {**os.environ, **server.environment(tmp_path / "home")}
     environment.pop("HF_HUB_DISABLE_PROGRESS_BARS")

@@ -22,8 +22,11 @@ DECODING = Fields(
 
 def load_model(args: argparse.Namespace, name: str | None, **changed: Any) -> LanguageModel:  # noqa: ANN401
     """A model, as the arguments that `options.add_model` adds say."""
+    from transformers.utils import logging
+
     from calibfuse.generation.language_model import load_language_model
 
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its advice is no part of a command's output
     return load_language_model(name, **({option: getattr(args, option) for option in _LOADING} | changed))
 
 

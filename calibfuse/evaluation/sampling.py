@@ -233,8 +233,8 @@ def sample_continuations(
     """
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}.")
-    if not config.do_sample or config.num_beams != 1:
-        raise InputError("The evaluation draws its continuations; leave out greedy decoding and beams.")
+    if not config.do_sample:
+        raise InputError("The evaluation draws its continuations; leave out greedy decoding.")
     missing = [prompt for prompt in prompts if not journal.has(prompt)]
     encoded = [(prompt, config.encode(target.tokenizer, prompt.text)) for prompt in missing]
     check_lengths(target.model, [ids for _, ids in encoded], config.max_new_tokens, "prompt")

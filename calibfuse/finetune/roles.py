@@ -22,6 +22,7 @@ from calibfuse.finetune.schedule import AUXILIARY, MODEL, SAMPLES, Job, product_
 from calibfuse.finetune.settings import FinetuneConfig
 from calibfuse.finetune.tuning import Constraint, tune, tuning_optimizer
 from calibfuse.generation.language_model import read_model, read_tokenizer
+from calibfuse.loading import quiet_transformers
 from calibfuse.training.loop import load_optimizer, optimizer_tensors
 from calibfuse.training.work_folder import new_folder, write_json
 from calibfuse.value.auxiliary import load_auxiliary_model, make_auxiliary_model
@@ -193,7 +194,8 @@ class RoleRunner:
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write an ordinary transformers checkpoint with safetensors."""
-    model.save_pretrained(folder)
+    with quiet_transformers():
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

@@ -30,26 +30,23 @@ class Decoding:
     top_k: int = 0  # draw from so many best tokens; 0 is off
     temperature: float = 1.0  # of the draw
     seed: int = 0  # of all draws
-    do_sample: bool = True  # draw tokens; else the best token, or the best beam
-    num_beams: int = 1  # beam search with so many beams (beam sampling with a draw); 1 is off
+    do_sample: bool = True  # draw tokens; else the best token
     chat: bool = False  # put each prompt into the tokenizer's chat template
     system: str | None = None  # system message of the chat template; implies `chat`
 
     def __post_init__(self) -> None:
-        check_ranges(self, **dict.fromkeys(("samples", "max_new_tokens", "num_beams"), "[1, inf)"))
+        check_ranges(self, **dict.fromkeys(("samples", "max_new_tokens"), "[1, inf)"))
         if not 0.0 < self.temperature < float("inf"):
             raise InputError(f"temperature must be above 0, got {self.temperature}; for no randomness decode greedily.")
         check_ranges(self, top_p="(0, 1]", top_k="[0, inf)")
         if not 0 <= self.seed < 2**63:
             raise InputError(f"seed must lie in 0..2**63-1, got {self.seed}.")
-        if not self.do_sample and self.samples > self.num_beams:
-            raise InputError(
-                f"Without sampling there are only {self.num_beams} different continuations, got samples={self.samples}."
-            )
+        if not self.do_sample and self.samples > 1:
+            raise InputError(f"Without sampling there is only 1 different continuation, got samples={self.samples}.")
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready dictionary; greedy decoding, beams and chat appear only where they are on."""
-        off = {"do_sample": True, "num_beams": 1, "chat": False, "system": None}
+        """JSON-ready dictionary; greedy decoding and chat appear only where they are on."""
+        off = {"do_sample": True, "chat": False, "system": None}
         return {name: value for name, value in asdict(self).items() if name not in off or value != off[name]}
 
     def encode(self, tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
@@ -61,7 +58,6 @@ class Decoding:
         values: dict[str, Any] = {
             "max_new_tokens": self.max_new_tokens,
             "do_sample": self.do_sample,
-            "num_beams": self.num_beams,
             "num_return_sequences": self.samples,
         }
         if self.do_sample:

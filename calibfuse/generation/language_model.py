@@ -99,14 +99,16 @@ def read_config(source: str, **options: Any) -> PretrainedConfig:  # noqa: ANN40
 
 
 def _read(kind: str, what: str, source: str, options: dict[str, Any], device: torch.device | str | None = None) -> Any:  # noqa: ANN401
-    quiet_transformers()
     import transformers
+
+    from calibfuse.loading import quiet_transformers
 
     given = {"trust_remote_code": False} | {key: value for key, value in options.items() if value is not None}
     # transformers, its tokenizers, the Hub's client and torch each raise errors of their own; whatever it is, the
     # thing could not be loaded.
     try:
-        loaded = getattr(transformers, kind).from_pretrained(source, **given)
+        with quiet_transformers():
+            loaded = getattr(transformers, kind).from_pretrained(source, **given)
         return loaded if device is None else loaded.to(device).eval()
     except Exception as error:
         raise CheckpointError(f"Cannot load the {what} {source!r}: {reason_of(error)}.") from error
@@ -158,15 +160,3 @@ def choose_device(device: str | None) -> torch.device:
     chosen = as_device(device or best)
     assert chosen is not None
     return chosen
-
-
-def quiet_transformers() -> None:
-    """Keep transformers' progress bars and advice out of a command's output."""
-    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, enable_progress_bars
-    from transformers.utils import logging
-
-    shows_downloads = not are_progress_bars_disabled()
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    if shows_downloads:
-        enable_progress_bars()  # transformers turned them off too, and a download may take minutes

@@ -8,8 +8,6 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +15,7 @@ import torch
 
 from calibfuse import hub
 from calibfuse.errors import CheckpointError, InputError, VocabularyError, reason_of
+from calibfuse.loading import quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -120,20 +119,3 @@ def save_lm(
     except Exception as error:  # OSError, and what safetensors and tokenizers raise of their own
         raise CheckpointError(f"Cannot write the model to {str(folder)!r}: {reason_of(error)}.") from error
     return folder
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' progress bars and reports back; what matters of them is raised as an error."""
-    from transformers.utils import logging
-
-    verbosity: int = logging.get_verbosity()
-    had_bar = logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if had_bar:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

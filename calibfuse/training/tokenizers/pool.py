@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import islice
@@ -176,24 +176,14 @@ class PoolEntry:
         return self.vocabulary.extended(chosen) if chosen else self.vocabulary
 
 
-class TokenizerPool:
+class TokenizerPool(tuple[PoolEntry, ...]):
     """The tokenizers of one training run, in a fixed order."""
 
     def __init__(self, entries: Sequence[PoolEntry]) -> None:
         if not entries:
             raise InputError("A tokenizer pool needs at least one entry, got none.")
-        self.entries = list(entries)
-        weights = np.array([entry.spec.draw_weight for entry in self.entries], dtype=np.float64)
+        weights = np.array([entry.spec.draw_weight for entry in entries], dtype=np.float64)
         self._cumulative = np.cumsum(weights / weights.sum())
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def __getitem__(self, index: int) -> PoolEntry:
-        return self.entries[index]
-
-    def __iter__(self) -> Iterator[PoolEntry]:
-        return iter(self.entries)
 
     def draw(self, rng: np.random.Generator) -> int:
         """Position of a random entry, by draw weight; one number is taken from `rng`."""
@@ -203,7 +193,7 @@ class TokenizerPool:
     def fingerprint(self) -> str:
         """Hex sha256 over the tokenizers, in order."""
         digest = hashlib.sha256(b"calibfuse pool 1")
-        for entry in self.entries:
+        for entry in self:
             digest.update(hashlib.sha256(entry.tokenizer.to_str().encode()).digest())
         return digest.hexdigest()
 
@@ -212,7 +202,7 @@ class TokenizerPool:
         texts = list(up_to(sample, 2 * COUNT_BYTES))
         words = frequent_words(up_to(texts, COUNT_BYTES))
         exclude = text_pieces(texts)
-        for entry in self.entries:
+        for entry in self:
             exclude.update(entry.vocabulary.token_bytes(index) for index in range(len(entry.vocabulary)))
         return negative_byte_strings(count, np.random.default_rng(seed), words, exclude=exclude)
 
@@ -243,7 +233,7 @@ class TokenizerPool:
         """Write the pool: one tokenizer.json and one file of counts per entry, and `pool.json` last."""
         rows: list[dict[str, Any]] = []
         contents: dict[str, bytes] = {}
-        for index, entry in enumerate(self.entries):
+        for index, entry in enumerate(self):
             stem = f"{index:02d}-{entry.name}"
             text = entry.tokenizer.to_str().encode()
             contents |= {f"{stem}.json": text, f"{stem}.counts": entry.unigram_counts.astype("<i8").tobytes()}
