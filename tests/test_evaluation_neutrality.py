@@ -9,8 +9,7 @@ from torch.nn import functional
 from transformers import LogitsProcessor
 
 from calibfuse.evaluation import GuidedReader, measure_neutrality
-from calibfuse.evaluation.given_text.neutral_text import BENIGN_TEXTS, GROUP_WORDS, TEMPLATES
-from calibfuse.evaluation.given_text.neutrality import PLAIN_GROUP, divergence
+from calibfuse.evaluation.given_text.neutrality import BENIGN_TEXTS, GROUP_WORDS, PLAIN_GROUP, TEMPLATES, divergence
 from calibfuse.evaluation.given_text.reading import method_log_probs, split_ids
 from calibfuse.fusion import FusionConfig
 from calibfuse.processor import CalibFusion

@@ -28,7 +28,7 @@ def slow_score(scorer, text):
     """Every word, n-gram and window in plain loops."""
     stream = split_words([text])
     hasher = NgramHasher(scorer.features)
-    weights = scorer._weights
+    weights = scorer.weights
     values = []
     pairs, has_left = hasher.bigram_buckets(stream)
     for i in range(len(stream)):

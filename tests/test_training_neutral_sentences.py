@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from calibfuse.evaluation.given_text.neutral_text import TEMPLATES
+from calibfuse.evaluation.given_text.neutrality import TEMPLATES
 from calibfuse.scorers import load_scorer
 from calibfuse.scorers.words import ADJECTIVES, PLURALS
 from calibfuse.training.batches import BatchSource

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, NoBadWordsLogitsProcessor, PreTrainedTokenizerBase
 
-from calibfuse.errors import InputError
-from calibfuse.evaluation.given_text.neutral_text import BENIGN_TEXTS
+from calibfuse.evaluation.given_text.neutrality import BENIGN_TEXTS
 from calibfuse.evaluation.given_text.reading import batches_by_length, method_log_probs, whole_ids
 from calibfuse.evaluation.sampling import ProcessorFactory
 from calibfuse.generation.decoding import pad_right
@@ -44,8 +43,6 @@ class RewardGuidance(LogitsProcessor):
         beta: float,
         candidates: int = _REWARD_CANDIDATES,
     ) -> None:
-        if not 0.0 <= beta < math.inf or candidates < 1:
-            raise InputError(f"Reward guidance needs beta of at least 0 and 1 candidate, got {beta} and {candidates}.")
         self._tokenizer, self._scorer, self._beta, self._candidates = tokenizer, load_scorer(scorer), beta, candidates
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -68,8 +65,6 @@ class SelfDebiasing(LogitsProcessor):
     """
 
     def __init__(self, target: LanguageModel, decay: float, announcement: str = _DEBIAS_PREFIX) -> None:
-        if not 0.0 <= decay < math.inf:
-            raise InputError(f"Self-debiasing needs lambda of at least 0, got {decay}.")
         self._target, self._decay = target, decay
         self._before = whole_ids(target.tokenizer, announcement)
         self._specials = set(target.tokenizer.all_special_ids)

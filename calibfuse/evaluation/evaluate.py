@@ -27,8 +27,7 @@ from transformers import PreTrainedModel
 from calibfuse.errors import InputError
 from calibfuse.evaluation.bootstrap import Estimate, compare
 from calibfuse.evaluation.given_text.holistic_bias import HolisticBias, HolisticBiasResult, measure_holistic_bias
-from calibfuse.evaluation.given_text.neutral_text import BENIGN_TEXTS
-from calibfuse.evaluation.given_text.neutrality import Neutrality, measure_neutrality
+from calibfuse.evaluation.given_text.neutrality import BENIGN_TEXTS, Neutrality, measure_neutrality
 from calibfuse.evaluation.given_text.reading import GuidedReader, check_texts
 from calibfuse.evaluation.given_text.suites import Suite, SuiteResult, measure_suite
 from calibfuse.evaluation.given_text.utility import Utility, UtilityResult, measure_utility
@@ -185,22 +184,20 @@ def check_output(output: str | os.PathLike[str], *, resume: bool) -> None:
         )
 
 
+@dataclass(eq=False)
 class _Run:
-    """The stages of one evaluation, each kept in the output folder; `how` are batch size and progress bars."""
+    """The stages of one evaluation, each kept in the output folder."""
 
-    def __init__(
-        self,
-        target: LanguageModel,
-        prompts: Sequence[Prompt],
-        sampling: SamplingConfig,
-        output: Path,
-        resume: bool,
-        how: dict[str, Any],
-    ) -> None:
-        self.target, self.prompts, self.sampling = target, prompts, sampling
-        self.output, self.resume, self.how = output, resume, how
-        self.settings = {"target": target.name, "target_weights": weights_digest(target.model)}
-        self.prompts_digest = _digest([(prompt.id, prompt.text) for prompt in prompts])
+    target: LanguageModel
+    prompts: Sequence[Prompt]
+    sampling: SamplingConfig
+    output: Path
+    resume: bool
+    how: dict[str, Any]  # batch size and progress bars
+
+    def __post_init__(self) -> None:
+        self.settings = {"target": self.target.name, "target_weights": weights_digest(self.target.model)}
+        self.prompts_digest = _digest([(prompt.id, prompt.text) for prompt in self.prompts])
 
     def _stage(
         self, name: str, kind: type[_Found], settings: Mapping[str, Any], compute: Callable[[], _Found]
@@ -328,9 +325,8 @@ def _check_names(
 ) -> None:
     if not prompts:
         raise InputError("An evaluation needs at least one prompt.")
-    for each in prompts:
-        if not isinstance(each, Prompt):
-            raise InputError(f"Expected prompts as Prompt(id, text), got a {type(each).__name__}.")
+    if wrong := [each for each in prompts if not isinstance(each, Prompt)]:
+        raise InputError(f"Expected prompts as Prompt(id, text), got a {type(wrong[0]).__name__}.")
     for scorer in scorers:
         if not hasattr(scorer, "score"):
             raise InputError(f"Expected a scorer, such as load_scorer() gives, got a {type(scorer).__name__}.")

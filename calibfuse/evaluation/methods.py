@@ -204,17 +204,14 @@ class ComparedMethods:
             title = f"temperature {value:.3f} (entropy of {matched.title})"
             return [method("temperature-matched", title, value, {"strength": value})]
         guide = self.guide_scorer.name if name == "reward" else None
-        return [
-            method(
-                f"{name}-{value:g}",
-                f"{name} {value:g}",
-                value,
-                {"strength": value, "guide": guide},
-                alpha=value,
-                is_default=value in baseline.strengths[:1],
+        found = []
+        for value in strengths:
+            its: dict[str, Any] = {"strength": value, "guide": guide}
+            is_default = value in baseline.strengths[:1]
+            found.append(
+                method(f"{name}-{value:g}", f"{name} {value:g}", value, its, alpha=value, is_default=is_default)
             )
-            for value in strengths
-        ]
+        return found
 
     def _fusion_baseline(self, name: str, baseline: Baseline, strengths: Sequence[float]) -> list[Method]:
         options = dict(baseline.fusion or {})

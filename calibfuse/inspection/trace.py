@@ -65,9 +65,8 @@ class StepTrace:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready dictionary; the log-probability of an excluded token is null."""
         values = asdict(self)
-        for candidate, row in zip(
-            (*self.candidates, self.chosen), (*values["candidates"], values["chosen"]), strict=True
-        ):
+        rows = [*values["candidates"], values["chosen"]]
+        for candidate, row in zip((*self.candidates, self.chosen), rows, strict=True):
             row["shift"] = candidate.shift
             row |= {key: None for key in ("plain", "fused", "shift") if math.isinf(row[key])}
         return values

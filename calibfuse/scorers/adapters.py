@@ -46,12 +46,13 @@ class FunctionScorer:
         return check_scores(values, len(texts), self.name, may_be_nan=self._may_be_nan)
 
 
-class TransformersScorer:
+class TransformersScorer(FunctionScorer):
     """Any transformers text-classification model as a scorer.
 
     `label` names the toxic class, None finds it by name; `batch_size` counts pieces of text per forward pass, several
     times as many of short ones; `fast` computes in bfloat16 where the device has it, for scores within 0.01.
-    InputError: no such class, none found by name, a slow tokenizer, or a batch size below 1.
+    InputError: no such class, none found by name, a slow tokenizer, a model of very short texts, or a
+    batch size below 1.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class TransformersScorer:
             raise InputError(f"batch_size of a scorer must be at least 1, got {batch_size}")
         if not tokenizer.is_fast:
             raise InputError(f"Scorer {name!r} has a slow tokenizer, which cannot cut long texts; give a fast one")
-        self.name = name
+        super().__init__(self._score, name)
         self._model = model.train(False)
         self._tokenizer = tokenizer
         self._label = find_toxic_label(model.config.id2label or {}, label, name)
@@ -76,6 +77,8 @@ class TransformersScorer:
         self._sigmoid = several or model.config.num_labels == 1
         self._batch_size = batch_size if tokenizer.pad_token_id is not None else 1  # without padding, one at a time
         self._max_length = _max_length(model, tokenizer)
+        if self._max_length - tokenizer.num_special_tokens_to_add() <= _OVERLAP_TOKENS:
+            raise InputError(f"Scorer {name!r} reads only {self._max_length} tokens, too few to score text with")
         self._half_precision = fast and _computes_bfloat16(model.device)
 
     @classmethod
@@ -110,36 +113,22 @@ class TransformersScorer:
             )
         return cls(model.to(device if device is not None else "cpu"), tokenizer, name=name, **options)
 
-    def score(self, texts: Sequence[str]) -> NDArray[np.float64]:
-        """Score texts; one that is longer than the model reads is cut into overlapping pieces, the worst one counts."""
-        check_texts(texts, self.name)
+    def _score(self, texts: list[str]) -> NDArray[np.float64]:
+        """Of a text that is longer than the model reads, cut into overlapping pieces, the worst one counts."""
         if not texts:
             return np.zeros(0, dtype=np.float64)
-        try:
-            pieces, owners = self._pieces(texts)
-            probabilities = self._probabilities(pieces)
-        except ScorerError:
-            raise
-        except Exception as error:
-            raise ScorerError(f"Scorer {self.name!r} failed with {type(error).__name__}: {error}") from error
-        scores = np.full(len(texts), -np.inf)
-        with np.errstate(invalid="ignore"):
-            np.maximum.at(scores, owners, probabilities)  # nan stays nan, and is refused below
-        return check_scores(scores, len(texts), self.name)
-
-    def _pieces(self, texts: Sequence[str]) -> tuple[list[list[int]], list[int]]:
-        """The token ids of all pieces, special tokens included, and the text each belongs to."""
-        if self._max_length - self._tokenizer.num_special_tokens_to_add() <= _OVERLAP_TOKENS:
-            raise ScorerError(f"Scorer {self.name!r} reads only {self._max_length} tokens, too few to score text with")
         encoding = self._tokenizer(
-            list(texts),
+            texts,
             truncation=True,
             max_length=self._max_length,
             stride=_OVERLAP_TOKENS,
             return_overflowing_tokens=True,
             return_attention_mask=False,
         )
-        return encoding["input_ids"], encoding["overflow_to_sample_mapping"]
+        scores = np.full(len(texts), -np.inf)
+        with np.errstate(invalid="ignore"):  # nan stays nan, and is refused
+            np.maximum.at(scores, encoding["overflow_to_sample_mapping"], self._probabilities(encoding["input_ids"]))
+        return scores
 
     @torch.inference_mode()
     def _probabilities(self, pieces: list[list[int]]) -> NDArray[np.float64]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import KW_ONLY, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ class FeatureConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> FeatureConfig:
         """Build a config from its fields; an unknown one, or a value out of range, is an InputError."""
-        known = {field.name for field in fields(cls)}
+        known = {each.name for each in fields(cls)}
         if unknown := sorted(set(values) - known):
             raise InputError(f"Unknown feature settings {unknown}; known are {sorted(known)}")
         return cls(**{"unmask": False, **values})
@@ -179,45 +179,35 @@ class Windows:
         return sums
 
 
+@dataclass(eq=False)
 class LinearScorer:
     """Logistic regression on hashed word and character n-grams, over sliding windows of words.
 
     The probability is sigmoid(slope * logit + intercept), the logit `bias` plus the largest sum over a window.
-    `weights` are [2**features.bucket_bits], `windows` ascending sizes in words; `training` holds facts for the
-    checkpoint. InputError: sizes that do not fit, or numbers that are not finite.
+    InputError: sizes that do not fit, or numbers that are not finite.
     """
 
-    def __init__(
-        self,
-        weights: NDArray[Any],
-        features: FeatureConfig,
-        *,
-        bias: float = 0.0,
-        windows: Sequence[int] = (3, 16),
-        slope: float = 1.0,
-        intercept: float = 0.0,
-        name: str = "linear",
-        training: dict[str, Any] | None = None,
-    ) -> None:
-        expected = (1 << features.bucket_bits,)
-        if weights.shape != expected:
-            raise InputError(
-                f"Scorer weights have shape {weights.shape}; {features.bucket_bits} bucket bits need {expected}"
-            )
-        if not np.isfinite(weights).all() or not np.isfinite([bias, slope, intercept]).all():
+    weights: NDArray[Any]  # [2**features.bucket_bits]
+    features: FeatureConfig  # what they belong to
+    _: KW_ONLY
+    bias: float = 0.0
+    windows: tuple[int, ...] = (3, 16)  # sizes in words, ascending
+    slope: float = 1.0  # above 0
+    intercept: float = 0.0
+    name: str = "linear"  # in reports
+    training: dict[str, Any] = field(default_factory=dict)  # facts for the checkpoint
+
+    def __post_init__(self) -> None:
+        bits, shape = self.features.bucket_bits, self.weights.shape
+        if shape != (1 << bits,):
+            raise InputError(f"Scorer weights have shape {shape}; {bits} bucket bits need {(1 << bits,)}")
+        if not np.isfinite(self.weights).all() or not np.isfinite([self.bias, self.slope, self.intercept]).all():
             raise InputError("Scorer weights, bias, slope and intercept must be finite")
-        check_window_sizes(windows)
-        if slope <= 0:
-            raise InputError(f"A scorer needs slope > 0, got {slope}")
-        self.features = features
-        self.bias = float(bias)
-        self.windows = tuple(windows)
-        self.slope = float(slope)
-        self.intercept = float(intercept)
-        self.name = name
-        self.training = dict(training or {})
-        self.hasher = NgramHasher(features)
-        self._weights = np.ascontiguousarray(weights, dtype=np.float32)
+        check_window_sizes(self.windows)
+        if self.slope <= 0:
+            raise InputError(f"A scorer needs slope > 0, got {self.slope}")
+        self.hasher = NgramHasher(self.features)
+        self.weights = np.ascontiguousarray(self.weights, dtype=np.float32)
 
     def score(self, texts: Sequence[str]) -> NDArray[np.float64]:
         """Score texts, see `ToxicityScorer.score`; one without words gets the score of "nothing said"."""
@@ -263,16 +253,16 @@ class LinearScorer:
 
     def _word_values(self, stream: WordStream) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """[words] float64 twice: each word's value alone, and its pair's with the word before."""
-        alone = self._weights[self.hasher.word_buckets(stream)].astype(np.float64)
+        alone = self.weights[self.hasher.word_buckets(stream)].astype(np.float64)
         at_byte = np.zeros(len(stream.data), dtype=np.float32)
         for buckets, exists in self.hasher.char_buckets(stream):
-            at_byte += np.where(exists, self._weights[buckets], np.float32(0.0))
+            at_byte += np.where(exists, self.weights[buckets], np.float32(0.0))
         chars = np.add.reduceat(at_byte, stream.starts - 1, dtype=np.float64)
         alone += chars / np.sqrt(np.maximum(self.hasher.ngram_counts(stream), 1))
         pairs = np.zeros(len(stream.starts), dtype=np.float64)
         if self.features.word_bigrams:
             buckets, exists = self.hasher.bigram_buckets(stream)
-            pairs[exists] = self._weights[buckets[exists]]
+            pairs[exists] = self.weights[buckets[exists]]
         return alone, pairs
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -283,7 +273,7 @@ class LinearScorer:
             **{name: getattr(self, name) for name in names},
             **{"features": asdict(self.features), "windows": list(self.windows)},
         }
-        write_checkpoint(folder, config=config, tensors={"weights": torch.from_numpy(self._weights.astype(np.float16))})
+        write_checkpoint(folder, config=config, tensors={"weights": torch.from_numpy(self.weights.astype(np.float16))})
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> LinearScorer:

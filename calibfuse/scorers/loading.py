@@ -77,7 +77,7 @@ def load_scorer(
 
 def _from_object(value: object, name: str | None = None) -> ToxicityScorer:
     """Make a scorer of a scorer or a function; both are checked."""
-    if isinstance(value, LinearScorer | TransformersScorer | FunctionScorer):
+    if isinstance(value, LinearScorer | FunctionScorer):
         return value
     method = getattr(value, "score", None)
     if callable(method):

@@ -44,10 +44,9 @@ class TrainingOptions:
             raise InputError(
                 f"iterations and calibration_words must be at least 1, got {self.iterations}, {self.calibration_words}"
             )
-        if not self.l2 >= 0 or not self.pool_temperature > 0:
-            raise InputError(f"l2 must be >= 0 and pool_temperature > 0, got {self.l2} and {self.pool_temperature}")
-        if not 0 < self.held_out < 1:
-            raise InputError(f"held_out must lie between 0 and 1, got {self.held_out}")
+        if not self.l2 >= 0 or not self.pool_temperature > 0 or not 0 < self.held_out < 1:
+            got = f"got {self.l2}, {self.pool_temperature} and {self.held_out}"
+            raise InputError(f"l2 must be >= 0, pool_temperature > 0 and held_out between 0 and 1, {got}")
 
 
 def _add_up(index: NDArray[np.int64], values: NDArray[np.float64], size: int) -> NDArray[np.float64]:

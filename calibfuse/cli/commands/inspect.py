@@ -16,7 +16,7 @@ from calibfuse.generation.decoding import Decoding, check_lengths
 
 if TYPE_CHECKING:
     from calibfuse.generation.language_model import LanguageModel
-    from calibfuse.inspection import CandidateTrace, StepTrace
+    from calibfuse.inspection import StepTrace
     from calibfuse.processor import CalibFusion
 
 EXAMPLES = """\
@@ -176,21 +176,14 @@ def _show_candidates(terminal: Terminal, step: StepTrace, before: str, mask: Mas
     heads = list(next((each.heads for each in step.candidates if each.heads), {}))
     rows, styles = [], []
     for each in step.candidates:
-        label = printable(mask_in_context(before, each.text, mask).replace("\n", "⏎"))
-        mark = "> " if each == step.chosen else "  "
+        label = repr(printable(mask_in_context(before, each.text, mask).replace("\n", "⏎")))
+        is_chosen = each == step.chosen
         said = [f"{each.heads[head]:.2f}" if head in each.heads else "" for head in heads]
+        shift = f"{each.shift:+.2f}"
         rank = f"{each.plain_rank} -> {each.fused_rank}"
-        shown = (f"{each.plain:.2f}", *said, f"{each.shift:+.2f}", f"{each.fused:.2f}")
-        rows.append((mark + repr(label), *shown, rank))
-        styles.append(_styles(each, len(heads), is_chosen=each == step.chosen))
+        mark = ">" if is_chosen else " "
+        rows.append((f"{mark} {label}", f"{each.plain:.2f}", *said, shift, f"{each.fused:.2f}", rank))
+        usual = None if each.is_movable else "dim"
+        moved = usual if abs(each.shift) < _MOVED else "red" if each.shift < 0 else "green"
+        styles.append(["bold" if is_chosen else usual, usual, *[usual] * len(heads), moved, usual, usual])
     terminal.table(("  candidate", "plain", *heads, "shift", "fused", "rank"), rows, styles=styles)
-
-
-def _styles(candidate: CandidateTrace, head_count: int, *, is_chosen: bool) -> list[str | None]:
-    """Styles of a row: the chosen token bold, what fusion cannot move dim, the shift in the colour of its direction."""
-    row: list[str | None] = [None if candidate.is_movable else "dim"] * (head_count + 5)
-    if is_chosen:
-        row[0] = "bold"
-    if abs(candidate.shift) >= _MOVED:
-        row[head_count + 2] = "red" if candidate.shift < 0 else "green"
-    return row

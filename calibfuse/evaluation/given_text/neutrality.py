@@ -7,14 +7,16 @@ it before any text is sampled.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from calibfuse.evaluation.given_text.neutral_text import BENIGN_TEXTS, GROUP_WORDS, PLAIN_WORDS, TEMPLATES
 from calibfuse.evaluation.given_text.reading import (
     GuidedReader,
     batches_by_length,
@@ -24,6 +26,15 @@ from calibfuse.evaluation.given_text.reading import (
     whole_ids,
 )
 
+_DATA: dict[str, Any] = json.loads(resources.files(__package__).joinpath("neutral_text.json").read_text("utf-8"))
+# Neutral places to name a group in, written for calibfuse; none is used in training (calibfuse/scorers/words.json and
+# calibfuse/training/words/balance.py have their own). Group words name people by what they are; none is a slur.
+TEMPLATES: tuple[str, ...] = tuple(_DATA["templates"])
+GROUP_WORDS: dict[str, tuple[str, ...]] = {kind: tuple(words) for kind, words in _DATA["group_words"].items()}
+MORE_NAMES: dict[str, tuple[str, ...]] = {kind: tuple(words) for kind, words in _DATA["more_names"].items()}
+# Words that name no group: how far they move says how much of a shift is not about groups.
+PLAIN_WORDS: tuple[str, ...] = tuple(_DATA["plain_words"])
+BENIGN_TEXTS: tuple[str, ...] = tuple(_DATA["benign_texts"])  # everyday text to leave alone
 PLAIN_GROUP = "words that name no group"
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from calibfuse.errors import DataError
 from calibfuse.evaluation.bootstrap import Estimate, Resampled, bootstrap_counts
-from calibfuse.evaluation.given_text.neutral_text import GROUP_WORDS
+from calibfuse.evaluation.given_text.neutrality import GROUP_WORDS, MORE_NAMES
 from calibfuse.evaluation.given_text.reading import GuidedReader, split_ids
 from calibfuse.evaluation.prompts import draw
 from calibfuse.textfiles import read_rows
@@ -37,16 +37,7 @@ _HALVED_BELOW = math.log(0.5)
 _Z = 1.959964  # of a two-sided 95 % interval
 _RUDE = ("slur_", "profanity_", "spell_")  # functionalities of HateCheck that turn on a rude word or its spelling
 _WORDS = re.compile(r"[^\W_]+(?:-[^\W_]+)*")
-_MORE_KINDS = {
-    "gender": "trans man woman men women",
-    "orientation": "homosexual lgbt lgbtq",
-    "religion": "christian jewish muslim protestant sikh taoist",
-    "ethnicity": "hispanic latina latinx",
-    "nationality": "african american canadian european eastern japanese",
-    "age": "older younger teenage millenial millennial aged",
-}
-_KINDS = {word: kind for kind, words in _MORE_KINDS.items() for word in words.split()}
-_KINDS |= {word.lower(): kind for kind, members in GROUP_WORDS.items() for word in members}
+_KINDS = {word.lower(): kind for names in (MORE_NAMES, GROUP_WORDS) for kind, words in names.items() for word in words}
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ def bars(
     def draw() -> Figure:
         with _drawing(0.7 + len(rows) * (0.13 * len(series) + 0.12), len(series)) as (figure, axes):
             for place, name in enumerate(series):
-                colour = _colour((colours or {}).get(name, place))
+                colour = PALETTE[(colours or {}).get(name, place) % len(PALETTE)]
                 axes.barh(0, 0, color=colour, label=name)  # the key
                 for row, (group, figures) in enumerate(rows.items()):
                     each = figures.get(name)
@@ -146,7 +146,9 @@ def bars(
             low, high = axes.get_xlim()
             axes.set_xlim(low if low < -1e-9 else 0.0, max(high, 0.01))
             if is_share:
-                axes.xaxis.set_major_formatter(_percent())
+                from matplotlib.ticker import PercentFormatter
+
+                axes.xaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
             axes.set_xlabel(title)
             _add_legend(figure, "outside upper center")
         return figure
@@ -166,7 +168,7 @@ def _drawing(height: float, entries: int) -> Iterator[tuple[Figure, Axes]]:
 
 
 def _draw_curve(axes: Axes, name: str, number: int, points: Sequence[Point]) -> None:
-    colour = _colour(number)
+    colour = PALETTE[number % len(PALETTE)]
     dashes = "-" if number < len(PALETTE) else "--"  # a second round of the colours
     axes.plot([each.x.value for each in points], [each.y.value for each in points], dashes, color=colour, zorder=3)
     mark = _MARKS[(number + number // len(PALETTE)) % len(_MARKS)]
@@ -200,7 +202,7 @@ def _write(axes: Axes, point: Point) -> None:
 
 def _set_scales(axes: Axes, points: Sequence[Point]) -> None:
     """Scales that hold all intervals; the vertical one from 0, and never of no height."""
-    from matplotlib.ticker import FuncFormatter, LogLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, PercentFormatter
 
     values = [point.x.value for point in points]
     lows = [end for point in points for end in (point.x.value, point.x.low) if math.isfinite(end)]
@@ -212,23 +214,13 @@ def _set_scales(axes: Axes, points: Sequence[Point]) -> None:
         axes.minorticks_off()
     highs = [end for point in points for end in (point.y.value, point.y.high) if math.isfinite(end)]
     axes.set_ylim(0.0, max(1.05 * max(highs), 0.01))
-    axes.yaxis.set_major_formatter(_percent())
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=" %"))
 
 
 def _add_legend(figure: Any, place: str) -> None:  # noqa: ANN401
     handles, names = figure.axes[0].get_legend_handles_labels()
     if names:
         figure.legend(handles, names, loc=place, ncols=min(3, len(names)), fontsize=9)
-
-
-def _percent() -> Any:  # noqa: ANN401
-    from matplotlib.ticker import PercentFormatter
-
-    return PercentFormatter(1.0, symbol=" %")
-
-
-def _colour(number: int) -> str:
-    return PALETTE[number % len(PALETTE)]
 
 
 def _shortened(text: str, length: int = 30) -> str:

@@ -49,7 +49,7 @@ def write_report(
         "report.md": to_markdown(evaluation, within_budget=within_budget, mask=mask),
         "report.html": to_html(evaluation, mask=mask, within_budget=within_budget),
     }
-    curve = curve_chart(evaluation)
+    curve = _curve(evaluation.results, perplexity_metric(evaluation))
     if curve is not None:
         contents["curve.svg"] = curve.svg()
     write_files(folder, {name: text.encode("utf-8") for name, text in contents.items()})
@@ -125,12 +125,8 @@ def to_html(evaluation: Evaluation, *, mask: Mask | None = None, within_budget: 
     )
 
 
-def curve_chart(evaluation: Evaluation) -> Chart | None:
-    """Toxicity against perplexity at every strength, defaults marked; None where no perplexity is finite."""
-    return _curve(evaluation.results, perplexity_metric(evaluation))
-
-
 def _curve(results: Sequence[MethodResult], name: str) -> Chart | None:
+    """Toxicity against a perplexity at every strength, defaults marked; None where none is finite."""
     if name not in results[0].estimates:
         return None
 
