@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,19 +35,15 @@ class Fidelity:
         return self.nats / self.bytes / math.log(2)
 
 
-class ScoredTokens(NamedTuple):
-    """Some tokens of a text, and what a head says where each of them comes."""
-
-    scores: Tensor  # float32 [n, vocabulary], log-probabilities up to a constant; -inf for special tokens
-    tokens: Tensor  # int64 [n]
-    before: Tensor  # int64 [n], the tokens before them; -1: a text begins
-
-
 @torch.no_grad()
 def iter_scored(
     bound: BoundCalibrator, sequences: Sequence[Sequence[int]], *, head: str = CALIBRATOR_HEAD, batch_size: int = 16
-) -> Iterator[ScoredTokens]:
-    """The covered tokens of sequences, each read from an empty context, in blocks; in no order."""
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The covered tokens of sequences, each read from an empty context, in blocks; in no order.
+
+    Gives log-probabilities up to a constant, float32 [n, vocabulary], -inf for special tokens; the tokens, int64
+    [n]; and those before them, -1 where a text begins.
+    """
     special = (~bound.covers(torch.arange(bound.target_vocab_size, device=bound.device))).nonzero()[:, 0]
     ordered = sorted((sequence for sequence in sequences if len(sequence)), key=len)
     for first in range(0, len(ordered), batch_size):
@@ -66,7 +61,7 @@ def iter_scored(
         for start in range(0, ids.shape[1], step):
             wanted = scored[:, start : start + step]
             scores = states.positions(start, start + step).log_scores(head)[wanted].index_fill_(1, special, -torch.inf)
-            yield ScoredTokens(scores, *(each[:, start : start + step][wanted] for each in (ids, before)))
+            yield scores, ids[:, start : start + step][wanted], before[:, start : start + step][wanted]
 
 
 @torch.no_grad()

@@ -55,12 +55,7 @@ class CalibFusionLM(HFLM):  # type: ignore[misc]
         return super()._model_generate(context, max_length, stop, logits_processor=[self.fusion], **options)
 
 
-def main() -> None:
-    """The harness's own command line, with the model `calibfuse` registered."""
+if __name__ == "__main__":
     from lm_eval.__main__ import cli_evaluate
 
     cli_evaluate()
-
-
-if __name__ == "__main__":
-    main()

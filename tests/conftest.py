@@ -265,6 +265,9 @@ def load_tool(repository: Path) -> Callable:
     import importlib.util
     import sys
 
+    if str(repository / "tools") not in sys.path:
+        sys.path.append(str(repository / "tools"))  # as for a program that is run
+
     def load(name: str):
         spec = importlib.util.spec_from_file_location(name, repository / "tools" / f"{name}.py")
         module = importlib.util.module_from_spec(spec)

@@ -241,6 +241,7 @@ def test_bad_arguments_are_one_sentence(workplace, target_folder, capsys, extra,
 
 def test_a_target_without_a_tokenizer(workplace, tmp_path, tiny_llama, capsys):
     tiny_llama(96).save_pretrained(tmp_path / "bare")
+    capsys.readouterr()  # transformers' progress bar
     assert cli(command(tmp_path / "bare")) == 2
     error = capsys.readouterr().err
     assert "Cannot load the tokenizer" in error

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from calibfuse.errors import InputError
-from calibfuse.finetune.objective import constrained_log_probs
+from calibfuse.finetune.tuning import constrained_log_probs
 
 
 def test_worked_by_hand():

@@ -8,7 +8,7 @@ from small_world import LENGTH, PROMPT, SIZE, WORLD_VOCABULARY, make_world, rela
 from tiny_calibrators import make_calibrator
 
 from calibfuse.calibrator import Calibrator
-from calibfuse.finetune.objective import constrained_kl, constrained_log_probs
+from calibfuse.finetune.tuning import constrained_kl, constrained_log_probs
 from calibfuse.fusion import FusionConfig
 from calibfuse.processor import CalibFusion
 from calibfuse.value.auxiliary import make_auxiliary_model

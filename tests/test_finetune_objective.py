@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from calibfuse.errors import InputError
-from calibfuse.finetune.objective import constrained_kl, continuation_positions, corpus_loss
+from calibfuse.finetune.tuning import constrained_kl, continuation_positions, corpus_loss
 
 VOCABULARY, LENGTH = 4, 3
 SEQUENCES = list(itertools.product(range(VOCABULARY), repeat=LENGTH))
@@ -48,7 +48,7 @@ def expected_satisfaction(p, satisfaction, prefix):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_token_kls_in_closed_form_add_up_to_the_enumerated_kl_of_sequences(seed):
     """KL(q || p_theta) over sequences = sum over prefixes of q(prefix) * KL of next-token distributions."""
-    from calibfuse.finetune.objective import constrained_log_probs
+    from calibfuse.finetune.tuning import constrained_log_probs
 
     p, p_theta, satisfaction = random_world(seed)
     total = sum(sequence_probability(p, sequence) * satisfaction[sequence] for sequence in SEQUENCES)

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -142,16 +142,14 @@ def execute(
     for jobs in stages:
         missing = [job for job in jobs if not job.folder(work).is_dir()]
         for role, record in (run(missing) if missing else {}).items():
-            logger.info("step %d, %s: %s", jobs[0].step, role, _summary(record))
+            figures = {name: value for name, value in record["figures"].items() if value is not None}
+            told = [
+                f"{record['seconds']:.1f} s",
+                *(f"{name.replace('_', ' ')} {figures[name]:.4g}" for name in figures),
+            ]
+            logger.info("step %d, %s: %s", jobs[0].step, role, ", ".join(told))
         if jobs[-1].role == MODEL:  # the optimiser's state of the step before is not needed any more
             (product_folder(work, MODEL, jobs[0].step - 1) / OPTIMIZER_NAME).unlink(missing_ok=True)
-
-
-def _summary(record: Mapping[str, Any]) -> str:
-    figures = [
-        f"{name.replace('_', ' ')} {value:.4g}" for name, value in record["figures"].items() if value is not None
-    ]
-    return ", ".join([f"{record['seconds']:.1f} s", *figures])
 
 
 def _report(

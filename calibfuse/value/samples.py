@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 from calibfuse import hub
-from calibfuse.errors import DataError, InputError, ScorerError, check_ranges
+from calibfuse.errors import DataError, ScorerError, check_ranges
 from calibfuse.generation.decoding import (
     check_lengths,
     decode_continuation,
@@ -75,15 +75,6 @@ class SampleSet:
     prompt_lengths: Tensor  # int64 [n], tokens of the prompt
     log_weights: Tensor  # float32 [n], log p_base - log p_sampling of the continuation, nats; 0 where the base drew
     satisfaction: Tensor  # float32 [n], C in [0, 1]; nan before labelling, and where labelling failed
-
-    def __post_init__(self) -> None:
-        count = len(self.input_ids)
-        shapes = {name: tuple(getattr(self, name).shape) for name in _COLUMNS}
-        if self.input_ids.ndim != 2 or set(shapes.values()) != {(count,)}:
-            raise InputError(
-                f"Samples need ids [n, length] and one number each for {', '.join(_COLUMNS)}; got "
-                f"{tuple(self.input_ids.shape)} and {shapes}."
-            )
 
     def __len__(self) -> int:
         return len(self.input_ids)

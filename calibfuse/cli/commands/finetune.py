@@ -27,9 +27,6 @@ examples:
   calibfuse finetune --model org/any-llm --corpus domain/ --kl-weight 0 --oracle bundled --filter-corpus 0.5 \\
       --output filtered
 
-  # go on after a kill or Ctrl-C, with the same arguments
-  calibfuse finetune ... --output tuned --resume
-
 The output is an ordinary transformers checkpoint with a report, finetune.json. Its folder work/ holds the products of
 each step and can be deleted after the run.
 """

@@ -20,9 +20,6 @@ examples:
   # any other attribute: two piles of text that differ in it
   calibfuse train-calibrator --wanted polite.txt --unwanted rude.txt --init-from bundled --steps 500 --output polite
 
-  # go on after a kill or Ctrl-C, with the same arguments
-  calibfuse train-calibrator web/ comments.csv.gz --output my-calibrator --resume
-
   # the bundled calibrator with another idea of what is toxic: its heads learn from text that your scorer sorts
   calibfuse train-calibrator web/ --scorer my-scorer --init-from bundled --heads-only \\
       --learning-rate 0.001 --output mine

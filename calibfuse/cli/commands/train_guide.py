@@ -19,9 +19,6 @@ examples:
   # rarer continuations too, by a higher temperature that the samples' weights undo
   calibfuse train-guide --model org/any-llm --oracle bundled --prompts prompts.txt --temperature 1.3 --output my-guide
 
-  # go on after a kill or Ctrl-C, with the same arguments
-  calibfuse train-guide --model org/any-llm --oracle bundled --prompts prompts.jsonl --output my-guide --resume
-
 Then: calibfuse generate "a prompt" --model org/any-llm --calibrator my-guide --compare, or in Python
 CalibFusion.from_pretrained("my-guide", tokenizer=tokenizer). Judge the result with another scorer than the oracle.
 """
