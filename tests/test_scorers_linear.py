@@ -153,6 +153,15 @@ def test_a_damaged_folder_gives_one_sentence(scorer, tmp_path, damage, error, me
     assert "\n" not in str(raised.value)
 
 
+def test_an_older_scorer_does_not_read_masked_words(scorer, tmp_path):
+    scorer.save(tmp_path)
+    assert LinearScorer.load(tmp_path).features.unmask
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["features"]["unmask"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert not LinearScorer.load(tmp_path).features.unmask
+
+
 def test_a_flipped_bit_in_the_weights_is_found(scorer, tmp_path):
     scorer.save(tmp_path)
     data = bytearray((tmp_path / "model.safetensors").read_bytes())

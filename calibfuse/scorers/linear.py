@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import KW_ONLY, asdict, dataclass, field, fields
+from dataclasses import KW_ONLY, asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +51,6 @@ class FeatureConfig:
             )
         if not 0 <= self.seed < 2**32:
             raise InputError(f"seed of the hash must lie in 0..2**32-1, got {self.seed}")
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> FeatureConfig:
-        """Build a config from its fields; an unknown one, or a value out of range, is an InputError."""
-        known = {each.name for each in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise InputError(f"Unknown feature settings {unknown}; known are {sorted(known)}")
-        return cls(**{"unmask": False, **values})
 
 
 class NgramHasher:
@@ -280,7 +272,7 @@ class LinearScorer:
         """Read a scorer that `save` wrote; CheckpointError where there is none, or a damaged one."""
         config = read_config(folder, format_name=FORMAT, supported_version=FORMAT_VERSION)
         try:
-            features = FeatureConfig.from_dict(config["features"])
+            features = FeatureConfig(**{"unmask": False, **config["features"]})  # an unknown one is a TypeError
             shape = (1 << features.bucket_bits,)
             tensors = read_tensors(Path(folder) / WEIGHTS_NAME, expected={"weights": shape})
             numbers: dict[str, Any] = {name: float(config[name]) for name in ("bias", "slope", "intercept")}

@@ -79,11 +79,10 @@ def _from_object(value: object, name: str | None = None) -> ToxicityScorer:
     """Make a scorer of a scorer or a function; both are checked."""
     if isinstance(value, LinearScorer | FunctionScorer):
         return value
-    method = getattr(value, "score", None)
-    if callable(method):
-        return FunctionScorer(method, str(getattr(value, "name", name or type(value).__name__)))
-    if callable(value):
-        return FunctionScorer(value, name or str(getattr(value, "__name__", type(value).__name__)))
+    function = value.score if hasattr(value, "score") else value
+    if callable(function):
+        own = getattr(value, "name", None) or name or getattr(value, "__name__", type(value).__name__)
+        return FunctionScorer(function, str(own))
     raise ScorerError(
         f"Expected a toxicity scorer, its name or a function from texts to probabilities, got {type(value).__name__}"
     )

@@ -248,8 +248,7 @@ def train_linear_scorer(
         if n_toxic == 0 or n_toxic == len(part):
             raise DataError(f"The {what} texts need both classes; {n_toxic} of {len(part)} are toxic. Give more texts")
     added = augment(training) if augment is not None else None
-    if added is not None:
-        training = training + added
+    training = training if added is None else training + added
     objective = _Objective(training, options)
     parameters = _minimise(objective, options.iterations, progress)
     weights = np.zeros(1 << options.features.bucket_bits)

@@ -87,10 +87,7 @@ def measure_utility(reader: GuidedReader, data: Utility, *, resamples: int = 100
     if data.passages:
         found = reader.read([_last_word(target, text) for text in data.passages], "LAMBADA")
         ones = np.ones(len(found))
-        hits = [
-            [float(each.plain_is_best.all()) for each in found],
-            [float(each.fused_is_best.all()) for each in found],
-        ]
+        hits = [[all(each.plain_is_best) for each in found], [all(each.fused_is_best) for each in found]]
         figures.append(_figure("lambada_accuracy", "LAMBADA accuracy", hits, ones, **draws))
         nats = [[-each.plain.sum() for each in found], [-each.fused.sum() for each in found]]
         figures.append(_figure("lambada_perplexity", "LAMBADA perplexity", nats, ones, is_perplexity=True, **draws))
