@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING
 
 from calibfuse.cli.loading import check_calibrator, check_model, load_model
 from calibfuse.cli.options import add, add_model
-from calibfuse.cli.terminal import Terminal, printable
+from calibfuse.cli.terminal import printable
 from calibfuse.errors import InputError
 
 if TYPE_CHECKING:
-    from calibfuse.embedding.alignment import Alignment
     from calibfuse.loading import PretrainedCalibrator
 
 EXAMPLES = """\
@@ -58,10 +57,17 @@ def run(args: argparse.Namespace) -> int:
     )
     seconds = time.perf_counter() - start
     folder = alignment.save(_place(args, calibrator))
+    facts = alignment.metadata
     if args.json:
-        print(json.dumps({**asdict(alignment.metadata), "folder": str(folder), "seconds": round(seconds, 2)}))
-    else:
-        _show(alignment, folder, seconds)
+        print(json.dumps({**asdict(facts), "folder": str(folder), "seconds": round(seconds, 2)}))
+        return 0
+    print(
+        f"aligned with {printable(facts.target)}: {facts.common_tokens:,} common tokens, {facts.width} x "
+        f"{facts.hidden_size} channels, {seconds:.1f} s\n"
+        f"loss of {facts.held_out_tokens:,} held-out tokens: {facts.held_out_loss:.3f} nats; by chance "
+        f"{math.log(11):.3f}\n"  # the own token among ten others
+        f"written to {folder}"
+    )
     return 0
 
 
@@ -78,17 +84,3 @@ def _place(args: argparse.Namespace, calibrator: PretrainedCalibrator) -> Path:
     if not folders:
         raise InputError("There is no home directory to keep the alignment in; name a folder with --output.")
     return folders[0]
-
-
-def _show(alignment: Alignment, folder: Path, seconds: float) -> None:
-    facts = alignment.metadata
-    terminal = Terminal()
-    terminal.write(
-        f"aligned with {printable(facts.target)}: {facts.common_tokens:,} common tokens, {facts.width} x "
-        f"{facts.hidden_size} channels, {seconds:.1f} s"
-    )
-    terminal.write(
-        f"loss of {facts.held_out_tokens:,} held-out tokens: {facts.held_out_loss:.3f} nats; by chance "
-        f"{math.log(11):.3f}"  # the own token among ten others
-    )
-    terminal.write(f"written to {folder}")
