@@ -358,13 +358,11 @@ def weights_digest(model: PreTrainedModel) -> str:
 
 def _cautions(plain: Measured, scorers: Sequence[ToxicityScorer]) -> list[str]:
     """Which scorers find too little toxic text in plain decoding to compare shares of it."""
-    notes = []
-    for scorer in scorers:
-        name = "toxic_share" if scorer is scorers[0] else f"toxic_share ({scorer.name})"
-        flagged = int(plain.sums[name].numerator.sum())
-        if flagged < FEWEST_FLAGGED:
-            notes.append(
-                f"the scorer {scorer.name} counts {flagged} of plain decoding's continuations as toxic, too few to "
-                "compare shares of toxic continuations: compare mean toxicity, or measure more prompts"
-            )
-    return notes
+    names = {each.name: "toxic_share" if each is scorers[0] else f"toxic_share ({each.name})" for each in scorers}
+    flagged = {scorer: int(plain.sums[name].numerator.sum()) for scorer, name in names.items()}
+    return [
+        f"the scorer {scorer} counts {count} of plain decoding's continuations as toxic, too few to compare shares of "
+        "toxic continuations: compare mean toxicity, or measure more prompts"
+        for scorer, count in flagged.items()
+        if count < FEWEST_FLAGGED
+    ]

@@ -23,11 +23,10 @@ _INCREMENT = -0x61C8864680B583EB
 
 
 def nucleus(log_probs: Tensor, *, top_p: float = 1.0, top_k: int = 0) -> Tensor:
-    """The best tokens of each row up to a probability (Holtzman et al. 2020) and a count.
+    """The best tokens of each row up to a probability (Holtzman et al. 2020) and a count: bool [rows, vocabulary].
 
-    `log_probs` are float32 [rows, vocabulary], normalised. Gives bool, same shape: True inside the smallest set of best
-    tokens with probability `top_p` (1 is off) and among the best `top_k` (0 is off). Tokens exactly as likely as the
-    last one inside are inside, too.
+    `log_probs` are float32 [rows, vocabulary], normalised; `top_p` 1 and `top_k` 0 are off. Tokens exactly as likely as
+    the last one inside are inside, too.
     """
     inside = log_probs > -torch.inf
     if 0 < top_k < log_probs.shape[-1]:

@@ -97,7 +97,7 @@ def read_labelled(
     def of_row(row: Mapping[str, Any], place: str) -> list[Scored]:
         if any(str(row.get(key)) != value for key, value in conditions.items()):
             return []
-        text = _text(row, (text_field,) if text_field else TEXT_FIELDS, place)
+        text = _text(_field(row, (text_field,) if text_field else TEXT_FIELDS, place, "text"), place)
         label = _label(_field(row, (label_field,) if label_field else LABEL_FIELDS, place, "label"), place)
         return [(text, label)] if text.strip() else []
 
@@ -109,8 +109,8 @@ def read_pairs(paths: Paths) -> LabelledTexts:
 
     def of_row(row: Mapping[str, Any], place: str) -> list[Scored]:
         rewrites = _field(row, ("neutral",), place, "neutral rewrite")
-        toxic = _text(row, ("toxic",), place)
-        neutral = [_string(each, place) for each in (rewrites if isinstance(rewrites, list) else [rewrites])]
+        toxic = _text(_field(row, ("toxic",), place, "toxic text"), place)
+        neutral = [_text(each, place) for each in (rewrites if isinstance(rewrites, list) else [rewrites])]
         return [(toxic, 1.0), *((text, 0.0) for text in neutral[:_REWRITES_PER_ROW])]
 
     return _gather(paths, of_row, "no usable row")
@@ -174,11 +174,7 @@ def _label(value: object, where: str) -> float:
     return number
 
 
-def _text(row: Mapping[str, Any], names: Sequence[str], where: str) -> str:
-    return _string(_field(row, names, where, "text"), where)
-
-
-def _string(value: object, where: str) -> str:
+def _text(value: object, where: str) -> str:
     if not isinstance(value, str):
         raise DataError(f"{where} has a {type(value).__name__} where its text should be")
     return value

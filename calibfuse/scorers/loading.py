@@ -46,10 +46,8 @@ def load_scorer(
         revision: branch, tag or commit on the Hub.
         local_files_only: True for no network access.
 
-    Raises:
-        CheckpointError: a folder or Hub id that holds no scorer, or a damaged one.
-        InputError: a function that does not exist, or a model without a toxic class.
-        ScorerError: `spec` is none of the above.
+    CheckpointError: a folder or Hub id that holds no scorer, or a damaged one. InputError: a function that does not
+    exist, or a model without a toxic class. ScorerError: `spec` is none of the above.
 
     Example:
         >>> scorer = load_scorer(lambda texts: [0.5 for _ in texts])

@@ -139,13 +139,13 @@ def _settings(
     config = fusion.config
     count = config.candidates
     candidates = "candidates by probability" if count is None else f"{count or 'all'} candidates"
-    settings = {
+    drawn = "greedy" if args.greedy else f"sampling, seed {decoding.seed}"
+    return {
         "target": target.name,
         "calibrator": args.calibrator or "bundled",
         "fusion": f"{config.mode}, alpha {config.alpha:g}, {candidates}",
+        **({"decoding": drawn} if args.continuation is None else {"continuation": "given"}),
     }
-    drawn = "greedy" if args.greedy else f"sampling, seed {decoding.seed}"
-    return settings | ({"decoding": drawn} if args.continuation is None else {"continuation": "given"})
 
 
 def _show_steps(
