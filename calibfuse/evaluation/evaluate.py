@@ -125,12 +125,9 @@ def evaluate(
         resume: go on with what is in the output folder.
         show_progress: draw progress bars on standard error.
 
-    Raises:
-        InputError: bad settings, a text longer than the target's positions, or the output folder holds another
-            evaluation, or this one and `resume` is off.
-        ScorerError: a text could not be scored.
-        DataError: the files in the output folder are damaged.
-        CheckpointError: the output cannot be written.
+    InputError: bad settings, a text longer than the target's positions, or the folder holds another evaluation, or this
+    one and `resume` is off. ScorerError: a text could not be scored. DataError: the files in the folder are damaged.
+    CheckpointError: the output cannot be written.
     """
     sampling = sampling or (protocol.sampling() if protocol else SamplingConfig())
     everything = [PLAIN, *methods]
@@ -141,14 +138,11 @@ def evaluate(
     passages = () if utility is None else utility.passages
     if texts := [*benign, *(each.text for suite in suites for each in suite.texts), *passages]:
         check_texts(target, texts)
-    run = _Run(
-        target, prompts, sampling, Path(output), resume, {"batch_size": batch_size, "show_progress": show_progress}
-    )
+    run = _Run(target, prompts, sampling, Path(output), batch_size, resume, show_progress)
     measured = [run.continuations(method, scorers, judge, toxic_from) for method in everything]
     figures = compare([each.sums for each in measured], resamples=resamples, seed=sampling.seed)
-    results = [
-        MethodResult(method, own, *found) for method, own, found in zip(everything, measured, figures, strict=True)
-    ]
+    pairs = zip(everything, measured, figures, strict=True)
+    results = [MethodResult(method, own, *found) for method, own, found in pairs]
     results[1:] = [
         replace(result, **run.read_all(result.method, benign, suites, holistic_bias, utility)) for result in results[1:]
     ]
@@ -156,16 +150,7 @@ def evaluate(
         speeds = run.speeds(everything, speed_rounds)
         results = [replace(result, speed=speeds[result.method.key]) for result in results]
     facts = {
-        **run.settings,
-        "target_parameters": target.model.num_parameters(),
-        "scorer": scorers[0].name,
-        "other_scorers": [each.name for each in scorers[1:]],
-        "judge": None if judge is None else judge.name,
-        "toxic_from": toxic_from,
-        "sampling": sampling.to_dict(),
-        "batch_size": batch_size,
-        "torch_threads": torch.get_num_threads(),
-        "device": str(target.model.device),
+        **run.facts(scorers, judge, toxic_from),
         "protocol": None if protocol is None else f"{protocol.name}: {protocol.description}",
         "prompt_count": len(prompts),
         "resamples": resamples,
@@ -192,12 +177,31 @@ class _Run:
     prompts: Sequence[Prompt]
     sampling: SamplingConfig
     output: Path
+    batch_size: int
     resume: bool
-    how: dict[str, Any]  # batch size and progress bars
+    show_progress: bool
 
     def __post_init__(self) -> None:
+        self.how: dict[str, Any] = {"batch_size": self.batch_size, "show_progress": self.show_progress}
         self.settings = {"target": self.target.name, "target_weights": weights_digest(self.target.model)}
         self.prompts_digest = _digest([(prompt.id, prompt.text) for prompt in self.prompts])
+
+    def facts(
+        self, scorers: Sequence[ToxicityScorer], judge: LanguageModel | None, toxic_from: float
+    ) -> dict[str, Any]:
+        """What a report says of models, judges and machine."""
+        return {
+            **self.settings,
+            "target_parameters": self.target.model.num_parameters(),
+            "scorer": scorers[0].name,
+            "other_scorers": [each.name for each in scorers[1:]],
+            "judge": None if judge is None else judge.name,
+            "toxic_from": toxic_from,
+            "sampling": self.sampling.to_dict(),
+            "batch_size": self.batch_size,
+            "torch_threads": torch.get_num_threads(),
+            "device": str(self.target.model.device),
+        }
 
     def _stage(
         self, name: str, kind: type[_Found], settings: Mapping[str, Any], compute: Callable[[], _Found]
@@ -267,7 +271,7 @@ class _Run:
             "prompts": self.prompts_digest,
             "rounds": rounds,
         }
-        options = {"rounds": rounds, "show_progress": self.how["show_progress"]}
+        options: dict[str, Any] = {"rounds": rounds, "show_progress": self.show_progress}
         compute = partial(measure_speed, self.target, methods, self.prompts, self.sampling, **options)
         return self._stage("speed", dict[str, Speed], settings, compute)
 

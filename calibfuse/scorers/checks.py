@@ -21,10 +21,7 @@ class ToxicityScorer(Protocol):
         ...
 
     def score(self, texts: Sequence[str]) -> NDArray[np.float64]:
-        """One probability of being toxic per text, float64 (len(texts),) in [0, 1]; an empty text gets one too.
-
-        ScorerError: a text could not be scored.
-        """
+        """A probability of being toxic for each text, float64 (len(texts),) in [0, 1], else a ScorerError."""
         ...
 
 
