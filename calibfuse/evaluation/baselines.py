@@ -114,8 +114,7 @@ def match_temperature(
 ) -> float:
     """The temperature, between 0.05 and 20, at which the target alone has a method's mean entropy on some texts.
 
-    A method that flattens or sharpens the distribution changes toxicity and perplexity by that alone; this control
-    shows how much.
+    How much toxicity and perplexity change by a flatter or sharper distribution alone.
     """
     wanted = 0.0
     logits: list[Tensor] = []

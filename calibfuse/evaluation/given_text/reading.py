@@ -77,8 +77,9 @@ class GuidedReader:
 
     def progress(self, total: int, unit: str, part: str) -> tqdm[Any]:
         """A progress bar."""
-        title = ", ".join(filter(None, (self.title, part)))
-        return tqdm(total=total, desc=title, unit=unit, disable=not self.show_progress)
+        return tqdm(
+            total=total, desc=", ".join(filter(None, (self.title, part))), unit=unit, disable=not self.show_progress
+        )
 
     @torch.no_grad()
     def _read_batch(self, pairs: Sequence[Pair]) -> tuple[NDArray[Any], ...]:
