@@ -162,10 +162,7 @@ class ComparedMethods:
         return list(methods.values())
 
     def baselines(self, specs: Sequence[str], fusions: Sequence[Method]) -> tuple[list[Method], list[str]]:
-        """The methods of some specifications, and notes on what "all" among them had to leave out.
-
-        Strengths of one's own stand for a baseline of "all"; `temperature` alone matches one of the fusions.
-        """
+        """The methods of some specifications; notes on what "all" left out. `temperature` alone matches a fusion."""
         given = [spec for spec in specs if spec != ALL]
         named = {spec.partition(":")[0] for spec in given}
         rest = [name for name in BASELINES if name not in named] if ALL in specs else []
