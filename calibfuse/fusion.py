@@ -60,6 +60,8 @@ class FusionConfig:
         value_weight: of contrast with a guide that has the head "value": strength of that head as a part of alpha. It
             lowers a candidate by 0.65 nats at most and raises it by 0.5 at most. 0: it is not asked.
         harm_threshold: of contrast with value_weight: the probability of harm at which half of a disagreement counts.
+        max_excused: likewise: how much of a disagreement that head can excuse, nats. Words with a bias beyond it, such
+            as swearing in the bundled calibrator, are lowered whatever the text means.
         hidden_temperature: of mode embedding. True: as published, the target's hidden state gets the weight 1 - alpha,
             which also acts as a temperature of 1 / (1 - alpha). False: it keeps weight 1.
     """
@@ -73,6 +75,7 @@ class FusionConfig:
     mass_to_others: bool = False
     value_weight: float = 0.0
     harm_threshold: float = 0.5
+    max_excused: float = 10.0
     hidden_temperature: bool = True
 
     def __post_init__(self) -> None:
@@ -92,6 +95,7 @@ class FusionConfig:
             ("max_shift", number["max_shift"] > 0.0, "a positive number of nats"),
             ("value_weight", 0.0 <= number["value_weight"] <= MAX_ALPHA, f"a number from 0 to {MAX_ALPHA:g}"),
             ("harm_threshold", 0.0 < number["harm_threshold"] < 1.0, "a probability between 0 and 1"),
+            ("max_excused", 0.0 <= number["max_excused"] < math.inf, "a number of nats, 0 or more"),
         ):
             if not holds:
                 raise InputError(f"{name} must be {expected}, got {getattr(self, name)!r}.")
@@ -113,7 +117,7 @@ class FusionConfig:
         return cls(**values)
 
 
-_NUMBERS = ("alpha", "margin", "max_shift", "value_weight", "harm_threshold")
+_NUMBERS = ("alpha", "margin", "max_shift", "value_weight", "harm_threshold", "max_excused")
 _SWITCHES = ("one_sided", "mass_to_others", "hidden_temperature")
 
 
@@ -234,17 +238,20 @@ def _contrast(
     the text quotes, denies or answers.
     """
     difference = guide["calibrator"] - guide["reference"]
-    disagreement = _disagreement(difference, guide.get("value"), config.margin, config.harm_threshold)
+    disagreement = _disagreement(difference, guide.get("value"), config)
     if config.value_weight:
         target = layout.normalise(target + _worth(guide["value"], target, layout, alpha * config.value_weight))
     shift = (alpha * disagreement).clamp(-config.max_shift, 0.0 if config.one_sided else config.max_shift)
     return _give_to_others(target, shift, layout) if config.mass_to_others and config.one_sided else target + shift
 
 
-def _disagreement(difference: Tensor, log_r: Tensor | None, margin: float, harm_threshold: float) -> Tensor:
+def _disagreement(difference: Tensor, log_r: Tensor | None, how: FusionConfig | Part) -> Tensor:
     """Calibrator - reference as far as it counts: beyond the margin, and where the head "value" fears harm."""
-    disagreement = functional.softshrink(difference, margin) if margin else difference
-    return disagreement * _harmful_share(log_r, harm_threshold) if log_r is not None else disagreement
+    disagreement = functional.softshrink(difference, how.margin) if how.margin else difference
+    if log_r is None:
+        return disagreement
+    excused = disagreement * (1.0 - _harmful_share(log_r, how.harm_threshold))
+    return disagreement - excused.clamp(-how.max_excused, how.max_excused)
 
 
 def _worth(log_r: Tensor, target: Tensor, layout: Layout, strength: Strength) -> Tensor:
@@ -261,7 +268,7 @@ def _as_one(
     for part in parts:
         log_r = guide[part.value] if part.value_weight else None
         difference = guide[part.calibrator] - guide[part.reference]
-        shift = part.alpha * _disagreement(difference, log_r, part.margin, part.harm_threshold)
+        shift = part.alpha * _disagreement(difference, log_r, part)
         total = total + (shift.clamp(max=0.0) if part.one_sided else shift)
         if log_r is not None:
             worth = worth + _worth(log_r, target, layout, strength * part.alpha * part.value_weight)
@@ -330,7 +337,8 @@ def _without_gain(before: Tensor, after: Tensor, chosen: Tensor, layout: Layout)
     return torch.where(others > _TINY, torch.where(chosen, capped, raised), after)
 
 
-_OF_CONTRAST = ("candidates", "one_sided", "margin", "max_shift", "mass_to_others", "value_weight", "harm_threshold")
+_OF_VALUE_HEAD = ("value_weight", "harm_threshold", "max_excused")
+_OF_CONTRAST = ("candidates", "one_sided", "margin", "max_shift", "mass_to_others", *_OF_VALUE_HEAD)
 MODES: dict[str, Mode] = {
     "contrast": Mode(_contrast, ("calibrator", "reference"), MAX_ALPHA, options=_OF_CONTRAST),
     "geometric": Mode(_geometric, ("calibrator",), 1.0, default_alpha=0.3),

@@ -94,6 +94,7 @@ class Part(NamedTuple):
     one_sided: bool  # its contrast never raises a token
     value_weight: float = 0.0
     harm_threshold: float = 0.5
+    max_excused: float = 10.0
 
     @property
     def heads(self) -> tuple[str, ...]:

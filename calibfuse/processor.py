@@ -228,7 +228,7 @@ class CalibFusion(LogitsProcessor):
             mass_to_others=any(config.mass_to_others for config in configs),
         )
         parts = [
-            Part(at, each.alpha, each.margin, each.one_sided, each.value_weight, each.harm_threshold)
+            Part(at, each.alpha, each.margin, each.one_sided, each.value_weight, each.harm_threshold, each.max_excused)
             for at, each in enumerate(configs)
         ]
         combined = cls(CombinedGuide([fusion.guide for fusion in fusions], parts), config, on_step=on_step)

@@ -93,10 +93,12 @@ def slow_row(scores, heads, covered, config):
     for i in chosen:
         if config.mode == "contrast":
             gap = guide["calibrator"][i] - guide["reference"][i]
-            shift = a * math.copysign(max(abs(gap) - config.margin, 0.0), gap)
+            size = max(abs(gap) - config.margin, 0.0)
             if config.value_weight:
                 odds = math.exp(heads["value"][i]) / -math.expm1(heads["value"][i])
-                shift /= 1 + (odds * config.harm_threshold / (1 - config.harm_threshold)) ** 4
+                share = 1 / (1 + (odds * config.harm_threshold / (1 - config.harm_threshold)) ** 4)
+                size -= min(size * (1 - share), config.max_excused)
+            shift = a * math.copysign(size, gap)
             upper = 0.0 if config.one_sided else config.max_shift
             fused[i] = target[i] + min(max(shift, -config.max_shift), upper)
         elif config.mode == "geometric":
@@ -137,6 +139,7 @@ configs = st.sampled_from(MODE_NAMES).flatmap(
         mass_to_others=st.booleans(),
         value_weight=st.sampled_from([0.0, 0.4]),
         harm_threshold=st.sampled_from([0.5, 0.88]),
+        max_excused=st.sampled_from([0.0, 0.7, 10.0]),
     )
 )
 
@@ -357,6 +360,17 @@ def test_a_word_costs_less_where_the_value_head_takes_the_text_for_harmless():
     assert lowered[0, 0] == lowered[0, 1] < -0.5
     assert read[0, 0] > -0.1
     assert read[0, 1] < -0.5
+
+
+def test_the_value_head_excuses_no_more_than_it_may():
+    scores, guide = one_row([0.4, 0.6], calibrator=[0.001, 0.999], reference=[0.5, 0.5], value=[0.98, 0.98])
+    lost = [
+        (scores - run(scores, guide, FusionConfig(candidates=0, value_weight=1e-6, max_excused=limit)))[0, 0]
+        for limit in (10.0, 4.0, 0.0)
+    ]
+    assert lost[0] < 0.1
+    assert lost[1] > 1.0
+    assert lost[2] > lost[1] + 2.0
 
 
 def test_the_value_head_lowers_what_both_other_heads_find_harmless():

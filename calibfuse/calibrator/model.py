@@ -26,7 +26,7 @@ from calibfuse.guide import CALIBRATOR_HEAD, REFERENCE_HEAD, VALUE_HEAD
 __all__ = ["CALIBRATOR_HEAD", "REFERENCE_HEAD", "VALUE_HEAD", "CalibratorConfig", "CalibratorNetwork", "Head"]
 
 FORMAT_VERSION = 1  # of the weights and of what is composed of them
-_OF_VALUE_HEAD = ("value_weight", "harm_threshold")  # of FusionConfig
+_OF_VALUE_HEAD = ("value_weight", "harm_threshold", "max_excused")  # of FusionConfig
 _WORD = re.compile("[a-z]+")
 _Network = TypeVar("_Network", bound="CalibratorNetwork")
 
