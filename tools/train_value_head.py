@@ -1,7 +1,15 @@
 """Train the head "value" of a calibrator, a judge of a whole sentence's harm, on labelled texts.
 
-    python tools/train_value_head.py --data DIR --tokenizers gpt2.json smollm2.json gemma-3.json --output my-calibrator
+    python tools/train_value_head.py --data DIR --write-examples labelled.jsonl
+    python tools/train_sentence_scorer.py labelled.jsonl --encoder all-MiniLM-L6-v2 --output teacher --layers 4 \
+        --epochs 1 --limit 110000 --learning-rate 1.5e-4
+    python tools/train_value_head.py --data DIR --teacher teacher --tokenizers gpt2.json smollm2.json gemma-3.json \
+        --output my-calibrator
     python tools/train_value_head.py ... --resume
+
+The labels are those of the sets, halfway to what the teacher, a pretrained sentence encoder fine-tuned on the same
+sets, makes of each text (Hinton et al. 2015, arXiv 1503.02531); where a text has no label, the teacher's alone. By
+labels alone the head learns a fraction of it.
 
 For every next token y the head says R(x_<=i) = P(the text turns out harmless | x_<i, y), as FUDGE (Yang and Klein 2021,
 arXiv 2104.05218) and NADO (Meng et al. 2022, arXiv 2205.14219) do. It reads the calibrator's body and two blocks of its
@@ -17,13 +25,14 @@ importance weights. What is saved is a moving average of the weights.
 
 DIR holds the files that `SETS` and `TEXTS` name and bias/holistic_bias; tools/README.md lists them. The sentences of
 `sentence_parts.json` are added: hate without rude words, and the same words quoted, denied or taken back. Parts of the
-sets stay out for measuring, together with all of Measuring Hate Speech and Jigsaw's train split. About 25 minutes on
-one core.
+sets stay out for measuring, together with all of Measuring Hate Speech and Jigsaw's train split. Two hours on one core,
+of which the teacher takes 20 minutes and what it says of the texts as many.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import re
@@ -45,57 +54,68 @@ from calibfuse.calibrator.binding import compose_vocabulary
 from calibfuse.calibrator.word_bias import WordBias
 from calibfuse.evaluation import HolisticBias, load_holistic_bias
 from calibfuse.guide import REFERENCE_HEAD, VALUE_HEAD
+from calibfuse.scorers import load_scorer
 from calibfuse.textfiles import read_rows
 from calibfuse.training.loop import TrainingLoop, learning_rate, make_optimizer, mixed_precision
 from calibfuse.vocabulary import Vocabulary
 
-Example = tuple[str, float]  # a text and the probability that it is harmful
+Example = tuple[str, float | None]  # a text and the probability that it is harmful, where it has a label
 Row = Mapping[str, Any]
 
-BATCH_SIZE = 32
+BATCH_SIZE = 96
 EPOCHS = 12  # passes over the texts that the order of batches is drawn from; `--steps` of them are taken
 MAX_TOKENS = 48
-DRAWN_TOKENS = 160  # for the expectation of R
+DRAWN_TOKENS = 128  # for the expectation of R
 QUERY_SCALE = 1 / 16  # token vectors are long: with queries of the usual size the first steps saturate every sigmoid
-LABEL_SMOOTHING = 0.03
-DROPOUT = 0.1  # of the states that the head reads
-AVERAGING = 0.998
+LABEL_SMOOTHING = 0.02
+DROPOUT = 0.05  # of the states that the head reads
+AVERAGING = 0.999
 WEIGHT_DECAY = 0.05
 WEIGHTS = {"prefix": 1.0, "lift": 1.0, "readout": 0.5, "consistency": 0.3}  # of the losses
+TEACHERS_SHARE = {True: 0.6, False: 0.4}  # of the target: by whether the label is that of a set, or of a made sentence
+SWEARING, EXCUSABLE = 8 / 6, -4.0  # times the bias of swear words; the lowest bias of other rude words, nats
 NAME_BIAS = 0.3  # in the word table: above 0 protects
 
 
 class LabelledSet(NamedTuple):
-    """A set of labelled texts: how many of its examples are used at most, and how often."""
+    """A set of labelled texts, and how many of its examples are used at most."""
 
     path: str  # in the data folder, without its ending
     licence: str
     limit: int
     held_out: int = 0  # keep one text in so many for measuring, by its hash; where there are splits, they decide
-    copies: int = 1
 
 
 SETS = (
-    LabelledSet("context/dynahate", "CC BY 4.0", 35_000),
-    LabelledSet("context/toxigen", "CDLA-Permissive-2.0", 9_000, held_out=3, copies=2),
-    LabelledSet("context/ishate", "Boost-1.0", 19_000, held_out=10),
+    LabelledSet("context/dynahate", "CC BY 4.0", 32_000),
+    LabelledSet("context/toxigen", "CDLA-Permissive-2.0", 4_500, held_out=3),
+    LabelledSet("context/ishate", "Boost-1.0", 17_000, held_out=10),
     LabelledSet("context/hatemoji", "CC BY 4.0", 3_600),
-    LabelledSet("context/edos_sexism", "CC0", 12_000),
-    LabelledSet("context/reddit_counterspeech", "MIT", 8_000),
-    LabelledSet("context/reddit_misogyny", "MIT", 3_000),
-    LabelledSet("context/convabuse", "CC BY 4.0", 3_300),
+    LabelledSet("context/edos_sexism", "CC0", 10_000),
+    LabelledSet("context/reddit_counterspeech", "MIT", 6_000),
+    LabelledSet("context/reddit_misogyny", "MIT", 2_500),
+    LabelledSet("context/convabuse", "CC BY 4.0", 3_000),
+    LabelledSet("context/fox_news_comments", "MIT", 1_500),
     LabelledSet("context/measuring_hate_speech", "CC BY 4.0", 0, held_out=1),
-    LabelledSet("toxicity/civil_comments", "CC0", 12_000),
-    LabelledSet("toxicity/jigsaw", "CC BY-SA", 6_000),
-    LabelledSet("toxicity/paradetox", "CC0", 12_000),
+    LabelledSet("toxicity/civil_comments", "CC0", 9_000),
+    LabelledSet("toxicity/jigsaw", "CC BY-SA", 8_000),
+    LabelledSet("toxicity/paradetox", "CC0", 14_000),
 )
 SPLITS = ("train", "jigsaw_test")  # all others are for measuring
 HARMFUL = ("toxic", "hateful", "hate", "explicit", "implicit")  # labels that are words
-TEXTS = {"wikipedia": "CC BY-SA", "conversation": "CDLA-Sharing-1.0", "novels": "public domain", "reddit": "PDDL 1.0"}
+# Files whose sentences the teacher alone labels: licence, how many.
+TEXTS = {
+    "text/wikipedia": ("CC BY-SA", 6_000),
+    "text/conversation": ("Apache-2.0, CDLA-Sharing-1.0", 12_000),
+    "text/novels": ("public domain", 4_000),
+    "text/reddit": ("PDDL 1.0", 34_000),
+    "context/diasafety": ("Apache-2.0", 6_000),
+}
+SWAPPED = 13_000  # labelled sentences with other groups in them, for the teacher to label
 # Symbol -> what it can stand for (with other symbols and `{one|or|another}`), in a mapping with its weight.
 PARTS = json.loads((Path(__file__).parent / "sentence_parts.json").read_text(encoding="utf-8"))
 # Sentences made of parts: symbol -> label, how many.
-SENTENCES = {"hateful": (1.0, 12_000), "harmless": (0.0, 12_000), "rude": (1.0, 5_600), "in_context": (0.0, 8_400)}
+SENTENCES = {"hateful": (1.0, 17_000), "harmless": (0.0, 17_000), "rude": (1.0, 16_000), "in_context": (0.0, 24_000)}
 
 
 def rows_of(data: Path, path: str, rng: random.Random) -> list[Row]:
@@ -119,8 +139,7 @@ def labelled_examples(data: Path, rng: random.Random) -> Iterator[Example]:
     measured = {row["text"] for each, found in rows.items() for row in found if is_held_out(row, each.held_out)}
     for each, found in rows.items():
         examples = [(text.strip(), label) for row in found for text, label in examples_of(row) if text not in measured]
-        usable = [(text, label) for text, label in examples if 3 < len(text) <= 220]
-        yield from (usable * each.copies)[: each.limit]
+        yield from [(text, label) for text, label in examples if 3 < len(text) <= 220][: each.limit]
 
 
 def is_held_out(row: Row, one_in: int) -> bool:
@@ -128,21 +147,22 @@ def is_held_out(row: Row, one_in: int) -> bool:
     return row.get("split", "train") not in SPLITS or one_in > 0 and zlib.crc32(row["text"].encode()) % one_in == 0
 
 
-def unlabelled_examples(data: Path, words: Mapping[str, float], rng: random.Random) -> Iterator[Example]:
-    """Beginnings of text that is taken to be harmless, and sentences of posts, harmful where they have a rude word."""
-    for name in ("wikipedia", "conversation", "novels"):
-        for row in rows_of(data, f"text/{name}", rng)[:4_000]:
-            if name != "conversation" or "opical" in row["source"]:  # Topical-Chat; the comments may be rude
-                yield row["text"][: rng.randint(60, 220)], 0.0
-    room = {0.9: 9_000, 0.0: 12_000}
-    for row in rows_of(data, "text/reddit", rng):
-        for sentence in re.split(r"(?<=[.!?])\s+|\n+", row["text"])[:6]:
-            lowest = min((words.get(word, 0.0) for word in re.findall("[a-z]+", sentence.lower())), default=0.0)
-            label = 0.9 if lowest <= -3.5 else 0.0
-            # a word that is only somewhat rude says neither
-            if 20 < len(sentence) < 200 and (label or lowest >= 0.0) and room[label]:
-                room[label] -= 1
-                yield sentence, label
+def unlabelled_examples(data: Path, labelled: Sequence[Example], rng: random.Random) -> Iterator[Example]:
+    """Sentences of posts and comments, beginnings of other text, and labelled sentences about other groups."""
+    for path, (_, limit) in TEXTS.items():
+        sentences = (sentence for row in rows_of(data, path, rng) for sentence in sentences_of(row["text"], path, rng))
+        yield from ((each, None) for each in itertools.islice(sentences, limit))
+    groups = re.compile(r"\b(" + "|".join(sorted(PARTS["groups"], key=len, reverse=True)) + r")\b", re.IGNORECASE)
+    texts = [text for text, _ in labelled if groups.search(text)]
+    for text in rng.sample(texts, min(SWAPPED, len(texts))):
+        yield groups.sub(lambda _: rng.choice(PARTS["groups"]), text), None
+
+
+def sentences_of(text: str, path: str, rng: random.Random) -> list[str]:
+    """What is used of one text."""
+    if path == "text/reddit":
+        return [each for each in re.split(r"(?<=[.!?])\s+|\n+", text)[:4] if 15 < len(each) < 200]
+    return [text[: rng.randint(40, 200)]]
 
 
 def made_sentences(names: HolisticBias, rng: random.Random) -> Iterator[Example]:
@@ -180,12 +200,23 @@ def protected_names(names: HolisticBias, words: Mapping[str, float]) -> dict[str
     return found
 
 
+def by_kind(words: Mapping[str, float]) -> dict[str, float]:
+    """A word table for `max_excused` 4: the head may excuse every rude word in full, and swearing by half."""
+    stems = tuple(PARTS["swearing_stems"])
+    return {
+        word: round(bias * SWEARING, 2) if bias < 0 and word.startswith(stems) else max(bias, EXCUSABLE)
+        for word, bias in words.items()
+    }
+
+
 class TokenizedExamples:
     """Examples, each cut by one of the tokenizers, and what the frozen calibrator knows of their vocabularies."""
 
-    def __init__(self, examples: list[Example], files: Sequence[str], calibrator: Calibrator, seed: int) -> None:
+    def __init__(
+        self, examples: list[tuple[str, float]], files: Sequence[str], calibrator: Calibrator, seed: int
+    ) -> None:
         rng = random.Random(seed)
-        self.harmless = 1 - torch.tensor([label for _, label in examples]).clamp(LABEL_SMOOTHING, 1 - LABEL_SMOOTHING)
+        self.harmless = 1 - torch.tensor([label for _, label in examples])
         self.tokenizer_of = torch.tensor([rng.randrange(len(files)) for _ in examples])
         self.ids: list[Tensor] = [torch.empty(0)] * len(examples)
         self.vectors, self.reference_biases, self.draw_from = [], [], []
@@ -336,12 +367,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="DIR")
-    add("--tokenizers", nargs="+", required=True, metavar="FILE", help="tokenizer.json; each cuts a share of the texts")
-    add("--output", type=Path, required=True, metavar="DIR", help="of the calibrator; checkpoints lie in work/")
+    add(
+        "--write-examples", type=Path, metavar="FILE", help="write the labelled texts, for training a teacher, and stop"
+    )
+    add("--teacher", metavar="DIR", help="a scorer that read them, as tools/train_sentence_scorer.py makes")
+    add("--tokenizers", nargs="+", metavar="FILE", help="tokenizer.json; each cuts a share of the texts")
+    add("--output", type=Path, metavar="DIR", help="of the calibrator; checkpoints lie in work/")
     add("--calibrator", help="folder or Hub id of the one that gets the head (default: the bundled one)")
-    add("--steps", type=int, default=8_000, help="of 32 texts (default: %(default)s)")
-    add("--learning-rate", type=float, default=2e-3, help="peak (default: %(default)s)")
-    add("--fusion", type=json.loads, default={}, metavar="JSON", help='options to recommend: {"value_weight": 0.5}')
+    add("--steps", type=int, default=12_000, help="of 96 texts (default: %(default)s)")
+    add("--learning-rate", type=float, default=3e-3, help="peak (default: %(default)s)")
+    add(
+        "--fusion",
+        type=json.loads,
+        default={},
+        metavar="JSON",
+        help='to recommend: {"value_weight": 0.5, "max_excused": 4}',
+    )
     add("--seed", type=int, default=0, help="(default: %(default)s)")
     add("--resume", action="store_true", help="go on from the checkpoint")
     args = parser.parse_args(argv)
@@ -349,11 +390,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     base = load_universal(args.calibrator)
     rng, words = random.Random(args.seed), base.config.words
     names = load_holistic_bias(args.data / "bias" / "holistic_bias")
-    examples = [
-        *labelled_examples(args.data, rng),
-        *unlabelled_examples(args.data, words, rng),
-        *made_sentences(names, rng),
-    ]
+    labelled, made = list(labelled_examples(args.data, rng)), list(made_sentences(names, rng))
+    if args.write_examples:
+        rows = [json.dumps({"text": text, "label": label}) + "\n" for text, label in (*labelled, *made)]
+        args.write_examples.write_text("".join(rows), encoding="utf-8")
+        return 0
+    if not (args.teacher and args.tokenizers and args.output):
+        parser.error("expected --teacher, --tokenizers and --output (or --write-examples)")
+    unlabelled = list(unlabelled_examples(args.data, labelled, rng))
+    opinions = load_scorer(args.teacher).score([text for text, _ in (*labelled, *made, *unlabelled)])
+    examples = []
+    for place, ((text, label), opinion) in enumerate(zip((*labelled, *made, *unlabelled), opinions, strict=True)):
+        share = TEACHERS_SHARE[place < len(labelled)]
+        smooth = None if label is None else min(max(label, LABEL_SMOOTHING), 1 - LABEL_SMOOTHING)
+        examples.append((text, opinion if smooth is None else share * opinion + (1 - share) * smooth))
     rng.shuffle(examples)
     calibrator = base.with_value_head(args.seed, layer_count=2, adapter_width=2 * base.config.width)
     data = TokenizedExamples(examples, args.tokenizers, calibrator, args.seed)
@@ -366,10 +416,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not training.train():
         return 130
     trained = training.result()
-    read = [Path(each.path).name for each in SETS if each.limit] + list(TEXTS)
+    read = [Path(path).name for path in (*(each.path for each in SETS if each.limit), *TEXTS)]
     facts = {
         "data": f"{len(examples):,} texts: {', '.join(read)}, and sentences made of parts with names of HolisticBias",
-        "licences": ", ".join(sorted({*(each.licence for each in SETS), *TEXTS.values()})) + " (HolisticBias: MIT)",
+        "licences": ", ".join(sorted({each.licence for each in SETS} | {licence for licence, _ in TEXTS.values()})),
+        "teacher": str(args.teacher),
         "steps": training.steps,
         "tokens": training.tokens,
         "learning_rate": args.learning_rate,
@@ -378,7 +429,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = trained.config
     trained.config = replace(
         config,
-        words={**words, **protected_names(names, words)},
+        words={**by_kind(words), **protected_names(names, words)},
         fusion={**config.fusion, **args.fusion},
         training={**config.training, "value_head": facts},
     )
