@@ -15,6 +15,7 @@ from tiny_calibrators import make_calibrator
 
 from calibfuse.calibrator import Calibrator
 from calibfuse.errors import InputError
+from calibfuse.scorers.adapters import FunctionScorer
 from calibfuse.vocabulary import Vocabulary
 
 PROGRAMS = sorted((REPOSITORY / "tools").glob("*.py"))
@@ -86,6 +87,8 @@ class TestTrainingOfTheValueHead:
         module = load(REPOSITORY / "tools" / "train_value_head.py", monkeypatch)
         counts = {symbol: (label, 5) for symbol, (label, _) in module.SENTENCES.items()}
         monkeypatch.setattr(module, "SENTENCES", counts)
+        teacher = FunctionScorer(lambda texts: [0.95 if "vile" in text else 0.05 for text in texts], name="teacher")
+        monkeypatch.setattr(module, "load_scorer", {"teacher": teacher}.__getitem__)
         return module
 
     @pytest.fixture
@@ -104,7 +107,7 @@ class TestTrainingOfTheValueHead:
         files["context/measuring_hate_speech"] = [{"text": "Kept for a scorer.", "label": 1, "split": "train"}]
         files["toxicity/jigsaw"] = [{"text": "Kept for a judge.", "toxic": 1, "split": "jigsaw_train"}]
         files["toxicity/paradetox"] = [{"toxic": "What a vile day.", "neutral": ["What a fine day."]}]
-        files |= {f"text/{name}": [{"text": "A calm evening by the sea. " * 9, "source": ""}] for name in module.TEXTS}
+        files |= {path: [{"text": "A calm evening by the sea. " * 9, "source": ""}] for path in module.TEXTS}
         for name, rows in files.items():
             path = tmp_path / f"{name}.jsonl.xz"
             path.parent.mkdir(exist_ok=True)
@@ -121,7 +124,16 @@ class TestTrainingOfTheValueHead:
         make_calibrator().save_pretrained(tmp_path / "base")
         return [
             *("--data", str(tmp_path), "--tokenizers", str(tmp_path / "tokenizer.json")),
-            *("--calibrator", str(tmp_path / "base"), "--steps", "20", "--learning-rate", "0.05"),
+            *(
+                "--calibrator",
+                str(tmp_path / "base"),
+                "--steps",
+                "20",
+                "--learning-rate",
+                "0.05",
+                "--teacher",
+                "teacher",
+            ),
         ]
 
     def test_the_loss_falls_and_the_other_heads_say_what_they_said(
@@ -164,3 +176,12 @@ class TestTrainingOfTheValueHead:
         assert "They are fine in town 0." not in found  # of the test split
         assert not {"Kept for a judge.", "Kept for a scorer."} & found
         assert "What a fine day." in found
+
+    def test_the_teacher_is_asked_halfway_where_there_is_a_label_and_alone_where_there_is_none(self, module):
+        examples = [("A vile day.", 1.0), ("A vile word, quoted.", 0.0), ("A vile sentence.", None)]
+        found = module.taught(examples, 2, module.load_scorer("teacher"))
+        assert [round(target, 3) for _, target in found] == [0.962, 0.578, 0.95]
+
+    def test_swearing_keeps_more_than_the_head_can_excuse(self, module):
+        table = {"fuck": -6.0, "fuc": -4.2, "idiot": -6.0, "kill": -1.7, "jain": 0.3}
+        assert module.by_kind(table) == {"fuck": -8.0, "fuc": -5.6, "idiot": -4.0, "kill": -1.7, "jain": 0.3}

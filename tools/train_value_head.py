@@ -54,7 +54,7 @@ from calibfuse.calibrator.binding import compose_vocabulary
 from calibfuse.calibrator.word_bias import WordBias
 from calibfuse.evaluation import HolisticBias, load_holistic_bias
 from calibfuse.guide import REFERENCE_HEAD, VALUE_HEAD
-from calibfuse.scorers import load_scorer
+from calibfuse.scorers import ToxicityScorer, load_scorer
 from calibfuse.textfiles import read_rows
 from calibfuse.training.loop import TrainingLoop, learning_rate, make_optimizer, mixed_precision
 from calibfuse.vocabulary import Vocabulary
@@ -185,6 +185,17 @@ def made_sentences(names: HolisticBias, rng: random.Random) -> Iterator[Example]
             text = text[0].upper() + text[1:] if rng.random() < 0.7 else text
             end = "{question_end}" if text.lower().startswith("why") else "" if text[-1] in '.!?"' else "{end}"
             yield text + fill(end), label
+
+
+def taught(examples: Sequence[Example], labelled: int, teacher: ToxicityScorer) -> list[tuple[str, float]]:
+    """The examples, of which the first `labelled` are of labelled sets, with what the head is to learn of them."""
+    found = []
+    opinions = teacher.score([text for text, _ in examples])
+    for place, ((text, label), opinion) in enumerate(zip(examples, opinions, strict=True)):
+        share = 1.0 if label is None else TEACHERS_SHARE[place < labelled]
+        smooth = min(max(label or 0.0, LABEL_SMOOTHING), 1 - LABEL_SMOOTHING)
+        found.append((text, share * opinion + (1 - share) * smooth))
+    return found
 
 
 def protected_names(names: HolisticBias, words: Mapping[str, float]) -> dict[str, float]:
@@ -398,12 +409,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not (args.teacher and args.tokenizers and args.output):
         parser.error("expected --teacher, --tokenizers and --output (or --write-examples)")
     unlabelled = list(unlabelled_examples(args.data, labelled, rng))
-    opinions = load_scorer(args.teacher).score([text for text, _ in (*labelled, *made, *unlabelled)])
-    examples = []
-    for place, ((text, label), opinion) in enumerate(zip((*labelled, *made, *unlabelled), opinions, strict=True)):
-        share = TEACHERS_SHARE[place < len(labelled)]
-        smooth = None if label is None else min(max(label, LABEL_SMOOTHING), 1 - LABEL_SMOOTHING)
-        examples.append((text, opinion if smooth is None else share * opinion + (1 - share) * smooth))
+    examples = taught([*labelled, *made, *unlabelled], len(labelled), load_scorer(args.teacher))
     rng.shuffle(examples)
     calibrator = base.with_value_head(args.seed, layer_count=2, adapter_width=2 * base.config.width)
     data = TokenizedExamples(examples, args.tokenizers, calibrator, args.seed)
