@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from calibfuse.candidates import choose_candidates
 from calibfuse.errors import InputError
-from calibfuse.guide import Part
+from calibfuse.guide import OF_VALUE_HEAD, Part
 
 MAX_ALPHA = 100.0
 _NEWTON_STEPS = 6
@@ -337,8 +337,7 @@ def _without_gain(before: Tensor, after: Tensor, chosen: Tensor, layout: Layout)
     return torch.where(others > _TINY, torch.where(chosen, capped, raised), after)
 
 
-_OF_VALUE_HEAD = ("value_weight", "harm_threshold", "max_excused")
-_OF_CONTRAST = ("candidates", "one_sided", "margin", "max_shift", "mass_to_others", *_OF_VALUE_HEAD)
+_OF_CONTRAST = ("candidates", "one_sided", "margin", "max_shift", "mass_to_others", *OF_VALUE_HEAD)
 MODES: dict[str, Mode] = {
     "contrast": Mode(_contrast, ("calibrator", "reference"), MAX_ALPHA, options=_OF_CONTRAST),
     "geometric": Mode(_geometric, ("calibrator",), 1.0, default_alpha=0.3),

@@ -19,6 +19,8 @@ from calibfuse.errors import MissingHeadError, VocabularyMismatchError
 from calibfuse.vocabulary import Vocabulary
 
 CALIBRATOR_HEAD, REFERENCE_HEAD, VALUE_HEAD = "calibrator", "reference", "value"
+OF_VALUE_HEAD = ("value_weight", "harm_threshold", "max_excused")
+"""Options of FusionConfig by which mode "contrast" asks the head "value"."""
 SPECIAL_MASS = 1e-4
 """The probability that all tokens which a guide does not cover share in `log_probs`."""
 _SEQUENCE_CHUNK = 4_000_000  # elements of a [positions, vocabulary] block in log_probs

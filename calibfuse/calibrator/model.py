@@ -21,12 +21,11 @@ from torch.nn import functional
 from calibfuse.calibrator.body import Body
 from calibfuse.calibrator.composer import Composer
 from calibfuse.errors import InputError
-from calibfuse.guide import CALIBRATOR_HEAD, REFERENCE_HEAD, VALUE_HEAD
+from calibfuse.guide import CALIBRATOR_HEAD, OF_VALUE_HEAD, REFERENCE_HEAD, VALUE_HEAD
 
 __all__ = ["CALIBRATOR_HEAD", "REFERENCE_HEAD", "VALUE_HEAD", "CalibratorConfig", "CalibratorNetwork", "Head"]
 
 FORMAT_VERSION = 1  # of the weights and of what is composed of them
-_OF_VALUE_HEAD = ("value_weight", "harm_threshold", "max_excused")  # of FusionConfig
 _WORD = re.compile("[a-z]+")
 _Network = TypeVar("_Network", bound="CalibratorNetwork")
 
@@ -169,7 +168,7 @@ class CalibratorNetwork(nn.Module):
             value_layer_count=layer_count,
             value_adapter_width=adapter_width,
             # what was recommended for a former head says nothing of the new one
-            fusion={key: each for key, each in self.config.fusion.items() if key not in _OF_VALUE_HEAD},
+            fusion={key: each for key, each in self.config.fusion.items() if key not in OF_VALUE_HEAD},
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
