@@ -87,21 +87,23 @@ class GuidedReader:
         start = min(len(before) for before, _ in pairs) - 1
         input_ids, logits, _ = self.logits([[*before, *scored] for before, scored in pairs])
         plain = logits.float().log_softmax(dim=-1)
-        processors = self.make_processors()
-        fused = method_log_probs(processors, input_ids, logits, start) if processors else plain
-        own = input_ids[:, 1:, None]
-        log_probs, is_best = [], []
-        for each in (plain, fused):
-            chosen = each[:, :-1].gather(-1, own)[..., 0]
-            log_probs.append(chosen.double().cpu().numpy())
-            is_best.append((chosen >= each[:, :-1].amax(dim=-1)).cpu().numpy())
-        return (*log_probs, *is_best)
+        of_plain = of_fused = _said(plain, input_ids)
+        if processors := self.make_processors():
+            of_fused = _said(method_log_probs(processors, input_ids, logits, start), input_ids)
+        return of_plain[0], of_fused[0], of_plain[1], of_fused[1]
 
     def logits(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
         """Ids [rows, length], the target's logits [rows, length, vocabulary], and the mask of the ids."""
         input_ids, mask = pad_right(rows, self.target.model.device)
         model: Any = self.target.model
         return input_ids, model(input_ids=input_ids, attention_mask=mask, use_cache=False).logits, mask
+
+
+def _said(log_probs: Tensor, input_ids: Tensor) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Of each token but a row's first: its log-probability, and whether no other one is likelier."""
+    chosen = log_probs[:, :-1].gather(-1, input_ids[:, 1:, None])[..., 0]
+    is_best = chosen >= log_probs[:, :-1].amax(dim=-1)
+    return chosen.double().cpu().numpy(), is_best.cpu().numpy()
 
 
 def method_log_probs(
