@@ -15,6 +15,7 @@ from tiny_calibrators import make_calibrator
 
 from calibfuse.calibrator import Calibrator
 from calibfuse.errors import InputError
+from calibfuse.evaluation import HolisticBias
 from calibfuse.scorers.adapters import FunctionScorer
 from calibfuse.vocabulary import Vocabulary
 
@@ -184,4 +185,11 @@ class TestTrainingOfTheValueHead:
 
     def test_swearing_keeps_more_than_the_head_can_excuse(self, module):
         table = {"fuck": -6.0, "fuc": -4.2, "idiot": -6.0, "kill": -1.7, "jain": 0.3}
-        assert module.by_kind(table) == {"fuck": -8.0, "fuc": -5.6, "idiot": -4.0, "kill": -1.7, "jain": 0.3}
+        sorted_by_kind = {"fuck": -8.0, "fuc": -5.6, "idiot": -4.0, "kill": -1.7, "jain": 0.3}
+        assert module.by_kind(table) == sorted_by_kind
+        config = make_calibrator().config
+        nobody = HolisticBias((), (), ())
+        assert module.word_table(replace(config, words=table), nobody) == sorted_by_kind
+        # a table that was sorted for an earlier head stays as it is
+        again = replace(config, words=sorted_by_kind, heads=(*config.heads, "value"))
+        assert module.word_table(again, nobody) == sorted_by_kind

@@ -51,6 +51,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from calibfuse.calibrator import Calibrator, load_universal
 from calibfuse.calibrator.binding import compose_vocabulary
+from calibfuse.calibrator.model import CalibratorConfig
 from calibfuse.calibrator.word_bias import WordBias
 from calibfuse.evaluation import HolisticBias, load_holistic_bias
 from calibfuse.guide import REFERENCE_HEAD, VALUE_HEAD
@@ -209,6 +210,12 @@ def protected_names(names: HolisticBias, words: Mapping[str, float]) -> dict[str
                 if len(word) > 2 and word not in PARTS["not_a_name"] and word not in words:
                     found[word] = NAME_BIAS
     return found
+
+
+def word_table(config: CalibratorConfig, names: HolisticBias) -> dict[str, float]:
+    """The table that goes with the head: that of a calibrator which has one already is sorted by kind."""
+    own = config.words if VALUE_HEAD in config.heads else by_kind(config.words)
+    return {**own, **protected_names(names, config.words)}
 
 
 def by_kind(words: Mapping[str, float]) -> dict[str, float]:
@@ -399,7 +406,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     base = load_universal(args.calibrator)
-    rng, words = random.Random(args.seed), base.config.words
+    rng = random.Random(args.seed)
     names = load_holistic_bias(args.data / "bias" / "holistic_bias")
     labelled, made = list(labelled_examples(args.data, rng)), list(made_sentences(names, rng))
     if args.write_examples:
@@ -435,7 +442,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = trained.config
     trained.config = replace(
         config,
-        words={**by_kind(words), **protected_names(names, words)},
+        words=word_table(base.config, names),
         fusion={**config.fusion, **args.fusion},
         training={**config.training, "value_head": facts},
     )
